@@ -1,0 +1,1 @@
+"""jaxsteer: persona steering of open-weight language models in JAX."""

@@ -1,0 +1,135 @@
+"""The one description of a decoder-only transformer that every supported family is mapped to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+GLOBAL_WINDOW = 2**30
+"""Window of a layer with full attention: longer than any sequence, so that windows are plain data."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """One rotary table: ``inv_freq_j = theta ** (-2 j / d_head)``, rescaled by ``kind``.
+
+    ``kind`` is "default", "linear" (divide by ``factor``) or "llama3" (NTK by parts, as released with
+    Llama 3.1; needs ``low_freq_factor``, ``high_freq_factor`` and ``original_max_positions``).
+    """
+
+    theta: float
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_positions: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that changes the numbers, and nothing else. Frozen and hashable: a static jit argument.
+
+    Letters as everywhere: D ``d_model``, L ``n_layers``, N ``n_heads``, K ``n_kv_heads``, H ``d_head``,
+    V ``vocab_size`` (rows of the embedding table, padding rows included).
+    """
+
+    family: str
+    """Hugging Face ``model_type`` this was mapped from (kept for naming tensors and for messages)."""
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
+    max_positions: int
+    """Longest sequence, in tokens, that the checkpoint declares (``max_position_embeddings``)."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norm_eps: float = 1e-5
+    norm_plus_one: bool = False
+    """Gemma: the norm multiplies by ``1 + w`` in float32 and casts afterwards."""
+    post_norms: bool = False
+    """Gemma 2/3: a norm after attention and after the MLP, before the residual addition."""
+    qk_norm: bool = False
+    """Qwen 3, Gemma 3: RMSNorm over H on queries and keys before the rotary embedding."""
+    qkv_bias: bool = False
+    """Qwen 2.5: biases on the query, key and value projections (the output projection has none)."""
+    query_scale: float
+    """Factor on attention scores; ``d_head ** -0.5`` except where the family says otherwise."""
+    attn_softcap: float | None = None
+    final_softcap: float | None = None
+    embed_scale: bool = False
+    """Gemma: embeddings are multiplied by sqrt(D), rounded to the dtype of the weights."""
+    tied_embeddings: bool = False
+    windows: tuple[int, ...]
+    """(L,) keys each layer may look back on, its own included; ``GLOBAL_WINDOW`` for full attention."""
+    ropes: tuple[Rope, ...]
+    """Distinct rotary tables."""
+    rope_index: tuple[int, ...]
+    """(L,) which table each layer uses."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot belong together, with both numbers in the message."""
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
+        if self.d_head % 2:
+            raise ValueError(f"the head width must be even for rotary embeddings, got {self.d_head}")
+        for name in ("windows", "rope_index"):
+            if len(getattr(self, name)) != self.n_layers:
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {self.n_layers} layers")
+        if max(self.rope_index) >= len(self.ropes):
+            raise ValueError(f"rope_index names table {max(self.rope_index)}, but there are {len(self.ropes)}")
+
+    @property
+    def windowed(self) -> bool:
+        """Whether any layer's attention is limited to a window."""
+        return min(self.windows) < GLOBAL_WINDOW
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; ``from_json`` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> ModelConfig:
+        """The config that ``to_json`` wrote. Raises ``TypeError`` for unknown or missing fields."""
+        fields = dict(fields)
+        fields["ropes"] = tuple(Rope(**rope) for rope in fields["ropes"])
+        fields["windows"] = tuple(fields["windows"])
+        fields["rope_index"] = tuple(fields["rope_index"])
+        return cls(**fields)
+
+
+def llama_config(
+    *,
+    vocab_size: int,
+    d_model: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int | None = None,
+    d_head: int | None = None,
+    d_mlp: int,
+    max_positions: int,
+    norm_eps: float = 1e-5,
+    tied_embeddings: bool = False,
+    rope: Rope | None = None,
+) -> ModelConfig:
+    """A Llama-shaped config from its sizes, for models that are made here (organisms, benchmarks, tests)."""
+    d_head = d_head or d_model // n_heads
+    return ModelConfig(
+        family="llama",
+        vocab_size=vocab_size,
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads or n_heads,
+        d_head=d_head,
+        d_mlp=d_mlp,
+        max_positions=max_positions,
+        norm_eps=norm_eps,
+        query_scale=1.0 / math.sqrt(d_head),
+        tied_embeddings=tied_embeddings,
+        windows=(GLOBAL_WINDOW,) * n_layers,
+        ropes=(rope or Rope(theta=10_000.0),),
+        rope_index=(0,) * n_layers,
+    )

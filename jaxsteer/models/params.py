@@ -1,0 +1,137 @@
+"""Parameters as Flax pytrees: shapes, shardings and random initialisation.
+
+Letters: L layers, D width, N query heads, K key/value heads, H head width, I MLP width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+from jax.sharding import PartitionSpec as P
+
+from jaxsteer.models.config import ModelConfig
+
+
+@struct.dataclass
+class Layers:
+    """Weights of all blocks, stacked on a leading layer axis; ``None`` where a family has no such weight."""
+
+    attn_norm: Float[Array, "L D"]
+    q: Float[Array, "L D N H"]
+    k: Float[Array, "L D K H"]
+    v: Float[Array, "L D K H"]
+    o: Float[Array, "L N H D"]
+    mlp_norm: Float[Array, "L D"]
+    gate: Float[Array, "L D I"]
+    up: Float[Array, "L D I"]
+    down: Float[Array, "L I D"]
+    q_bias: Float[Array, "L N H"] | None = None
+    k_bias: Float[Array, "L K H"] | None = None
+    v_bias: Float[Array, "L K H"] | None = None
+    q_norm: Float[Array, "L H"] | None = None
+    k_norm: Float[Array, "L H"] | None = None
+    post_attn_norm: Float[Array, "L D"] | None = None
+    post_mlp_norm: Float[Array, "L D"] | None = None
+
+
+@struct.dataclass
+class Params:
+    """Weights of one model. ``unembed`` is ``None`` when it is tied to ``embed``."""
+
+    embed: Float[Array, "V D"]
+    layers: Layers
+    final_norm: Float[Array, " D"]
+    unembed: Float[Array, "D V"] | None = None
+
+
+LAYER_SPECS: dict[str, P] = {
+    "attn_norm": P(None),
+    "q": P(None, "model", None),
+    "k": P(None, "model", None),
+    "v": P(None, "model", None),
+    "o": P("model", None, None),
+    "mlp_norm": P(None),
+    "gate": P(None, "model"),
+    "up": P(None, "model"),
+    "down": P("model", None),
+    "q_bias": P("model", None),
+    "k_bias": P("model", None),
+    "v_bias": P("model", None),
+    "q_norm": P(None),
+    "k_norm": P(None),
+    "post_attn_norm": P(None),
+    "post_mlp_norm": P(None),
+}
+"""Tensor-parallel layout of one layer's leaves (without the layer axis) on the mesh axis "model"."""
+
+TOP_SPECS: dict[str, P] = {"embed": P("model", None), "final_norm": P(None), "unembed": P(None, "model")}
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every leaf of one layer, for exactly the leaves that ``config`` has."""
+    d, n, k, h, i = config.d_model, config.n_heads, config.n_kv_heads, config.d_head, config.d_mlp
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_norm": (d,),
+        "q": (d, n, h),
+        "k": (d, k, h),
+        "v": (d, k, h),
+        "o": (n, h, d),
+        "mlp_norm": (d,),
+        "gate": (d, i),
+        "up": (d, i),
+        "down": (i, d),
+    }
+    if config.qkv_bias:
+        shapes |= {"q_bias": (n, h), "k_bias": (k, h), "v_bias": (k, h)}
+    if config.qk_norm:
+        shapes |= {"q_norm": (h,), "k_norm": (h,)}
+    if config.post_norms:
+        shapes |= {"post_attn_norm": (d,), "post_mlp_norm": (d,)}
+    return shapes
+
+
+def top_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every leaf outside the blocks."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed": (config.vocab_size, config.d_model),
+        "final_norm": (config.d_model,),
+    }
+    if not config.tied_embeddings:
+        shapes["unembed"] = (config.d_model, config.vocab_size)
+    return shapes
+
+
+def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.dtype("float32")) -> Params:
+    """Random weights: normal with standard deviation 1/sqrt(fan-in), residual writers scaled by 1/sqrt(2 L).
+
+    Norm weights start at the value that leaves the normalised stream unchanged, biases at zero.
+    """
+    keys = iter(jax.random.split(key, 32))
+    norm_one = 0.0 if config.norm_plus_one else 1.0
+    writers = 1.0 / math.sqrt(2 * config.n_layers)
+    layers: dict[str, jax.Array] = {}
+    for name, shape in layer_shapes(config).items():
+        full = (config.n_layers, *shape)
+        if name.endswith("norm"):
+            layers[name] = jnp.full(full, norm_one, dtype)
+        elif name.endswith("bias"):
+            layers[name] = jnp.zeros(full, dtype)
+        else:
+            fan_in = math.prod(shape[:-1]) if name in ("o", "down") else shape[0]
+            scale = (writers if name in ("o", "down") else 1.0) / math.sqrt(fan_in)
+            layers[name] = (jax.random.normal(next(keys), full) * scale).astype(dtype)
+    top = top_shapes(config)
+    embed_std = 1.0 / math.sqrt(config.d_model)
+    unembed = None
+    if "unembed" in top:
+        unembed = (jax.random.normal(next(keys), top["unembed"]) * embed_std).astype(dtype)
+    return Params(
+        embed=(jax.random.normal(next(keys), top["embed"]) * embed_std).astype(dtype),
+        layers=Layers(**layers),
+        final_norm=jnp.full(top["final_norm"], norm_one, dtype),
+        unembed=unembed,
+    )
