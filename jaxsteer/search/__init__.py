@@ -1,0 +1,26 @@
+"""Fluent gradient ascent over prompts: objectives, tasks, EPO, the Pareto archive and the driver."""
+
+from jaxsteer.search.driver import Found, Progress, SearchResult, run_search, standardise
+from jaxsteer.search.epo import FLUENCY, EpoConfig, Fluency, epo
+from jaxsteer.search.objectives import Objective, Projection, Reads, Standardised, needs
+from jaxsteer.search.task import Task, make_task, score
+
+__all__ = [
+    "FLUENCY",
+    "EpoConfig",
+    "Fluency",
+    "Found",
+    "Objective",
+    "Progress",
+    "Projection",
+    "Reads",
+    "SearchResult",
+    "Standardised",
+    "Task",
+    "epo",
+    "make_task",
+    "needs",
+    "run_search",
+    "score",
+    "standardise",
+]

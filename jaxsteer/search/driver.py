@@ -1,0 +1,260 @@
+"""Run a search: many problems as one program, many steps per call, the host looking in now and then."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsteer.errors import UserError
+from jaxsteer.models.params import Params
+from jaxsteer.search.epo import EpoConfig, State, Summary, epo, evict, random_ids
+from jaxsteer.search.objectives import Objective, Standardised
+from jaxsteer.search.pareto import frontier
+from jaxsteer.search.task import Task, score
+
+STEPS_PER_CALL = 10
+"""Steps that run on the device between two looks of the host; re-tokenisation is checked that often."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """One prompt of a result: its ids, scores, the step that found it and whether its text gives the same ids."""
+
+    ids: tuple[int, ...]
+    target: float
+    cross_entropy: float
+    step: int
+    problem: int
+    retokenises: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """What a search found. ``found`` is the Pareto frontier over all problems, best target first, and after it the
+    prompts that would have been on it if their text re-tokenised."""
+
+    found: tuple[Found, ...]
+    steps: int
+    candidates: int
+    compile_s: float
+    search_s: float
+    interrupted: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What the host learns after each call: arrays over problems (R) and slots (P) at the last step of the call."""
+
+    step: int
+    best_target: Float[np.ndarray, " R"]
+    loss: Float[np.ndarray, "R P"]
+    cross_entropy: Float[np.ndarray, "R P"]
+    candidates: int
+    seconds: float
+
+
+Valid = Callable[[Int[np.ndarray, "n S"]], Bool[np.ndarray, " n"]]
+
+
+def standardise(
+    params: Params, task: Task, objective: Objective, *, seed: int = 0, samples: int = 256
+) -> tuple[Standardised, dict[str, float]]:
+    """``objective`` in standard deviations over ``samples`` random allowed prompts, and the two numbers used.
+
+    Raises ``UserError`` when the objective does not vary over random prompts or is not finite there.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), 2**30)
+    ids = random_ids(key, task, samples)
+    f, _ = jax.jit(score)(params, task, objective, ids)
+    offset, scale = float(jnp.mean(f)), float(jnp.std(f))
+    if not np.isfinite(offset) or not scale > 0:
+        raise UserError(
+            f"over {samples} random prompts the objective has mean {offset} and standard deviation {scale}: it must "
+            "be finite and must depend on the prompt; look at the direction (all zeros?) and at where it is read"
+        )
+    standardised = Standardised(objective=objective, offset=jnp.float32(offset), scale=jnp.float32(scale))
+    return standardised, {"offset": offset, "scale": scale, "samples": samples}
+
+
+def run_search(
+    params: Params,
+    task: Task,
+    objective: Objective,
+    config: EpoConfig,
+    *,
+    seed: int = 0,
+    problems: int = 1,
+    ids: Int[np.ndarray, "R P S"] | None = None,
+    valid: Valid | None = None,
+    callback: Callable[[Progress], None] | None = None,
+    mesh: Mesh | None = None,
+    steps_per_call: int = STEPS_PER_CALL,
+) -> SearchResult:
+    """Search ``problems`` independent populations for the prompts that raise ``objective`` and stay fluent.
+
+    ``ids`` are optional initial populations. ``valid`` says for prompts (n, S) whether their text re-tokenises in
+    place; it is asked between calls, and what fails is taken out of populations and archives. With a ``mesh``,
+    problems are spread over its axis "prompts". KeyboardInterrupt ends the search and keeps what was found. The same
+    seed gives the same prompts whatever the number of devices: every problem is computed in the same shapes with a key
+    folded from (seed, problem, step).
+    """
+    shards = 1 if mesh is None else mesh.shape["prompts"]
+    padded = -(-problems // shards) * shards
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(padded))
+    started = time.perf_counter()
+    start, advance = _programs(config, mesh)
+    steps = min(steps_per_call, config.steps)
+    initial = None if ids is None else jnp.asarray(_pad_problems(np.asarray(ids, np.int32), padded))
+    start = start.lower(params, task, objective, keys, initial).compile()
+    state = start(params, task, objective, keys, initial)
+    compiled = advance.lower(params, task, objective, state, steps, jnp.int32(config.steps)).compile()
+    compile_s = time.perf_counter() - started
+    rejected: dict[tuple[int, ...], Found] = {}
+    done, interrupted = 0, False
+    started = time.perf_counter()
+    try:
+        while done < config.steps:
+            new_state, summaries = compiled(params, task, objective, state, jnp.int32(config.steps))
+            jax.block_until_ready(new_state.step)
+            state, at = new_state, min(steps, config.steps - done)
+            done += at
+            if valid is not None:
+                state = _reject(state, valid, rejected, problems)
+            if callback is not None:
+                callback(_progress(summaries, at - 1, problems, done, config, time.perf_counter() - started))
+    except KeyboardInterrupt:
+        interrupted = True
+    return SearchResult(
+        found=_collect(state, rejected, problems),
+        steps=done,
+        candidates=done * config.candidates * problems,
+        compile_s=compile_s,
+        search_s=time.perf_counter() - started,
+        interrupted=interrupted,
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(config: EpoConfig, mesh: Mesh | None) -> tuple[Any, Any]:
+    search = epo(config)
+
+    def start(params: Params, task: Task, objective: Objective, keys: Array, ids: Array | None) -> State:
+        one = lambda args: search.init(params, task, objective, *args)  # noqa: E731
+        return lax.map(one, (keys,) if ids is None else (keys, ids))
+
+    def advance(
+        params: Params, task: Task, objective: Objective, state: State, steps: int, total: Int[Array, ""]
+    ) -> tuple[State, Summary]:
+        def one_problem(state: State) -> tuple[State, Summary]:
+            return search.step(params, task, objective, state)
+
+        def one_step(state: State, _: None) -> tuple[State, Summary]:
+            def idle(state: State) -> tuple[State, Summary]:
+                return state, Summary(state.f.max(-1), -state.f + state.fluency * state.x, state.x)
+
+            return lax.cond(state.step[0] < total, lambda s: lax.map(one_problem, s), idle, state)
+
+        return lax.scan(one_step, state, None, length=steps)
+
+    if mesh is None:
+        return jax.jit(start), jax.jit(advance, static_argnums=4)
+
+    # One shard of problems per device: manual over "prompts", so that no collective can cross it.
+    def sharded_advance(params, task, objective, state, steps, total):  # noqa: ANN001, ANN202
+        body = functools.partial(_swap_steps, advance, steps)
+        return _over_prompts(body, mesh, (P(), P(), P(), P("prompts"), P()), (P("prompts"), P(None, "prompts")))(
+            params, task, objective, state, total
+        )
+
+    def sharded_start(params, task, objective, keys, ids):  # noqa: ANN001, ANN202
+        specs = (P(), P(), P(), P("prompts"), P("prompts"))
+        return _over_prompts(start, mesh, specs, P("prompts"))(params, task, objective, keys, ids)
+
+    return jax.jit(sharded_start), jax.jit(sharded_advance, static_argnums=4)
+
+
+def _swap_steps(advance: Callable, steps: int, params, task, objective, state, total):  # noqa: ANN001, ANN202
+    return advance(params, task, objective, state, steps, total)
+
+
+def _over_prompts(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={"prompts"}, check_vma=False
+    )
+
+
+def _pad_problems(array: np.ndarray, count: int) -> np.ndarray:
+    return np.concatenate([array, np.repeat(array[-1:], count - len(array), axis=0)])
+
+
+def _progress(
+    summaries: Summary, row: int, problems: int, done: int, config: EpoConfig, seconds: float
+) -> Progress:
+    last = jax.tree.map(lambda a: np.asarray(a[row])[:problems], summaries)
+    return Progress(
+        step=done,
+        best_target=last.best_target,
+        loss=last.loss,
+        cross_entropy=last.cross_entropy,
+        candidates=done * config.candidates * problems,
+        seconds=seconds,
+    )
+
+
+def _reject(state: State, valid: Valid, rejected: dict[tuple[int, ...], Found], problems: int) -> State:
+    """Evict what does not re-tokenise, remembering the archive members that it costs."""
+    ids, archive = np.asarray(state.ids), jax.tree.map(np.asarray, state.archive)
+    rows, length = ids.shape[:2], ids.shape[2]
+    bad = ~valid(ids.reshape(-1, length)).reshape(rows)
+    filled = np.isfinite(archive.f)
+    bad_archive = np.zeros(filled.shape, bool)
+    if filled.any():
+        bad_archive[filled] = ~valid(archive.ids[filled])
+    for problem, row in zip(*np.nonzero(bad_archive), strict=True):
+        if problem < problems:
+            entry = _found(archive, problem, row, retokenises=False)
+            rejected[entry.ids] = entry
+    if not (bad.any() or bad_archive.any()):
+        return state
+    return jax.vmap(evict)(state, jnp.asarray(bad), jnp.asarray(bad_archive))
+
+
+def _found(archive: Any, problem: int, row: int, *, retokenises: bool) -> Found:
+    return Found(
+        ids=tuple(int(i) for i in archive.ids[problem, row]),
+        target=float(archive.f[problem, row]),
+        cross_entropy=float(archive.x[problem, row]),
+        step=int(archive.step[problem, row]),
+        problem=int(problem),
+        retokenises=retokenises,
+    )
+
+
+def _collect(state: State, rejected: dict[tuple[int, ...], Found], problems: int) -> tuple[Found, ...]:
+    archive = jax.tree.map(np.asarray, state.archive)
+    kept = [
+        _found(archive, problem, row, retokenises=True)
+        for problem in range(problems)
+        for row in np.flatnonzero(np.isfinite(archive.f[problem]))
+    ]
+    good = [kept[i] for i in _frontier_of(kept)]
+    everything = kept + list(rejected.values())
+    marked = [everything[i] for i in _frontier_of(everything) if not everything[i].retokenises]
+    return (*good, *marked)
+
+
+def _frontier_of(entries: Sequence[Found]) -> np.ndarray:
+    if not entries:
+        return np.zeros(0, int)
+    return frontier(np.array([e.target for e in entries]), np.array([e.cross_entropy for e in entries]))

@@ -1,0 +1,194 @@
+"""EPO, evolutionary prompt optimisation (arXiv 2402.01702; methods.md 4.1), as an ``(init, step)`` pair.
+
+Slot k of a population minimises ``J_k = -f + fluency_k * x``; fluency weights belong to slots and never move. Letters:
+R problems, P slots of a population, E children per slot, M = P * E candidates per step, S prompt length,
+A archive capacity, k proposals per position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxsteer.errors import UserError
+from jaxsteer.models.params import Params
+from jaxsteer.search.objectives import Objective
+from jaxsteer.search.pareto import Archive, empty_archive, insert
+from jaxsteer.search.task import Task, proposals, score
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fluency:
+    """Fluency weights of a population: log-spaced from ``low`` to ``high``, and the restart's draw.
+
+    At a restart all slots take the member that is best under a weight drawn uniformly from
+    [``restart`` / ``spread``, ``restart`` * ``spread``].
+    """
+
+    low: float
+    high: float
+    restart: float
+    spread: float
+
+    def weights(self, population: int) -> np.ndarray:
+        """(P,) float32 weights, smallest first: slot 0 cares most about the objective."""
+        return np.geomspace(self.low, self.high, population).astype(np.float32)
+
+
+FLUENCY: dict[str, Fluency] = {
+    "strict": Fluency(low=2.0, high=12.0, restart=3.0, spread=1.5),
+    "medium": Fluency(low=0.5, high=4.0, restart=1.5, spread=2.0),
+    "loose": Fluency(low=0.05, high=0.5, restart=0.5, spread=2.0),
+}
+"""The published presets of RESGA (arXiv 2601.02896, released code; methods.md 4.1)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpoConfig:
+    """Hyperparameters of EPO. The defaults are the published ones of RESGA and SAEGA."""
+
+    prompt_length: int = 8
+    population: int = 16
+    children: int = 32
+    steps: int = 300
+    top_k: int = 512
+    restart_every: int = 50
+    fluency: Fluency = FLUENCY["medium"]
+    archive: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that make no search."""
+        for name in ("prompt_length", "population", "children", "steps", "top_k", "restart_every", "archive"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def candidates(self) -> int:
+        """Candidates per problem and step, M."""
+        return self.population * self.children
+
+
+@struct.dataclass
+class State:
+    """Everything one problem needs to go on: a pytree whose arrays all gain a leading R axis in a search."""
+
+    ids: Int[Array, "P S"]
+    f: Float[Array, " P"]
+    x: Float[Array, " P"]
+    fluency: Float[Array, " P"]
+    archive: Archive
+    key: Key[Array, ""]
+    step: Int[Array, ""]
+
+
+class Summary(NamedTuple):
+    """What one step reports, per problem: the best objective, the best J of every slot, and its cross-entropy."""
+
+    best_target: Float[Array, ""]
+    loss: Float[Array, " P"]
+    cross_entropy: Float[Array, " P"]
+
+
+class Search(NamedTuple):
+    """A search in the manner of Optax's gradient transformations: pure functions on one problem's state.
+
+    ``init(params, task, objective, key, ids=None) -> State``; ``step(params, task, objective, state) ->
+    (State, Summary)``.
+    """
+
+    init: Callable[..., State]
+    step: Callable[[Params, Task, Objective, State], tuple[State, Summary]]
+
+
+def random_ids(key: Key[Array, ""], task: Task, rows: int) -> Int[Array, "rows S"]:
+    """Uniformly random prompts over the allowed tokens."""
+    return jax.random.choice(key, task.allowed_ids, (rows, task.length))
+
+
+def mutate(
+    key: Key[Array, ""], parents: Int[Array, "P S"], tokens: Int[Array, "P S k"], children: int
+) -> Int[Array, "M S"]:
+    """``children`` copies of every parent with one token each replaced: a uniform position, a uniform proposal."""
+    population, length, top_k = tokens.shape
+    where, what = jax.random.split(key)
+    position = jax.random.randint(where, (population, children), 0, length)
+    rank = jax.random.randint(what, (population, children), 0, top_k)
+    parent = jnp.arange(population)[:, None]
+    new = tokens[parent, position, rank]
+    copies = jnp.broadcast_to(parents[:, None], (population, children, length))
+    changed = jnp.where(jnp.arange(length) == position[..., None], new[..., None], copies)
+    return changed.reshape(population * children, length)
+
+
+def select(
+    f: Float[Array, " pool"], x: Float[Array, " pool"], fluency: Float[Array, " P"]
+) -> tuple[Int[Array, " P"], Float[Array, " P"]]:
+    """For every slot the pool member with the least ``J = -f + fluency * x``; ties go to the earlier member."""
+    loss = -f[None] + fluency[:, None] * x[None]
+    best = jnp.argmin(loss, axis=1)
+    return best, jnp.take_along_axis(loss, best[:, None], axis=1)[:, 0]
+
+
+def epo(config: EpoConfig) -> Search:
+    """EPO with ``config`` as an ``(init, step)`` pair over one problem; map it over problems with ``run_search``."""
+
+    def init(
+        params: Params, task: Task, objective: Objective, key: Key[Array, ""], ids: Int[Array, "P S"] | None = None
+    ) -> State:
+        if ids is None:
+            ids = random_ids(jax.random.fold_in(key, -1), task, config.population)
+        f, x = score(params, task, objective, ids)
+        archive = insert(empty_archive(config.archive, task.length), ids, f, x, jnp.int32(0))
+        return State(
+            ids=ids,
+            f=f,
+            x=x,
+            fluency=jnp.asarray(config.fluency.weights(config.population)),
+            archive=archive,
+            key=key,
+            step=jnp.int32(0),
+        )
+
+    def step(params: Params, task: Task, objective: Objective, state: State) -> tuple[State, Summary]:
+        key = jax.random.fold_in(state.key, state.step)
+        mutation_key, restart_key = jax.random.split(key)
+        top_k = min(config.top_k, len(task.allowed_ids) - 1)
+        tokens = proposals(params, task, objective, state.ids, state.fluency, top_k)
+        children = mutate(mutation_key, state.ids, tokens, config.children)
+        child_f, child_x = score(params, task, objective, children)
+        child_f = jnp.where(jnp.isfinite(child_f) & jnp.isfinite(child_x), child_f, -jnp.inf)
+        ids = jnp.concatenate([state.ids, children])
+        f = jnp.concatenate([state.f, child_f])
+        x = jnp.concatenate([state.x, child_x])
+        chosen, loss = select(f, x, state.fluency)
+        spread = config.fluency.spread
+        drawn = jax.random.uniform(
+            restart_key, (1,), minval=config.fluency.restart / spread, maxval=config.fluency.restart * spread
+        )
+        restarting = (state.step > 0) & (state.step % config.restart_every == 0)
+        chosen = jnp.where(restarting, select(f, x, drawn)[0], chosen)
+        summary = Summary(best_target=f[chosen].max(), loss=loss, cross_entropy=x[chosen])
+        new = state.replace(
+            ids=ids[chosen],
+            f=f[chosen],
+            x=x[chosen],
+            archive=insert(state.archive, children, child_f, child_x, state.step + 1),
+            step=state.step + 1,
+        )
+        return new, summary
+
+    return Search(init, step)
+
+
+def evict(state: State, invalid: Bool[Array, "P"], invalid_archive: Bool[Array, " A"]) -> State:
+    """Take prompts that were found not to re-tokenise out of a population and its archive: they score -inf."""
+    drop = lambda f, bad: jnp.where(bad, -jnp.inf, f)  # noqa: E731
+    archive = state.archive.replace(f=drop(state.archive.f, invalid_archive))
+    return state.replace(f=drop(state.f, invalid), archive=archive)

@@ -1,0 +1,262 @@
+"""What a search optimises against: fixed contexts with cached prefixes, a token mask, and the scores of prompts.
+
+Letters: C contexts, M candidates, S prompt length, A tokens after the slot, T = S + A, D width, V vocabulary,
+U prefix length, P parents. Rows are context-major: row c * M + m is candidate m in context c.
+
+    f(p) = sum_c weight_c * objective(reads of c)         x(p) = sum_c weight_c * mean_j -log P(p_j | context, p_<j)
+
+Both as in methods.md 4.1 and 4.4 (EPO, arXiv 2402.01702): every candidate meets the same contexts, and one function
+scores parents and children.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsteer.errors import UserError
+from jaxsteer.models.attention import Prefix
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.params import Params
+from jaxsteer.models.transformer import embed, make_context, prefill, run_layers, scale_embeddings, unembed
+from jaxsteer.search.objectives import Needs, Objective, Reads
+
+VOCABULARY_BLOCK = 2**24
+"""Logits held at once, in floats: 64 MiB. Rows of cross-entropy are taken in chunks of this size."""
+
+
+@struct.dataclass
+class Task:
+    """The fixed surroundings of a search; a pytree, so that a jitted step takes it as an argument."""
+
+    prefix: Prefix
+    last_hidden: Float[Array, "C D"]
+    """Stream of the last token before the slot: predicts the slot's first token."""
+    after: Int[Array, "C A"]
+    after_mask: Bool[Array, "C A"]
+    read_index: Int[Array, " C"]
+    """Where the objective reads, counted from the slot's first token."""
+    weight: Float[Array, " C"]
+    allowed: Bool[Array, " V"]
+    allowed_ids: Int[Array, " n"]
+    config: ModelConfig = struct.field(pytree_node=False)
+    needs: Needs = struct.field(pytree_node=False)
+    length: int = struct.field(pytree_node=False)
+    batch: int = struct.field(pytree_node=False)
+    """Candidates scored at once (each in all contexts)."""
+    scores_first: bool = struct.field(pytree_node=False)
+    """Whether something precedes the slot, so that its first token has a probability."""
+
+    @property
+    def contexts(self) -> int:
+        """Number of contexts C."""
+        return self.after.shape[0]
+
+
+def make_task(
+    params: Params,
+    config: ModelConfig,
+    *,
+    before: Sequence[np.ndarray],
+    after: Sequence[np.ndarray],
+    read_index: Sequence[int],
+    needs: Needs,
+    allowed: Bool[np.ndarray, " V"],
+    length: int,
+    batch: int | None = None,
+) -> Task:
+    """Cache what precedes the slot and check that everything fits.
+
+    ``before`` and ``after`` are the ids around the slot per context, ``read_index`` the read position counted from
+    the slot's first token, ``allowed`` the token mask, ``length`` the prompt length S. ``batch`` candidates are
+    scored at once (default: about 1,024 rows). Raises ``UserError`` when a context with the slot is longer than the
+    model's positions, when a read position lies outside of slot and tail, or when too few tokens are allowed.
+    """
+    longest = max(len(b) + length + len(a) for b, a in zip(before, after, strict=True))
+    if longest > config.max_positions:
+        raise UserError(
+            f"the longest context needs {longest} tokens with its {length}-token prompt, but the model has "
+            f"{config.max_positions} positions: shorten the questions or the prompt"
+        )
+    for index, tail in zip(read_index, after, strict=True):
+        if not 0 <= index < length + len(tail):
+            raise UserError(f"read position {index} lies outside of the {length} slot and {len(tail)} tail tokens")
+    allowed_ids = np.flatnonzero(allowed)
+    if len(allowed_ids) < 2:
+        raise UserError(f"{len(allowed_ids)} tokens are allowed; a search needs at least 2: loosen the token filter")
+    contexts = len(before)
+    # Tokens behind the read position cannot influence it, and fluency needs the slot alone.
+    tail_length = max(0, max(read_index) + 1 - length)
+    tails = np.zeros((contexts, tail_length), np.int32)
+    tails_mask = np.zeros((contexts, tail_length), bool)
+    for row, tail in enumerate(after):
+        kept = np.asarray(tail[:tail_length], np.int32)
+        tails[row, : len(kept)], tails_mask[row, : len(kept)] = kept, True
+    width = max(1, max(len(b) for b in before))
+    tokens = np.zeros((contexts, width), np.int32)
+    mask = np.zeros((contexts, width), bool)
+    for row, ids in enumerate(before):  # left-padded: the last column is the last token of every context
+        if len(ids):
+            tokens[row, -len(ids) :], mask[row, -len(ids) :] = ids, True
+    prefix, hidden = jax.jit(prefill, static_argnums=1)(params, config, jnp.asarray(tokens), jnp.asarray(mask))
+    return Task(
+        prefix=prefix,
+        last_hidden=hidden[:, -1],
+        after=jnp.asarray(tails),
+        after_mask=jnp.asarray(tails_mask),
+        read_index=jnp.asarray(read_index, jnp.int32),
+        weight=jnp.full((contexts,), 1.0 / contexts, jnp.float32),
+        allowed=jnp.asarray(allowed),
+        allowed_ids=jnp.asarray(allowed_ids, jnp.int32),
+        config=config,
+        needs=needs,
+        length=length,
+        batch=batch or max(1, 1024 // contexts),
+        scores_first=bool(all(len(b) for b in before)),
+    )
+
+
+def _hidden(
+    params: Params, task: Task, objective: Objective, slot: Float[Array, "M S D"]
+) -> tuple[Float[Array, " M"], Float[Array, "C M s D"]]:
+    """f of every candidate, and the final stream at the slot tokens that predict another one (s = S - 1)."""
+    config, contexts, m = task.config, task.contexts, slot.shape[0]
+    tail = embed(params, config, task.after)
+    x = jnp.concatenate(
+        [
+            jnp.broadcast_to(slot[None], (contexts, *slot.shape)),
+            jnp.broadcast_to(tail[:, None], (contexts, m, *tail.shape[1:])),
+        ],
+        axis=2,
+    ).reshape(contexts * m, -1, config.d_model)
+    valid = None
+    if task.after.shape[1]:
+        row = jnp.concatenate([jnp.ones((contexts, task.length), bool), task.after_mask], axis=1)
+        valid = jnp.repeat(row, m, axis=0)
+    context = _row_context(task, x.shape[1], m, valid)
+    read_rows = jnp.repeat(task.read_index, m)
+    residuals, at = {}, 0
+    for site, stop in sorted(task.needs.sites, key=lambda item: item[1]):
+        x = run_layers(params, config, x, context, at, stop)
+        residuals[site] = _pick(x, read_rows).astype(jnp.float32)
+        at = stop
+    logits = None
+    if task.needs.logits:
+        x = run_layers(params, config, x, context, at, config.n_layers)
+        logits, at = unembed(params, config, _pick(x, read_rows)), config.n_layers
+    scores = objective(Reads(residuals=residuals, logits=logits)).reshape(contexts, m)
+    f = jnp.einsum("c,cm->m", task.weight, scores.astype(jnp.float32))
+    # Above the deepest read only the tokens that predict another slot token matter.
+    predicting = task.length - 1
+    x = run_layers(params, config, x[:, :predicting], _row_context(task, predicting, m), at, config.n_layers)
+    return f, x.reshape(contexts, m, predicting, config.d_model)
+
+
+def _row_context(task: Task, t: int, m: int, valid: Bool[Array, "B T"] | None = None):
+    positions = jnp.repeat(task.prefix.length, m)[:, None] + jnp.arange(t)
+    return make_context(task.config, positions, valid, task.prefix)
+
+
+def _pick(x: Float[Array, "B T D"], index: Int[Array, " B"]) -> Float[Array, "B D"]:
+    return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
+
+
+def _label_log_probs(params: Params, config: ModelConfig, hidden: Float[Array, "n D"], labels: Int[Array, " n"]):
+    """(n,) log-probabilities of labels, in chunks so that few rows of logits exist at a time."""
+
+    @jax.checkpoint
+    def one(row: tuple[Array, Array]) -> Array:
+        logits = unembed(params, config, row[0])
+        return logits[row[1]] - jax.nn.logsumexp(logits)
+
+    rows = max(1, VOCABULARY_BLOCK // config.vocab_size)
+    if hidden.shape[0] <= rows:
+        return jax.vmap(lambda h, y: one((h, y)))(hidden, labels)
+    return lax.map(one, (hidden, labels), batch_size=rows)
+
+
+def _cross_entropy(params: Params, task: Task, hidden: Float[Array, "C M s D"], ids: Int[Array, "M S"]):
+    """(M,) mean negative log-probability of the prompt's tokens, in nats per token, over contexts."""
+    contexts, m, s, d = hidden.shape
+    labels = jnp.broadcast_to(ids[None, :, 1:], (contexts, m, s))
+    log_probs = _label_log_probs(params, task.config, hidden.reshape(-1, d), labels.reshape(-1))
+    total = log_probs.reshape(contexts, m, s).sum(-1)
+    scored = s
+    if task.scores_first:
+        total = total + first_log_probs(params, task)[:, ids[:, 0]]
+        scored += 1
+    return -jnp.einsum("c,cm->m", task.weight, total) / max(scored, 1)
+
+
+def first_log_probs(params: Params, task: Task) -> Float[Array, "C V"]:
+    """Log-probability of every token as the slot's first, per context."""
+    return jax.nn.log_softmax(unembed(params, task.config, task.last_hidden))
+
+
+def score(
+    params: Params, task: Task, objective: Objective, ids: Int[Array, "M S"]
+) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
+    """Objective f (larger is better) and cross-entropy x (nats per token) of M prompts, ``task.batch`` at a time.
+
+    Every batch has the same shape, whatever M is, so a prompt's score does not depend on its neighbours.
+    """
+
+    def one_batch(batch: Int[Array, "b S"]) -> tuple[Array, Array]:
+        f, hidden = _hidden(params, task, objective, embed(params, task.config, batch))
+        return f, _cross_entropy(params, task, hidden, batch)
+
+    m, b = ids.shape[0], task.batch
+    chunks = -(-m // b)
+    padded = jnp.pad(ids, ((0, chunks * b - m), (0, 0)), mode="edge").reshape(chunks, b, -1)
+    f, x = lax.map(one_batch, padded)
+    return f.reshape(-1)[:m], x.reshape(-1)[:m]
+
+
+def proposals(
+    params: Params,
+    task: Task,
+    objective: Objective,
+    ids: Int[Array, "P S"],
+    fluency: Float[Array, " P"],
+    top_k: int,
+) -> Int[Array, "P S k"]:
+    """For every parent and position, the ``top_k`` allowed tokens that most reduce ``J = -f + fluency * x`` to first
+    order, the current token excluded.
+
+    The gradient is that of the token's one-hot on both of its paths (methods.md 4.1): as input, through the embedding
+    (Gemma's multiplier included), and as label of the cross-entropy. It is taken with respect to embeddings and
+    multiplied by the table in chunks of rows: no one-hot and no (P, S, V) array is made.
+    """
+    config = task.config
+    parents, length = ids.shape
+
+    def total_loss(slot: Array) -> tuple[Array, Array]:
+        f, hidden = _hidden(params, task, objective, scale_embeddings(slot, config))
+        return jnp.sum(fluency * _cross_entropy(params, task, hidden, ids) - f), hidden
+
+    grad, hidden = jax.grad(total_loss, has_aux=True)(params.embed[ids])
+    first = jnp.broadcast_to(task.last_hidden[:, None, None], (task.contexts, parents, 1, config.d_model))
+    predictors = jnp.moveaxis(jnp.concatenate([first, hidden], axis=2), 0, 2)  # (P, S, C, D): what predicts token j
+    scored = length if task.scores_first else length - 1
+    label_weight = jnp.broadcast_to(fluency[:, None] / max(scored, 1), (parents, length))
+    if not task.scores_first:
+        label_weight = label_weight.at[:, 0].set(0.0)
+
+    def best_tokens(row: tuple[Array, Array, Array, Array]) -> Array:
+        g, predictor, weight, current = row
+        change = jnp.matmul(params.embed, g, preferred_element_type=jnp.float32)
+        log_probs = jax.nn.log_softmax(unembed(params, config, predictor))
+        change = change - weight * jnp.einsum("c,cv->v", task.weight, log_probs)
+        usable = task.allowed & (jnp.arange(config.vocab_size) != current)
+        return lax.top_k(jnp.where(usable, -change, -jnp.inf), top_k)[1]
+
+    flat = jax.tree.map(lambda a: a.reshape(parents * length, *a.shape[2:]), (grad, predictors, label_weight, ids))
+    rows = max(1, VOCABULARY_BLOCK // (config.vocab_size * (task.contexts + 1)))
+    tokens = lax.map(best_tokens, flat, batch_size=min(rows, parents * length))
+    return tokens.reshape(parents, length, top_k)
