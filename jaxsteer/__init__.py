@@ -1,1 +1,46 @@
 """jaxsteer: persona steering of open-weight language models in JAX."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxsteer.errors import UserError as UserError
+    from jaxsteer.models.capture import capture as capture
+    from jaxsteer.models.capture import logits as logits
+    from jaxsteer.models.config import ModelConfig as ModelConfig
+    from jaxsteer.models.loading import Model as Model
+    from jaxsteer.models.loading import load as load
+    from jaxsteer.models.params import Params as Params
+    from jaxsteer.models.sharding import make_mesh as make_mesh
+    from jaxsteer.models.sites import parse_site as parse_site
+    from jaxsteer.models.sites import resid_site as resid_site
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Model": "jaxsteer.models.loading",
+    "ModelConfig": "jaxsteer.models.config",
+    "Params": "jaxsteer.models.params",
+    "UserError": "jaxsteer.errors",
+    "capture": "jaxsteer.models.capture",
+    "load": "jaxsteer.models.loading",
+    "logits": "jaxsteer.models.capture",
+    "make_mesh": "jaxsteer.models.sharding",
+    "parse_site": "jaxsteer.models.sites",
+    "resid_site": "jaxsteer.models.sites",
+}
+"""Public name -> its module. Imported when first used, so that ``import jaxsteer`` is fast and has no cycles."""
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'jaxsteer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

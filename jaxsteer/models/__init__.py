@@ -1,0 +1,1 @@
+"""The transformer and everything needed to open one: configs, weights, sharding, sites."""

@@ -1,0 +1,182 @@
+"""Safetensors files: headers checked before a byte of data is read, tensors read one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from jaxsteer.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+"""Files beside the weights that travel with a model."""
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""Dtypes of weights that can be converted."""
+# Every fixed-width dtype of the format: sizes are checked even for tensors that will be refused or ignored.
+_WIDTHS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_WIDTHS |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, **{name: dtype.itemsize for name, dtype in DTYPES.items()}}
+_MAX_HEADER = 100_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """Where one tensor lies: ``offset`` counts bytes from the start of ``file``."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk in bytes."""
+        return math.prod(self.shape) * _WIDTHS.get(self.dtype, 0)
+
+    def read(self) -> np.ndarray:
+        """The tensor's values, in its own dtype. Raises ``UserError`` if the file ends early."""
+        dtype, count = DTYPES[self.dtype], math.prod(self.shape)
+        values = np.fromfile(self.file, dtype=dtype, count=count, offset=self.offset)
+        if values.size != count:
+            raise UserError(f"{self.file} ended while tensor {self.name!r} was read. Download the file again.")
+        return values.reshape(self.shape)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, all of them present, in the order of their names."""
+    if (directory / INDEX).is_file():
+        weight_map = _read_index(directory)
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise UserError(
+                f"{directory} is incomplete: {INDEX} names {', '.join(absent)}, which "
+                f"{'is' if len(absent) == 1 else 'are'} missing. Download the missing files."
+            )
+        return files
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    if list(directory.glob("*.bin")) or list(directory.glob("*.pt")):
+        raise UserError(
+            f"{directory} holds only PyTorch pickle files, which jaxsteer does not open. Save the model as safetensors "
+            f"(transformers: model.save_pretrained(directory))."
+        )
+    raise UserError(f"{directory} holds no weights: expected {SINGLE}, or {INDEX} with its files.")
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    path = directory / INDEX
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a safetensors index with a 'weight_map' ({error!r}).") from None
+    for file in weight_map.values():
+        if Path(file).name != file:
+            raise UserError(f"{path} names the file {file!r}; only files in the same directory are read.")
+    return weight_map
+
+
+def read_header(file: Path) -> list[Tensor]:
+    """The tensors of one safetensors file, after checking that the file holds all the bytes that it announces."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise UserError(
+                f"{file} is truncated or not a safetensors file: its header should take {length:,} bytes and the file "
+                f"has {size:,}. Download it again."
+            )
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            entries = [
+                (name, str(entry["dtype"]), tuple(map(int, entry["shape"])), tuple(map(int, entry["data_offsets"])))
+                for name, entry in header.items()
+            ]
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{file} has a damaged safetensors header ({error!r}). Download it again.") from None
+    data = 8 + length
+    tensors = []
+    for name, dtype, shape, (begin, end) in entries:
+        if data + end > size:
+            raise UserError(
+                f"{file} is truncated: tensor {name!r} ends at byte {data + end:,} and the file has {size:,}. "
+                f"Download it again."
+            )
+        width = _WIDTHS.get(dtype)
+        if begin < 0 or min(shape, default=0) < 0 or (width and end - begin != math.prod(shape) * width):
+            raise UserError(
+                f"{file}: tensor {name!r} of shape {shape} and dtype {dtype} cannot take the {end - begin:,} bytes "
+                f"that the header gives it. The file is damaged."
+            )
+        tensors.append(Tensor(name=name, file=file, dtype=dtype, shape=shape, offset=data + begin))
+    return tensors
+
+
+def read_headers(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a model directory by name; the index, if there is one, must agree with the files."""
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(directory):
+        for tensor in read_header(file):
+            if tensor.name in tensors:
+                raise UserError(f"Tensor {tensor.name!r} is in {tensors[tensor.name].file.name} and in {file.name}.")
+            tensors[tensor.name] = tensor
+    if (directory / INDEX).is_file():
+        for name, file_name in _read_index(directory).items():
+            if name not in tensors or tensors[name].file.name != file_name:
+                raise UserError(
+                    f"{directory / INDEX} says that tensor {name!r} is in {file_name}, and it is not there. Download "
+                    f"{file_name} again, or mend the index."
+                )
+    return tensors
+
+
+def content_hash(directory: Path) -> str:
+    """sha256 over the names and contents of the files that make up the model in a Hugging Face directory."""
+    files = weight_files(directory) + [directory / name for name in SIDE_FILES if (directory / name).is_file()]
+    return combine_hashes((file.name, digest) for file, digest in zip(files, _hash_files(files), strict=True))
+
+
+def combine_hashes(pairs: Iterable[tuple[str, str]]) -> str:
+    """One sha256 over (name, digest) pairs, whatever their order."""
+    total = hashlib.sha256()
+    for name, digest in sorted(pairs):
+        total.update(f"{name}\0{digest}\n".encode())
+    return total.hexdigest()
+
+
+def _hash_files(files: list[Path]) -> list[str]:
+    def one(file: Path) -> str:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(one, files))

@@ -1,0 +1,135 @@
+"""``logits`` and ``capture``: what a model says, and what it computes on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsteer.errors import UserError
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.loading import Model
+from jaxsteer.models.params import Params
+from jaxsteer.models.sharding import shard_rows
+from jaxsteer.models.sites import Site, parse_site
+from jaxsteer.models.transformer import block, embed, forward, layer_weights, make_context, positions_of
+
+Tokens = Int[np.ndarray, "B T"] | Int[Array, "B T"]
+Mask = Bool[np.ndarray, "B T"] | Bool[Array, "B T"]
+
+
+def logits(model: Model, tokens: Tokens, mask: Mask | None = None) -> Float[Array, "B T V"]:
+    """Float32 next-token logits at every position.
+
+    ``mask`` is False on padding, which may stand on the left or on the right; logits at padding mean nothing.
+    Raises ``UserError`` for tokens outside the vocabulary or longer than the model's positions.
+    """
+    return _logits(model.params, model.config, *_inputs(model, tokens, mask))
+
+
+def capture(
+    model: Model, tokens: Tokens, sites: Sequence[str], mask: Mask | None = None
+) -> dict[str, Float[Array, "..."]]:
+    """What the model computes at ``sites``, in float32, by the names that were given.
+
+    Streams and outputs (``hook_embed``, ``blocks.i.hook_resid_pre/mid/post``, ``hook_attn_out``, ``hook_mlp_out``,
+    ``mlp.hook_in``) are [B, T, D]; ``attn.hook_q/z`` [B, T, N, H]; ``attn.hook_k/v`` [B, T, K, H];
+    ``attn.hook_pattern`` [B, N, T, T]; ``mlp.hook_pre/pre_linear/post`` [B, T, I]. q and k are before their norm and
+    the rotary embedding, as in TransformerLens. No layer above the last site is run. Aliases and negative layers are
+    accepted (see ``jaxsteer.models.sites``). Raises ``UserError`` as ``logits`` does, and for unknown sites.
+    """
+    if isinstance(sites, str):
+        raise UserError(f"sites must be a list of names, got the single string {sites!r}. Write [{sites!r}].")
+    parsed = {name: _as_stream(parse_site(name, model.config.n_layers)) for name in sites}
+    inputs = _inputs(model, tokens, mask)
+    found = _capture(model.params, model.config, *inputs, sites=tuple(sorted(set(parsed.values()))))
+    return {name: found[site.name] for name, site in parsed.items()}
+
+
+def _as_stream(site: Site) -> Site:
+    """The stream before a block is the stream after the one below, which need not run the block itself."""
+    if site.place != "hook_resid_pre":
+        return site
+    return Site(0, "hook_embed") if site.layer == 0 else Site(site.layer - 1, "hook_resid_post")
+
+
+def _inputs(model: Model, tokens: Tokens, mask: Mask | None) -> tuple[jax.Array, jax.Array | None]:
+    """Checked tokens and mask on the model's mesh."""
+    config = model.config
+    if not isinstance(tokens, jax.Array):
+        tokens = np.asarray(tokens)
+        if tokens.size and tokens.dtype.kind in "iu" and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
+            raise UserError(
+                f"Token ids must lie in 0 ... {config.vocab_size - 1}; these range from {tokens.min()} to {tokens.max()}. "
+                f"Do they come from this model's tokenizer?"
+            )
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise UserError(f"tokens must be integers of shape [B, T], got {tokens.dtype} of shape {list(tokens.shape)}.")
+    if tokens.shape[1] > config.max_positions:
+        raise UserError(f"The text has {tokens.shape[1]} tokens; this model's positions end at {config.max_positions}.")
+    if mask is not None and mask.shape != tokens.shape:
+        raise UserError(f"mask has shape {list(mask.shape)} and tokens have {list(tokens.shape)}; they must be equal.")
+    rows = shard_rows(model.mesh, tokens.astype(jnp.int32))
+    return rows, None if mask is None else shard_rows(model.mesh, mask.astype(bool))
+
+
+_logits = jax.jit(forward, static_argnames="config")
+
+
+@partial(jax.jit, static_argnames=("config", "sites"))
+def _capture(
+    params: Params, config: ModelConfig, tokens: jax.Array, mask: jax.Array | None, *, sites: tuple[Site, ...]
+) -> dict[str, jax.Array]:
+    """One scan over the layers that are needed; what the sites see is written into one buffer per place."""
+    positions = jnp.arange(tokens.shape[1])[None] if mask is None else positions_of(mask)
+    context = make_context(config, positions, mask)
+    x = embed(params, config, tokens)
+    found = {site.name: x for site in sites if site.place == "hook_embed"}
+    inside = [site for site in sites if site.place != "hook_embed"]
+    if inside:
+        places = {place: sorted(s.layer for s in inside if s.place == place) for place in {s.place for s in inside}}
+        buffers = _run_and_keep(params, config, x, context, places)
+        for place, layers in places.items():
+            for slot, layer in enumerate(layers):
+                found[Site(layer, place).name] = buffers[place][slot]
+    return {name: value.astype(jnp.float32) for name, value in found.items()}
+
+
+def _run_and_keep(
+    params: Params, config: ModelConfig, x: jax.Array, context: object, places: dict[str, list[int]]
+) -> dict[str, jax.Array]:
+    """(len(layers), ...) values of every place at its (sorted) layers, from blocks 0 to the last layer asked for."""
+    stop = max(max(layers) for layers in places.values()) + 1
+    # A layer writes into the slot of the next layer that is wanted, which then writes over it. Layers above the last
+    # wanted one write into a spare row.
+    slots = {place: jnp.asarray(np.searchsorted(layers, np.arange(stop))) for place, layers in places.items()}
+
+    def step(x: jax.Array, layer: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        kept: dict[str, jax.Array] = {}
+
+        def tap(name: str, layer: jax.Array, value: jax.Array) -> jax.Array:
+            if name in places:
+                kept[name] = value
+            return value
+
+        return block(layer_weights(params, layer), config, x, context, layer, tap)[0], kept
+
+    def keep(carry: tuple[jax.Array, dict[str, jax.Array]], layer: jax.Array) -> tuple[tuple, None]:
+        x, kept = step(carry[0], layer)
+        buffers = {
+            place: lax.dynamic_update_index_in_dim(buffer, kept[place], slots[place][layer], 0)
+            for place, buffer in carry[1].items()
+        }
+        return (x, buffers), None
+
+    shapes = jax.eval_shape(step, x, jax.ShapeDtypeStruct((), jnp.int32))[1]
+    buffers = {
+        place: jnp.zeros((len(layers) + (layers[-1] < stop - 1), *shapes[place].shape), shapes[place].dtype)
+        for place, layers in places.items()
+    }
+    return lax.scan(keep, (x, buffers), jnp.arange(stop))[0][1]

@@ -1,0 +1,273 @@
+"""``load``: a model from the package, a converted checkpoint, a Hugging Face directory or a hub id."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxsteer.errors import UserError
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.hf import read_json
+from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
+from jaxsteer.models.sharding import layer_shardings, param_shardings
+
+log = logging.getLogger(__name__)
+
+ORGANISM = "organism:"
+HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "merges.txt")
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_STACK_BYTES = 1 << 30
+"""Leaves are restored and stacked in batches of about this size, so that only little exists twice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded model. Not a pytree: pass ``model.params`` and ``model.config`` to jitted functions."""
+
+    params: Params
+    config: ModelConfig
+    tokenizer: Any
+    """A ``transformers.PreTrainedTokenizerFast``, or None if the checkpoint came without tokenizer.json."""
+    name: str
+    """What was asked for: "organism:llama", a hub id or the name of the directory."""
+    fingerprint: str
+    """sha256 over config and weights, recorded when the checkpoint was converted."""
+    mesh: Mesh | None = None
+
+
+def load(
+    source: str | os.PathLike[str], *, dtype: str | jnp.dtype | None = None, mesh: Mesh | None = None
+) -> Model:
+    """Load a model.
+
+    ``source`` is ``organism:NAME`` (a small model that ships with the package), a converted checkpoint directory, a
+    Hugging Face directory (converted on first use into the cache: ``$JAXSTEER_CACHE`` or ``~/.cache/jaxsteer``), or a
+    hub id ``owner/name`` or ``owner/name@revision``.
+
+    ``dtype`` is the dtype of the weights on the device. By default float32 on CPU, where bfloat16 is emulated and
+    slow, and the checkpoint's own elsewhere. With a ``mesh`` (axes "prompts" and "model", see
+    ``jaxsteer.make_mesh``) the weights are restored straight into their shardings.
+
+    Raises ``UserError`` when the source cannot be found, is damaged or is not supported.
+    """
+    name = str(source)
+    checkpoint = _checkpoint_of(name)
+    record = read_record(checkpoint)
+    config = ModelConfig.from_json(record["config"])
+    target = _dtype(dtype, record["dtype"])
+    return Model(
+        params=restore(checkpoint / "weights", config, dtype=target, mesh=mesh),
+        config=config,
+        tokenizer=load_tokenizer(checkpoint),
+        name=name if name.startswith(ORGANISM) or not Path(name).is_dir() else Path(name).resolve().name,
+        fingerprint=record["fingerprint"],
+        mesh=mesh,
+    )
+
+
+def _dtype(asked: str | jnp.dtype | None, stored: str) -> jnp.dtype:
+    if asked is None:
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else stored)
+    try:
+        dtype = jnp.dtype(asked)
+    except TypeError:
+        dtype = None
+    if dtype not in (jnp.dtype("float32"), jnp.dtype("bfloat16"), jnp.dtype("float16")):
+        raise UserError(f"dtype {asked!r} is not supported: give 'float32', 'bfloat16' or 'float16'.")
+    return dtype
+
+
+# Finding the checkpoint
+
+
+def cache_dir() -> Path:
+    """Where converted checkpoints are kept: ``$JAXSTEER_CACHE`` or ``~/.cache/jaxsteer``."""
+    return Path(os.environ.get("JAXSTEER_CACHE") or Path.home() / ".cache" / "jaxsteer")
+
+
+def _checkpoint_of(source: str) -> Path:
+    """The converted checkpoint of any source, made if it does not exist yet."""
+    if source.startswith(ORGANISM):
+        return _converted(_organism_dir(source.removeprefix(ORGANISM)), source=source)
+    path = Path(source).expanduser()
+    if (path / "jaxsteer.json").is_file():
+        return path
+    if (path / "config.json").is_file():
+        return _converted(path, source=path.resolve().name)
+    if path.exists():
+        held = "a file" if path.is_file() else "a directory with neither jaxsteer.json nor config.json"
+        raise UserError(
+            f"Model {source!r} is {held}. Expected a Hugging Face model directory (config.json, *.safetensors) or a "
+            f"directory that `jaxsteer convert` wrote."
+        )
+    match = _HUB_ID.fullmatch(source)
+    if match:
+        return _converted(*_download(match["repo"], match["revision"]))
+    raise UserError(
+        f"Model {source!r} was not found. Tried: 'organism:NAME' (it does not start so), a local directory (there is none "
+        f"at {path.absolute()}), a Hugging Face hub id (it is not of the form owner/name). Try 'organism:llama', or "
+        f"check the path."
+    )
+
+
+def _organism_dir(name: str) -> Path:
+    root = Path(__file__).resolve().parent.parent / "organisms"
+    shipped = sorted(entry.parent.name for entry in root.glob("*/config.json"))
+    if name not in shipped:
+        raise UserError(f"There is no organism {name!r}. The package ships: {', '.join(shipped) or 'none'}.")
+    return root / name
+
+
+def _download(repo: str, revision: str | None) -> tuple[Path, str, str]:
+    """(directory, hub id, resolved commit) of a hub model, from the hub's own cache if it is there."""
+    import huggingface_hub
+
+    try:
+        path = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+    except Exception as error:  # many types: offline, unknown repository or revision, gated, proxies
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"Model {repo!r} is neither a local directory nor obtainable from the Hugging Face hub ({reason}). Without "
+            f"network, download it elsewhere (`hf download {repo} --local-dir DIR`) and pass that directory."
+        ) from error
+    return path, repo, path.name
+
+
+def _converted(directory: Path, source: str, revision: str | None = None) -> Path:
+    """The converted form of a Hugging Face directory in the cache; converts on first use.
+
+    The key is the hash of the contents, so a changed file is converted anew. Several processes may do this at once:
+    each writes its own temporary directory, the first rename wins, and the others use its result.
+    """
+    from checkpoints_convert.convert import CONVERTER_VERSION, convert
+
+    directory = directory.resolve()
+    digest = _remembered_hash(directory)
+    out = cache_dir() / "checkpoints" / f"{digest[:32]}-v{CONVERTER_VERSION}"
+    if (out / "jaxsteer.json").is_file():
+        return out
+    log.info("converting %s into %s (first use only)", directory, out)
+    print(f"Converting {source} for first use (kept in {out})", file=sys.stderr, flush=True)
+    try:
+        convert(directory, out, progress=False, source=source, revision=revision, source_hash=digest)
+    except UserError:
+        if not (out / "jaxsteer.json").is_file():
+            raise
+    return out
+
+
+def _remembered_hash(directory: Path) -> str:
+    """The content hash of a model directory, computed again only when a file's size, time or name changed."""
+    from checkpoints_convert.files import SIDE_FILES, content_hash, read_headers, weight_files
+
+    files = weight_files(directory) + [directory / name for name in SIDE_FILES if (directory / name).is_file()]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ino) for file in files]
+    memo = cache_dir() / "hashes" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    try:
+        digest = memo.read_text(encoding="ascii")
+        if re.fullmatch(r"[0-9a-f]{64}", digest):
+            return digest
+    except OSError:
+        pass
+    read_headers(directory)  # a truncated file is reported at once, not after hashing gigabytes
+    digest = content_hash(directory)
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False, encoding="ascii") as stream:
+            stream.write(digest)
+        os.replace(stream.name, memo)
+    except OSError as error:
+        raise UserError(
+            f"The cache directory {cache_dir()} cannot be written ({error.strerror}). Set JAXSTEER_CACHE to a directory "
+            f"that can, or convert the model yourself with `jaxsteer convert` and load the result."
+        ) from error
+    return digest
+
+
+# Reading the checkpoint
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """The metadata record of a converted checkpoint, with the keys that loading needs."""
+    record = read_json(checkpoint / "jaxsteer.json")
+    if record.get("format") != "jaxsteer-checkpoint" or not {"config", "dtype", "fingerprint"} <= record.keys():
+        raise UserError(f"{checkpoint}/jaxsteer.json is not the record of a converted checkpoint. Convert it again.")
+    return record
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer exactly as tokenizer.json says, or None if there is none.
+
+    Not ``AutoTokenizer``: the model-specific classes of transformers 5 rebuild parts of the pipeline.
+    """
+    if not (directory / "tokenizer.json").is_file():
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for damaged files
+        raise UserError(f"The tokenizer in {directory} cannot be read: {error}") from error
+
+
+def restore(path: Path, config: ModelConfig, *, dtype: jnp.dtype, mesh: Mesh | None) -> Params:
+    """The parameters in the Orbax checkpoint ``path``, cast to ``dtype``, on ``mesh`` or the default device.
+
+    Layers lie on disk one by one and are stacked on the device, a few kinds of leaf at a time.
+    """
+    shardings, one_layer = param_shardings(config, mesh), layer_shardings(config, mesh)
+    top = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(shardings, name))
+        for name, shape in top_shapes(config).items()
+    }
+    loaded = _read(path, top)
+    stacked: dict[str, jax.Array] = {}
+    for names in _batches(config, dtype.itemsize):
+        wanted = {
+            name: jax.ShapeDtypeStruct(layer_shapes(config)[name], dtype, sharding=one_layer[name]) for name in names
+        }
+        layers = _read(path, {"layers": {f"{i:03d}": wanted for i in range(config.n_layers)}})["layers"]
+        for name in names:
+            stack = jax.jit(lambda *rows: jnp.stack(rows), out_shardings=getattr(shardings.layers, name))
+            stacked[name] = stack(*(layers[f"{i:03d}"].pop(name) for i in range(config.n_layers)))
+    return Params(layers=Layers(**stacked), **loaded)
+
+
+def _batches(config: ModelConfig, itemsize: int) -> list[list[str]]:
+    """Kinds of leaf in batches whose stacks take about ``_STACK_BYTES`` (one kind, where it is larger)."""
+    batches: list[list[str]] = []
+    size = _STACK_BYTES
+    for name, shape in layer_shapes(config).items():
+        nbytes = math.prod(shape) * config.n_layers * itemsize
+        if size + nbytes > _STACK_BYTES:
+            batches.append([])
+            size = 0
+        batches[-1].append(name)
+        size += nbytes
+    return batches
+
+
+def _read(path: Path, wanted: Any) -> Any:
+    """The leaves of ``wanted`` (a part of the checkpoint's tree), in their shardings and dtypes."""
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True)))
+    try:
+        with context:
+            return ocp.load(path, wanted)
+    except Exception as error:  # Orbax and TensorStore raise many types for a damaged checkpoint
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"The checkpoint {path} cannot be read ({reason}). Convert the model again.") from error

@@ -1,0 +1,70 @@
+"""Meshes and shardings. Two axes: "prompts" (data-parallel rows) and "model" (tensor-parallel weights)."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxsteer.errors import UserError
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.params import LAYER_SPECS, TOP_SPECS, Layers, Params, layer_shapes, top_shapes
+
+AXES = ("prompts", "model")
+
+
+def make_mesh(*, model: int = 1, prompts: int | None = None) -> Mesh:
+    """A ("prompts", "model") mesh over ``prompts * model`` devices; by default all devices that there are.
+
+    The axes are ``AxisType.Auto``: the compiler propagates shardings, because a search gathers, sorts and scatters
+    along sharded axes, which explicit axes refuse. Raises ``UserError`` when the devices do not suffice.
+    """
+    n = jax.device_count()
+    prompts = n // model if prompts is None else prompts
+    if prompts < 1 or model < 1 or prompts * model > n:
+        raise UserError(
+            f"A mesh of prompts={prompts} x model={model} needs {prompts * model} devices, and there are {n}. "
+            f"Choose sizes whose product is at least 1 and at most {n}."
+        )
+    devices = np.asarray(jax.devices()[: prompts * model]).reshape(prompts, model)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def place(mesh: Mesh | None, spec: P, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """The sharding of one array: ``spec`` on ``mesh``, replicated along every dimension that does not divide evenly.
+
+    Few key/value heads over many devices is the common case of that. Without a mesh: the default device.
+    """
+    if mesh is None:
+        return SingleDeviceSharding(jax.devices()[0])
+    fitting = []
+    for size, axis in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)), strict=True):
+        names = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+        known = all(name in mesh.shape for name in names)
+        fits = known and size % math.prod(mesh.shape[name] for name in names) == 0
+        fitting.append(axis if fits else None)
+    return NamedSharding(mesh, P(*fitting))
+
+
+def layer_shardings(config: ModelConfig, mesh: Mesh | None) -> dict[str, jax.sharding.Sharding]:
+    """Sharding of every leaf of one layer, without the layer axis."""
+    return {name: place(mesh, LAYER_SPECS[name], shape) for name, shape in layer_shapes(config).items()}
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh | None) -> Params:
+    """Sharding of every leaf of ``Params``, as a tree of the same structure; layers are stacked on axis 0."""
+    layers = {
+        name: place(mesh, P(None, *LAYER_SPECS[name]), (config.n_layers, *shape))
+        for name, shape in layer_shapes(config).items()
+    }
+    top = {name: place(mesh, TOP_SPECS[name], shape) for name, shape in top_shapes(config).items()}
+    return Params(layers=Layers(**layers), **top)  # type: ignore[arg-type]
+
+
+def shard_rows(mesh: Mesh | None, array: jax.typing.ArrayLike) -> jax.Array:
+    """``array`` with its first axis over "prompts" (replicated if it does not divide)."""
+    array = np.asarray(array) if not isinstance(array, jax.Array) else array
+    return jax.device_put(array, place(mesh, P("prompts"), array.shape)) if mesh is not None else jax.numpy.asarray(array)
