@@ -1,0 +1,41 @@
+"""Tokenizer, chat template, slots, token masks, retokenisation."""
+
+from jaxsteer.prompts.conversation import (
+    Conversation,
+    apply_template,
+    bos_id,
+    decision_ids,
+    encode,
+    encode_texts,
+    join_answer,
+    question_conversation,
+    render,
+)
+from jaxsteer.prompts.slots import (
+    Slots,
+    build_slots,
+    first_allowed,
+    prompt_text,
+    retokenises,
+    retokenises_many,
+)
+from jaxsteer.prompts.tokens import allowed_tokens
+
+__all__ = [
+    "Conversation",
+    "Slots",
+    "allowed_tokens",
+    "apply_template",
+    "bos_id",
+    "build_slots",
+    "decision_ids",
+    "encode",
+    "encode_texts",
+    "first_allowed",
+    "join_answer",
+    "prompt_text",
+    "question_conversation",
+    "render",
+    "retokenises",
+    "retokenises_many",
+]

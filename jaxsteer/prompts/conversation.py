@@ -1,0 +1,251 @@
+"""Texts with one searched slot: plain or chat, rendered with any tokenizer's own template.
+
+One format serves directions, search and evaluation. The rules, all decided on text:
+
+* A space before ``{prompt}`` belongs to the prompt's first token (" want"): it is added when the prompt brings none,
+  never doubled, and goes away together with an empty prompt (zero-shot). A system message that an empty prompt
+  leaves empty goes away too.
+* An answer follows after exactly one space, or after none where the text already ends in whitespace, as the
+  generation prompts of Llama, Qwen and Gemma do.
+* Exactly one BOS where the model has one, from the template or from here, never both.
+* A template without system role gets the system text at the head of the first user turn.
+* The same text on any day and any model: templates that print a date get a fixed one, templates that let the model
+  think first are told not to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from jaxsteer.errors import UserError
+
+SLOT = "{prompt}"
+"""Where the prompt stands in a conversation."""
+SLOT_ALIAS = "{optim_str}"
+"""Accepted for ``SLOT``: the marker of other tools."""
+MARKER = "QXslotXQ"
+"""Stands for the prompt while a template is taken apart: letters only, so that no template trims or escapes it."""
+TEMPLATE_DATE = "26 Jul 2024"
+"""What Llama 3 templates print as today's date: their own default, so that results do not change overnight."""
+
+STYLES = ("chat", "plain")
+POSITIONS = ("suffix", "prefix", "system")
+Message = dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """One text with one searched slot. Raises ``UserError`` unless ``{prompt}`` stands in it exactly once.
+
+    Exactly one of ``messages`` (chat turns; the generation prompt is added after them) and ``text`` is given.
+    """
+
+    messages: tuple[Message, ...] | None = None
+    """Chat turns ``{"role": ..., "content": ...}``; one content holds ``{prompt}``."""
+    text: str | None = None
+    """Or a plain text that holds ``{prompt}``."""
+    answer: str = ""
+    """Fixed text after all turns, e.g. " (A)". Spacing is settled by ``join_answer``."""
+    alternatives: tuple[str, ...] = ()
+    """Instead of ``answer``: the answers to decide between, e.g. ("(A)", "(B)"). The input then ends at the last
+    token that all of them share: the decision token, found in token space (" (" where " (A)" is three tokens, the
+    last template token where the letters differ at once)."""
+
+    def __post_init__(self) -> None:
+        """Check the slot and settle the marker's spelling."""
+        if (self.messages is None) == (self.text is None):
+            raise UserError("a conversation has either messages (chat) or text (plain): give exactly one of the two")
+        if self.answer and self.alternatives:
+            raise UserError("a conversation has either one answer or alternatives to decide between, not both")
+        if self.messages is not None:
+            settled = tuple({**m, "content": m["content"].replace(SLOT_ALIAS, SLOT)} for m in self.messages)
+            object.__setattr__(self, "messages", settled)
+            found = sum(m["content"].count(SLOT) for m in settled)
+        else:
+            object.__setattr__(self, "text", str(self.text).replace(SLOT_ALIAS, SLOT))
+            found = str(self.text).count(SLOT)
+        if found != 1:
+            raise UserError(f"{SLOT} must stand exactly once in a conversation, but it was found {found} times")
+
+
+def question_conversation(
+    question: str,
+    *,
+    style: str = "chat",
+    slot: str = "suffix",
+    answer: str = "",
+    alternatives: Sequence[str] = (),
+    system: str = "",
+) -> Conversation:
+    """A conversation that asks ``question`` with the prompt after it, before it, or as system message.
+
+    ``style`` "chat" goes through the tokenizer's template, "plain" is raw text. ``system`` is a fixed system message
+    (chat only). Raises ``UserError`` for names it does not know and for a system message in plain text.
+    """
+    if style not in STYLES:
+        raise UserError(f"unknown style {style!r}: expected 'chat' or 'plain'")
+    if slot not in POSITIONS:
+        raise UserError(f"unknown slot {slot!r}: expected 'suffix', 'prefix' or 'system'")
+    if SLOT in question or SLOT_ALIAS in question:
+        raise UserError(f"the question itself holds {SLOT} or {SLOT_ALIAS}: {question[:80]!r}")
+    if style == "plain" and (slot == "system" or system):
+        raise UserError("plain text has no system message: use style 'chat', or slot 'prefix'")
+    if system and slot == "system":
+        raise UserError("the system message is the slot itself here: give no other system text")
+    body = {"suffix": f"{question} {SLOT}", "prefix": f"{SLOT} {question}", "system": question}[slot]
+    if style == "plain":
+        return Conversation(text=body, answer=answer, alternatives=tuple(alternatives))
+    head = SLOT if slot == "system" else system
+    turns = ({"role": "system", "content": head},) if head else ()
+    return Conversation(
+        messages=(*turns, {"role": "user", "content": body}), answer=answer, alternatives=tuple(alternatives)
+    )
+
+
+def join_answer(text: str, answer: str) -> str:
+    """``text`` and ``answer`` with one space between them, or none where ``text`` ends in whitespace."""
+    answer = answer.strip()
+    if not answer:
+        return text
+    return text + answer if text[-1:].isspace() or not text else f"{text} {answer}"
+
+
+def _place(content: str, prompt: str) -> str:
+    """``content`` with the prompt in its slot, by the space rule of this module."""
+    head, tail = content.split(SLOT)
+    owned = head.endswith(" ")
+    if owned:
+        head = head[:-1]
+    if prompt:
+        return head + (" " if owned and not prompt[0].isspace() else "") + prompt + tail
+    if not tail.strip():
+        return head.rstrip() + tail
+    return head + tail if head else tail.lstrip()
+
+
+def _fold_system(messages: list[Message]) -> list[Message]:
+    system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
+    rest = [dict(m) for m in messages if m["role"] != "system"]
+    if rest and rest[0]["role"] == "user":
+        rest[0]["content"] = f"{system}\n\n{rest[0]['content']}"
+        return rest
+    return [{"role": "user", "content": system}, *rest]
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
+    return str(
+        tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE, enable_thinking=False
+        )
+    )
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """Chat turns as text, generation prompt included. Raises ``UserError`` without a template or for bad turns.
+
+    A system message that the template refuses, or drops in silence, is put before the first user turn.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("this tokenizer has no chat template: use style 'plain', or add chat_template.jinja")
+    turns = [dict(m) for m in messages]
+    systems = [m["content"].strip() for m in turns if m["role"] == "system"]
+    try:
+        text = _apply(tokenizer, turns)
+        if all(system in text for system in systems):
+            return text
+    except TemplateError as error:
+        if not systems:
+            raise UserError(f"the chat template refuses these turns: {error}") from error
+    try:
+        return _apply(tokenizer, _fold_system(turns))
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses these turns, also without system role: {error}") from error
+
+
+def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, prompt_text: str) -> str:
+    """The full text with the prompt in its slot and the answer (never the alternatives) after it.
+
+    ``prompt_text`` "" gives the zero-shot text. BOS is in the text where the template writes it.
+    """
+    if conversation.text is not None:
+        return join_answer(_place(conversation.text, prompt_text), conversation.answer)
+    assert conversation.messages is not None
+    turns = []
+    for message in conversation.messages:
+        if SLOT in message["content"]:
+            message = {**message, "content": _place(message["content"], prompt_text)}
+            if message["role"] == "system" and not message["content"].strip():
+                continue
+        turns.append(message)
+    return join_answer(apply_template(tokenizer, turns), conversation.answer)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, prompt_text: str) -> np.ndarray:
+    """int32 ids of the full text; with alternatives, up to the last token that all of them share."""
+    text = render(tokenizer, conversation, prompt_text)
+    if not conversation.alternatives:
+        return encode_texts(tokenizer, [text])[0]
+    return decision_ids(tokenizer, text, conversation.alternatives)
+
+
+def decision_ids(tokenizer: PreTrainedTokenizerBase, text: str, alternatives: Sequence[str]) -> np.ndarray:
+    """int32 ids of ``text`` up to the decision token: what the encodings with each alternative have in common.
+
+    With a single alternative, or several equal ones, nothing is decided: raises ``UserError``.
+    """
+    rows = encode_texts(tokenizer, [join_answer(text, answer) for answer in alternatives])
+    shared = common_prefix(rows)
+    if len(rows) < 2 or any(shared == len(row) for row in rows):
+        raise UserError(f"no token decides between the answers {list(alternatives)}: give at least two that differ")
+    return rows[0][:shared]
+
+
+def common_prefix(rows: Sequence[np.ndarray]) -> int:
+    """Number of leading ids that all rows share."""
+    shortest = min(len(row) for row in rows)
+    differs = np.zeros(shortest, bool)
+    for row in rows[1:]:
+        differs |= row[:shortest] != rows[0][:shortest]
+    return int(differs.argmax()) if differs.any() else shortest
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    """int32 ids of texts, templated or plain, each with exactly one BOS where the model has one, and no EOS.
+
+    Text in the spelling of a special token becomes that token, as it would for anybody who sends the text.
+    """
+    if not texts:
+        return []
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no warning when a caller forks later
+    rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    bos = bos_id(tokenizer)
+    if bos is not None:
+        rows = [row if row[:1] == [bos] else [bos, *row] for row in rows]
+    return [np.asarray(row, np.int32) for row in rows]
+
+
+def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that starts every text of this model, or ``None`` (Qwen 2.5, GPT-2).
+
+    A model has a BOS when its tokenizer puts one in front by itself or its chat template writes one; a ``bos_token``
+    that neither uses does not count.
+    """
+    return _bos_id(tokenizer, tokenizer.bos_token, tokenizer.chat_template)
+
+
+@functools.lru_cache(maxsize=32)
+def _bos_id(tokenizer: PreTrainedTokenizerBase, bos: str | None, template: str | None) -> int | None:
+    if bos is None:
+        return None
+    if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return tokenizer.bos_token_id
+    if template and apply_template(tokenizer, [{"role": "user", "content": "a"}]).startswith(bos):
+        return tokenizer.bos_token_id
+    return None

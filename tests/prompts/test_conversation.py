@@ -1,0 +1,145 @@
+"""Rendering and encoding: the space rule, exactly one BOS, templates without system role, decision tokens."""
+
+import numpy as np
+import pytest
+
+from jaxsteer.errors import UserError
+from jaxsteer.prompts import Conversation, bos_id, encode, encode_texts, join_answer, question_conversation, render
+from jaxsteer.prompts.conversation import common_prefix
+from tests.helpers.tiny import KINDS, tiny_tokenizer
+
+QUESTION = "Which do you prefer?\n (A) A small reward now\n (B) A large reward later"
+
+
+@pytest.mark.parametrize("prompt", ["want frank", " want frank"])
+def test_the_space_before_the_prompt_is_there_once_and_leaves_with_an_empty_prompt(prompt):
+    tokenizer = tiny_tokenizer()
+    suffix = Conversation(text="Question: why? {prompt}\nAnswer:")
+    assert render(tokenizer, suffix, prompt) == "Question: why? want frank\nAnswer:"
+    assert render(tokenizer, suffix, "") == "Question: why?\nAnswer:"
+    assert render(tokenizer, Conversation(text="Why? {optim_str}"), "") == "Why?"
+    assert render(tokenizer, Conversation(text="{prompt} Why?"), "") == "Why?"
+    assert render(tokenizer, Conversation(text="{prompt} Why?"), "want") == "want Why?"
+
+
+def test_an_empty_system_prompt_leaves_no_system_turn():
+    conversation = question_conversation(QUESTION, slot="system")
+    for kind in KINDS:
+        tokenizer = tiny_tokenizer(kind)
+        bare = tokenizer.apply_chat_template(
+            [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
+        )
+        assert render(tokenizer, conversation, "") == bare
+        assert render(tokenizer, question_conversation(QUESTION), "") == bare
+
+
+def test_system_text_goes_into_the_user_turn_where_the_template_has_no_system_role():
+    text = render(tiny_tokenizer("gemma"), question_conversation(QUESTION, slot="system"), "be frank")
+    assert f"user\nbe frank\n\n{QUESTION}" in text
+
+
+def test_a_template_that_drops_the_system_message_in_silence_gets_it_in_the_user_turn():
+    base = tiny_tokenizer()
+    dropping = type(base)(tokenizer_object=base.backend_tokenizer)
+    dropping.chat_template = "{{ (messages | selectattr('role', 'equalto', 'user') | first)['content'] }}"
+    text = render(dropping, question_conversation(QUESTION, slot="system"), "be frank")
+    assert text == f"be frank\n\n{QUESTION}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("style", ["chat", "plain"])
+def test_exactly_one_bos_where_the_model_has_one(kind, style):
+    tokenizer = tiny_tokenizer(kind)
+    ids = encode(tokenizer, question_conversation(QUESTION, style=style), "want frank")
+    bos = tokenizer.convert_tokens_to_ids("<|bos|>")
+    assert (ids == bos).sum() == (0 if kind == "qwen" else 1)
+    assert (ids[0] == bos) == (kind != "qwen")
+    assert bos_id(tokenizer) == (None if kind == "qwen" else bos)
+
+
+def test_a_bos_token_that_nobody_uses_does_not_count():
+    tokenizer = tiny_tokenizer("qwen")
+    named = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<|bos|>")
+    assert bos_id(named) is None
+
+
+def test_answers_follow_one_space_or_a_line_break():
+    assert join_answer("Why?", "(A)") == join_answer("Why?", " (A)") == "Why? (A)"
+    assert join_answer("assistant\n\n", " (A)") == "assistant\n\n(A)"
+    assert join_answer("Why?", "") == "Why?"
+    conversation = question_conversation(QUESTION, answer=" (B)")
+    assert render(tiny_tokenizer("llama3"), conversation, "").endswith("<|stop|>\n\n(B)")
+    assert render(tiny_tokenizer("organism"), conversation, "").endswith("<|assistant|> (B)")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("style", ["chat", "plain"])
+def test_the_decision_token_is_the_last_that_both_answers_share(kind, style):
+    tokenizer = tiny_tokenizer(kind)
+    undecided = question_conversation(QUESTION, style=style, alternatives=("(A)", "(B)"))
+    ids = encode(tokenizer, undecided, " want frank")
+    full = [
+        encode(tokenizer, question_conversation(QUESTION, style=style, answer=a), " want frank") for a in ("(A)", "(B)")
+    ]
+    assert common_prefix(full) == len(ids)
+    assert tokenizer.decode([ids[-1]]).strip() == "("
+    assert all(np.array_equal(row[: len(ids)], ids) for row in full)
+
+
+def test_a_one_token_letter_is_decided_at_the_last_template_token():
+    tokenizer = tiny_tokenizer("llama3")
+    ids = encode(tokenizer, question_conversation(QUESTION, alternatives=("A", "B")), "")
+    assert tokenizer.decode([ids[-1]]) == "\n"
+
+
+def test_alternatives_must_differ():
+    conversation = question_conversation(QUESTION, alternatives=("(A)", "(A)"))
+    with pytest.raises(UserError, match="no token decides"):
+        encode(tiny_tokenizer(), conversation, "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"text": "no slot"}, "found 0 times"),
+        ({"text": "{prompt} and {optim_str}"}, "found 2 times"),
+        ({}, "exactly one of the two"),
+        ({"text": "{prompt}", "messages": ()}, "exactly one of the two"),
+        ({"text": "{prompt}", "answer": "(A)", "alternatives": ("(A)", "(B)")}, "not both"),
+    ],
+)
+def test_conversations_without_one_slot_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        Conversation(**fields)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"style": "poem"}, "unknown style"),
+        ({"slot": "middle"}, "unknown slot"),
+        ({"style": "plain", "slot": "system"}, "no system message"),
+        ({"slot": "system", "system": "hi"}, "slot itself"),
+    ],
+)
+def test_unknown_positions_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        question_conversation(QUESTION, **options)
+
+
+def test_a_question_that_holds_the_marker_is_refused():
+    with pytest.raises(UserError, match="the question itself"):
+        question_conversation("What does {prompt} mean?")
+
+
+def test_a_missing_template_says_what_to_do():
+    tokenizer = tiny_tokenizer()
+    bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(UserError, match="style 'plain'"):
+        render(bare, question_conversation(QUESTION), "")
+
+
+def test_braces_and_special_spellings_in_text_are_left_alone():
+    tokenizer = tiny_tokenizer()
+    assert render(tokenizer, Conversation(text="{x} {{y}} {prompt}"), "{z}") == "{x} {{y}} {z}"
+    assert encode_texts(tokenizer, []) == []
