@@ -113,12 +113,12 @@ def run_search(
     padded = -(-problems // shards) * shards
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(padded))
     started = time.perf_counter()
-    start, advance = _programs(config, mesh)
     steps = min(steps_per_call, config.steps)
+    start, advance = _programs(config, steps, mesh)
     initial = None if ids is None else jnp.asarray(_pad_problems(np.asarray(ids, np.int32), padded))
     start = start.lower(params, task, objective, keys, initial).compile()
     state = start(params, task, objective, keys, initial)
-    compiled = advance.lower(params, task, objective, state, steps, jnp.int32(config.steps)).compile()
+    compiled = advance.lower(params, task, objective, state, jnp.int32(config.steps)).compile()
     compile_s = time.perf_counter() - started
     rejected: dict[tuple[int, ...], Found] = {}
     done, interrupted = 0, False
@@ -146,52 +146,35 @@ def run_search(
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(config: EpoConfig, mesh: Mesh | None) -> tuple[Any, Any]:
+def _programs(config: EpoConfig, steps: int, mesh: Mesh | None) -> tuple[Any, Any]:
+    """The two jitted programs of a search: initial states of all problems, and ``steps`` steps of all problems."""
     search = epo(config)
 
     def start(params: Params, task: Task, objective: Objective, keys: Array, ids: Array | None) -> State:
-        one = lambda args: search.init(params, task, objective, *args)  # noqa: E731
-        return lax.map(one, (keys,) if ids is None else (keys, ids))
+        if ids is None:
+            return lax.map(lambda key: search.init(params, task, objective, key), keys)
+        return lax.map(lambda both: search.init(params, task, objective, *both), (keys, ids))
 
     def advance(
-        params: Params, task: Task, objective: Objective, state: State, steps: int, total: Int[Array, ""]
+        params: Params, task: Task, objective: Objective, state: State, total: Int[Array, ""]
     ) -> tuple[State, Summary]:
-        def one_problem(state: State) -> tuple[State, Summary]:
-            return search.step(params, task, objective, state)
+        def idle(state: State) -> tuple[State, Summary]:
+            return state, Summary(state.f.max(-1), -state.f + state.fluency * state.x, state.x)
 
         def one_step(state: State, _: None) -> tuple[State, Summary]:
-            def idle(state: State) -> tuple[State, Summary]:
-                return state, Summary(state.f.max(-1), -state.f + state.fluency * state.x, state.x)
-
-            return lax.cond(state.step[0] < total, lambda s: lax.map(one_problem, s), idle, state)
+            # One problem at a time, always in the same shapes: its numbers cannot depend on its neighbours.
+            work = lambda state: lax.map(lambda one: search.step(params, task, objective, one), state)  # noqa: E731
+            return lax.cond(state.step[0] < total, work, idle, state)
 
         return lax.scan(one_step, state, None, length=steps)
 
-    if mesh is None:
-        return jax.jit(start), jax.jit(advance, static_argnums=4)
-
-    # One shard of problems per device: manual over "prompts", so that no collective can cross it.
-    def sharded_advance(params, task, objective, state, steps, total):  # noqa: ANN001, ANN202
-        body = functools.partial(_swap_steps, advance, steps)
-        return _over_prompts(body, mesh, (P(), P(), P(), P("prompts"), P()), (P("prompts"), P(None, "prompts")))(
-            params, task, objective, state, total
-        )
-
-    def sharded_start(params, task, objective, keys, ids):  # noqa: ANN001, ANN202
-        specs = (P(), P(), P(), P("prompts"), P("prompts"))
-        return _over_prompts(start, mesh, specs, P("prompts"))(params, task, objective, keys, ids)
-
-    return jax.jit(sharded_start), jax.jit(sharded_advance, static_argnums=4)
-
-
-def _swap_steps(advance: Callable, steps: int, params, task, objective, state, total):  # noqa: ANN001, ANN202
-    return advance(params, task, objective, state, steps, total)
-
-
-def _over_prompts(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={"prompts"}, check_vma=False
-    )
+    if mesh is not None:
+        # Manual over "prompts": a collective across problems cannot arise.
+        shard = functools.partial(jax.shard_map, mesh=mesh, axis_names={"prompts"}, check_vma=False)
+        rows = P("prompts")
+        start = shard(start, in_specs=(P(), P(), P(), rows, rows), out_specs=rows)
+        advance = shard(advance, in_specs=(P(), P(), P(), rows, P()), out_specs=(rows, P(None, "prompts")))
+    return jax.jit(start), jax.jit(advance)
 
 
 def _pad_problems(array: np.ndarray, count: int) -> np.ndarray:

@@ -24,6 +24,10 @@ from jaxsteer.search.pareto import Archive, empty_archive, insert
 from jaxsteer.search.task import Task, proposals, score
 
 
+FIRST_DRAW = 2**31
+"""Folded into a problem's key for its initial prompts; steps fold in their number, which stays below."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fluency:
     """Fluency weights of a population: log-spaced from ``low`` to ``high``, and the restart's draw.
@@ -143,7 +147,7 @@ def epo(config: EpoConfig) -> Search:
         params: Params, task: Task, objective: Objective, key: Key[Array, ""], ids: Int[Array, "P S"] | None = None
     ) -> State:
         if ids is None:
-            ids = random_ids(jax.random.fold_in(key, -1), task, config.population)
+            ids = random_ids(jax.random.fold_in(key, FIRST_DRAW), task, config.population)
         f, x = score(params, task, objective, ids)
         archive = insert(empty_archive(config.archive, task.length), ids, f, x, jnp.int32(0))
         return State(

@@ -102,7 +102,7 @@ class Projection:
     site: str = struct.field(pytree_node=False)
 
     def __call__(self, reads: Reads) -> Float[Array, " rows"]:
-        return reads[self.site] @ self.delta
+        return jnp.sum(reads[self.site] * self.delta, axis=-1)
 
 
 @struct.dataclass

@@ -151,7 +151,7 @@ def _hidden(
         x = run_layers(params, config, x, context, at, config.n_layers)
         logits, at = unembed(params, config, _pick(x, read_rows)), config.n_layers
     scores = objective(Reads(residuals=residuals, logits=logits)).reshape(contexts, m)
-    f = jnp.einsum("c,cm->m", task.weight, scores.astype(jnp.float32))
+    f = jnp.sum(task.weight[:, None] * scores.astype(jnp.float32), axis=0)
     # Above the deepest read only the tokens that predict another slot token matter.
     predicting = task.length - 1
     x = run_layers(params, config, x[:, :predicting], _row_context(task, predicting, m), at, config.n_layers)
