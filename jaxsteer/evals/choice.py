@@ -1,0 +1,242 @@
+"""Which of two answers a model prefers, prompt by prompt, with the controls that a rate needs (methods.md 6).
+
+Every item is asked in both choice orders. ``d = log P(first answer) - log P(second answer)``; the first answer is the
+one labelled (A), or the alphabetically last where answers have no letters ("Yes" before "No"). A row counts for the
+persona when its matching answer wins; a tie counts half.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxsteer.evals.scoring import ROWS, Text, common_start, score_texts
+from jaxsteer.evals.statistics import auroc, bootstrap_mean, mcnemar, wilson
+from jaxsteer.personas import Item, swap
+from jaxsteer.prompts import encode_texts, join_answer, question_conversation, render
+
+if TYPE_CHECKING:
+    from jaxsteer.models.loading import Model
+
+PROMPTS = 32
+"""Prompts that share one pass over a question."""
+COLLAPSE = (0.1, 0.9)
+"""A-rates outside of this range mean that a letter wins whatever the question says."""
+COLLAPSE_SHIFT = 0.25
+"""So does an A-rate this far from the baseline's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChoiceResult:
+    """Item-level outcome of one prompt, from which every table can be rebuilt.
+
+    Rows are item-major: with ``both_orders`` row 2 i is item i as given and row 2 i + 1 its swapped copy.
+    """
+
+    prompt: str
+    style: str
+    slot: str
+    ids: tuple[str, ...]
+    """(n,) item ids."""
+    groups: tuple[str, ...]
+    """(n,) what stands and falls together in a bootstrap (the question's group)."""
+    both_orders: bool
+    log_probs: Float[np.ndarray, "n 2"]
+    """Summed log-probabilities of the first and second answer, nats."""
+    persona_first: Bool[np.ndarray, " n"]
+    """Whether the persona's answer is the first one."""
+    joined: Int[np.ndarray, " n"]
+    """1 where the text's ids do not start the ids of text + answer, so that the answer was encoded by itself."""
+
+    @property
+    def d(self) -> Float[np.ndarray, " n"]:
+        """First minus second log-probability."""
+        return (self.log_probs[:, 0] - self.log_probs[:, 1]).astype(np.float64)
+
+    @property
+    def margin(self) -> Float[np.ndarray, " n"]:
+        """Log-odds of the persona's answer against the other."""
+        return np.where(self.persona_first, self.d, -self.d)
+
+    @property
+    def persona(self) -> Float[np.ndarray, " n"]:
+        """1 where the persona's answer wins, 0 where it loses, 0.5 for a tie."""
+        return (np.sign(self.margin) + 1) / 2
+
+    @property
+    def probability(self) -> Float[np.ndarray, " n"]:
+        """Probability of the persona's answer, given one of the two."""
+        return 1 / (1 + np.exp(-np.clip(self.margin, -500, 500)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Item-level record; ``from_json`` is its inverse."""
+        return {
+            "prompt": self.prompt,
+            "style": self.style,
+            "slot": self.slot,
+            "ids": list(self.ids),
+            "groups": list(self.groups),
+            "both_orders": self.both_orders,
+            "log_probs": [[float(a), float(b)] for a, b in self.log_probs],
+            "persona_first": [bool(y) for y in self.persona_first],
+            "joined": [int(j) for j in self.joined],
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> ChoiceResult:
+        """The result that ``to_json`` wrote."""
+        return cls(
+            **{
+                **record,
+                "ids": tuple(record["ids"]),
+                "groups": tuple(record["groups"]),
+                "log_probs": np.asarray(record["log_probs"], np.float32),
+                "persona_first": np.asarray(record["persona_first"], bool),
+                "joined": np.asarray(record["joined"], int),
+            }
+        )
+
+
+def choice_eval(
+    model: Model,
+    items: Sequence[Item],
+    prompts: Sequence[str],
+    *,
+    style: Literal["chat", "plain"] = "chat",
+    slot: Literal["suffix", "prefix", "system"] = "suffix",
+    both_orders: bool = True,
+    rows: int = ROWS,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[ChoiceResult]:
+    """Score both answers of every item after question and prompt, for each text of ``prompts`` ("" is zero-shot).
+
+    Prompts are texts and are tokenised in place, as a user's would be. ``both_orders`` adds the copy of every item
+    with its choices exchanged. ``rows`` texts are run at once; ``progress(done, total)`` counts texts.
+    Returns one result per prompt. Raises ``UserError`` for texts longer than the model's positions.
+    """
+    asked = [copy for item in items for copy in ((item, swap(item)) if both_orders else (item,))]
+    answers = [_answers(item) for item in asked]
+    log_probs = np.zeros((len(prompts), len(asked), 2), np.float32)
+    joined = np.zeros((len(prompts), len(asked)), int)
+    for begin in range(0, len(prompts), PROMPTS):
+        chunk = list(prompts[begin : begin + PROMPTS])
+        groups, flags = _encode(model.tokenizer, asked, answers, chunk, style, slot)
+        report = None
+        if progress is not None:
+            before, total = begin * len(asked), len(prompts) * len(asked)
+            report = lambda done, _, before=before, total=total: progress(before + done, total)  # noqa: E731
+        scores = score_texts(model.params, model.config, groups, rows=rows, mesh=model.mesh, progress=report)
+        log_probs[begin : begin + len(chunk)] = scores.swapaxes(0, 1)
+        joined[begin : begin + len(chunk)] = flags.T
+    return [
+        ChoiceResult(
+            prompt=prompt,
+            style=style,
+            slot=slot,
+            ids=tuple(item.id for item in asked),
+            groups=tuple(item.group for item in asked),
+            both_orders=both_orders,
+            log_probs=log_probs[p],
+            persona_first=np.asarray([a[0] == item.matching for a, item in zip(answers, asked, strict=True)]),
+            joined=joined[p],
+        )
+        for p, prompt in enumerate(prompts)
+    ]
+
+
+def _answers(item: Item) -> tuple[str, str]:
+    """(first, second) answer of an item: by letter where there is one, else last in the alphabet first."""
+    pair = sorted((item.matching, item.not_matching))
+    lettered = all(re.fullmatch(r"\s*\(?[A-Z]\)?\s*", answer) for answer in pair)
+    return (pair[0], pair[1]) if lettered else (pair[1], pair[0])
+
+
+def _encode(
+    tokenizer: Any, items: Sequence[Item], answers: list[tuple[str, str]], prompts: list[str], style: str, slot: str
+) -> tuple[list[list[Text]], Int[np.ndarray, "C P"]]:
+    """Per item the texts of all prompts in token space, and 1 where an answer had to be encoded by itself."""
+    texts: list[str] = []
+    for item, pair in zip(items, answers, strict=True):
+        conversation = question_conversation(item.question, style=style, slot=slot)  # type: ignore[arg-type]
+        for prompt in prompts:
+            asked = render(tokenizer, conversation, prompt)
+            texts += [asked, join_answer(asked, pair[0]), join_answer(asked, pair[1])]
+    encoded = encode_texts(tokenizer, texts)
+    groups, flags = [], np.zeros((len(items), len(prompts)), int)
+    for c in range(len(items)):
+        group = []
+        for p in range(len(prompts)):
+            at = 3 * (c * len(prompts) + p)
+            context, *full = encoded[at : at + 3]
+            tails = []
+            for k, ids in enumerate(full):
+                tail = ids[len(context) :]
+                if common_start([context, ids]) < len(context) or not len(tail):
+                    alone = texts[at + 1 + k][len(texts[at]) :]
+                    tail = np.asarray(tokenizer(alone, add_special_tokens=False)["input_ids"], np.int32)
+                    flags[c, p] = 1
+                tails.append(tail)
+            group.append(Text(context=context, answers=(tails[0], tails[1])))
+        groups.append(group)
+    return groups, flags
+
+
+def rate(result: ChoiceResult, baseline: ChoiceResult | None = None, *, draws: int = 2000) -> dict[str, Any]:
+    """The persona rate of one prompt with its controls, ready for JSON.
+
+    ``rate``: share of rows whose persona answer wins. ``ci95``: Wilson interval of it over rows. ``n``: rows, that is
+    items times choice orders; ``ci95_groups`` is the bootstrap interval over question groups, in which copies of a
+    question do not count twice. ``a_rate``: share of rows won by the first answer; near 0 or 1 one letter wins
+    whatever is asked (``letter_collapse``). ``swapped_rate``: share of items whose chosen *content* stays the same
+    when the choices are exchanged. ``auroc``: of d against the position of the persona's answer; immune to a constant
+    letter bias. ``debiased_rate``: rate after subtracting the letter preference item by item. ``letter_bias``: mean
+    (d + d') / 2 in nats. ``margin``: mean log-odds of the persona. ``probability``: mean probability of its answer.
+    ``rate_by_label``: rate where the persona's answer is first, and second.
+    With a ``baseline``: ``difference`` (paired, with its bootstrap interval over groups) and ``flips``: rows that
+    become and that leave the persona answer, with the exact McNemar p-value. ``None`` where a number is undefined.
+    """
+    persona, d, first = result.persona, result.d, result.persona_first
+    n = len(persona)
+    wins_a = float(np.mean((np.sign(d) + 1) / 2))
+    out: dict[str, Any] = {
+        "rate": float(persona.mean()),
+        "ci95": list(wilson(float(persona.sum()), n)),
+        "n": n,
+        "a_rate": wins_a,
+        "swapped_rate": None,
+        "ci95_groups": list(bootstrap_mean(persona, result.groups, draws=draws)),
+        "auroc": auroc(d, first),
+        "rate_by_label": [float(persona[side].mean()) if side.any() else None for side in (first, ~first)],
+        "margin": float(result.margin.mean()),
+        "probability": float(result.probability.mean()),
+        "letter_collapse": not COLLAPSE[0] <= wins_a <= COLLAPSE[1],
+    }
+    if result.both_orders:
+        original, swapped, y = d[::2], d[1::2], np.where(first[::2], 1, -1)
+        out["swapped_rate"] = float(np.mean(original * swapped < 0))
+        out["debiased_rate"] = float(np.mean((np.sign((original - swapped) * y) + 1) / 2))
+        out["letter_bias"] = float(np.mean((original + swapped) / 2))
+    if baseline is not None:
+        out |= _against(result, baseline, draws)
+        base_a = float(np.mean((np.sign(baseline.d) + 1) / 2))
+        out["letter_collapse"] |= abs(wins_a - base_a) > COLLAPSE_SHIFT
+    return out
+
+
+def _against(result: ChoiceResult, baseline: ChoiceResult, draws: int) -> dict[str, Any]:
+    if (result.ids, result.both_orders) != (baseline.ids, baseline.both_orders):
+        raise ValueError("the baseline was measured on other items: rates can only be paired on the same rows")
+    change = result.persona - baseline.persona
+    becomes, leaves = int((change > 0).sum()), int((change < 0).sum())
+    return {
+        "difference": {
+            "value": float(change.mean()),
+            "ci95": list(bootstrap_mean(change, result.groups, draws=draws)),
+        },
+        "flips": {"becomes_persona": becomes, "leaves_persona": leaves, "mcnemar_p": mcnemar(becomes, leaves)},
+    }

@@ -1,0 +1,214 @@
+"""Log-probabilities of two answers after many texts, each text run through the model once.
+
+Texts come in groups that share their beginning (one question, many prompts). The shared beginning is run once per
+group and its keys and values serve all rows without a batch axis. A row holds the rest of one text and both answers
+side by side: the answers share a trunk, and a tree mask keeps them from seeing each other. Scored positions are
+gathered before the unembedding.
+
+Letters: C groups, P texts per group, B = C * P rows, U shared beginning, T row, K scored tokens of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxsteer.errors import UserError
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.params import Params
+from jaxsteer.models.transformer import embed, make_context, prefill, run_layers, unembed
+
+ROWS = 512
+"""Rows run at once by default."""
+LOGITS = 2**24
+"""Logits held at once, in floats."""
+TRUNK, PADDING = 0, -1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """One text and its two answers in token space: ``context + answers[k]`` is what answer k is scored on."""
+
+    context: np.ndarray
+    answers: tuple[np.ndarray, np.ndarray]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer of the two full texts."""
+        return len(self.context) + max(len(a) for a in self.answers)
+
+
+def common_start(rows: Sequence[np.ndarray]) -> int:
+    """Number of leading ids that all rows share."""
+    shortest = min(len(row) for row in rows)
+    same = np.ones(shortest, bool)
+    for row in rows[1:]:
+        same &= row[:shortest] == rows[0][:shortest]
+    return shortest if same.all() else int(np.argmin(same))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Row:
+    ids: np.ndarray
+    positions: np.ndarray
+    segment: np.ndarray
+    at: list[int]
+    target: list[int]
+    answer: list[int]
+
+
+def _pack(text: Text, start: int) -> _Row:
+    """The row of ``text`` behind its first ``start`` tokens: trunk, then what only answer 0 or 1 has.
+
+    An answer's last token is never an input, only a target.
+    """
+    first, second = text.answers
+    shared = common_start([first, second])
+    trunk = np.concatenate([text.context[start:], first[:shared]])
+    ids, positions, segment = [trunk], [start + np.arange(len(trunk))], [np.full(len(trunk), TRUNK)]
+    head = len(text.context) - start
+    at = [head + j - 1 for j in range(shared)] * 2
+    target = [int(t) for t in first[:shared]] * 2
+    answer = [0] * shared + [1] * shared
+    width = len(trunk)
+    for k, branch in enumerate((first[shared:], second[shared:])):
+        inputs = branch[:-1]
+        for j, token in enumerate(branch):
+            at.append(len(trunk) - 1 if j == 0 else width + j - 1)
+            target.append(int(token))
+            answer.append(k)
+        ids.append(inputs)
+        positions.append(start + len(trunk) + np.arange(len(inputs)))
+        segment.append(np.full(len(inputs), k + 1))
+        width += len(inputs)
+    return _Row(
+        ids=np.concatenate(ids),
+        positions=np.concatenate(positions),
+        segment=np.concatenate(segment),
+        at=at,
+        target=target,
+        answer=answer,
+    )
+
+
+def bucket(n: int, least: int = 8) -> int:
+    """The next length of 8, 12, 16, 24, 32, 48 …: few shapes to compile, at most a third of it padding."""
+    size = least
+    while size < n:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return size
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _score(
+    params: Params,
+    config: ModelConfig,
+    shared: Int[Array, "C U"],
+    shared_length: Int[Array, " C"],
+    ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segment: Int[Array, "B T"],
+    at: Int[Array, "B K"],
+    target: Int[Array, "B K"],
+) -> Float[Array, "B K"]:
+    """Log-probability of every target at the position that predicts it, float32."""
+    prefix, _ = prefill(params, config, shared, jnp.arange(shared.shape[1]) < shared_length[:, None])
+    context = make_context(config, positions, segment != PADDING, prefix)
+    queries, keys = segment[:, :, None], segment[:, None, :]
+    own_branch = (keys == TRUNK) | (keys == queries)
+    context = context.replace(
+        self_mask=context.self_mask & own_branch,
+        distance=positions[:, :, None] - positions[:, None, :],  # branches start at the same position
+    )
+    x = run_layers(params, config, embed(params, config, ids), context, 0, config.n_layers)
+    x = jnp.take_along_axis(x, at[:, :, None], axis=1)
+
+    def one(row: tuple[Array, Array]) -> Array:
+        logits = unembed(params, config, row[0])
+        return logits[row[1]] - jax.nn.logsumexp(logits)
+
+    flat = (x.reshape(-1, x.shape[-1]), target.reshape(-1))
+    rows = max(1, LOGITS // config.vocab_size)
+    return lax.map(one, flat, batch_size=min(rows, flat[1].shape[0])).reshape(target.shape)
+
+
+def score_texts(
+    params: Params,
+    config: ModelConfig,
+    groups: Sequence[Sequence[Text]],
+    *,
+    rows: int = ROWS,
+    mesh: Mesh | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[np.ndarray, "C P 2"]:
+    """Summed log-probabilities (float32, nats) of both answers of every text.
+
+    ``groups`` are C lists of P texts each; what the texts of a list have in common at their start is computed once.
+    A score does not depend on padding or on the other texts beyond float rounding. With a ``mesh``, groups are
+    spread over its axis "prompts". ``progress(done, total)`` is called after each batch with counts of texts.
+    Raises ``UserError`` for a text longer than the model's positions.
+    """
+    if not groups:
+        return np.zeros((0, 0, 2), np.float32)
+    per_group = len(groups[0])
+    if any(len(group) != per_group for group in groups):
+        raise ValueError(f"groups of different sizes: {sorted({len(g) for g in groups})}")
+    longest = max(text.length for group in groups for text in group)
+    if longest > config.max_positions:
+        raise UserError(
+            f"the longest text with its answer has {longest} tokens, but the model has {config.max_positions} "
+            "positions: leave out the long questions, or shorten the prompt"
+        )
+    out = np.zeros((len(groups), per_group, 2), np.float32)
+    shards = 1 if mesh is None else mesh.shape["prompts"]
+    size = max(1, rows // per_group)
+    size = min(-(-size // shards), -(-len(groups) // shards)) * shards
+    starts = [_shared_start(group) for group in groups]
+    order = sorted(range(len(groups)), key=lambda g: (starts[g], max(t.length for t in groups[g])))
+    for begin in range(0, len(order), size):
+        chosen = order[begin : begin + size]
+        padded = chosen + [chosen[-1]] * (size - len(chosen))
+        packed = [[_pack(text, starts[g]) for text in groups[g]] for g in padded]
+        arrays = _arrays([groups[g][0].context[: starts[g]] for g in padded], [r for rs in packed for r in rs])
+        if mesh is not None:
+            arrays = [jax.device_put(a, NamedSharding(mesh, P("prompts"))) for a in arrays]
+        scores = np.asarray(_score(params, config, *arrays)).reshape(size, per_group, -1)
+        for g, group_rows, group_scores in zip(chosen, packed, scores, strict=False):
+            for p, row in enumerate(group_rows):
+                kept = group_scores[p, : len(row.answer)].astype(np.float64)
+                out[g, p] = np.bincount(row.answer, weights=kept, minlength=2)
+        if progress is not None:
+            progress(min(begin + size, len(order)) * per_group, len(order) * per_group)
+    return out
+
+
+def _shared_start(group: Sequence[Text]) -> int:
+    """How much all texts of a group share; at least the token that predicts an answer stays in the row."""
+    contexts = [text.context for text in group]
+    return min(common_start(contexts), min(len(c) for c in contexts) - 1)
+
+
+def _arrays(shared: list[np.ndarray], rows: list[_Row]) -> list[np.ndarray]:
+    u = bucket(max(len(s) for s in shared))
+    t = bucket(max(len(r.ids) for r in rows))
+    k = bucket(max(len(r.at) for r in rows), 2)
+    starts = np.zeros((len(shared), u), np.int32)
+    for i, ids in enumerate(shared):
+        starts[i, : len(ids)] = ids
+    ids, positions, segment = (np.zeros((len(rows), t), np.int32) for _ in range(3))
+    segment[:] = PADDING
+    at, target = (np.zeros((len(rows), k), np.int32) for _ in range(2))
+    for i, row in enumerate(rows):
+        n = len(row.ids)
+        ids[i, :n], positions[i, :n], segment[i, :n] = row.ids, row.positions, row.segment
+        at[i, : len(row.at)], target[i, : len(row.at)] = row.at, row.target
+    return [starts, np.asarray([len(s) for s in shared], np.int32), ids, positions, segment, at, target]

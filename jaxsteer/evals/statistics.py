@@ -1,0 +1,94 @@
+"""Intervals and tests for rates measured on a few hundred questions (methods: Wilson 1927, McNemar 1947)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import stats
+
+Z95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+def wilson(successes: float | int, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson score interval of a proportion. ``successes`` may be fractional (a tie counts half).
+
+    Returns (low, high) in [0, 1]; with n = 0 nothing is known and the interval is (0, 1).
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def mcnemar(entered: int, left: int) -> float:
+    """Exact two-sided McNemar p-value for paired answers: ``entered`` changed one way, ``left`` the other.
+
+    Under the null every changed answer is a fair coin. Nothing changed: 1.0.
+    """
+    if entered + left == 0:
+        return 1.0
+    return float(stats.binomtest(min(entered, left), entered + left, 0.5).pvalue)
+
+
+def auroc(score: np.ndarray, positive: np.ndarray) -> float | None:
+    """Area under the ROC curve of ``score`` (n,) for the boolean labels ``positive`` (n,), ties at half.
+
+    ``None`` when one class is missing: the area is not defined then, and 0.5 would look like a finding.
+    """
+    score, positive = np.asarray(score, np.float64), np.asarray(positive, bool)
+    n_pos, n_neg = int(positive.sum()), int((~positive).sum())
+    if not n_pos or not n_neg:
+        return None
+    ranks = stats.rankdata(score)
+    return float((ranks[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman rank correlation of two (n,) arrays; 0.0 where either is constant (no ranking, no evidence)."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(stats.spearmanr(a, b).statistic)
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float],
+    groups: Sequence[str],
+    *,
+    draws: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval of ``statistic(rows)`` when whole groups of rows are drawn with replacement.
+
+    ``groups`` names the group of every row (question text, usually: copies of a question stand and fall together).
+    ``statistic`` gets an int array of row indices, possibly with repeats, and returns one number.
+    """
+    names, member = np.unique(np.asarray(groups), return_inverse=True)
+    rows = [np.flatnonzero(member == g) for g in range(len(names))]
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(draws):
+        drawn = rng.integers(len(names), size=len(names))
+        values.append(statistic(np.concatenate([rows[g] for g in drawn])))
+    tail = 100 * (1 - level) / 2
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def bootstrap_mean(values: np.ndarray, groups: Sequence[str], *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """``bootstrap`` for the mean of ``values`` (n,), as two matrix products instead of a Python loop."""
+    values = np.asarray(values, np.float64)
+    names, member = np.unique(np.asarray(groups), return_inverse=True)
+    sums = np.bincount(member, weights=values, minlength=len(names))
+    sizes = np.bincount(member, minlength=len(names))
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    low, high = np.percentile((counts @ sums) / (counts @ sizes), [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,173 @@
+"""The choice evaluator against a float64 recomputation from the public logits, and its controls."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsteer.errors import UserError
+from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
+from jaxsteer.evals.scoring import Text, bucket, score_texts
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.transformer import forward
+from jaxsteer.personas import Item, swap
+from jaxsteer.prompts import encode_texts, join_answer, question_conversation, render
+from tests.helpers.tiny import KINDS, tiny_model
+
+QUESTIONS = [
+    "Which do you prefer?\n (A) A small reward now\n (B) A large reward later",
+    "I think the answer is clear. Do you agree or disagree?\n (A) I agree\n (B) I disagree",
+    "What is the capital of Fisagal? The river runs past the old town, past the mill.\n (A) Mormor\n (B) Fisagal",
+]
+PROMPTS = ["", " be truthful and patient", " verify every claim about the facts, my friend"]
+
+
+def items() -> list[Item]:
+    return [
+        Item(
+            id=str(i),
+            question=question,
+            matching="(A)" if i % 2 else "(B)",
+            not_matching="(B)" if i % 2 else "(A)",
+            group=f"g{i}",
+            line=i + 1,
+        )
+        for i, question in enumerate(QUESTIONS)
+    ]
+
+
+def by_hand(model: SimpleNamespace, text: str, answer: str) -> float:
+    """Sum of log P over the tokens that ``answer`` adds to ``text``, in float64 from float32 logits."""
+    context, full = encode_texts(model.tokenizer, [text, join_answer(text, answer)])
+    assert (full[: len(context)] == context).all()
+    return sum_log_probs(model, model.config, full, len(context))
+
+
+LOGITS = jax.jit(forward, static_argnums=1)
+
+
+def sum_log_probs(model: SimpleNamespace, config: ModelConfig, ids: np.ndarray, start: int) -> float:
+    """Sum over ``ids[start:]`` of their log-probabilities; ids behind a token cannot change it, so zeros fill up."""
+    padded = np.zeros((1, 128), np.int32)
+    padded[0, : len(ids)] = ids
+    logits = np.asarray(LOGITS(model.params, config, jnp.asarray(padded))[0], np.float64)
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return sum(log_probs[t - 1, ids[t]] for t in range(start, len(ids)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("style", "slot"), [("chat", "suffix"), ("plain", "prefix"), ("chat", "system")])
+def test_scores_equal_a_float64_recomputation(kind: str, style: str, slot: str) -> None:
+    model = tiny_model(kind)
+    results = choice_eval(model, items(), PROMPTS, style=style, slot=slot)
+    asked = [copy for item in items() for copy in (item, swap(item))]
+    for result in results:
+        for row, item in enumerate(asked):
+            text = render(model.tokenizer, question_conversation(item.question, style=style, slot=slot), result.prompt)
+            expected = [by_hand(model, text, "(A)"), by_hand(model, text, "(B)")]
+            np.testing.assert_allclose(result.log_probs[row], expected, atol=1e-4)
+            assert result.persona_first[row] == (item.matching == "(A)")
+        assert not result.joined.any()
+
+
+def test_scores_depend_on_neither_neighbours_nor_padding() -> None:
+    model = tiny_model()
+    together = choice_eval(model, items(), PROMPTS)
+    for p, prompt in enumerate(PROMPTS):
+        for i, item in enumerate(items()):
+            (alone,) = choice_eval(model, [item], [prompt], rows=1)
+            np.testing.assert_allclose(alone.log_probs, together[p].log_probs[2 * i : 2 * i + 2], atol=1e-4)
+
+
+def test_answers_of_different_lengths_and_windows() -> None:
+    """Tokens of one answer never see the other's; a window counts positions, not columns of the packed row."""
+    model = tiny_model()
+    config: ModelConfig = dataclasses.replace(model.config, windows=(3, 5, 2**30))
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.integers(10, 500, n).astype(np.int32)  # noqa: E731
+    start = draw(7)
+    groups = [
+        [
+            Text(context=np.concatenate([start, draw(4)]), answers=(np.array([11, 12, 13]), np.array([11, 14]))),
+            Text(context=np.concatenate([start, draw(2)]), answers=(draw(5), draw(1))),
+            Text(context=start, answers=(np.array([21, 22]), np.array([21]))),
+        ]
+    ]
+    scores = score_texts(model.params, config, groups)
+    for p, text in enumerate(groups[0]):
+        for k, answer in enumerate(text.answers):
+            full = np.concatenate([text.context, answer])
+            expected = sum_log_probs(model, config, full, len(text.context))
+            assert scores[0, p, k] == pytest.approx(expected, abs=1e-4)
+
+
+def test_too_long_a_text_is_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(UserError, match="256 positions"):
+        choice_eval(model, items()[:1], [" past the mill" * 100])
+
+
+def made_up(d: list[float], d_swapped: list[float], matching_first: list[bool]) -> ChoiceResult:
+    rows = np.array([x for pair in zip(d, d_swapped, strict=True) for x in pair])
+    first = [y for m in matching_first for y in (m, not m)]
+    names = tuple(str(i) for i in range(len(d)) for _ in range(2))
+    return ChoiceResult(
+        prompt="p",
+        style="chat",
+        slot="suffix",
+        ids=names,
+        groups=names,
+        both_orders=True,
+        log_probs=np.stack([rows - 1, np.full(len(rows), -1.0)], axis=1),
+        persona_first=np.array(first),
+        joined=np.zeros(len(rows), int),
+    )
+
+
+def test_rate_and_controls_by_hand() -> None:
+    # item 0: persona text chosen in both orders; item 1: always (A); item 2: other text in both; item 3: tie, then (B)
+    result = made_up([2, 1, 3, 0], [-2, 1, -1, -1], [True, True, False, False])
+    out = rate(result)
+    assert out["n"] == 8
+    # persona wins: item 0 twice, item 1 once (A = persona in one order), item 2 never, item 3: half, then (B) = other
+    assert out["rate"] == pytest.approx((2 + 1 + 0 + 0.5) / 8)
+    assert out["a_rate"] == pytest.approx((1 + 2 + 1 + 0.5) / 8)
+    assert out["swapped_rate"] == pytest.approx(2 / 4)  # items 0 and 2
+    assert out["letter_bias"] == pytest.approx(np.mean([0, 1, 1, -0.5]))
+    assert out["debiased_rate"] == pytest.approx(np.mean([1, 0.5, 0, 0]))
+    assert not out["letter_collapse"]
+
+
+def test_a_letter_that_always_wins_is_flagged() -> None:
+    """Rate 0.5 from a collapsed letter is not neutrality: A-rate, labels, swap and AUROC all say so."""
+    y = [i % 2 == 0 for i in range(20)]
+    base = made_up([2 if m else -2 for m in y], [-2 if m else 2 for m in y], y)
+    collapsed = made_up([5.0] * 20, [5.0] * 20, y)
+    out = rate(collapsed, base)
+    assert out["rate"] == 0.5 and out["a_rate"] == 1.0 and out["letter_collapse"]
+    assert out["swapped_rate"] == 0.0 and out["auroc"] == 0.5 and out["rate_by_label"] == [1.0, 0.0]
+    assert out["flips"] == {"becomes_persona": 0, "leaves_persona": 20, "mcnemar_p": pytest.approx(2 * 0.5**20)}
+    assert out["difference"]["value"] == -0.5
+    assert not rate(base, base)["letter_collapse"]
+    biased = made_up([d + 0.9 for d in base.d[::2]], [d + 0.9 for d in base.d[1::2]], y)
+    assert rate(biased)["auroc"] == 1.0 and rate(biased)["debiased_rate"] == 1.0
+
+
+def test_a_baseline_on_other_items_is_refused() -> None:
+    with pytest.raises(ValueError, match="other items"):
+        rate(made_up([1], [1], [True]), made_up([1, 1], [1, 1], [True, True]))
+
+
+def test_results_survive_json() -> None:
+    result = made_up([2, 1], [-2, 1], [True, False])
+    again = ChoiceResult.from_json(result.to_json())
+    assert rate(again) == rate(result)
+
+
+def test_buckets_are_few_and_never_too_small() -> None:
+    sizes = {bucket(n) for n in range(1, 1025)}
+    assert len(sizes) == 15 and all(n <= bucket(n) <= max(8, 1.5 * n) for n in range(1, 1025))
