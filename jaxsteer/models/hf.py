@@ -6,10 +6,11 @@ heard of. Silently dropped fields (RoPE scaling, biases, windows) are the classi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +67,27 @@ _ROPE_NEUTRAL = {"partial_rotary_factor": (1, 1.0), "attention_factor": (1, 1.0)
 _ROPE_IGNORED = frozenset({"rope_type", "type", "rope_theta", "original_max_position_embeddings"})
 
 
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Import transformers inside this, or it warns that PyTorch is missing, which is as it should be."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def auto_config(directory: Path) -> Any:
     """transformers' config object of a directory, which upgrades old keys and knows each family's defaults."""
-    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(quiet)
-    os.environ[quiet] = "1"  # or importing transformers warns that PyTorch is missing, which is as it should be
-    try:
+    with quiet_transformers():
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    finally:
-        if before is None:
-            os.environ.pop(quiet, None)
-        else:
-            os.environ[quiet] = before
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from jax.sharding import Mesh
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.hf import read_json
+from jaxsteer.models.hf import quiet_transformers, read_json
 from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
-from jaxsteer.models.sharding import layer_shardings, param_shardings
+from jaxsteer.models.sharding import layer_shardings, stack_shardings, top_shardings
 
 log = logging.getLogger(__name__)
 
@@ -215,8 +215,8 @@ def load_tokenizer(directory: Path) -> Any:
     """
     if not (directory / "tokenizer.json").is_file():
         return None
-    from transformers import PreTrainedTokenizerFast
-
+    with quiet_transformers():
+        from transformers import PreTrainedTokenizerFast
     try:
         return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for damaged files
@@ -228,10 +228,9 @@ def restore(path: Path, config: ModelConfig, *, dtype: jnp.dtype, mesh: Mesh | N
 
     Layers lie on disk one by one and are stacked on the device, a few kinds of leaf at a time.
     """
-    shardings, one_layer = param_shardings(config, mesh), layer_shardings(config, mesh)
+    outside, one_layer, all_layers = (f(config, mesh) for f in (top_shardings, layer_shardings, stack_shardings))
     top = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(shardings, name))
-        for name, shape in top_shapes(config).items()
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=outside[name]) for name, shape in top_shapes(config).items()
     }
     loaded = _read(path, top)
     stacked: dict[str, jax.Array] = {}
@@ -241,7 +240,7 @@ def restore(path: Path, config: ModelConfig, *, dtype: jnp.dtype, mesh: Mesh | N
         }
         layers = _read(path, {"layers": {f"{i:03d}": wanted for i in range(config.n_layers)}})["layers"]
         for name in names:
-            stack = jax.jit(lambda *rows: jnp.stack(rows), out_shardings=getattr(shardings.layers, name))
+            stack = jax.jit(lambda *rows: jnp.stack(rows), out_shardings=all_layers[name])
             stacked[name] = stack(*(layers[f"{i:03d}"].pop(name) for i in range(config.n_layers)))
     return Params(layers=Layers(**stacked), **loaded)
 
@@ -264,10 +263,11 @@ def _read(path: Path, wanted: Any) -> Any:
     """The leaves of ``wanted`` (a part of the checkpoint's tree), in their shardings and dtypes."""
     from orbax.checkpoint import v1 as ocp
 
-    context = ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True)))
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
     try:
         with context:
-            return ocp.load(path, wanted)
+            return ocp.load(path.absolute(), wanted)
     except Exception as error:  # Orbax and TensorStore raise many types for a damaged checkpoint
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"The checkpoint {path} cannot be read ({reason}). Convert the model again.") from error

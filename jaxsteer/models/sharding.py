@@ -54,14 +54,29 @@ def layer_shardings(config: ModelConfig, mesh: Mesh | None) -> dict[str, jax.sha
     return {name: place(mesh, LAYER_SPECS[name], shape) for name, shape in layer_shapes(config).items()}
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh | None) -> Params:
-    """Sharding of every leaf of ``Params``, as a tree of the same structure; layers are stacked on axis 0."""
-    layers = {
+def stack_shardings(config: ModelConfig, mesh: Mesh | None) -> dict[str, jax.sharding.Sharding]:
+    """Sharding of every leaf of ``Layers``, stacked on axis 0. The layer axis is never split."""
+    return {
         name: place(mesh, P(None, *LAYER_SPECS[name]), (config.n_layers, *shape))
         for name, shape in layer_shapes(config).items()
     }
-    top = {name: place(mesh, TOP_SPECS[name], shape) for name, shape in top_shapes(config).items()}
-    return Params(layers=Layers(**layers), **top)  # type: ignore[arg-type]
+
+
+def top_shardings(config: ModelConfig, mesh: Mesh | None) -> dict[str, jax.sharding.Sharding]:
+    """Sharding of every leaf of ``Params`` outside the layers."""
+    return {name: place(mesh, TOP_SPECS[name], shape) for name, shape in top_shapes(config).items()}
+
+
+def shard_params(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
+    """Parameters that are in memory already, laid out on ``mesh`` (``load`` restores them there directly)."""
+    layers = {
+        name: jax.device_put(getattr(params.layers, name), sharding)
+        for name, sharding in stack_shardings(config, mesh).items()
+    }
+    top = {
+        name: jax.device_put(getattr(params, name), sharding) for name, sharding in top_shardings(config, mesh).items()
+    }
+    return Params(layers=Layers(**layers), **top)
 
 
 def shard_rows(mesh: Mesh | None, array: jax.typing.ArrayLike) -> jax.Array:
