@@ -1,0 +1,83 @@
+# make demo    find a prompt against each of three personas of the model that ships with the package
+# make test    the test suite          make parity   compare live with transformers and torch (own environment)
+# make lint    style                   make types    static types                 make clean   remove what make made
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test slow parity lint format types clean
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+PARITY_VENV ?= .venv-parity
+DEMO_OUT ?= runs/demo
+TEST_FLAGS ?=
+
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+PINS = pyproject.toml constraints.txt
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/jaxsteer demo --out $(DEMO_OUT)
+
+test: $(VENV)/.tools
+	$(VENV)/bin/python -m pytest $(TEST_FLAGS)
+
+slow: $(VENV)/.tools
+	$(VENV)/bin/python -m pytest -m "slow and not parity" $(TEST_FLAGS)
+
+parity: $(PARITY_VENV)/.installed
+	$(PARITY_VENV)/bin/python -m pytest -m parity $(TEST_FLAGS)
+
+lint: $(VENV)/.tools
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.tools
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+types: $(VENV)/.tools
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) $(PARITY_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
+	find jaxsteer checkpoints_convert experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What is needed to run, and nothing more.
+$(VENV)/.installed: $(PINS)
+	$(call make_venv,$(VENV))
+	@echo "Installing jaxsteer into $(VENV) (a few minutes the first time) ..."
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e .
+	@touch $@
+
+# The same environment with the test and lint tools added.
+$(VENV)/.tools: $(VENV)/.installed
+	@echo "Adding the test and lint tools to $(VENV) ..."
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[test,lint]'
+	@touch $@
+
+$(PARITY_VENV)/.installed: $(PINS) constraints-parity.txt
+	$(call make_venv,$(PARITY_VENV))
+	@echo "Installing jaxsteer and torch (CPU) into $(PARITY_VENV) ..."
+	$(PARITY_VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -c constraints-parity.txt -e '.[test,parity]'
+	@touch $@
+
+define make_venv
+	@if [ ! -x $(1)/bin/python ]; then \
+		if [ -z "$(PYTHON)" ]; then \
+			echo "jaxsteer needs Python 3.11 or newer and found none. Install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; \
+			exit 1; \
+		fi; \
+		"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+			echo "jaxsteer needs Python 3.11 or newer; $(PYTHON) is not. Name another: make PYTHON=/path/to/python3.12 ..." >&2; \
+			exit 1; \
+		}; \
+		"$(PYTHON)" -m venv $(1) || { \
+			echo "$(PYTHON) could not create a virtual environment (on Debian and Ubuntu: install python3-venv)." >&2; \
+			rm -rf $(1); \
+			exit 1; \
+		}; \
+	fi
+endef

@@ -1,0 +1,87 @@
+"""What every test relies on: eight CPU devices, no network, a cache of its own, and a count of compilations."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Before anything imports jax or huggingface_hub: both read the environment once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import flax.struct
+import jax
+import jax.monitoring
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def _leaves_unchecked(make: Callable[..., Any]) -> Callable[..., Any]:
+    """``flax.struct.dataclass`` whose constructor jaxtyping leaves alone.
+
+    Under a transformation the leaves of a pytree are not always arrays of the annotated shape (shardings, structs,
+    a batch axis of vmap), so only functions are checked against annotations.
+    """
+
+    def dataclass(cls: type | None = None, **options: Any) -> Any:
+        if cls is None:
+            return lambda later: dataclass(later, **options)
+        made = make(cls, **options)
+        made.__no_type_check__ = True
+        return made
+
+    return dataclass
+
+
+flax.struct.dataclass = _leaves_unchecked(flax.struct.dataclass)  # before any module of ours is imported
+
+_COMPILED: list[str] = []
+
+
+def _record(event: str, duration: float, **details: object) -> None:
+    """Note the name of a function that XLA has just compiled; JAX offers no way to take a listener back."""
+    if event == "/jax/core/compile/backend_compile_duration":
+        _COMPILED.append(str(details.get("fun_name", "")).removeprefix("jit(").removesuffix(")"))
+
+
+jax.monitoring.register_event_duration_secs_listener(_record)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One cache directory for the whole session: converted models are shared, the user's own cache is not touched."""
+    path = str(tmp_path_factory.mktemp("jaxsteer-cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXSTEER_CACHE", path)
+        yield path
+
+
+class CompileCounter:
+    """Names of the functions compiled inside the block (or so far): ``count["step"]``, ``count.total()``."""
+
+    def __enter__(self) -> CompileCounter:
+        self.start, self.stop = len(_COMPILED), None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop = len(_COMPILED)
+
+    def names(self) -> Counter[str]:
+        return Counter(_COMPILED[self.start : self.stop])
+
+    def __getitem__(self, name: str) -> int:
+        return self.names()[name]
+
+    def total(self) -> int:
+        return sum(self.names().values())
+
+
+@pytest.fixture
+def compile_counter() -> type[CompileCounter]:
+    """``with compile_counter() as count: ...; assert count["step"] == 1``: XLA compilations inside the block."""
+    return CompileCounter
