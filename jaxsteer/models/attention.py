@@ -7,8 +7,8 @@ N query heads, K key/value heads, G = N / K, H head width, L layers.
 from __future__ import annotations
 
 import math
+from typing import no_type_check
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -21,6 +21,7 @@ MASKED = -1e30
 """Score of a forbidden key. Finite, so that a row without any key gives a mean and not NaN."""
 
 
+@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class Prefix:
     """Keys and values of text before the rows, one copy per group of rows and no batch axis.
@@ -65,7 +66,9 @@ def rotary_tables(
     return jnp.sin(angles), jnp.cos(angles)
 
 
-def rotate(x: Float[Array, "B T X H"], sin: Float[Array, "b T h"], cos: Float[Array, "b T h"]) -> Float[Array, "B T X H"]:
+def rotate(
+    x: Float[Array, "B T X H"], sin: Float[Array, "b T h"], cos: Float[Array, "b T h"]
+) -> Float[Array, "B T X H"]:
     """Rotary embedding in the half-split layout of Hugging Face checkpoints (pairs j and j + H/2)."""
     sin, cos = sin[:, :, None, :].astype(x.dtype), cos[:, :, None, :].astype(x.dtype)
     first, second = jnp.split(x, 2, axis=-1)

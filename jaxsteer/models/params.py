@@ -6,16 +6,18 @@ Letters: L layers, D width, N query heads, K key/value heads, H head width, I ML
 from __future__ import annotations
 
 import math
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from jaxsteer.models.config import ModelConfig
 
 
+@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class Layers:
     """Weights of all blocks, stacked on a leading layer axis; ``None`` where a family has no such weight."""
@@ -38,6 +40,7 @@ class Layers:
     post_mlp_norm: Float[Array, "L D"] | None = None
 
 
+@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class Params:
     """Weights of one model. ``unembed`` is ``None`` when it is tied to ``embed``."""
@@ -105,7 +108,7 @@ def top_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.dtype("float32")) -> Params:
+def init_params(config: ModelConfig, key: jax.Array, dtype: str | jnp.dtype = "float32") -> Params:
     """Random weights: normal with standard deviation 1/sqrt(fan-in), residual writers scaled by 1/sqrt(2 L).
 
     Norm weights start at the value that leaves the normalised stream unchanged, biases at zero.

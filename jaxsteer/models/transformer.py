@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ def no_tap(name: str, layer: Int[Array, ""], value: Array) -> Array:
     return value
 
 
+@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class Context:
     """What every block of a forward pass shares: rotary tables, masks and the prefix's keys and values."""
@@ -115,7 +117,7 @@ def _attention(
     w: Layers, config: ModelConfig, x: Float[Array, "B T D"], context: Context, layer: Int[Array, ""], tap: Tap
 ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
     q, k, v = _dense(x, w.q), _dense(x, w.k), _dense(x, w.v)
-    if w.q_bias is not None:
+    if w.q_bias is not None and w.k_bias is not None and w.v_bias is not None:
         q, k, v = q + w.q_bias, k + w.k_bias, v + w.v_bias
     q, k, v = tap("attn.hook_q", layer, q), tap("attn.hook_k", layer, k), tap("attn.hook_v", layer, v)
     if w.q_norm is not None and w.k_norm is not None:
@@ -238,9 +240,7 @@ def unembed(params: Params, config: ModelConfig, x: Float[Array, "... D"]) -> Fl
     """Float32 logits of residual-stream vectors taken after the last block (final norm included)."""
     x = rms_norm(x, params.final_norm, config)
     if params.unembed is None:
-        logits = lax.dot_general(
-            x, params.embed, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        logits = lax.dot_general(x, params.embed, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     else:
         logits = jnp.matmul(x, params.unembed, preferred_element_type=jnp.float32)
     if config.final_softcap is not None:

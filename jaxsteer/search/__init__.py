@@ -3,6 +3,7 @@
 from jaxsteer.search.driver import Found, Progress, SearchResult, run_search, standardise
 from jaxsteer.search.epo import FLUENCY, EpoConfig, Fluency, epo
 from jaxsteer.search.objectives import Objective, Projection, Reads, Standardised, needs
+from jaxsteer.search.rescore import Rescored, rescore
 from jaxsteer.search.task import Task, make_task, score
 
 __all__ = [
@@ -14,12 +15,14 @@ __all__ = [
     "Progress",
     "Projection",
     "Reads",
+    "Rescored",
     "SearchResult",
     "Standardised",
     "Task",
     "epo",
     "make_task",
     "needs",
+    "rescore",
     "run_search",
     "score",
     "standardise",

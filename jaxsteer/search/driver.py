@@ -181,9 +181,7 @@ def _pad_problems(array: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([array, np.repeat(array[-1:], count - len(array), axis=0)])
 
 
-def _progress(
-    summaries: Summary, row: int, problems: int, done: int, config: EpoConfig, seconds: float
-) -> Progress:
+def _progress(summaries: Summary, row: int, problems: int, done: int, config: EpoConfig, seconds: float) -> Progress:
     last = jax.tree.map(lambda a: np.asarray(a[row])[:problems], summaries)
     return Progress(
         step=done,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from jaxsteer.models.params import Params
 from jaxsteer.search.objectives import Objective
 from jaxsteer.search.pareto import Archive, empty_archive, insert
 from jaxsteer.search.task import Task, proposals, score
-
 
 FIRST_DRAW = 2**31
 """Folded into a problem's key for its initial prompts; steps fold in their number, which stays below."""
@@ -79,6 +78,7 @@ class EpoConfig:
         return self.population * self.children
 
 
+@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class State:
     """Everything one problem needs to go on: a pytree whose arrays all gain a leading R axis in a search."""
@@ -113,7 +113,14 @@ class Search(NamedTuple):
 
 def random_ids(key: Key[Array, ""], task: Task, rows: int) -> Int[Array, "rows S"]:
     """Uniformly random prompts over the allowed tokens."""
-    return jax.random.choice(key, task.allowed_ids, (rows, task.length))
+    first, rest = jax.random.split(key)
+    return jnp.concatenate(
+        [
+            jax.random.choice(first, task.first_ids, (rows, 1)),
+            jax.random.choice(rest, task.ids, (rows, task.length - 1)),
+        ],
+        axis=1,
+    )
 
 
 def mutate(
@@ -163,7 +170,7 @@ def epo(config: EpoConfig) -> Search:
     def step(params: Params, task: Task, objective: Objective, state: State) -> tuple[State, Summary]:
         key = jax.random.fold_in(state.key, state.step)
         mutation_key, restart_key = jax.random.split(key)
-        top_k = min(config.top_k, len(task.allowed_ids) - 1)
+        top_k = min(config.top_k, len(task.ids) - 1, len(task.first_ids) - 1)
         tokens = proposals(params, task, objective, state.ids, state.fluency, top_k)
         children = mutate(mutation_key, state.ids, tokens, config.children)
         child_f, child_x = score(params, task, objective, children)
@@ -191,7 +198,7 @@ def epo(config: EpoConfig) -> Search:
     return Search(init, step)
 
 
-def evict(state: State, invalid: Bool[Array, "P"], invalid_archive: Bool[Array, " A"]) -> State:
+def evict(state: State, invalid: Bool[Array, " P"], invalid_archive: Bool[Array, " A"]) -> State:
     """Take prompts that were found not to re-tokenise out of a population and its archive: they score -inf."""
     drop = lambda f, bad: jnp.where(bad, -jnp.inf, f)  # noqa: E731
     archive = state.archive.replace(f=drop(state.archive.f, invalid_archive))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.sites import parse_site
 
 
-@struct.dataclass
 class Reads:
     """What an objective sees of a batch of rows (one row: one candidate in one context), in float32.
 
@@ -30,11 +29,17 @@ class Reads:
     of the token after the read position.
     """
 
-    residuals: Mapping[str, Float[Array, "rows D"]]
-    logits: Float[Array, "rows V"] | None = None
+    def __init__(self, residuals: Mapping[str, Float[Array, "rows D"]], logits: Float[Array, "rows V"] | None = None):
+        self._residuals, self._logits = residuals, logits
 
     def __getitem__(self, site: str) -> Float[Array, "rows D"]:
-        return self.residuals[site]
+        return self._residuals[site]
+
+    @property
+    def logits(self) -> Float[Array, "rows V"]:
+        """Next-token logits at the read position."""
+        assert self._logits is not None, "the objective did not read logits when it was traced"
+        return self._logits
 
 
 Objective = Callable[[Any], Array]
@@ -52,7 +57,7 @@ class Needs:
         return n_layers if self.logits else max(stop for _, stop in self.sites)
 
 
-class _Recorder:
+class _Recorder(Reads):
     """Stands in for ``Reads`` while an objective is traced, and notes what it touches."""
 
     def __init__(self, config: ModelConfig, rows: int):
@@ -60,7 +65,7 @@ class _Recorder:
         self.sites: dict[str, int] = {}
         self.reads_logits = False
 
-    def __getitem__(self, site: str) -> Array:
+    def __getitem__(self, site: str) -> Float[Array, "rows D"]:
         parsed = parse_site(site, self._config.n_layers)
         if parsed.place not in ("hook_resid_pre", "hook_resid_post"):
             raise UserError(
@@ -71,7 +76,7 @@ class _Recorder:
         return jnp.zeros((self._rows, self._config.d_model), jnp.float32)
 
     @property
-    def logits(self) -> Array:
+    def logits(self) -> Float[Array, "rows V"]:
         self.reads_logits = True
         return jnp.zeros((self._rows, self._config.vocab_size), jnp.float32)
 
@@ -94,6 +99,7 @@ def needs(objective: Objective, config: ModelConfig) -> Needs:
     return Needs(sites=tuple(sorted(recorder.sites.items())), logits=recorder.reads_logits)
 
 
+@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class Projection:
     """RESGA's objective: ``<r[read], delta>`` at one site (arXiv 2601.02896; methods.md 5.1), in stream units."""
@@ -102,9 +108,11 @@ class Projection:
     site: str = struct.field(pytree_node=False)
 
     def __call__(self, reads: Reads) -> Float[Array, " rows"]:
+        """The projection of every row."""
         return jnp.sum(reads[self.site] * self.delta, axis=-1)
 
 
+@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class Standardised:
     """Any objective in units of its standard deviation over random prompts: ``(f - offset) / scale``.
@@ -117,4 +125,5 @@ class Standardised:
     scale: Float[Array, ""]
 
     def __call__(self, reads: Reads) -> Float[Array, " rows"]:
+        """The wrapped objective's score of every row, shifted and scaled."""
         return (self.objective(reads) - self.offset) / self.scale

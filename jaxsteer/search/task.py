@@ -11,7 +11,7 @@ scores parents and children.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,14 @@ from jaxsteer.models.attention import Prefix
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import embed, make_context, prefill, run_layers, scale_embeddings, unembed
+from jaxsteer.prompts.slots import Slots
 from jaxsteer.search.objectives import Needs, Objective, Reads
 
 VOCABULARY_BLOCK = 2**24
 """Logits held at once, in floats: 64 MiB. Rows of cross-entropy are taken in chunks of this size."""
 
 
+@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class Task:
     """The fixed surroundings of a search; a pytree, so that a jitted step takes it as an argument."""
@@ -44,7 +46,11 @@ class Task:
     """Where the objective reads, counted from the slot's first token."""
     weight: Float[Array, " C"]
     allowed: Bool[Array, " V"]
-    allowed_ids: Int[Array, " n"]
+    allowed_first: Bool[Array, " V"]
+    """Tokens that may stand first in the slot (where the text has a space before it, they bring that space)."""
+    ids: Int[Array, " n"]
+    """The allowed tokens, and ``first_ids`` those allowed first, as lists to draw from."""
+    first_ids: Int[Array, " n1"]
     config: ModelConfig = struct.field(pytree_node=False)
     needs: Needs = struct.field(pytree_node=False)
     length: int = struct.field(pytree_node=False)
@@ -62,22 +68,23 @@ class Task:
 def make_task(
     params: Params,
     config: ModelConfig,
+    slots: Slots,
     *,
-    before: Sequence[np.ndarray],
-    after: Sequence[np.ndarray],
-    read_index: Sequence[int],
     needs: Needs,
     allowed: Bool[np.ndarray, " V"],
-    length: int,
+    allowed_first: Bool[np.ndarray, " V"] | None = None,
     batch: int | None = None,
 ) -> Task:
     """Cache what precedes the slot and check that everything fits.
 
-    ``before`` and ``after`` are the ids around the slot per context, ``read_index`` the read position counted from
-    the slot's first token, ``allowed`` the token mask, ``length`` the prompt length S. ``batch`` candidates are
-    scored at once (default: about 1,024 rows). Raises ``UserError`` when a context with the slot is longer than the
-    model's positions, when a read position lies outside of slot and tail, or when too few tokens are allowed.
+    ``slots`` holds the ids around the slot and the read position of every context, ``needs`` is what the objective
+    reads, ``allowed`` the token mask and ``allowed_first`` the one for the slot's first token (default: the same).
+    ``batch`` candidates are scored at once (default: about 1,024 rows). Raises ``UserError`` when a context with its
+    prompt is longer than the model's positions, when a read position lies outside of slot and tail, or when too few
+    tokens are allowed.
     """
+    before, after, length = slots.before, slots.after, slots.length
+    read_index = [int(index) for index in slots.read_index]
     longest = max(len(b) + length + len(a) for b, a in zip(before, after, strict=True))
     if longest > config.max_positions:
         raise UserError(
@@ -87,9 +94,12 @@ def make_task(
     for index, tail in zip(read_index, after, strict=True):
         if not 0 <= index < length + len(tail):
             raise UserError(f"read position {index} lies outside of the {length} slot and {len(tail)} tail tokens")
-    allowed_ids = np.flatnonzero(allowed)
-    if len(allowed_ids) < 2:
-        raise UserError(f"{len(allowed_ids)} tokens are allowed; a search needs at least 2: loosen the token filter")
+    first = allowed if allowed_first is None else allowed & allowed_first
+    if min(int(allowed.sum()), int(first.sum())) < 2:
+        raise UserError(
+            f"{int(allowed.sum())} tokens are allowed, {int(first.sum())} of them at the start of the prompt; a search "
+            "needs at least 2 of both: loosen the token filter"
+        )
     contexts = len(before)
     # Tokens behind the read position cannot influence it, and fluency needs the slot alone.
     tail_length = max(0, max(read_index) + 1 - length)
@@ -113,7 +123,9 @@ def make_task(
         read_index=jnp.asarray(read_index, jnp.int32),
         weight=jnp.full((contexts,), 1.0 / contexts, jnp.float32),
         allowed=jnp.asarray(allowed),
-        allowed_ids=jnp.asarray(allowed_ids, jnp.int32),
+        allowed_first=jnp.asarray(first),
+        ids=jnp.asarray(np.flatnonzero(allowed), jnp.int32),
+        first_ids=jnp.asarray(np.flatnonzero(first), jnp.int32),
         config=config,
         needs=needs,
         length=length,
@@ -125,7 +137,7 @@ def make_task(
 def _hidden(
     params: Params, task: Task, objective: Objective, slot: Float[Array, "M S D"]
 ) -> tuple[Float[Array, " M"], Float[Array, "C M s D"]]:
-    """f of every candidate, and the final stream at the slot tokens that predict another one (s = S - 1)."""
+    """F of every candidate, and the final stream at the slot tokens that predict another one (s = S - 1)."""
     config, contexts, m = task.config, task.contexts, slot.shape[0]
     tail = embed(params, config, task.after)
     x = jnp.concatenate(
@@ -154,6 +166,8 @@ def _hidden(
     f = jnp.sum(task.weight[:, None] * scores.astype(jnp.float32), axis=0)
     # Above the deepest read only the tokens that predict another slot token matter.
     predicting = task.length - 1
+    if predicting == 0:
+        return f, jnp.zeros((contexts, m, 0, config.d_model), x.dtype)
     x = run_layers(params, config, x[:, :predicting], _row_context(task, predicting, m), at, config.n_layers)
     return f, x.reshape(contexts, m, predicting, config.d_model)
 
@@ -184,10 +198,11 @@ def _label_log_probs(params: Params, config: ModelConfig, hidden: Float[Array, "
 def _cross_entropy(params: Params, task: Task, hidden: Float[Array, "C M s D"], ids: Int[Array, "M S"]):
     """(M,) mean negative log-probability of the prompt's tokens, in nats per token, over contexts."""
     contexts, m, s, d = hidden.shape
-    labels = jnp.broadcast_to(ids[None, :, 1:], (contexts, m, s))
-    log_probs = _label_log_probs(params, task.config, hidden.reshape(-1, d), labels.reshape(-1))
-    total = log_probs.reshape(contexts, m, s).sum(-1)
-    scored = s
+    total, scored = jnp.zeros((contexts, m)), s
+    if s:
+        labels = jnp.broadcast_to(ids[None, :, 1:], (contexts, m, s))
+        log_probs = _label_log_probs(params, task.config, hidden.reshape(-1, d), labels.reshape(-1))
+        total = log_probs.reshape(contexts, m, s).sum(-1)
     if task.scores_first:
         total = total + first_log_probs(params, task)[:, ids[:, 0]]
         scored += 1
@@ -248,15 +263,19 @@ def proposals(
     if not task.scores_first:
         label_weight = label_weight.at[:, 0].set(0.0)
 
-    def best_tokens(row: tuple[Array, Array, Array, Array]) -> Array:
-        g, predictor, weight, current = row
+    def best_tokens(row: tuple[Array, Array, Array, Array, Array]) -> Array:
+        g, predictor, weight, current, position = row
         change = jnp.matmul(params.embed, g, preferred_element_type=jnp.float32)
         log_probs = jax.nn.log_softmax(unembed(params, config, predictor))
         change = change - weight * jnp.einsum("c,cv->v", task.weight, log_probs)
-        usable = task.allowed & (jnp.arange(config.vocab_size) != current)
+        usable = jnp.where(position == 0, task.allowed_first, task.allowed)
+        usable = usable & (jnp.arange(config.vocab_size) != current)
         return lax.top_k(jnp.where(usable, -change, -jnp.inf), top_k)[1]
 
-    flat = jax.tree.map(lambda a: a.reshape(parents * length, *a.shape[2:]), (grad, predictors, label_weight, ids))
+    position = jnp.broadcast_to(jnp.arange(length), (parents, length))
+    flat = jax.tree.map(
+        lambda a: a.reshape(parents * length, *a.shape[2:]), (grad, predictors, label_weight, ids, position)
+    )
     rows = max(1, VOCABULARY_BLOCK // (config.vocab_size * (task.contexts + 1)))
     tokens = lax.map(best_tokens, flat, batch_size=min(rows, parents * length))
     return tokens.reshape(parents, length, top_k)

@@ -1,0 +1,85 @@
+"""Score prompts again from their text: no cached prefix, no shared code with the inner loop beyond the transformer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.loading import Model
+from jaxsteer.models.params import Params
+from jaxsteer.models.transformer import embed, make_context, positions_of, run_layers, unembed
+from jaxsteer.prompts.conversation import encode
+from jaxsteer.prompts.slots import Slots
+from jaxsteer.search.objectives import Needs, Objective, Reads
+
+PAD_TO = 8
+"""Rows are padded to a multiple of this, so that prompts of one search share one compilation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rescored:
+    """A prompt's scores from its text, in the units of the search."""
+
+    target: float
+    cross_entropy: float
+
+
+def rescore(model: Model, slots: Slots, objective: Objective, needs: Needs, texts: Sequence[str]) -> list[Rescored]:
+    """Objective and cross-entropy of prompt texts: every context is rendered, tokenised and run as a whole.
+
+    The texts must re-tokenise in place (``prompts.retokenises``); the caller keeps others out.
+    """
+    width = max(len(b) + slots.length + len(a) for b, a in zip(slots.before, slots.after, strict=True))
+    width = -(-width // PAD_TO) * PAD_TO
+    start = np.asarray([len(b) for b in slots.before], np.int32)
+    out = []
+    for text in texts:
+        tokens = np.zeros((len(slots), width), np.int32)
+        mask = np.zeros((len(slots), width), bool)
+        for row, conversation in enumerate(slots.conversations):
+            ids = encode(model.tokenizer, conversation, text)[:width]
+            tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+        f, x = _score_whole(
+            model.params, model.config, needs, slots.length, objective, tokens, mask, start, slots.read_index
+        )
+        out.append(Rescored(target=float(jnp.mean(f)), cross_entropy=float(jnp.mean(x))))
+    return out
+
+
+@functools.partial(jax.jit, static_argnames=("config", "needs", "length"))
+def _score_whole(
+    params: Params,
+    config: ModelConfig,
+    needs: Needs,
+    length: int,
+    objective: Objective,
+    tokens: Int[Array, "C T"],
+    mask: Bool[Array, "C T"],
+    start: Int[Array, " C"],
+    read_index: Int[Array, " C"],
+) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+    context = make_context(config, positions_of(mask), mask)
+    x, at = embed(params, config, tokens), 0
+    read = (start + read_index)[:, None, None]
+    residuals: dict[str, Array] = {}
+    for site, stop in sorted(needs.sites, key=lambda item: item[1]):
+        x, at = run_layers(params, config, x, context, at, stop), stop
+        residuals[site] = jnp.take_along_axis(x, read, axis=1)[:, 0].astype(jnp.float32)
+    x = run_layers(params, config, x, context, at, config.n_layers)
+    logits = unembed(params, config, jnp.take_along_axis(x, read, axis=1)[:, 0]) if needs.logits else None
+    f = objective(Reads(residuals=residuals, logits=logits))
+    # Label j of the slot is predicted one token earlier; a slot at the very start has no predictor for its first.
+    where = start[:, None] + jnp.arange(length)[None]
+    labels = jnp.take_along_axis(tokens, where, axis=1)
+    predictors = jnp.take_along_axis(x, jnp.maximum(where - 1, 0)[..., None], axis=1)
+    log_probs = jax.nn.log_softmax(unembed(params, config, predictors))
+    picked = jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
+    scored = jnp.broadcast_to(where > 0, picked.shape)
+    return f, -jnp.sum(picked * scored, axis=1) / scored.sum(axis=1)
