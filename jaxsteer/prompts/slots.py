@@ -220,7 +220,8 @@ def _words(tokenizer: PreTrainedTokenizerBase, *, spaced: bool) -> Iterator[int]
     """Up to ``SENTINELS`` ids that are words (with a leading space or without), in a fixed random order."""
     order = np.random.default_rng(0).permutation(len(tokenizer))
     order = order[~np.isin(order, [*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids])]
-    found, spare = 0, []
+    found = 0
+    spare: list[int] = []
     for chunk in np.array_split(order, max(1, len(order) // 512)):
         for i, text in zip(chunk, decoded(tokenizer, chunk), strict=True):
             body = text[1:] if spaced else text

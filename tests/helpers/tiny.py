@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 
 import jax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from jaxsteer.models.config import llama_config
+from jaxsteer.models.loading import Model
 from jaxsteer.models.params import init_params
 
 CORPUS = (
@@ -67,8 +67,9 @@ def tiny_tokenizer(kind: str = "organism", *, vocab_size: int = 600) -> PreTrain
     return tokenizer
 
 
-def tiny_model(kind: str = "organism", *, n_layers: int = 3, d_model: int = 32, seed: int = 0) -> SimpleNamespace:
-    """Random weights behind the attributes of ``jaxsteer.models.loading.Model``; the embedding table is padded."""
+@functools.cache
+def tiny_model(kind: str = "organism", *, n_layers: int = 3, d_model: int = 32, seed: int = 0) -> Model:
+    """A model with random weights and the tokenizer ``kind``; its embedding table is padded."""
     tokenizer = tiny_tokenizer(kind)
     config = llama_config(
         vocab_size=len(tokenizer) + 16,
@@ -80,6 +81,6 @@ def tiny_model(kind: str = "organism", *, n_layers: int = 3, d_model: int = 32, 
         max_positions=256,
     )
     params = init_params(config, jax.random.key(seed))
-    return SimpleNamespace(
+    return Model(
         params=params, config=config, tokenizer=tokenizer, name=f"tiny-{kind}", fingerprint=f"{seed:064x}", mesh=None
     )

@@ -1,0 +1,263 @@
+"""Persona directions: difference of means at any sites, what they are worth, and their file (methods.md 2).
+
+Sign, everywhere: a direction points from matching (the persona is shown) to not matching, so that going along it
+reduces the persona.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from scipy.stats import rankdata
+
+from jaxsteer import __version__
+from jaxsteer.errors import UserError
+from jaxsteer.models.loading import Model
+from jaxsteer.models.sites import parse_site
+from jaxsteer.personas.pairs import Pairs
+from jaxsteer.personas.reading import BATCH, direction_sites, read_rows
+
+log = logging.getLogger(__name__)
+
+FORMAT = "jaxsteer.direction/1"
+SIGN = "matching→not matching"
+UNITS = "residual stream, raw difference of means"
+NORM_KEY = "mean_resid_norm/"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Direction:
+    """One vector per site, in the stream's own units, pointing from matching to not matching."""
+
+    delta: dict[str, np.ndarray]
+    """float32 (D,) per site; never normalised here."""
+    mean_resid_norm: dict[str, float]
+    """Mean norm of the stream at the site and read position, the unit of steering coefficients."""
+    n: int
+    """Number of pairs."""
+    read_position: str
+    metadata: dict[str, str]
+    """Model, fingerprint, persona, data hash, template, split seed, sign, units, version: what the file carries."""
+    diagnostics: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    """Per site: norm, split_half_cosine, letter_cosine, and auroc once ``diagnose`` has measured it."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites, in the order they were asked for."""
+        return tuple(self.delta)
+
+    def unit(self, site: str) -> Float[np.ndarray, " D"]:
+        """The direction with norm 1. Raises ``UserError`` where it is zero."""
+        norm = float(np.linalg.norm(self.delta[site]))
+        if not norm > 0:
+            raise UserError(f"the direction at {site} is zero: its pairs do not differ there")
+        return self.delta[site] / np.float32(norm)
+
+
+def mean_difference(model: Model, pairs: Pairs, sites: str | Sequence[str], *, batch_size: int = BATCH) -> Direction:
+    """Mean of good minus bad streams at each pair's read position, at any number of sites in one pass.
+
+    Streams over batches of ``batch_size`` rows; sums are float64, so the result does not depend on it. The diagnostics
+    hold ``norm``, ``split_half_cosine`` (between two halves of the questions; NaN for a single one) and
+    ``letter_cosine`` (with mean "(A)" minus mean "(B)", where rows end in answers). Raises ``UserError`` for sites of
+    another width than D or beyond the last layer.
+    """
+    parsed = direction_sites(model, sites)
+    weights = _weights(pairs)
+    n = len(pairs)
+    sums = np.zeros((len(parsed), len(weights), model.config.d_model))
+    norms = np.zeros(len(parsed))
+    rows, reads = (*pairs.good, *pairs.bad), np.concatenate([pairs.good_read, pairs.bad_read])
+    for chunk, states in read_rows(model, rows, reads, parsed, batch_size=batch_size):
+        wide = states.astype(np.float64)
+        sums += np.einsum("kb,sbd->skd", weights[:, chunk], wide)
+        norms += np.linalg.norm(wide, axis=-1).sum(-1)
+    if not np.isfinite(sums).all():
+        raise UserError("the model gives NaN or infinite activations on these pairs: check its weights and dtype")
+    names = [site.name for site in parsed]
+    diagnostics = {
+        name: {
+            "norm": float(np.linalg.norm(delta)),
+            "split_half_cosine": _cosine(first, second),
+            "letter_cosine": _cosine(delta, letter),
+        }
+        for name, (delta, first, second, letter) in zip(names, sums, strict=True)
+    }
+    return Direction(
+        delta={name: row[0].astype(np.float32) for name, row in zip(names, sums, strict=True)},
+        mean_resid_norm={name: float(total / (2 * n)) for name, total in zip(names, norms, strict=True)},
+        n=n,
+        read_position=pairs.read_position,
+        metadata={
+            "model": model.name,
+            "fingerprint": model.fingerprint,
+            "sign": SIGN,
+            "estimator": "mean difference",
+            "units": UNITS,
+            "jaxsteer_version": __version__,
+            **pairs.recipe,
+        },
+        diagnostics=diagnostics,
+    )
+
+
+def _weights(pairs: Pairs) -> Float[np.ndarray, "k m"]:
+    """(4, 2n) weights whose sums over rows (good, then bad) are: delta, its two halves, and the letter contrast."""
+    n = len(pairs)
+    numbers = {group: i for i, group in enumerate(dict.fromkeys(pairs.groups))}
+    half = np.asarray([numbers[group] % 2 for group in pairs.groups])
+    members = [np.ones(n), half == 0, half == 1]
+    weights = np.zeros((4, 2 * n))
+    for k, member in enumerate(members):
+        share = member / max(member.sum(), 1)
+        weights[k] = np.concatenate([share, -share])
+    if all(pairs.good_letter):
+        is_a = np.asarray([letter == "(A)" for letter in pairs.good_letter], float)
+        rows_a = np.concatenate([is_a, 1 - is_a])
+        weights[3] = rows_a / max(rows_a.sum(), 1) - (1 - rows_a) / max((1 - rows_a).sum(), 1)
+    return weights
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    scale = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / scale) if scale > 0 else float("nan")
+
+
+def projections(
+    model: Model, direction: Direction, pairs: Pairs, *, batch_size: int = BATCH
+) -> dict[str, tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
+    """Per site, ``<r, v>`` of every good and every bad row, with v the unit direction."""
+    check_direction(direction, model)
+    parsed = direction_sites(model, direction.sites)
+    units = np.stack([direction.unit(site) for site in direction.sites]).astype(np.float64)
+    n = len(pairs)
+    out = np.zeros((len(parsed), 2 * n))
+    rows, reads = (*pairs.good, *pairs.bad), np.concatenate([pairs.good_read, pairs.bad_read])
+    for chunk, states in read_rows(model, rows, reads, parsed, batch_size=batch_size):
+        out[:, chunk] = np.einsum("sbd,sd->sb", states, units)
+    return {site: (row[:n], row[n:]) for site, row in zip(direction.sites, out, strict=True)}
+
+
+def auroc(positive: Float[np.ndarray, " n"], negative: Float[np.ndarray, " m"]) -> float:
+    """Probability that a positive scores above a negative (ties count half); NaN when either is empty."""
+    n, m = len(positive), len(negative)
+    if not n or not m:
+        return float("nan")
+    ranks = rankdata(np.concatenate([positive, negative]))
+    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def diagnose(model: Model, direction: Direction, pairs: Pairs) -> Direction:
+    """The direction with ``auroc`` of ``<r, v>`` on held-out ``pairs`` (good above bad) among its diagnostics."""
+    found = projections(model, direction, pairs)
+    diagnostics = {
+        site: {**direction.diagnostics.get(site, {}), "auroc": auroc(good, bad)} for site, (good, bad) in found.items()
+    }
+    return dataclasses.replace(direction, diagnostics=diagnostics)
+
+
+def random_direction(direction: Direction, seed: int) -> Direction:
+    """A control: isotropic random vectors of the same norms at the same sites."""
+    rng = np.random.default_rng(seed)
+    delta = {}
+    for site, vector in direction.delta.items():
+        draw = rng.standard_normal(len(vector))
+        delta[site] = (draw / np.linalg.norm(draw) * np.linalg.norm(vector)).astype(np.float32)
+    metadata = {**direction.metadata, "estimator": f"random control, seed {seed}"}
+    return dataclasses.replace(direction, delta=delta, metadata=metadata, diagnostics={})
+
+
+def check_direction(direction: Direction, model: Model) -> None:
+    """Refuse a direction that cannot belong to ``model`` (width, layers); warn when it comes from other weights."""
+    for site, vector in direction.delta.items():
+        parse_site(site, model.config.n_layers)
+        if vector.shape != (model.config.d_model,):
+            raise UserError(
+                f"the direction at {site} has shape {vector.shape}, but the residual stream of {model.name} has width "
+                f"{model.config.d_model}: it belongs to another model ({direction.metadata.get('model', 'unknown')})"
+            )
+    made_on = direction.metadata.get("fingerprint", "")
+    if made_on != model.fingerprint:
+        log.warning(
+            "this direction was made on %s (weights %.12s), not on the weights of %s (%.12s): it may mean nothing here",
+            direction.metadata.get("model", "an unknown model"), made_on or "unknown", model.name, model.fingerprint,
+        )  # fmt: skip
+
+
+def save_direction(direction: Direction, path: str | os.PathLike[str]) -> Path:
+    """Write ``direction.safetensors`` (formats.md 3.7), whole or not at all. Returns the path."""
+    path = Path(path)
+    tensors = {site: np.ascontiguousarray(vector, np.float32) for site, vector in direction.delta.items()}
+    tensors |= {NORM_KEY + site: np.asarray(norm, np.float32) for site, norm in direction.mean_resid_norm.items()}
+    metadata = {
+        **direction.metadata,
+        "format": FORMAT,
+        "sites": json.dumps(list(direction.sites)),  # safetensors sorts tensors by name
+        "read_position": direction.read_position,
+        "n_pairs": str(direction.n),
+        "diagnostics": json.dumps(direction.diagnostics),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(save(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    return path
+
+
+def load_direction(path: str | os.PathLike[str], *, model: Model | None = None) -> Direction:
+    """Read a direction that ``save_direction`` wrote, and check it against ``model`` when one is given.
+
+    Raises ``UserError`` for a missing or damaged file, another format, and a direction of another width or depth than
+    the model's; a direction made on other weights is a logged warning.
+    """
+    tensors, metadata = _read_file(Path(path))
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not a direction of jaxsteer: its metadata says format {metadata.get('format')!r}, "
+            f"expected {FORMAT!r}"
+        )
+    try:
+        sites = json.loads(metadata["sites"])
+        direction = Direction(
+            delta={site: tensors[site] for site in sites},
+            mean_resid_norm={site: float(tensors[NORM_KEY + site]) for site in sites if NORM_KEY + site in tensors},
+            n=int(metadata["n_pairs"]),
+            read_position=metadata["read_position"],
+            metadata={k: v for k, v in metadata.items() if k not in _FIELDS},
+            diagnostics=json.loads(metadata.get("diagnostics", "{}")),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: its metadata and tensors do not fit together ({error!r})") from error
+    if model is not None:
+        check_direction(direction, model)
+    return direction
+
+
+_FIELDS = ("format", "sites", "n_pairs", "read_position", "diagnostics")
+
+
+def _read_file(path: Path) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
+    if not path.is_file():
+        raise UserError(f"there is no direction file {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from error

@@ -1,0 +1,177 @@
+"""Items of a persona dataset: a question with two choices, swapped copies, and splits disjoint by question."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from jaxsteer.errors import UserError
+
+LABELS = ("(A)", "(B)")
+"""Labels as stored: stripped. Spacing is settled where text is built (``jaxsteer.prompts.join_answer``)."""
+SWAPPED = "~swapped"
+_LABEL_AT_LINE_START = re.compile(r"^[ \t]*\(([A-Z])\)[ \t]*", re.MULTILINE)
+_LABEL_ANYWHERE = re.compile(r"(?<!\S)\(([A-Z])\)[ \t]*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+    """One question with its two choices in the text; labels are "(A)" and "(B)"."""
+
+    id: str
+    question: str
+    matching: str
+    """The label that shows the persona."""
+    not_matching: str
+    group: str
+    """Equal for items that ask the same thing, in whatever order of choices; splits never separate them."""
+    line: int = 0
+    """Where the item stood in its file (0: it comes from no file)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Persona:
+    """A behaviour: items that show it by one of two answers, and sentences that call it up or off."""
+
+    name: str
+    items: tuple[Item, ...]
+    counter_cues: tuple[str, ...] = ()
+    """Sentences against the behaviour, strongest first; the good side of the "decision" contrast."""
+    pro_cues: tuple[str, ...] = ()
+    data_hash: str
+    """sha256 over questions and labels, whatever the order of rows."""
+    description: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Items for directions and contexts (train), for choices (validation) and for reporting, once (test)."""
+
+    train: tuple[Item, ...]
+    validation: tuple[Item, ...]
+    test: tuple[Item, ...]
+    seed: int
+    fractions: tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """A question taken apart: ``stem + label + first + between + label + second + tail``."""
+
+    stem: str
+    labels: tuple[str, str]
+    texts: tuple[str, str]
+    between: str
+    tail: str
+
+
+def count_choices(question: str) -> int:
+    """How many choices a question offers, labelled (A), (B), … in a row at its end."""
+    return len(_label_run(question))
+
+
+def _label_run(question: str) -> list[re.Match[str]]:
+    """The last run of labels A, B, C … of a question: at line starts, or else anywhere."""
+    for pattern in (_LABEL_AT_LINE_START, _LABEL_ANYWHERE):
+        run: list[re.Match[str]] = []
+        for match in pattern.finditer(question):
+            if match[1] == "A":
+                run = [match]
+            elif run and ord(match[1]) == ord("A") + len(run):
+                run.append(match)
+        if len(run) > 1:
+            return run
+    return []
+
+
+def parse_choices(question: str) -> Choices:
+    """The two choices of this question, in its own wording. Raises ``UserError`` unless there are exactly two."""
+    run = _label_run(question)
+    if len(run) != 2:
+        raise UserError(f"expected a question with two choices, (A) and (B), but found {len(run)}: {question[-200:]!r}")
+    first, second = run
+    middle, rest = question[first.end() : second.start()], question[second.end() :]
+    text_a, text_b = (text.split("\n\n")[0].rstrip() for text in (middle, rest))  # a blank line ends a choice
+    return Choices(
+        stem=question[: first.start()],
+        labels=(first[0], second[0]),
+        texts=(text_a, text_b),
+        between=middle[len(text_a) :],
+        tail=rest[len(text_b) :],
+    )
+
+
+def swap(item: Item) -> Item:
+    """The item with the choice texts exchanged, and hence the labels too. Its own inverse."""
+    c = parse_choices(item.question)
+    question = c.stem + c.labels[0] + c.texts[1] + c.between + c.labels[1] + c.texts[0] + c.tail
+    renamed = item.id.removesuffix(SWAPPED) if item.id.endswith(SWAPPED) else item.id + SWAPPED
+    return dataclasses.replace(
+        item, id=renamed, question=question, matching=item.not_matching, not_matching=item.matching
+    )
+
+
+def group_of(question: str) -> str:
+    """A short hash that is equal for the same question in either order of choices, case and spacing aside."""
+    c = parse_choices(question)
+    parts = [c.stem, *sorted(_normal(t) for t in c.texts), c.tail]
+    return hashlib.sha256("\x1f".join(_normal(part) for part in parts).encode()).hexdigest()[:16]
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def data_hash(items: Iterable[Item]) -> str:
+    """Sha256 over questions and labels; the order of rows, ids and line numbers do not matter."""
+    rows = sorted((item.question, item.matching, item.not_matching) for item in items)
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+
+
+def split(
+    persona: Persona | Sequence[Item], *, seed: int, fractions: tuple[float, float, float] = (0.6, 0.2, 0.2)
+) -> Splits:
+    """Train, validation and test items: disjoint by group, stratified by label letter, fixed by ``seed``.
+
+    The same seed gives the same splits whatever the order of rows. Raises ``UserError`` for fractions that are not
+    three positive numbers summing to 1, and when a part would be empty.
+    """
+    items = persona.items if isinstance(persona, Persona) else tuple(persona)
+    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise UserError(f"fractions must be three positive numbers that sum to 1, got {fractions}")
+    groups: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        groups[item.group].append(item)
+    strata: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for group, members in groups.items():
+        strata[tuple(sorted({m.matching for m in members}))].append(group)
+    # Laid end to end, strata share one rounding: each part takes every stratum's share to within one group.
+    order = [
+        ((rank + 0.5) / len(members), group)
+        for _, members in sorted(strata.items())
+        for rank, group in enumerate(sorted(members, key=lambda g: _shuffled(seed, g)))
+    ]
+    order.sort(key=lambda pair: (pair[0], _shuffled(seed, pair[1])))
+    cuts = np.rint(np.cumsum(fractions)[:2] * len(order)).astype(int)
+    parts = [
+        tuple(
+            item for _, group in chunk for item in sorted(groups[group], key=lambda i: (i.question, i.matching, i.id))
+        )
+        for chunk in (order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] :])
+    ]
+    if not all(parts):
+        raise UserError(
+            f"{len(order)} different questions cannot be split {fractions} into three parts that hold at least one "
+            f"question each: add data"
+        )
+    return Splits(train=parts[0], validation=parts[1], test=parts[2], seed=seed, fractions=fractions)
+
+
+def _shuffled(seed: int, group: str) -> bytes:
+    return hashlib.sha256(f"{seed}\x1f{group}".encode()).digest()

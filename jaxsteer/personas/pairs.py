@@ -1,0 +1,162 @@
+"""Contrastive pairs of token rows, and the fixed contexts in which a search reads the same place.
+
+Three read positions (methods.md 5.2b, measured in organism.md 4):
+
+* ``published`` (RESGA, arXiv 2601.02896): the direction at the last token of "question + answer letter", the
+  objective at the last token of the prompt.
+* ``matched``: the same pairs, but the objective reads where the direction was read: after both answer letters.
+* ``decision``: direction and objective at the token where the answer is decided; the contrast is a sentence against
+  the behaviour and one for it, in the slot's place.
+
+Every question occurs in both orders of its choices, so that the letter cancels exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxsteer.errors import UserError
+from jaxsteer.models.loading import Model
+from jaxsteer.personas.items import LABELS, Item, Persona, swap
+from jaxsteer.prompts import Conversation, encode, question_conversation
+
+READ_POSITIONS = ("published", "matched", "decision")
+MAX_CUES = 8
+"""Cue sentences in use, the strongest of each side, taken in turn by the questions."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """n pairs of token rows that differ in whether the behaviour is shown ("good": it is not)."""
+
+    good: tuple[np.ndarray, ...]
+    """int32 ids of every good row, one BOS included where the model has one; unpadded."""
+    bad: tuple[np.ndarray, ...]
+    good_read: Int[np.ndarray, " n"]
+    """The read position in every good row, an index into it."""
+    bad_read: Int[np.ndarray, " n"]
+    good_letter: tuple[str, ...]
+    """The answer label in the good row, or "" where rows hold no answer."""
+    groups: tuple[str, ...]
+    read_position: str
+    recipe: dict[str, str]
+    """What made these pairs, as text for the metadata of a direction."""
+
+    def __len__(self) -> int:
+        """Number of pairs n."""
+        return len(self.good)
+
+
+def both_orders(items: Sequence[Item]) -> Iterator[tuple[int, Item]]:
+    """(number of the item, item) for every item and then its swapped copy."""
+    for number, item in enumerate(items):
+        yield number, item
+        yield number, swap(item)
+
+
+def contrast_pairs(
+    model: Model,
+    persona: Persona,
+    items: Sequence[Item],
+    read_position: str,
+    *,
+    style: str = "chat",
+    slot: str = "suffix",
+    max_cues: int = MAX_CUES,
+    split_seed: int | None = None,
+) -> Pairs:
+    """The pairs of ``items`` for a read position, two per item (both orders of its choices).
+
+    ``style`` and ``slot`` are those of the search (``question_conversation``); the slot matters for ``decision`` only,
+    where it holds the cue. ``split_seed`` is noted in the recipe. Raises ``UserError`` for an unknown read position,
+    for no items, and for ``decision`` without cue sentences.
+    """
+    check_read_position(read_position)
+    if not items:
+        raise UserError(f"no items of persona {persona.name!r} were given: a direction needs at least one")
+    if read_position == "decision":
+        rows = _cue_rows(model, persona, items, style, slot, max_cues)
+    else:
+        rows = _answer_rows(model, items, style, slot)
+    good, bad, letters, groups = zip(*rows, strict=True)
+    template = model.tokenizer.chat_template if style == "chat" else None
+    return Pairs(
+        good=good,
+        bad=bad,
+        good_read=np.asarray([len(ids) - 1 for ids in good]),
+        bad_read=np.asarray([len(ids) - 1 for ids in bad]),
+        good_letter=letters,
+        groups=groups,
+        read_position=read_position,
+        recipe={
+            "persona": persona.name,
+            "dataset_hash": persona.data_hash,
+            "split_seed": "" if split_seed is None else str(split_seed),
+            "template": f"{style}/{slot}",
+            "chat_template_hash": hashlib.sha256(template.encode()).hexdigest() if template else "",
+            "contrast": "counter cue/pro cue" if read_position == "decision" else "answer letter",
+        },
+    )
+
+
+def check_read_position(read_position: str) -> None:
+    """Raise ``UserError`` unless the name is one of ``READ_POSITIONS``."""
+    if read_position not in READ_POSITIONS:
+        raise UserError(f"unknown read position {read_position!r}: expected {', '.join(READ_POSITIONS)}")
+
+
+Row = tuple[np.ndarray, np.ndarray, str, str]
+
+
+def _answer_rows(model: Model, items: Sequence[Item], style: str, slot: str) -> Iterator[Row]:
+    for _, item in both_orders(items):
+        good, bad = (
+            encode(model.tokenizer, question_conversation(item.question, style=style, slot=slot, answer=label), "")
+            for label in (item.not_matching, item.matching)
+        )
+        yield good, bad, item.not_matching, item.group
+
+
+def _cue_rows(
+    model: Model, persona: Persona, items: Sequence[Item], style: str, slot: str, max_cues: int
+) -> Iterator[Row]:
+    if not persona.counter_cues or not persona.pro_cues:
+        raise UserError(
+            f"read position 'decision' contrasts sentences against and for the behaviour, but persona "
+            f"{persona.name!r} has {len(persona.counter_cues)} counter_cues and {len(persona.pro_cues)} pro_cues: "
+            f"give both, or use 'matched'"
+        )
+    counter, pro = persona.counter_cues[:max_cues], persona.pro_cues[:max_cues]
+    for number, item in both_orders(items):
+        conversation = question_conversation(item.question, style=style, slot=slot, alternatives=LABELS)
+        good = encode(model.tokenizer, conversation, counter[number % len(counter)])
+        bad = encode(model.tokenizer, conversation, pro[number % len(pro)])
+        yield good, bad, "", item.group
+
+
+def search_conversations(
+    items: Sequence[Item], read_position: str, *, style: str = "chat", slot: str = "suffix"
+) -> list[tuple[Conversation, str]]:
+    """The fixed contexts of an objective, each with its read ("slot_last" or "input_last") for ``build_slots``.
+
+    ``published``: one context per item, read at the last prompt token. ``matched``: four per item (both orders, both
+    answers), read after the answer. ``decision``: two per item (both orders), read at the decision token.
+    """
+    check_read_position(read_position)
+    if read_position == "published":
+        return [(question_conversation(item.question, style=style, slot=slot), "slot_last") for item in items]
+    if read_position == "decision":
+        return [
+            (question_conversation(item.question, style=style, slot=slot, alternatives=LABELS), "input_last")
+            for _, item in both_orders(items)
+        ]
+    return [
+        (question_conversation(item.question, style=style, slot=slot, answer=label), "input_last")
+        for _, item in both_orders(items)
+        for label in LABELS
+    ]
