@@ -17,8 +17,14 @@ import flax.struct
 import jax
 import jax.monitoring
 import pytest
+from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Annotations of our packages are checked in every call. As for a static checker, an int is a float.
+install_import_hook(
+    ["jaxsteer", "checkpoints_convert"], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 
 def _leaves_unchecked(make: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,182 @@
+"""The page of a run: one self-contained HTML file that needs no network, no script and no other file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from jaxsteer.report.plots import pareto_plot, progress_plots, rate_plot
+from jaxsteer.report.reading import (
+    Run,
+    controls,
+    decimals,
+    interval,
+    named,
+    number,
+    percent,
+    read_run,
+    selected,
+    split_rate,
+    visible,
+)
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write ``report.html`` into a run directory from the files that are there, and return its path.
+
+    Reads config.json, metrics.json, pareto.jsonl and progress.jsonl only, so it can be made again at any time. Raises
+    ``UserError`` as ``read_run`` does. The file appears whole or not at all.
+    """
+    run = read_run(run_dir)
+    target = run.path / "report.html"
+    handle, aside = tempfile.mkstemp(dir=run.path, prefix=".report-", suffix=".html")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(render_page(run))
+        os.chmod(aside, 0o644)
+        os.replace(aside, target)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def render_page(run: Run) -> str:
+    """The whole page as text. Everything that comes from the run's files is escaped by the template."""
+    metrics = run.metrics
+    unit = visible(metrics.get("target_units", "sd"))
+    return _template().render(
+        title=f"{named(metrics.get('persona'))} on {named(metrics.get('model'))}",
+        what=_what(metrics),
+        prompt=selected(metrics),
+        tiles=_tiles(metrics),
+        warnings=run.warnings,
+        rows=_rows(metrics),
+        unit=unit,
+        controls=controls(metrics),
+        rates=_figure(rate_plot(metrics)),
+        pareto=_figure(pareto_plot(metrics, run.pareto)),
+        progress=[_figure(figure) for figure in progress_plots(run.progress, unit)],
+        settings=list(_flat(run.config)),
+        environment=list(_flat(metrics.get("environment") or {})),
+        numbers=[*_flat({"splits": metrics.get("splits") or {}}), *_flat({"timing": metrics.get("timing") or {}})],
+        data=_json({"metrics": metrics, "config": run.config, "pareto": run.pareto, "progress": run.progress}),
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jaxsteer.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "visible": visible,
+        "percent": percent,
+        "decimals": decimals,
+        "interval": interval,
+        "named": named,
+    }
+    environment.globals["split_rate"] = split_rate
+    return environment.get_template("page.html.jinja")
+
+
+def _what(metrics: Mapping[str, Any]) -> str:
+    """One sentence: what was searched, where, and how long it took."""
+    timing = metrics.get("timing") or {}
+    parts = [f"{named(metrics.get('method')).upper()} searched"]
+    count, seconds = number(timing.get("candidates")), number(timing.get("search_s"))
+    parts.append(f"{count:,.0f} candidate prompts" if count is not None else "candidate prompts")
+    if seconds is not None:
+        parts.append(f"in {seconds:,.0f} s")
+    parts.append(f"with an objective at {visible(metrics.get('site', 'an unnamed site'))}")
+    parts.append(f"(read position {visible(metrics.get('read_position', 'unknown'))},")
+    parts.append(f"seed {visible(metrics.get('seed', 'unknown'))}).")
+    return " ".join(parts)
+
+
+def _tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(label, number, small print) of the headline."""
+    base, chosen = metrics.get("baseline"), selected(metrics)
+    tiles = []
+    for label, entry in (("without a prompt", base), ("with the prompt", chosen)):
+        split = "test" if split_rate(entry, "test") else "validation"
+        rate = split_rate(entry, split)
+        if rate is not None:
+            low_high = interval(rate).partition(" (")[2].rstrip(")")
+            note = f"95 %: {low_high}, n = {rate.get('n', '?')}, {split}" if low_high else split
+            tiles.append((label, percent(rate["rate"]), note))
+    rate = split_rate(chosen, "test") or split_rate(chosen, "validation")
+    if rate is not None:
+        before = split_rate(base, "test") or split_rate(base, "validation") or {}
+        tiles.append(("answers (A)", percent(rate.get("a_rate")), f"without a prompt {percent(before.get('a_rate'))}"))
+        tiles.append(("same when swapped", percent(rate.get("swapped_rate")), "choices exchanged, content kept"))
+    if number(metrics.get("probe_correlation")) is not None:
+        tiles.append(("probe correlation", decimals(metrics["probe_correlation"]), "objective against behaviour"))
+    speed = number((metrics.get("timing") or {}).get("candidates_per_s"))
+    if speed is not None:
+        tiles.append(("candidates per second", f"{speed:,.0f}", "scored in the search"))
+    return tiles
+
+
+def _rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The prompts with what the table needs; A-rate and swapped rate of the test, else of the validation questions."""
+    rows = []
+    for index, prompt in enumerate(metrics.get("prompts") or ()):
+        test, validation = split_rate(prompt, "test"), split_rate(prompt, "validation")
+        rate = test or validation or {}
+        rows.append(
+            {
+                "text": prompt.get("text", ""),
+                "target": prompt.get("target"),
+                "cross_entropy": prompt.get("cross_entropy"),
+                "retokenises": prompt.get("retokenises"),
+                "validation": validation,
+                "test": test,
+                "a_rate": rate.get("a_rate"),
+                "swapped_rate": rate.get("swapped_rate"),
+                "selected": index == metrics.get("selected"),
+            }
+        )
+    return rows
+
+
+def _figure(svg: str | None) -> Markup | None:
+    """An SVG of plots.py, which escapes its texts itself."""
+    return None if svg is None else Markup(svg)
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (dotted key, text) pairs; lists of plain values stay on one line."""
+    if isinstance(value, Mapping):
+        start = f"{prefix}." if prefix else ""
+        return [pair for key, inner in value.items() for pair in _flat(inner, f"{start}{key}")]
+    text = value if isinstance(value, str) else json.dumps(_finite(value), ensure_ascii=False)
+    return [(visible(prefix), visible(text if len(text) <= 400 else text[:399] + "…"))]
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with NaN and infinities, which JSON does not know, as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json(value: Any) -> Markup:
+    """JSON that can stand inside a script element: no "<", ">" or "&" is left to be read as markup."""
+    text = json.dumps(_finite(value), ensure_ascii=True, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

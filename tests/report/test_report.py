@@ -1,0 +1,172 @@
+"""The page and the tables of a run: right numbers, safe with hostile text, forgiving where a run was cut."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from jaxsteer.errors import UserError
+from jaxsteer.report import read_run, summary_table, table, write_report
+from jaxsteer.report.plots import ticks
+from tests.report.synthetic import HOSTILE, metrics, rate, write_run
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks that elements balance and collects what would load something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.seen: list[str] = []
+        self.text: list[str] = []
+        self.data = ""
+        self.feed(text)
+        self.close()
+        assert not self.stack, self.stack
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append(tag)
+        for name, value in attributes:
+            assert name not in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"), (tag, name, value)
+            assert not name.startswith("on"), (tag, name, value)
+            assert "url(" not in (value or "")
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.stack.pop()
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        if self.stack and self.stack[-1] == "script":
+            self.data += data
+        elif self.stack and self.stack[-1] == "style":
+            assert "@import" not in data and "url(" not in data
+        else:
+            self.text.append(data)
+
+
+def page_of(run: Path) -> Page:
+    return Page(write_report(run).read_text(encoding="utf-8"))
+
+
+def test_page_shows_the_result_and_loads_nothing(tmp_path: Path):
+    page = page_of(write_run(tmp_path / "run"))
+    words = " ".join(" ".join(page.text).split())
+    assert "85.0 %" in words and "6.0 %" in words and "4.20" in words
+    assert "153,600 candidate prompts in 41 s" in words
+    assert "random direction" in words and "oracle cue" in words
+    assert "blocks.1.hook_resid_post" in words
+    assert page.seen.count("svg") == 4
+    assert page.seen.count("script") == 1 and "img" not in page.seen
+    assert not [note for note in read_run(tmp_path / "run").warnings]
+    assert list((tmp_path / "run").glob(".report*")) == []
+
+
+def test_numbers_are_embedded_as_json(tmp_path: Path):
+    numbers = metrics(extra=float("nan"))
+    data = json.loads(page_of(write_run(tmp_path, numbers)).data)
+    assert data["metrics"]["prompts"] == numbers["prompts"]
+    assert data["metrics"]["extra"] is None
+    assert len(data["progress"]) == 30 and len(data["pareto"]) == 4
+
+
+def test_hostile_text_is_inert_everywhere(tmp_path: Path):
+    numbers = metrics(model=HOSTILE, persona=HOSTILE, site=HOSTILE, seed=HOSTILE, warnings=[HOSTILE], selected=1)
+    numbers["controls"] = {HOSTILE: {"text": HOSTILE, "test": rate(0.5) | {"n": HOSTILE}}}
+    numbers |= {"environment": {HOSTILE: HOSTILE}, "target_units": HOSTILE}
+    page = page_of(write_run(tmp_path, numbers))
+    assert page.seen.count("script") == 1 and "img" not in page.seen
+    raw = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in raw and "\u202e" not in raw and "\x1b" not in raw
+    for text in (table(numbers), summary_table([numbers])):
+        assert "\x1b" not in text and "\u202e" not in text
+
+
+@pytest.mark.parametrize("file", ["pareto.jsonl", "progress.jsonl"])
+def test_a_cut_last_line_is_left_out_with_a_warning(tmp_path: Path, file: str, caplog: pytest.LogCaptureFixture):
+    run = write_run(tmp_path)
+    path = run / file
+    path.write_text(path.read_text()[:-20])
+    assert any(file in note and "cut" in note for note in read_run(run).warnings)
+    assert file in caplog.text
+    assert "is cut and was left out" in " ".join(page_of(run).text)
+
+
+def test_a_damaged_line_inside_a_file_is_refused(tmp_path: Path):
+    run = write_run(tmp_path)
+    lines = (run / "progress.jsonl").read_text().splitlines()
+    (run / "progress.jsonl").write_text("\n".join([lines[0], "{", *lines[2:]]))
+    with pytest.raises(UserError, match=r"progress\.jsonl, line 2"):
+        write_report(run)
+
+
+def test_missing_files(tmp_path: Path):
+    with pytest.raises(UserError, match="not a directory"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no metrics\.json"):
+        write_report(tmp_path)
+    run = write_run(tmp_path)
+    for name in ("config.json", "pareto.jsonl", "progress.jsonl"):
+        (run / name).unlink()
+    page = page_of(run)
+    assert page.seen.count("svg") == 1
+    (run / "metrics.json").write_text('{"model": "x"')
+    with pytest.raises(UserError, match="not valid JSON"):
+        write_report(run)
+
+
+def test_a_run_that_found_nothing(tmp_path: Path):
+    numbers = metrics(prompts=[], selected=None, controls={}, baseline={"validation": None, "test": None})
+    page = page_of(write_run(tmp_path, numbers))
+    assert "No prompt was selected." in " ".join(page.text)
+    assert "(no prompt)" in table(numbers)
+    assert "(none found)" in summary_table([numbers])
+
+
+def test_doubts_are_said(tmp_path: Path):
+    numbers = metrics(probe_correlation=0.31)
+    numbers["prompts"][0]["test"] = rate(0.06, a_rate=0.97)
+    numbers["prompts"][0]["retokenises"] = False
+    notes = read_run(write_run(tmp_path, numbers)).warnings
+    assert len(notes) == 3
+    assert "0.31" in notes[0] and "token ids" in notes[1] and "97.0 %" in notes[2]
+    assert table(numbers).count("warning: ") == 3
+
+
+def test_terminal_table_is_aligned_and_marks_prompts():
+    text = table(metrics(), limit=3, width=30)
+    lines = text.splitlines()
+    assert lines[0].startswith("sycophancy on organism:llama | resga at blocks.1.hook_resid_post")
+    start = next(i for i, line in enumerate(lines) if line.startswith("---"))
+    body = lines[start + 1 : start + 7]
+    assert len({len(line) for line in body}) == 1
+    assert body[0].split()[:2] == ["(no", "prompt)"]
+    assert body[1].startswith("* ") and "6.0 % (3.0–9.0)" in body[1]
+    assert body[2].startswith("!")
+    assert "... and 1 more" in text
+
+
+def test_a_selected_prompt_beyond_the_limit_is_still_shown():
+    assert "\n*" in table(metrics(selected=3), limit=2)
+
+
+def test_summary_has_one_line_per_run():
+    lines = summary_table([metrics(), metrics(persona="myopic")]).splitlines()
+    assert len(lines) == 4 and lines[3].startswith("myopic") and "85.0 %" in lines[3]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 8.9), (1e-6, 2e-6), (5, 5), (-1e5, 1e5)])
+def test_ticks_are_round_and_inside(low: float, high: float):
+    values = ticks(low, high)
+    assert 1 <= len(values) <= 12
+    assert all(low - 1e-9 <= value <= high + 1e-9 for value in values)
