@@ -116,7 +116,7 @@ def _tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         rate = split_rate(entry, split)
         if rate is not None:
             low_high = interval(rate).partition(" (")[2].rstrip(")")
-            note = f"95 %: {low_high}, n = {rate.get('n', '?')}, {split}" if low_high else split
+            note = f"95 %: {low_high}, n = {visible(rate.get('n', '?'))}, {split}" if low_high else split
             tiles.append((label, percent(rate["rate"]), note))
     rate = split_rate(chosen, "test") or split_rate(chosen, "validation")
     if rate is not None:

@@ -112,7 +112,7 @@ def progress_plots(progress: Sequence[Mapping[str, Any]], unit: str = "sd") -> l
     lines = [max(values) for _, values in series[0]]
     steps = [step for step, _ in series[0]]
     if len(steps) > 1:
-        axes = Axes.around(steps, lines, x_label="step", y_label=f"best target ({unit})", height=260)
+        axes = Axes.around(steps, lines, x_label="step", y_label=f"best target ({unit})", width=460, height=260)
         path = " ".join(f"{axes.px(s)},{axes.py(v)}" for s, v in zip(steps, lines, strict=True))
         figures.append(axes.draw([f'<polyline class="line" points="{path}"/>'], "Best target against step"))
     losses = _series(progress, "best_loss")
@@ -124,6 +124,7 @@ def progress_plots(progress: Sequence[Mapping[str, Any]], unit: str = "sd") -> l
             [v for _, values in losses for v in values],
             x_label="step",
             y_label="best J (lower is better)",
+            width=460,
             height=260,
         )
         body = []
@@ -150,7 +151,7 @@ def rate_plot(metrics: Mapping[str, Any], *, limit: int = 24) -> str | None:
     rows = [row for row in rows if split_rate(row[1], "test") or split_rate(row[1], "validation")]
     if not rows:
         return None
-    line, top, left, right, width = 24, 10, 300, 20, 860
+    line, top, left, right, width = 24, 10, 300, 20, 980
     height = top + line * len(rows) + 40
     bottom = top + line * len(rows)
 
@@ -188,7 +189,7 @@ def _rate_row(y: float, edge: int, label: str, entry: Any, kind: str, px: Any) -
         if rate is None:
             continue
         low, high = _ends(rate)
-        tip = html.escape(f"{split}: {interval(rate)}, n = {rate.get('n', '?')}")
+        tip = html.escape(f"{split}: {interval(rate)}, n = {visible(rate.get('n', '?'))}")
         if split == "test":
             parts.append(f'<line class="whisker {kind}" x1="{px(low)}" x2="{px(high)}" y1="{y}" y2="{y}"/>')
         parts.append(
