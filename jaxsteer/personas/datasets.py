@@ -49,7 +49,7 @@ def load_persona(
         rows = organisms.items(name, n=n, seed=seed, split="held_out")
         return _persona(
             name,
-            tuple(Item(**row) for row in rows),
+            tuple(Item(**dict[str, Any](row)) for row in rows),
             counter_cues or organisms.counter_cues(name),
             pro_cues or organisms.pro_cues(name),
             "generated for the organisms that ship with jaxsteer",

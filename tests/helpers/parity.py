@@ -48,33 +48,22 @@ def check(model: Model, golden: dict[str, np.ndarray]) -> None:
     [B, T, D] of the loss below; "site:NAME" arrays of row 0.
     """
     tokens, mask = golden["tokens"], golden["mask"].astype(bool)
-    n_layers = model.config.n_layers
     np.testing.assert_allclose(
         np.asarray(jaxsteer.logits(model, tokens, mask))[mask], golden["logits"][mask], atol=1e-4, rtol=0
     )
-    names = ["hook_embed", *(f"blocks.{i}.hook_resid_post" for i in range(n_layers))]
-    streams = jaxsteer.capture(model, tokens, names, mask)
-    for name, expected in zip(names, golden["hidden"], strict=True):
-        np.testing.assert_allclose(np.asarray(streams[name])[mask], expected[mask], atol=1e-4, rtol=0, err_msg=name)
+    streams = ["hook_embed", *(f"blocks.{i}.hook_resid_post" for i in range(model.config.n_layers))]
+    sites = {key.removeprefix("site:"): value for key, value in golden.items() if key.startswith("site:")}
+    assert len(sites) > 5
+    found = jaxsteer.capture(model, tokens, list(dict.fromkeys([*streams, *sites])), mask)
+    for name, expected in zip(streams, golden["hidden"], strict=True):
+        np.testing.assert_allclose(np.asarray(found[name])[mask], expected[mask], atol=1e-4, rtol=0, err_msg=name)
+    for name, expected in sites.items():
+        rows = (slice(None), mask[0]) if name.endswith("hook_pattern") else mask[0]
+        ours = np.asarray(found[name])[0]
+        np.testing.assert_allclose(ours[rows], expected[rows], atol=1e-4, rtol=0, err_msg=name)
     gradient = np.asarray(loss_gradient(model, tokens, mask))
     error = np.abs(gradient - golden["gradient"])[mask].max() / np.abs(golden["gradient"])[mask].max()
     assert error < 1e-3, f"relative error of the gradient: {error}"
-    check_sites(model, golden)
-
-
-def check_sites(model: Model, golden: dict[str, np.ndarray]) -> None:
-    tokens, mask = golden["tokens"], golden["mask"].astype(bool)
-    expected = {key.removeprefix("site:"): value for key, value in golden.items() if key.startswith("site:")}
-    assert len(expected) > 5
-    found = jaxsteer.capture(model, tokens, list(expected), mask)
-    valid = mask[0]
-    for name, value in expected.items():
-        ours = np.asarray(found[name][0])
-        if name.endswith("hook_pattern"):
-            ours, value = ours[:, valid], value[:, valid]
-        else:
-            ours, value = ours[valid], value[valid]
-        np.testing.assert_allclose(ours, value, atol=1e-4, rtol=0, err_msg=name)
 
 
 def loss_gradient(model: Model, tokens: np.ndarray, mask: np.ndarray) -> jax.Array:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -80,7 +82,16 @@ def tiny_model(kind: str = "organism", *, n_layers: int = 3, d_model: int = 32, 
         d_mlp=2 * d_model,
         max_positions=256,
     )
-    params = init_params(config, jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jax.tree_util.keystr(path).endswith("norm"):
+            return jnp.ones(leaf.shape)
+        return jnp.asarray(rng.standard_normal(leaf.shape) / np.sqrt(d_model), jnp.float32)
+
+    # NumPy, because compiling JAX's generators for every shape takes longer than a test may
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    params = jax.tree_util.tree_map_with_path(fill, shapes)
     return Model(
         params=params, config=config, tokenizer=tokenizer, name=f"tiny-{kind}", fingerprint=f"{seed:064x}", mesh=None
     )

@@ -128,7 +128,7 @@ def test_mean_difference_is_the_mean_of_unpadded_rows(model, read_position):
     assert np.linalg.norm(direction.delta["blocks.2.hook_resid_post"]) > 1e-3
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("batch_size", [1, 5])
 def test_the_result_does_not_depend_on_the_batch_size(model, pairs, batch_size):
     one, other = (mean_difference(model, pairs, SITES, batch_size=size) for size in (32, batch_size))
     for site in one.sites:
@@ -136,8 +136,8 @@ def test_the_result_does_not_depend_on_the_batch_size(model, pairs, batch_size):
         assert one.mean_resid_norm[site] == pytest.approx(other.mean_resid_norm[site], rel=1e-5)
 
 
-def test_few_shapes_are_compiled(pairs, compile_counter):
-    model = tiny_model(d_model=48)
+def test_few_shapes_are_compiled(model, pairs, compile_counter):
+    model = resized(model, norm_eps=1e-4)  # never seen before
     with compile_counter() as count:
         mean_difference(model, pairs, SITES)
     assert count["_read"] == len({-(-len(row) // 32) for row in (*pairs.good, *pairs.bad)})
@@ -226,7 +226,7 @@ def test_sites_that_hold_no_direction_are_refused(model, pairs, sites, message):
 
 
 def test_texts_beyond_the_models_positions_are_refused(model, pairs):
-    short = dataclasses.replace(model, config=dataclasses.replace(model.config, max_positions=16))
+    short = resized(model, max_positions=16)
     with pytest.raises(UserError, match="16 positions"):
         mean_difference(short, pairs, SITES)
 
@@ -266,16 +266,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, model, pairs, monkeypatch)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+def resized(model, **sizes):
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, **sizes))
+
+
 def test_a_direction_of_another_model_is_refused_or_warned_about(tmp_path, model, pairs, caplog):
     path = save_direction(mean_difference(model, pairs, SITES), tmp_path / "d.safetensors")
     with pytest.raises(UserError, match="width 48"):
-        load_direction(path, model=tiny_model(d_model=48))
+        load_direction(path, model=resized(model, d_model=48))
     with pytest.raises(UserError, match="beyond the last layer"):
-        load_direction(path, model=tiny_model(n_layers=1))
+        load_direction(path, model=resized(model, n_layers=1, windows=(2**30,), rope_index=(0,)))
     with caplog.at_level(logging.WARNING):
         check_direction(load_direction(path), model)
         assert not caplog.text
-        load_direction(path, model=tiny_model(seed=1))
+        load_direction(path, model=dataclasses.replace(model, fingerprint="1" * 64))
     assert "not on the weights of tiny-organism" in caplog.text
 
 

@@ -139,6 +139,29 @@ def test_a_missing_template_says_what_to_do():
         render(bare, question_conversation(QUESTION), "")
 
 
+def test_a_template_that_refuses_the_turns_is_quoted():
+    base = tiny_tokenizer()
+    strict = type(base)(tokenizer_object=base.backend_tokenizer)
+    strict.chat_template = "{{ raise_exception('no turns today') }}"
+    for slot in ("suffix", "system"):
+        with pytest.raises(UserError, match="no turns today"):
+            render(strict, question_conversation(QUESTION, slot=slot), "be frank")
+    answered = Conversation(
+        messages=({"role": "system", "content": "{prompt}"}, {"role": "assistant", "content": "Hi"})
+    )
+    assert "be frank<|end|>" in render(tiny_tokenizer("gemma"), answered, "be frank")
+
+
+def test_dates_in_templates_are_fixed():
+    base = tiny_tokenizer()
+    dated = type(base)(tokenizer_object=base.backend_tokenizer)
+    dated.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "Today: {{ date_string }} {{ messages[0]['content'] }}"
+    )
+    assert render(dated, question_conversation("Why?"), "").startswith("Today: 26 Jul 2024 ")
+
+
 def test_braces_and_special_spellings_in_text_are_left_alone():
     tokenizer = tiny_tokenizer()
     assert render(tokenizer, Conversation(text="{x} {{y}} {prompt}"), "{z}") == "{x} {{y}} {z}"

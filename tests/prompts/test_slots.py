@@ -160,6 +160,10 @@ def test_a_slot_that_cannot_be_found_says_so():
     doubling.chat_template = "{{ messages[0]['content'] }}{{ messages[0]['content'] }}"
     with pytest.raises(UserError, match="2 times"):
         build_slots(doubling, [question_conversation(QUESTIONS[0])], 2)
+    changing = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    changing.chat_template = "{{ messages[0]['content'] | replace(' ', '_') }}"
+    with pytest.raises(UserError, match="cannot be located"):
+        build_slots(changing, [question_conversation(QUESTIONS[0])], 2)
 
 
 @pytest.mark.parametrize(
