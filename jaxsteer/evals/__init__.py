@@ -1,0 +1,1 @@
+"""Behaviour rates with their controls, statistics, the probe, and the gates of the shipped organisms."""

@@ -123,16 +123,19 @@ def choice_eval(
     answers = [_answers(item) for item in asked]
     log_probs = np.zeros((len(prompts), len(asked), 2), np.float32)
     joined = np.zeros((len(prompts), len(asked)), int)
-    for begin in range(0, len(prompts), PROMPTS):
-        chunk = list(prompts[begin : begin + PROMPTS])
+    share = -(-len(prompts) // -(-len(prompts) // PROMPTS)) if prompts else 1  # equal parts: one shape to compile
+    for begin in range(0, len(prompts), share):
+        chunk = list(prompts[begin : begin + share])
+        real = len(chunk)
+        chunk += chunk[-1:] * (share - real)
         groups, flags = _encode(model.tokenizer, asked, answers, chunk, style, slot)
         report = None
         if progress is not None:
             before, total = begin * len(asked), len(prompts) * len(asked)
-            report = lambda done, _, before=before, total=total: progress(before + done, total)  # noqa: E731
+            report = lambda done, _, before=before, total=total: progress(min(before + done, total), total)  # noqa: E731
         scores = score_texts(model.params, model.config, groups, rows=rows, mesh=model.mesh, progress=report)
-        log_probs[begin : begin + len(chunk)] = scores.swapaxes(0, 1)
-        joined[begin : begin + len(chunk)] = flags.T
+        log_probs[begin : begin + real] = scores.swapaxes(0, 1)[:real]
+        joined[begin : begin + real] = flags.T[:real]
     return [
         ChoiceResult(
             prompt=prompt,
@@ -147,6 +150,15 @@ def choice_eval(
         )
         for p, prompt in enumerate(prompts)
     ]
+
+
+def distinct(items: Sequence[Item]) -> tuple[Item, ...]:
+    """Items without the swapped copies that a dataset may hold: both orders are asked anyway."""
+    kept: dict[str, Item] = {}
+    for item in items:
+        if swap(item).question not in kept:
+            kept[item.question] = item
+    return tuple(kept.values())
 
 
 def _answers(item: Item) -> tuple[str, str]:

@@ -138,7 +138,8 @@ def _score(
 
     flat = (x.reshape(-1, x.shape[-1]), target.reshape(-1))
     rows = max(1, LOGITS // config.vocab_size)
-    return lax.map(one, flat, batch_size=min(rows, flat[1].shape[0])).reshape(target.shape)
+    found = jax.vmap(lambda *row: one(row))(*flat) if len(flat[1]) <= rows else lax.map(one, flat, batch_size=rows)
+    return found.reshape(target.shape)
 
 
 def score_texts(

@@ -82,7 +82,9 @@ def bootstrap(
     return float(low), float(high)
 
 
-def bootstrap_mean(values: np.ndarray, groups: Sequence[str], *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_mean(
+    values: np.ndarray, groups: Sequence[str], *, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
     """``bootstrap`` for the mean of ``values`` (n,), as two matrix products instead of a Python loop."""
     values = np.asarray(values, np.float64)
     names, member = np.unique(np.asarray(groups), return_inverse=True)

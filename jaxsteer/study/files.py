@@ -1,0 +1,100 @@
+"""Files of a run: written whole or not at all, and never over another run's."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jaxsteer.errors import UserError
+
+CONFIG, DIRECTION, PROGRESS = "config.json", "direction.safetensors", "progress.jsonl"
+PARETO, METRICS, CHOICES, REPORT = "pareto.jsonl", "metrics.json", "choices.json", "report.html"
+FORMAT = "jaxsteer.run/1"
+
+
+def plain(value: Any) -> Any:
+    """``value`` with what JSON cannot hold replaced: NaN and infinities become ``None``, NumPy numbers plain ones."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under its final name only when it is complete."""
+    prefix = f".{path.name}."
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=prefix, delete=False, encoding="utf-8") as f:
+        try:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+            os.chmod(f.name, 0o644)
+            os.replace(f.name, path)
+        except BaseException:
+            os.unlink(f.name)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """One JSON document, indented."""
+    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def line(value: Any) -> str:
+    """One line of a JSON Lines file."""
+    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """JSON Lines."""
+    write_text(path, "".join(line(row) for row in rows))
+
+
+def open_run(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Look at the output directory before any work: ``None`` to go on, or the metrics of the finished same run.
+
+    A run of the same config that was cut off is done again. Raises ``UserError`` for a directory that holds another
+    run's files or other things, and for one that cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: give a directory")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out} cannot be written")
+    names = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
+    if not names:
+        return None
+    known = _read(out / CONFIG)
+    if known is None or known.get("format") != FORMAT:
+        raise UserError(
+            f"--out {out} is not empty ({', '.join(names[:5])}) and holds no run of jaxsteer: give a new directory"
+        )
+    wanted = plain(config)
+    differing = sorted(k for k in wanted.keys() | known.keys() if wanted.get(k) != known.get(k))
+    if differing:
+        changes = "; ".join(f"{k}: {known.get(k)!r} there, {wanted.get(k)!r} now" for k in differing[:4])
+        raise UserError(
+            f"--out {out} holds another run's files ({changes}): give another directory, or delete that one"
+        )
+    return _read(out / METRICS)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

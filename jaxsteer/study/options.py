@@ -1,0 +1,158 @@
+"""Options of one run, their presets, and what an ``--objective file.py:function`` means."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxsteer.errors import UserError
+from jaxsteer.search import Objective
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {
+        "prompt_length": 8,
+        "population": 8,
+        "children": 32,
+        "steps": 100,
+        "top_k": 128,
+        "restart_every": 40,
+        "contexts": 8,
+        "raw_units": False,
+        "tokens": "words",
+    },
+    "paper": {
+        "prompt_length": 8,
+        "population": 16,
+        "children": 32,
+        "steps": 300,
+        "top_k": 512,
+        "restart_every": 50,
+        "contexts": 16,
+        "raw_units": True,
+        "tokens": "all",
+    },
+}
+"""``default``: minutes on a small model. ``paper``: the hyperparameters of RESGA as published (arXiv 2601.02896)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """One search: a model, a persona, where to look, and how hard. ``None`` takes the preset's value."""
+
+    out: Path
+    """Directory of the run's files. Must not hold another run's; a finished run of the same options is kept."""
+    model: str = "organism:llama"
+    """organism:llama, a converted checkpoint, a Hugging Face directory, or a hub id."""
+    persona: str = "sycophancy"
+    """Built-in name (sycophancy, hallucination, myopic) or path of a .jsonl, .json or .csv dataset."""
+    method: Literal["resga"] = "resga"
+    """resga: ascend along the direction away from the persona (arXiv 2601.02896)."""
+    site: str = "auto"
+    """Where direction and objective are read, e.g. blocks.2.hook_resid_post. auto: the earliest site at which the
+    probe's rank correlation reaches 0.8, else the best one."""
+    read_position: Literal["published", "matched", "decision"] = "decision"
+    """The token at which direction and objective are read: published (end of answer, end of prompt), matched (end of
+    answer for both), decision (where the answer is decided; needs cue sentences)."""
+    style: Literal["chat", "plain"] = "chat"
+    """Chat template of the model, or plain text."""
+    slot: Literal["suffix", "prefix", "system"] = "suffix"
+    """Where the prompt stands: after the question, before it, or as system message."""
+    fluency: Literal["strict", "medium", "loose"] = "medium"
+    """Weight of cross-entropy against the objective: 2 to 12, 0.5 to 4, or 0.05 to 0.5 nats per unit."""
+    preset: Literal["default", "paper"] = "default"
+    """Values of all options below that are not given. paper: as published, in raw units, many more candidates."""
+    prompt_length: int | None = None
+    """Tokens of the prompt (default 8, paper 8)."""
+    population: int | None = None
+    """Prompts per population, one fluency weight each (default 8, paper 16)."""
+    children: int | None = None
+    """Mutations per prompt and step (default 32, paper 32)."""
+    steps: int | None = None
+    """Steps of the search (default 100, paper 300)."""
+    top_k: int | None = None
+    """Tokens per position that the gradient proposes (default 128, paper 512)."""
+    restart_every: int | None = None
+    """Steps between restarts from the best member (default 40, paper 50)."""
+    contexts: int | None = None
+    """Train questions that every candidate is scored on, each in both choice orders (default 8, paper 16)."""
+    raw_units: bool | None = None
+    """Objective in the stream's own units, not in standard deviations over random prompts (default no, paper yes)."""
+    tokens: Literal["words", "ascii", "all"] | None = None
+    """Tokens a prompt may use: whole words after a space, printable ASCII, or every printable token
+    (default words, paper all)."""
+    restarts: int = 1
+    """Independent populations, searched side by side."""
+    seed: int = 0
+    """Seed of the search."""
+    split_seed: int = 0
+    """Seed of the division into train, validation and test questions."""
+    objective: str | None = None
+    """file.py:function, a function from reads to one score per row that replaces the direction's objective. The file
+    is run as Python code."""
+    select: Literal["objective", "validation"] = "objective"
+    """What ranks the reported prompt first: the objective, or the lowest persona rate on validation questions."""
+    report_prompts: int = 12
+    """Prompts of the Pareto frontier to evaluate, best objective first."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights; by default float32 on CPU and the checkpoint's own elsewhere."""
+    batch: int | None = None
+    """Candidates scored at once, for memory (default: about 1024 rows)."""
+    quiet: bool = False
+    """No progress bars."""
+
+    def resolved(self) -> SearchOptions:
+        """These options with the preset's values filled in. Raises ``UserError`` for numbers that make no search."""
+        preset = PRESETS[self.preset]
+        filled = dataclasses.replace(self, **{k: v for k, v in preset.items() if getattr(self, k) is None})
+        for name in ("prompt_length", "population", "children", "steps", "top_k", "restart_every", "contexts"):
+            _positive(name, getattr(filled, name))
+        for name in ("restarts", "report_prompts"):
+            _positive(name, getattr(filled, name))
+        if filled.batch is not None:
+            _positive("batch", filled.batch)
+        return filled
+
+    def record(self) -> dict[str, Any]:
+        """What config.json keeps: everything that decides the result, and no place of this machine."""
+        fields = dataclasses.asdict(self.resolved())
+        return {name: value for name, value in fields.items() if name not in ("out", "quiet")}
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def load_objective(reference: str) -> Objective:
+    """The function that ``file.py:function`` names; the file is run as Python code.
+
+    Raises ``UserError`` when the file or the function is missing, the file fails, or it is not callable.
+    """
+    file, _, name = reference.rpartition(":")
+    if not file or not name.isidentifier():
+        raise UserError(f"--objective expects file.py:function, got {reference!r}")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"--objective {reference!r}: there is no file {file}")
+    spec = importlib.util.spec_from_file_location("jaxsteer_user_objective", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--objective {reference!r}: {file} is not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # so that dataclasses and pickling in the file find their module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--objective {reference!r}: running {file} failed: {type(error).__name__}: {error}") from error
+    found = getattr(module, name, None)
+    if found is None:
+        known = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
+        raise UserError(
+            f"--objective {reference!r}: {file} defines no {name}; it has {', '.join(known) or 'no functions'}"
+        )
+    if not callable(found):
+        raise UserError(f"--objective {reference!r}: {name} is a {type(found).__name__}, not a function of the reads")
+    return found

@@ -1,0 +1,110 @@
+"""What a run works with, once everything that can be refused has been refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from jaxsteer.errors import UserError
+from jaxsteer.evals.probe import blocks_before
+from jaxsteer.models.loading import Model
+from jaxsteer.personas import Item, Persona, Splits, search_conversations, split
+from jaxsteer.prompts import (
+    Slots,
+    allowed_tokens,
+    build_slots,
+    encode_texts,
+    first_allowed,
+    question_conversation,
+    render,
+)
+from jaxsteer.search import Objective, needs
+from jaxsteer.study.options import SearchOptions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a run works with once everything has been checked."""
+
+    options: SearchOptions
+    model: Model
+    persona: Persona
+    splits: Splits
+    slots: Slots
+    allowed: Bool[np.ndarray, " V"]
+    custom: Objective | None
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Style and slot, as keyword arguments."""
+        return {"style": self.options.style, "slot": self.options.slot}
+
+
+def prepare(options: SearchOptions, model: Model, persona: Persona, custom: Objective | None = None) -> Setting:
+    """Check everything that can be checked without running the model, and build the contexts of the search.
+
+    Raises ``UserError`` for a model without tokenizer, a site beyond the last layer or off the residual stream, texts
+    longer than the model's positions, a token filter that leaves nothing, and datasets too small to split.
+    """
+    if model.tokenizer is None:
+        raise UserError(f"model {model.name} has no tokenizer.json: a search needs the tokenizer beside the weights")
+    if options.site != "auto" and custom is None:
+        blocks_before(options.site, model.config.n_layers)
+    if custom is not None:
+        needs(custom, model.config)
+    splits = split(persona, seed=options.split_seed)
+    place = {"style": options.style, "slot": options.slot}
+    chosen = context_items(splits.train, options.contexts or 1)
+    conversations = search_conversations(chosen, options.read_position, **place)
+    assert options.prompt_length is not None
+    slots = build_slots(
+        model.tokenizer,
+        [conversation for conversation, _ in conversations],
+        options.prompt_length,
+        read=[read for _, read in conversations],  # type: ignore[misc]
+        max_positions=model.config.max_positions,
+    )
+    _check_lengths(options, model, persona)
+    allowed = allowed_tokens(
+        model.tokenizer,
+        model.config.vocab_size,
+        ascii_only=options.tokens != "all",
+        word_initial=options.tokens == "words",
+    )
+    if not first_allowed(model.tokenizer, slots, allowed).any():
+        raise UserError(
+            f"no token of the filter --tokens {options.tokens} can stand first in the slot {options.slot!r}: this chat "
+            "template takes the space before the prompt away, and all allowed tokens begin with one. Use --tokens ascii"
+        )
+    return Setting(
+        options=options, model=model, persona=persona, splits=splits, slots=slots, allowed=allowed, custom=custom
+    )
+
+
+def context_items(items: Sequence[Item], n: int) -> tuple[Item, ...]:
+    """``n`` questions spread over ``items``, at most one per group while there are groups enough."""
+    unique = list({item.group: item for item in items}.values())
+    step = max(1, len(unique) // n)
+    return tuple(unique[::step][:n])
+
+
+def _check_lengths(options: SearchOptions, model: Model, persona: Persona) -> None:
+    texts = []
+    for item in persona.items:
+        asked = render(
+            model.tokenizer, question_conversation(item.question, style=options.style, slot=options.slot), ""
+        )
+        texts.append(f"{asked} {item.matching}")
+    lengths = [len(ids) + (options.prompt_length or 0) for ids in encode_texts(model.tokenizer, texts)]
+    worst = int(np.argmax(lengths))
+    if lengths[worst] > model.config.max_positions:
+        item = persona.items[worst]
+        raise UserError(
+            f"question {item.id} needs {lengths[worst]} tokens with its answer and a prompt of {options.prompt_length} "
+            f"tokens, but {model.name} has {model.config.max_positions} positions: leave out the long questions "
+            f"({sum(n > model.config.max_positions for n in lengths)} of {len(lengths)}) or shorten the prompt"
+        )

@@ -1,0 +1,141 @@
+"""A whole run on a tiny random model: files, schema, repeats, refusals."""
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+
+from jaxsteer.errors import UserError
+from jaxsteer.evals.choice import ChoiceResult, rate
+from jaxsteer.models.loading import Model
+from jaxsteer.personas import load_direction
+from jaxsteer.study import SearchOptions, run
+from jaxsteer.study.outcome import select
+from tests.helpers.tiny import tiny_model
+
+RATE = {"rate", "ci95", "n", "a_rate", "swapped_rate"}
+Make = Callable[..., SearchOptions]
+
+
+def model() -> Model:
+    return Model(**vars(tiny_model()))
+
+
+def lines(path) -> list[dict]:  # noqa: ANN001
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_writes_its_files_and_is_not_repeated(options: Make) -> None:
+    chosen, said = options(), []
+    metrics = run(chosen, model=model(), say=said.append)
+    names = {p.name for p in chosen.out.iterdir()}
+    assert names == {
+        "config.json", "direction.safetensors", "progress.jsonl", "pareto.jsonl", "metrics.json", "choices.json",
+    }  # fmt: skip
+    assert json.loads((chosen.out / "metrics.json").read_text()) == metrics
+    for key in ("model", "persona", "method", "site", "seed", "read_position", "probe_correlation", "selected"):
+        assert key in metrics
+    assert metrics["persona"] == "tiny" and metrics["splits"].keys() == {"train", "validation", "test"}
+    assert {"compile_s", "search_s", "eval_s", "candidates", "candidates_per_s"} <= metrics["timing"].keys()
+    assert metrics["timing"]["candidates"] == 3 * 2 * 4
+    for split in ("validation", "test"):
+        for entry in (metrics["baseline"], metrics["controls"]["oracle"], *metrics["prompts"]):
+            assert RATE <= entry[split].keys()
+            assert 0 <= entry[split]["ci95"][0] <= entry[split]["rate"] <= entry[split]["ci95"][1] <= 1
+            assert entry[split]["n"] == metrics["splits"][split]  # swapped copies in the data are not asked twice
+    prompts = metrics["prompts"]
+    assert prompts and all(len(p["ids"]) == 3 for p in prompts)
+    assert metrics["selected"] == 0 and prompts[0]["target"] == max(p["target"] for p in prompts)
+    for p in prompts:
+        assert p["target"] == pytest.approx(p["search_target"], abs=1e-3)
+    progress = lines(chosen.out / "progress.jsonl")
+    assert progress[-1]["step"] == 3 and math.isfinite(progress[-1]["best_target"][0])
+    assert lines(chosen.out / "pareto.jsonl")[0]["text"] == prompts[0]["text"]
+    direction = load_direction(chosen.out / "direction.safetensors")
+    assert direction.metadata["site"] == metrics["site"] in direction.delta
+    choices = json.loads((chosen.out / "choices.json").read_text())["test"]
+    rows = {**choices, **choices["prompts"][0], "joined": [0] * len(choices["ids"])}
+    del rows["prompts"]
+    again = rate(ChoiceResult.from_json(rows))
+    assert again["rate"] == metrics["baseline"]["test"]["rate"]
+
+    assert run(chosen, say=said.append) == metrics  # no model is loaded
+    assert "already holds this run" in said[-1]
+    with pytest.raises(UserError, match=r"another run's files \(seed: 0 there, 1 now\)"):
+        run(options(seed=1), model=model())
+
+
+def test_the_same_seed_gives_the_same_prompts_after_a_cut_off_run(options: Make) -> None:
+    first = run(options(), model=model())
+    (options().out / "metrics.json").unlink()  # as if killed before the end
+    second = run(options(), model=model())
+    assert [p["ids"] for p in first["prompts"]] == [p["ids"] for p in second["prompts"]]
+    assert first["probe_correlation"] == second["probe_correlation"]
+
+
+@pytest.mark.parametrize("read_position", ["published", "matched"])
+def test_other_read_positions_and_places(options: Make, read_position: str) -> None:
+    metrics = run(options(read_position=read_position, site="blocks.1.hook_resid_post", style="plain"), model=model())
+    assert metrics["site"] == "blocks.1.hook_resid_post" and metrics["sign"] == 1
+
+
+def test_a_custom_objective_from_a_file(options: Make, tmp_path) -> None:  # noqa: ANN001
+    file = tmp_path / "mine.py"
+    file.write_text("def down(reads):\n    return -reads['blocks.0.hook_resid_post'][:, 3]\nother = 3\n")
+    metrics = run(options(objective=f"{file}:down", raw_units=True), model=model())
+    assert metrics["site"] == "custom: down" and metrics["objective_units"]["name"] == "raw"
+    assert not (options().out / "direction.safetensors").exists()
+    for reference, message in [
+        (f"{file}:nothing", "it has down"),
+        (f"{file}:other", "not a function"),
+        (f"{tmp_path}/none.py:f", "there is no file"),
+        ("mine.py", "file.py:function"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run(options(objective=reference, out=tmp_path / "x"), model=model())
+    file.write_text("raise RuntimeError('boom')\n")
+    with pytest.raises(UserError, match="RuntimeError: boom"):
+        run(options(objective=f"{file}:down", out=tmp_path / "x"), model=model())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"site": "blocks.7.hook_resid_post"}, "beyond the last layer"),
+        ({"site": "blocks.0.hook_attn_out"}, "lies elsewhere"),
+        ({"prompt_length": 230}, "256 positions"),
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"persona": "kindness"}, "unknown persona 'kindness'"),
+    ],
+)
+def test_refused_before_any_work(options: Make, changes: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import jaxsteer.study.pipeline as module
+
+    monkeypatch.setattr(module, "find_objective", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(UserError, match=message):
+        run(options(**changes), model=model())
+    assert not options().out.exists() or not list(options().out.iterdir())
+
+
+def test_a_directory_with_other_things_is_left_alone(options: Make, tmp_path) -> None:  # noqa: ANN001
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="thesis.txt"):
+        run(options(), model=model())
+    with pytest.raises(UserError, match="is a file"):
+        run(options(out=tmp_path / "run" / "thesis.txt"), model=model())
+
+
+def test_selection_never_takes_a_prompt_that_changes_as_text() -> None:
+    def entry(target: float, validation: float, retokenises: bool) -> dict:
+        return {
+            "target": target,
+            "retokenises": retokenises,
+            "validation": {"rate": validation, "probability": validation},
+        }
+
+    prompts = [entry(9, 0.0, False), entry(3, 0.6, True), entry(5, 0.9, True), entry(1, 0.6, True)]
+    assert select(prompts, "objective") == 2
+    assert select(prompts, "validation") == 1
+    assert select(prompts[:1], "objective") is None
