@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from checkpoints_convert.convert import OUT_DTYPES, convert
+from checkpoints_convert.streaming import OUT_DTYPES, convert
 from jaxsteer.errors import UserError
 
 

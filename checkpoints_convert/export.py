@@ -9,18 +9,16 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from checkpoints_convert.convert import OUT_DTYPES
 from checkpoints_convert.files import DTYPES, SINGLE
 from checkpoints_convert.names import expected_leaves, to_hf
+from checkpoints_convert.streaming import OUT_DTYPES
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import config_to_hf
 from jaxsteer.models.params import Params
 
 
-def write_hf(
-    params: Params, config: ModelConfig, out: str | os.PathLike[str], *, dtype: str = "float32"
-) -> Path:
+def write_hf(params: Params, config: ModelConfig, out: str | os.PathLike[str], *, dtype: str = "float32") -> Path:
     """Write a model that transformers (and ``jaxsteer.load``) can open into the directory ``out``; return it.
 
     For models small enough for one file. The tokenizer is the caller's. Raises ``UserError`` for a family or a dtype

@@ -136,8 +136,8 @@ def _check_tensor(tensor: Tensor, shape: tuple[int, ...]) -> None:
         )
     if tensor.dtype not in DTYPES:
         raise UserError(
-            f"Tensor {tensor.name!r} in {tensor.file} has dtype {tensor.dtype}; only {', '.join(DTYPES)} are supported. "
-            f"Quantised checkpoints must be dequantised first."
+            f"Tensor {tensor.name!r} in {tensor.file} has dtype {tensor.dtype}; only {', '.join(DTYPES)} are "
+            f"supported. Quantised checkpoints must be dequantised first."
         )
 
 
@@ -156,5 +156,7 @@ def _check_tied(head: Tensor, embed: Tensor) -> None:
 
 def _rows(tensor: Tensor, start: int, count: int) -> np.ndarray:
     dtype, width = DTYPES[tensor.dtype], tensor.shape[1]
-    values = np.fromfile(tensor.file, dtype=dtype, count=count * width, offset=tensor.offset + start * width * dtype.itemsize)
+    values = np.fromfile(
+        tensor.file, dtype=dtype, count=count * width, offset=tensor.offset + start * width * dtype.itemsize
+    )
     return values.astype(np.float32 if dtype.itemsize < 4 else dtype)

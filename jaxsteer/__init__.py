@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, no_type_check
 
 if TYPE_CHECKING:
     from jaxsteer.errors import UserError as UserError
@@ -36,6 +36,7 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 
+@no_type_check  # a checked module __getattr__ would ask itself for the checker
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -17,7 +17,7 @@ from jaxsteer.models.loading import Model
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.sites import Site, parse_site
-from jaxsteer.models.transformer import block, embed, forward, layer_weights, make_context, positions_of
+from jaxsteer.models.transformer import Context, block, embed, forward, layer_weights, make_context, positions_of
 
 Tokens = Int[np.ndarray, "B T"] | Int[Array, "B T"]
 Mask = Bool[np.ndarray, "B T"] | Bool[Array, "B T"]
@@ -34,7 +34,7 @@ def logits(model: Model, tokens: Tokens, mask: Mask | None = None) -> Float[Arra
 
 def capture(
     model: Model, tokens: Tokens, sites: Sequence[str], mask: Mask | None = None
-) -> dict[str, Float[Array, "..."]]:
+) -> dict[str, Float[Array, ...]]:
     """What the model computes at ``sites``, in float32, by the names that were given.
 
     Streams and outputs (``hook_embed``, ``blocks.i.hook_resid_pre/mid/post``, ``hook_attn_out``, ``hook_mlp_out``,
@@ -65,8 +65,8 @@ def _inputs(model: Model, tokens: Tokens, mask: Mask | None) -> tuple[jax.Array,
         tokens = np.asarray(tokens)
         if tokens.size and tokens.dtype.kind in "iu" and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
             raise UserError(
-                f"Token ids must lie in 0 ... {config.vocab_size - 1}; these range from {tokens.min()} to {tokens.max()}. "
-                f"Do they come from this model's tokenizer?"
+                f"Token ids must lie in 0 ... {config.vocab_size - 1}; these range from {tokens.min()} to "
+                f"{tokens.max()}. Do they come from this model's tokenizer?"
             )
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise UserError(f"tokens must be integers of shape [B, T], got {tokens.dtype} of shape {list(tokens.shape)}.")
@@ -101,7 +101,7 @@ def _capture(
 
 
 def _run_and_keep(
-    params: Params, config: ModelConfig, x: jax.Array, context: object, places: dict[str, list[int]]
+    params: Params, config: ModelConfig, x: jax.Array, context: Context, places: dict[str, list[int]]
 ) -> dict[str, jax.Array]:
     """(len(layers), ...) values of every place at its (sorted) layers, from blocks 0 to the last layer asked for."""
     stop = max(max(layers) for layers in places.values()) + 1

@@ -83,7 +83,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def auto_config(directory: Path) -> Any:
-    """transformers' config object of a directory, which upgrades old keys and knows each family's defaults."""
+    """Transformers' config object of a directory, which upgrades old keys and knows each family's defaults."""
     with quiet_transformers():
         from transformers import AutoConfig
 
@@ -162,7 +162,7 @@ def _check_fields(fields: dict[str, Any], directory: Path) -> None:
             )
 
 
-def _check_rope(rope: dict[str, Any] | None, directory: Path) -> None:
+def _check_rope(rope: Any, directory: Path) -> None:
     """Refuse a rope type or a rope field that is not supported."""
     if rope is None:
         return

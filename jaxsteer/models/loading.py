@@ -48,9 +48,7 @@ class Model:
     mesh: Mesh | None = None
 
 
-def load(
-    source: str | os.PathLike[str], *, dtype: str | jnp.dtype | None = None, mesh: Mesh | None = None
-) -> Model:
+def load(source: str | os.PathLike[str], *, dtype: str | jnp.dtype | None = None, mesh: Mesh | None = None) -> Model:
     """Load a model.
 
     ``source`` is ``organism:NAME`` (a small model that ships with the package), a converted checkpoint directory, a
@@ -117,9 +115,9 @@ def _checkpoint_of(source: str) -> Path:
     if match:
         return _converted(*_download(match["repo"], match["revision"]))
     raise UserError(
-        f"Model {source!r} was not found. Tried: 'organism:NAME' (it does not start so), a local directory (there is none "
-        f"at {path.absolute()}), a Hugging Face hub id (it is not of the form owner/name). Try 'organism:llama', or "
-        f"check the path."
+        f"Model {source!r} was not found. Tried: 'organism:NAME' (it does not start so), a local directory (there is "
+        f"none at {path.absolute()}), a Hugging Face hub id (it is not of the form owner/name). Try 'organism:llama', "
+        f"or check the path."
     )
 
 
@@ -152,7 +150,7 @@ def _converted(directory: Path, source: str, revision: str | None = None) -> Pat
     The key is the hash of the contents, so a changed file is converted anew. Several processes may do this at once:
     each writes its own temporary directory, the first rename wins, and the others use its result.
     """
-    from checkpoints_convert.convert import CONVERTER_VERSION, convert
+    from checkpoints_convert.streaming import CONVERTER_VERSION, convert
 
     directory = directory.resolve()
     digest = _remembered_hash(directory)
@@ -191,8 +189,8 @@ def _remembered_hash(directory: Path) -> str:
         os.replace(stream.name, memo)
     except OSError as error:
         raise UserError(
-            f"The cache directory {cache_dir()} cannot be written ({error.strerror}). Set JAXSTEER_CACHE to a directory "
-            f"that can, or convert the model yourself with `jaxsteer convert` and load the result."
+            f"The cache directory {cache_dir()} cannot be written ({error.strerror}). Set JAXSTEER_CACHE to a "
+            f"directory that can, or convert the model yourself with `jaxsteer convert` and load the result."
         ) from error
     return digest
 
@@ -239,9 +237,11 @@ def restore(path: Path, config: ModelConfig, *, dtype: jnp.dtype, mesh: Mesh | N
             name: jax.ShapeDtypeStruct(layer_shapes(config)[name], dtype, sharding=one_layer[name]) for name in names
         }
         layers = _read(path, {"layers": {f"{i:03d}": wanted for i in range(config.n_layers)}})["layers"]
-        for name in names:
-            stack = jax.jit(lambda *rows: jnp.stack(rows), out_shardings=all_layers[name])
-            stacked[name] = stack(*(layers[f"{i:03d}"].pop(name) for i in range(config.n_layers)))
+        stack = jax.jit(
+            lambda rows: jax.tree.map(lambda *leaf: jnp.stack(leaf), *rows),
+            out_shardings={name: all_layers[name] for name in names},
+        )
+        stacked |= stack([layers[f"{i:03d}"] for i in range(config.n_layers)])
     return Params(layers=Layers(**stacked), **loaded)
 
 

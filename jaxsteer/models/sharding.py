@@ -82,4 +82,6 @@ def shard_params(params: Params, config: ModelConfig, mesh: Mesh | None) -> Para
 def shard_rows(mesh: Mesh | None, array: jax.typing.ArrayLike) -> jax.Array:
     """``array`` with its first axis over "prompts" (replicated if it does not divide)."""
     array = np.asarray(array) if not isinstance(array, jax.Array) else array
-    return jax.device_put(array, place(mesh, P("prompts"), array.shape)) if mesh is not None else jax.numpy.asarray(array)
+    return (
+        jax.device_put(array, place(mesh, P("prompts"), array.shape)) if mesh is not None else jax.numpy.asarray(array)
+    )

@@ -64,7 +64,9 @@ def convert(
     """
     src, out = Path(src), Path(out)
     if not src.is_dir():
-        raise UserError(f"{src} is not a directory. Give the directory of a Hugging Face model (config.json, *.safetensors).")
+        raise UserError(
+            f"{src} is not a directory. Give the directory of a Hugging Face model (config.json, *.safetensors)."
+        )
     _check_output(out)
     if dtype is not None and dtype not in OUT_DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported: give one of {', '.join(OUT_DTYPES)}.")
@@ -124,9 +126,7 @@ def _groups(config: ModelConfig, width: int) -> Iterator[list[Leaf]]:
     yield group
 
 
-def _write_weights(
-    path: Path, config: ModelConfig, tensors: dict[Leaf, Tensor], dtype: str, *, progress: bool
-) -> str:
+def _write_weights(path: Path, config: ModelConfig, tensors: dict[Leaf, Tensor], dtype: str, *, progress: bool) -> str:
     """Stream all groups into the Orbax checkpoint ``path``; returns the fingerprint of config and weights."""
     from orbax.checkpoint import v1 as ocp
     from tqdm.auto import tqdm
@@ -190,8 +190,10 @@ def _workspace(out: Path, *, needed: int) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             raise UserError(f"The output {out} appeared while it was being converted; it was left as it is.") from error
         if _is_write_failure(error):
-            raise UserError(f"{out} could not be written ({_first_line(error)}). Free some space or choose another "
-                            f"output place; nothing was left there.") from error
+            raise UserError(
+                f"{out} could not be written ({_first_line(error)}). Free some space or choose another "
+                f"output place; nothing was left there."
+            ) from error
         raise
 
 

@@ -1,0 +1,314 @@
+"""Conversion: nothing lost, nothing half-written, everything that is wrong said before any work."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import checkpoints_convert.streaming as module
+from checkpoints_convert import convert, write_hf
+from checkpoints_convert.__main__ import main
+from checkpoints_convert.files import read_headers
+from jaxsteer import UserError, load
+from tests.helpers.checkpoints import hf_directory, random_params, tiny_config
+
+CONFIG = tiny_config()
+TIED = tiny_config(tied_embeddings=True)
+Change = Callable[[dict[str, np.ndarray]], object]
+
+
+def equal(a: object, b: object) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b))
+
+
+def rewrite(directory: Path, change: Change) -> Path:
+    """The directory with its tensors changed by ``change`` (in place)."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def shard(directory: Path, parts: int = 3) -> Path:
+    """The directory with its one file split into several and an index."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    weight_map = {}
+    for part in range(parts):
+        file = f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
+        names = sorted(tensors)[part::parts]
+        save_file({name: tensors[name] for name in names}, directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["untied", "tied"])
+def test_there_and_back_is_bit_exact(config: object, dtype: str, tmp_path: Path) -> None:
+    source = hf_directory(tmp_path / "hf", config, dtype=dtype)
+    out = convert(source, tmp_path / "out", progress=False)
+    record = json.loads((out / "jaxsteer.json").read_text())
+    assert record["dtype"] == dtype and record["ignored_tensors"] == []
+    model = load(out, dtype=dtype)
+    write_hf(model.params, model.config, tmp_path / "back", dtype=dtype)
+    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype
+        assert before[name].tobytes() == after[name].tobytes(), name
+
+
+def test_shards_give_what_one_file_gives(tmp_path: Path) -> None:
+    one = convert(hf_directory(tmp_path / "one"), tmp_path / "out1", progress=False)
+    many = convert(shard(hf_directory(tmp_path / "many")), tmp_path / "out2", progress=False)
+    first, second = (json.loads((out / "jaxsteer.json").read_text()) for out in (one, many))
+    assert first["fingerprint"] == second["fingerprint"]
+    assert first["source_hash"] != second["source_hash"]  # of the files
+
+
+def test_groups_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = hf_directory(tmp_path / "hf")
+    whole = convert(source, tmp_path / "whole", progress=False)
+    monkeypatch.setattr(module, "GROUP_BYTES", 1)
+    assert [len(group) for group in module._groups(CONFIG, 4)] == [3, 9, 9, 9]
+    parts = convert(source, tmp_path / "parts", progress=False)
+    first, second = (json.loads((out / "jaxsteer.json").read_text())["fingerprint"] for out in (whole, parts))
+    assert first == second
+    assert equal(load(parts).params, random_params(CONFIG))
+
+
+def test_fingerprint_follows_weights_and_config(tmp_path: Path) -> None:
+    prints = set()
+    for number, source in enumerate(
+        [
+            hf_directory(tmp_path / "a", CONFIG),
+            hf_directory(tmp_path / "b", CONFIG, seed=1),
+            hf_directory(tmp_path / "c", tiny_config(norm_eps=1e-6)),
+            rewrite(hf_directory(tmp_path / "d", CONFIG), lambda t: t["model.norm.weight"].__setitem__(0, 7.0)),
+        ]
+    ):
+        out = convert(source, tmp_path / str(number), progress=False)
+        prints.add(json.loads((out / "jaxsteer.json").read_text())["fingerprint"])
+    assert len(prints) == 4
+
+
+def test_the_record_and_the_files_that_travel(tmp_path: Path) -> None:
+    source = hf_directory(tmp_path / "hf")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        (source / name).write_text(f"{{}} {name}")
+    (source / "optimizer.pt").write_text("not ours")
+    out = convert(source, tmp_path / "deep" / "out", progress=False, source="owner/model", revision="abc")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    assert (out / "chat_template.jinja").exists() and not (out / "optimizer.pt").exists()
+    record = json.loads((out / "jaxsteer.json").read_text())
+    assert record["source"] == "owner/model" and record["revision"] == "abc"
+    assert len(record["source_hash"]) == len(record["fingerprint"]) == 64
+    assert type(CONFIG).from_json(record["config"]) == CONFIG
+    assert oct(out.stat().st_mode)[-3:] == "755"
+
+
+def test_tensors_that_mean_nothing_are_listed(tmp_path: Path) -> None:
+    def add(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+
+    out = convert(rewrite(hf_directory(tmp_path / "hf", TIED), add), tmp_path / "out", progress=False)
+    ignored = json.loads((out / "jaxsteer.json").read_text())["ignored_tensors"]
+    assert ignored == ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight"]
+
+
+def test_dtypes_asked_for_and_mixed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = hf_directory(tmp_path / "hf", dtype="float32")
+    out = convert(source, tmp_path / "bf16", dtype="bfloat16", progress=False)
+    expected = jax.tree.map(lambda a: a.astype("bfloat16"), random_params(CONFIG))
+    assert equal(load(out, dtype="bfloat16").params, expected)
+
+    def mix(tensors: dict[str, np.ndarray]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].astype(np.float64 if "norm" in name else ml_dtypes.bfloat16)
+
+    with caplog.at_level("WARNING"):
+        out = convert(rewrite(source, mix), tmp_path / "mixed", progress=False)
+    assert json.loads((out / "jaxsteer.json").read_text())["dtype"] == "bfloat16"
+    assert "BF16, F64" in caplog.text
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.pop(Q), "lacks 1 of the 30 tensors.*q_proj"),
+        (lambda t: t.update({Q: t[Q][:, :-1].copy()}), r"q_proj.*shape \[32, 23\].*asks for \[32, 24\]"),
+        (lambda t: t.update({Q: np.ascontiguousarray(t[Q].T)}), r"shape \[24, 32\]"),
+        (lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": t[Q][0]}), "holds 1 tensors.*q_proj.bias"),
+        (lambda t: t.update({"model.layers.3.mlp.up_proj.weight": t[Q]}), "layers.3.mlp.up_proj.weight"),
+        (lambda t: t.update({Q: t[Q].astype(np.int8)}), "dtype I8.*F64, F32, F16, BF16"),
+        (lambda t: t.update({Q: t[Q].astype(ml_dtypes.float8_e4m3fn)}), "dtype F8_E4M3.*dequantised"),
+    ],
+)
+def test_wrong_tensors(tmp_path: Path, change: Change, says: str) -> None:
+    refuses(rewrite(hf_directory(tmp_path / "hf"), change), tmp_path / "out", says)
+
+
+def refuses(source: Path, out: Path, says: str, **options: object) -> None:
+    """The conversion is refused with this message before any weight is read, and leaves nothing behind."""
+    before = sorted(out.parent.iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_write_weights", lambda *args, **kwargs: pytest.fail("weights were read"))
+        with pytest.raises(UserError, match="(?s)" + says):
+            convert(source, out, progress=False, **options)
+    assert sorted(out.parent.iterdir()) == before
+
+
+def test_a_tied_model_with_another_head(tmp_path: Path) -> None:
+    def add(tensors: dict[str, np.ndarray]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    refuses(rewrite(hf_directory(tmp_path / "hf", TIED), add), tmp_path / "out", "lm_head.*tie_word_embeddings")
+
+
+def test_truncated_and_damaged_files(tmp_path: Path) -> None:
+    source = hf_directory(tmp_path / "hf")
+    file = source / "model.safetensors"
+    whole = file.read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    for size, says in (
+        (len(whole) - 1, "model.safetensors is truncated: tensor"),
+        (header + 9, "truncated: tensor"),
+        (header, "truncated or not a safetensors file"),
+        (5, "truncated or not a safetensors file"),
+        (0, "truncated or not a safetensors file"),
+    ):
+        file.write_bytes(whole[:size])
+        refuses(source, tmp_path / "out", says)
+    file.write_bytes(whole[:8] + b"x" * header + whole[8 + header :])
+    refuses(source, tmp_path / "out", "damaged safetensors header")
+    # the first shape, changed to one that does not fit its bytes
+    file.write_bytes(whole.replace(b'"shape":[67,24]', b'"shape":[67,23]', 1))
+    refuses(source, tmp_path / "out", "cannot take the")
+
+
+def test_incomplete_directories(tmp_path: Path) -> None:
+    source = shard(hf_directory(tmp_path / "hf"))
+    second = source / "model-00002-of-00003.safetensors"
+    moved = second.rename(tmp_path / "moved")
+    refuses(source, tmp_path / "out", "names model-00002-of-00003.safetensors, which is missing")
+    shutil.copy(source / "model-00001-of-00003.safetensors", second)
+    refuses(source, tmp_path / "out", "is in model-00001-of-00003.safetensors and in model-00002")
+    save_file({}, second)
+    refuses(source, tmp_path / "out", "and it is not there")
+    moved.replace(second)
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}')
+    refuses(source, tmp_path / "out", "only files in the same directory")
+    (source / "model.safetensors.index.json").write_text("{}")
+    refuses(source, tmp_path / "out", "not a safetensors index")
+    for file in source.glob("model*"):
+        file.unlink()
+    refuses(source, tmp_path / "out", "holds no weights")
+    (source / "pytorch_model.bin").write_bytes(b"")
+    refuses(source, tmp_path / "out", "pickle.*safetensors")
+    refuses(tmp_path / "nowhere", tmp_path / "out", "not a directory")
+
+
+def test_outputs_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = hf_directory(tmp_path / "hf")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").write_text("kept")
+    refuses(source, tmp_path / "full", "exists already")
+    assert (tmp_path / "full" / "something").read_text() == "kept"
+    refuses(source, tmp_path / "out", "int8.*float32, float16, bfloat16", dtype="int8")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    refuses(source, tmp_path / "out", "Not enough space.*1,000 free")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("RESOURCE: No space left on device [x]")]
+)
+def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    source = hf_directory(tmp_path / "hf")
+    monkeypatch.setattr(module, "_sync", fail)  # after all the weights are written
+    with pytest.raises(UserError, match="No space left on device.*nothing was left"):
+        convert(source, tmp_path / "out", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_other_errors_and_ctrl_c_pass_through_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = hf_directory(tmp_path / "hf")
+    for error in (KeyboardInterrupt(), RuntimeError("a bug")):
+
+        def fail(*args: object, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(module, "_sync", fail)
+        with pytest.raises(type(error)):
+            convert(source, tmp_path / "out", progress=False)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_kill_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
+    source = hf_directory(tmp_path / "hf")
+    code = (
+        "import sys, time, checkpoints_convert.streaming as m\n"
+        "write = m._write_weights\n"
+        "def slow(*args, **kwargs):\n"
+        "    result = write(*args, **kwargs); print('written', flush=True); time.sleep(60); return result\n"
+        "m._write_weights = slow\n"
+        "m.convert(sys.argv[1], sys.argv[2], progress=False)\n"
+    )
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, source, tmp_path / "out"], cwd=root, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "written\n"
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert not (tmp_path / "out").exists()
+    assert load(convert(source, tmp_path / "out", progress=False)).config == CONFIG
+
+
+def test_values_beyond_float16(tmp_path: Path) -> None:
+    source = rewrite(hf_directory(tmp_path / "hf"), lambda t: t[Q].__setitem__((0, 0), 1e6))
+    with pytest.raises(UserError, match="q_proj.*beyond the range of float16.*bfloat16"):
+        convert(source, tmp_path / "out", dtype="float16", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = hf_directory(tmp_path / "hf")
+    assert main([str(source), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    said = capsys.readouterr()
+    assert "converted" in said.out and "converting: 100%" in said.err
+    assert main([str(source), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and "exists already" in said.err
+
+
+def test_headers_are_read_without_the_data(tmp_path: Path) -> None:
+    tensors = read_headers(shard(hf_directory(tmp_path / "hf")))
+    assert tensors[Q].shape == (32, 24) and tensors[Q].dtype == "F32" and tensors[Q].nbytes == 32 * 24 * 4
+    np.testing.assert_array_equal(tensors[Q].read(), load_file(tensors[Q].file)[Q])

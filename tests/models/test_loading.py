@@ -1,0 +1,185 @@
+"""``load``: its sources, its cache, its dtypes, its meshes and its refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsteer
+from checkpoints_convert import convert
+from jaxsteer import UserError
+from jaxsteer.models import loading
+from jaxsteer.models.sharding import make_mesh, shard_params, shard_rows
+from tests.helpers.checkpoints import hf_directory, random_params, tiny_config
+from tests.helpers.tiny import tiny_tokenizer
+
+CONFIG = tiny_config()
+TOKENS = np.arange(24).reshape(4, 6)
+
+
+def equal(a: object, b: object) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("JAXSTEER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_hugging_face_directory_is_converted_once(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture) -> None:
+    directory = hf_directory(tmp_path / "tiny-llama", CONFIG)
+    tiny_tokenizer().save_pretrained(directory)
+    first = jaxsteer.load(directory)
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "tiny-llama" in said and str(cache) in said
+    second = jaxsteer.load(str(directory))
+    assert capfd.readouterr().err == ""
+    assert first.config == CONFIG and first.name == "tiny-llama"
+    assert equal(first.params, random_params(CONFIG)) and equal(first.params, second.params)
+    assert first.fingerprint == second.fingerprint and len(first.fingerprint) == 64
+    text = "Do you agree?<|end|>"
+    assert first.tokenizer.encode(text) == tiny_tokenizer().encode(text)
+    assert first.tokenizer.chat_template == tiny_tokenizer().chat_template
+    assert len(list((cache / "checkpoints").iterdir())) == 1  # no temporary directory is left
+
+
+def test_the_cache_follows_the_contents(tmp_path: Path, cache: Path) -> None:
+    directory = hf_directory(tmp_path / "a", CONFIG, seed=1)
+    one = jaxsteer.load(directory)
+    shutil.copytree(directory, tmp_path / "b")
+    same = jaxsteer.load(tmp_path / "b")
+    assert same.fingerprint == one.fingerprint
+    assert len(list((cache / "checkpoints").iterdir())) == 1
+    hf_directory(directory, CONFIG, seed=2)
+    other = jaxsteer.load(directory)
+    assert other.fingerprint != one.fingerprint
+    assert equal(other.params, random_params(CONFIG, 2))
+
+
+def test_several_first_uses_at_once(tmp_path: Path, cache: Path) -> None:
+    directory = hf_directory(tmp_path / "m", CONFIG)
+    with ThreadPoolExecutor(3) as pool:
+        places = set(pool.map(lambda _: loading._converted(directory, "m"), range(3)))
+    assert len(places) == 1 and len(list((cache / "checkpoints").iterdir())) == 1
+
+
+def test_a_converted_directory_loads_relative_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(hf_directory(tmp_path / "m", CONFIG), tmp_path / "out", progress=False)
+    monkeypatch.chdir(tmp_path)
+    model = jaxsteer.load("out")
+    assert equal(model.params, random_params(CONFIG))
+    assert model.name == "out" and model.tokenizer is None
+
+
+def test_dtypes(tmp_path: Path) -> None:
+    convert(hf_directory(tmp_path / "m", CONFIG, dtype="bfloat16"), tmp_path / "out", progress=False)
+    default, low = jaxsteer.load(tmp_path / "out"), jaxsteer.load(tmp_path / "out", dtype="bfloat16")
+    assert default.params.embed.dtype == jnp.float32  # on CPU
+    assert {leaf.dtype for leaf in jax.tree.leaves(low.params)} == {jnp.dtype("bfloat16")}
+    exact = jax.tree.map(lambda a: a.astype(jnp.bfloat16), random_params(CONFIG))
+    assert equal(low.params, exact)
+    assert equal(default.params, jax.tree.map(lambda a: a.astype(jnp.float32), exact))
+    assert default.fingerprint == low.fingerprint
+    with pytest.raises(UserError, match="int8"):
+        jaxsteer.load(tmp_path / "out", dtype="int8")
+
+
+def test_eight_devices_give_the_same_as_one(tmp_path: Path) -> None:
+    # 3 query heads and 1 key/value head do not divide over two devices: those leaves are replicated.
+    for config in (CONFIG, tiny_config(n_heads=3, n_kv_heads=1, vocab_size=66)):
+        out = convert(hf_directory(tmp_path / f"m{config.n_heads}", config), tmp_path / f"{config.n_heads}")
+        mesh = make_mesh(model=2)
+        assert mesh.shape == {"prompts": 4, "model": 2}
+        one, eight = jaxsteer.load(out), jaxsteer.load(out, mesh=mesh)
+        assert equal(one.params, eight.params)
+        assert eight.params.layers.down.addressable_shards[0].data.shape == (3, 20, 24)
+        heads = eight.params.layers.q.addressable_shards[0].data.shape[2]
+        assert heads == (2 if config.n_heads == 4 else 3)
+        resharded = shard_params(one.params, config, mesh)
+        assert jax.tree.all(
+            jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), resharded, eight.params)
+        )
+        if config is CONFIG:
+            site = "blocks.1.hook_resid_post"
+            for ours, theirs in (
+                (jaxsteer.logits(eight, TOKENS), jaxsteer.logits(one, TOKENS)),
+                (jaxsteer.capture(eight, TOKENS, [site])[site], jaxsteer.capture(one, TOKENS, [site])[site]),
+            ):
+                np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_rows_that_do_not_divide_are_replicated() -> None:
+    mesh = make_mesh(model=2)
+    assert shard_rows(mesh, TOKENS).addressable_shards[0].data.shape == (1, 6)
+    assert shard_rows(mesh, TOKENS[:3]).addressable_shards[0].data.shape == (3, 6)
+    assert len(shard_rows(None, TOKENS).devices()) == 1
+
+
+def test_a_mesh_larger_than_the_machine() -> None:
+    with pytest.raises(UserError, match="needs 16 devices, and there are 8"):
+        make_mesh(model=2, prompts=8)
+
+
+def test_sources_that_are_no_model(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    for source, says in (
+        ("organism:nobody", "no organism 'nobody'"),
+        (tmp_path / "empty", "neither jaxsteer.json nor config.json"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "absent", "was not found.*Tried.*local directory"),
+        ("no such model", "was not found.*Tried"),
+        ("somebody/some-model", "neither a local directory nor obtainable.*pass that directory"),
+    ):
+        with pytest.raises(UserError, match="(?s)" + says):
+            jaxsteer.load(source)
+
+
+def test_damaged_checkpoints(tmp_path: Path) -> None:
+    out = convert(hf_directory(tmp_path / "m", CONFIG), tmp_path / "out", progress=False)
+    shutil.rmtree(out / "weights" / "state")
+    with pytest.raises(UserError, match="cannot be read.*Convert the model again"):
+        jaxsteer.load(out)
+    (out / "jaxsteer.json").write_text("{}")
+    with pytest.raises(UserError, match="not the record"):
+        jaxsteer.load(out)
+
+
+def test_truncated_weights_are_reported_by_load(tmp_path: Path, cache: Path) -> None:
+    directory = hf_directory(tmp_path / "m", CONFIG)
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="model.safetensors is truncated.*Download it again"):
+        jaxsteer.load(directory)
+
+
+def test_batches_bound_what_is_held_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(loading, "_STACK_BYTES", 1)
+    assert all(len(batch) == 1 for batch in loading._batches(CONFIG, 4))
+    monkeypatch.setattr(loading, "_STACK_BYTES", 30_000)
+    assert sum(loading._batches(CONFIG, 4), []) == list(loading.layer_shapes(CONFIG))
+    out = convert(hf_directory(tmp_path / "m", CONFIG), tmp_path / "out", progress=False)
+    assert equal(jaxsteer.load(out).params, random_params(CONFIG))
+
+
+def test_public_names_exist_and_import_is_light() -> None:
+    for name in jaxsteer.__all__:
+        assert getattr(jaxsteer, name) is not None
+    with pytest.raises(AttributeError, match="nothing_such"):
+        _ = jaxsteer.nothing_such
+    code = "import sys, jaxsteer; assert 'jax' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_model_is_a_frozen_record() -> None:
+    assert dataclasses.is_dataclass(jaxsteer.Model) and jaxsteer.Model.__dataclass_params__.frozen
