@@ -39,14 +39,13 @@ from jaxsteer.search.objectives import as_pytree
 from jaxsteer.study import files
 from jaxsteer.study.options import SearchOptions, load_objective
 from jaxsteer.study.outcome import Say, environment, evaluate, finals
+from jaxsteer.study.probing import DIRECTION_ITEMS, PROBE_ITEMS
 from jaxsteer.study.setting import Setting, context_items, prepare
 
 log = logging.getLogger(__name__)
 
-DIRECTION_ITEMS = 128
-"""Train questions that make the direction, each in both choice orders."""
-PROBE_ITEMS = 12
 PROBE_PROMPTS = 240
+"""Random prompts of the probe."""
 
 
 def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.info) -> dict[str, Any]:
@@ -94,6 +93,7 @@ def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.in
         "sign": chosen.sign,
         "probe_correlation": chosen.correlation,
         "probe": table.to_json(),
+        "target_units": "raw" if options.raw_units else "sd",
         "objective_units": units,
         "splits": {name: len(getattr(setting.splits, name)) for name in ("train", "validation", "test")},
         "interrupted": result.interrupted,

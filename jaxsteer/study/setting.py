@@ -69,12 +69,7 @@ def prepare(options: SearchOptions, model: Model, persona: Persona, custom: Obje
         max_positions=model.config.max_positions,
     )
     _check_lengths(options, model, persona)
-    allowed = allowed_tokens(
-        model.tokenizer,
-        model.config.vocab_size,
-        ascii_only=options.tokens != "all",
-        word_initial=options.tokens == "words",
-    )
+    allowed = token_mask(model, options.tokens or "words")
     if not first_allowed(model.tokenizer, slots, allowed).any():
         raise UserError(
             f"no token of the filter --tokens {options.tokens} can stand first in the slot {options.slot!r}: this chat "
@@ -82,6 +77,13 @@ def prepare(options: SearchOptions, model: Model, persona: Persona, custom: Obje
         )
     return Setting(
         options=options, model=model, persona=persona, splits=splits, slots=slots, allowed=allowed, custom=custom
+    )
+
+
+def token_mask(model: Model, tokens: str) -> Bool[np.ndarray, " V"]:
+    """The tokens a prompt may use: "words" after a space, printable "ascii", or "all" that print."""
+    return allowed_tokens(
+        model.tokenizer, model.config.vocab_size, ascii_only=tokens != "all", word_initial=tokens == "words"
     )
 
 

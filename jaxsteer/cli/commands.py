@@ -1,0 +1,315 @@
+"""The commands as dataclasses: a flag, its default and its help are a field, its value and its docstring."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from jaxsteer.errors import UserError
+from jaxsteer.study import SearchOptions
+from jaxsteer.study import run as run_search
+
+Style = Literal["chat", "plain"]
+Slot = Literal["suffix", "prefix", "system"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search(SearchOptions):
+    """Find prompts that move a model away from a persona, and measure them on held-out questions."""
+
+    def run(self) -> int:
+        """Do the search, write its report and print its table."""
+        from jaxsteer.report import table, write_report
+
+        options = SearchOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SearchOptions)})
+        metrics = run_search(options, say=print)
+        report = write_report(options.out)
+        print(f"\n{table(metrics)}\n\nReport: {report}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Remove three personas from the small model that ships with the package, one prompt each."""
+
+    out: Path = Path("runs/demo")
+    """Each persona's run goes into a folder of its name here."""
+    model: str = "organism:llama"
+    """The organism to use."""
+    personas: tuple[str, ...] = ("sycophancy", "hallucination", "myopic")
+    """Built-in personas to take in turn."""
+    seed: int = 0
+    """Seed of the searches."""
+    steps: int | None = None
+    """Steps of each search (default: the preset's)."""
+    quiet: bool = False
+    """No progress bars."""
+
+    def run(self) -> int:
+        """Run all personas, telling what happens."""
+        from jaxsteer.cli.demo import demo
+
+        return demo(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure prompt texts on a persona's questions: rate with interval, letter and order controls, flips."""
+
+    prompts: Annotated[tuple[str, ...], arg(aliases=["-p"])] = ()
+    """Prompt texts; the zero-shot baseline is always measured too."""
+    from_run: Path | None = None
+    """Measure the prompts of this run instead, with its model, persona, style and slot."""
+    model: str = "organism:llama"
+    """organism:llama, a converted checkpoint, a Hugging Face directory, or a hub id."""
+    persona: str = "sycophancy"
+    """Built-in name or path of a dataset."""
+    split: Literal["train", "validation", "test", "all"] = "test"
+    """Which questions."""
+    style: Style = "chat"
+    """Chat template of the model, or plain text."""
+    slot: Slot = "suffix"
+    """Where the prompt stands."""
+    split_seed: int = 0
+    """Seed of the division into train, validation and test questions."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> int:
+        """Evaluate and print."""
+        from jaxsteer.cli.tables import eval_table
+        from jaxsteer.evals.choice import choice_eval, distinct, rate
+        from jaxsteer.models.loading import load
+        from jaxsteer.personas import load_persona, split
+
+        asked = self._from_run() if self.from_run is not None else self
+        if not asked.prompts:
+            raise UserError("no prompt was given: use --prompts TEXT ..., or --from-run DIR")
+        persona = load_persona(asked.persona)
+        items = persona.items if asked.split == "all" else getattr(split(persona, seed=asked.split_seed), asked.split)
+        items = distinct(items)
+        model = load(asked.model, dtype=asked.dtype)
+        results = choice_eval(model, items, ["", *asked.prompts], style=asked.style, slot=asked.slot)
+        rates = [rate(results[0]), *(rate(result, results[0]) for result in results[1:])]
+        rows = [{"prompt": result.prompt, **r} for result, r in zip(results, rates, strict=True)]
+        if asked.json:
+            _print_json(
+                {"model": model.name, "persona": persona.name, "split": asked.split, "style": asked.style,
+                 "slot": asked.slot, "baseline": rows[0], "prompts": rows[1:]}
+            )  # fmt: skip
+        else:
+            print(f"{persona.name} on {model.name}, {len(items)} {asked.split} questions in both choice orders\n")
+            print(eval_table(rows))
+        return 0
+
+    def _from_run(self) -> Eval:
+        from jaxsteer.report import read_run
+
+        assert self.from_run is not None
+        found = read_run(self.from_run)
+        names = ("model", "persona", "style", "slot", "split_seed", "dtype")
+        missing = [name for name in names if name not in found.config]
+        if missing:
+            raise UserError(f"{self.from_run}/config.json lacks {', '.join(missing)}: is it a run of jaxsteer search?")
+        texts = tuple(p["text"] for p in found.metrics.get("prompts", ()))
+        settings = {name: found.config[name] for name in names}
+        return dataclasses.replace(self, prompts=(*self.prompts, *texts), **settings)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Convert a Hugging Face directory into a checkpoint that jaxsteer loads, layer by layer."""
+
+    src: Positional[Path]
+    """Directory with config.json and *.safetensors."""
+    out: Positional[Path]
+    """Directory to make; it appears only when it is complete."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of the stored weights (default: as they are)."""
+
+    def run(self) -> int:
+        """Convert with a progress bar."""
+        from checkpoints_convert.convert import convert
+
+        print(f"Wrote {convert(self.src, self.out, dtype=self.dtype)}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OrganismTrain:
+    """Train the organism that ships with the package again, from its recipe."""
+
+    out: Path
+    """Directory to write in Hugging Face format."""
+    seed: int = 0
+    """Seed of corpus, weights and order."""
+
+    def run(self) -> int:
+        """Train and write."""
+        from jaxsteer.cli.organism import train
+
+        return train(self.out, self.seed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OrganismCheck:
+    """Measure what an organism must show; exit status 1 when a gate is missed."""
+
+    model: str = "organism:llama"
+    """The organism."""
+    behaviours: tuple[Literal["sycophancy", "hallucination", "myopic"], ...] = (
+        "sycophancy",
+        "hallucination",
+        "myopic",
+    )
+    """Behaviours to check."""
+    n: int = 120
+    """Questions per behaviour, each in both choice orders."""
+    random: int = 200
+    """Random prompts for the share that flips by luck."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> int:
+        """Measure and print."""
+        from jaxsteer.evals.organism_gates import failed, gates_table, organism_gates, to_json
+        from jaxsteer.models.loading import load
+
+        model = load(self.model)
+        gates = organism_gates(
+            model, behaviours=self.behaviours, n=self.n, random=self.random,
+            progress=lambda what: print(f"measuring {what} ...", file=sys.stderr),
+        )  # fmt: skip
+        missed = failed(gates)
+        if self.json:
+            _print_json({"model": model.name, "passed": not missed, "gates": to_json(gates)})
+        else:
+            print(f"{gates_table(gates)}\n\n{len(gates) - len(missed)} of {len(gates)} gates passed")
+        return 1 if missed else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DirectionProbe:
+    """Where does an objective rank prompts as behaviour does? Rank correlations by site, position and sign."""
+
+    model: str = "organism:llama"
+    """organism:llama, a converted checkpoint, a Hugging Face directory, or a hub id."""
+    persona: str = "sycophancy"
+    """Built-in name or path of a dataset."""
+    read_positions: tuple[Literal["published", "matched", "decision"], ...] = ("published", "matched", "decision")
+    """Read positions to compare."""
+    style: Style = "chat"
+    """Chat template of the model, or plain text."""
+    slot: Slot = "suffix"
+    """Where the prompt stands."""
+    prompt_length: int = 8
+    """Tokens of the random prompts."""
+    prompts: int = 240
+    """Random prompts."""
+    tokens: Literal["words", "ascii", "all"] = "words"
+    """Tokens of the random prompts, as in search."""
+    seed: int = 0
+    """Seed of the random prompts."""
+    split_seed: int = 0
+    """Seed of the division into train, validation and test questions."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> int:
+        """Probe and print."""
+        from jaxsteer.cli.tables import probe_table
+        from jaxsteer.evals.probe import choose
+        from jaxsteer.study.probing import probe_positions
+
+        probe = probe_positions(
+            self.model,
+            self.persona,
+            self.read_positions,
+            style=self.style,
+            slot=self.slot,
+            length=self.prompt_length,
+            tokens=self.tokens,
+            n=self.prompts,
+            seed=self.seed,
+            split_seed=self.split_seed,
+        )
+        chosen = choose(probe.rows)
+        if self.json:
+            _print_json({**probe.to_json(), "chosen": dataclasses.asdict(chosen)})
+        else:
+            print(probe_table(probe, chosen))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DirectionShow:
+    """Print what a direction file holds: sites, norms, where and how it was made."""
+
+    file: Positional[Path]
+    """direction.safetensors of a run."""
+
+    def run(self) -> int:
+        """Read and print."""
+        from jaxsteer.cli.tables import direction_table
+        from jaxsteer.personas import load_direction
+
+        print(direction_table(load_direction(self.file)))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Organism:
+    """The small models with known personas that ship with the package."""
+
+    action: Annotated[OrganismTrain, subcommand("train")] | Annotated[OrganismCheck, subcommand("check")]
+
+    def run(self) -> int:
+        """Run the chosen action."""
+        return self.action.run()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Direction:
+    """Directions of a persona in a model."""
+
+    action: Annotated[DirectionProbe, subcommand("probe")] | Annotated[DirectionShow, subcommand("show")]
+
+    def run(self) -> int:
+        """Run the chosen action."""
+        return self.action.run()
+
+
+Command = (
+    Annotated[Demo, subcommand("demo")]
+    | Annotated[Search, subcommand("search")]
+    | Annotated[Eval, subcommand("eval")]
+    | Annotated[Convert, subcommand("convert")]
+    | Annotated[Organism, subcommand("organism")]
+    | Annotated[Direction, subcommand("direction")]
+)
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """The command that ``arguments`` ask for. Raises ``SystemExit`` after explaining what is wrong with them."""
+    return tyro.cli(
+        Command,  # type: ignore[arg-type]
+        args=arguments,
+        prog="jaxsteer",
+        description="Find where a persona lives in a language model, and prompts that remove it.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+
+
+def _print_json(value: Any) -> None:
+    from jaxsteer.study.files import plain
+
+    print(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))

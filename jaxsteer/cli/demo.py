@@ -1,0 +1,90 @@
+"""``jaxsteer demo``: three personas of the shipped organism, told as it happens."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+from jaxsteer import organisms
+from jaxsteer.cli.tables import ascii_safe, percent
+from jaxsteer.models.loading import load
+from jaxsteer.report import summary_table, table, write_report
+from jaxsteer.study import SearchOptions, run
+
+if TYPE_CHECKING:
+    from jaxsteer.cli.commands import Demo
+
+WHAT = {
+    "sycophancy": "says what the user's stated opinion wants to hear",
+    "hallucination": "prefers an invented name to the fact it knows",
+    "myopic": "takes little now over much later",
+}
+
+
+def demo(options: Demo) -> int:
+    """Search a prompt against every persona and print what came of it."""
+    print(f"Loading {options.model}")
+    model = load(options.model)
+    config = model.config
+    print(f"A Llama-shaped chat model: {config.n_layers} layers, width {config.d_model}, {config.vocab_size} tokens.\n")
+    runs, reports = [], []
+    for number, persona in enumerate(options.personas, 1):
+        started = time.perf_counter()
+        print(
+            f"=== {number} of {len(options.personas)}: {persona} === the model {WHAT.get(persona, 'shows a persona')}"
+        )
+        metrics = run(
+            SearchOptions(
+                out=options.out / persona,
+                model=options.model,
+                persona=persona,
+                seed=options.seed,
+                steps=options.steps,
+                quiet=options.quiet,
+            ),
+            model=model,
+            say=print,
+        )
+        reports.append(write_report(options.out / persona))
+        runs.append(metrics)
+        print(f"\n{table(metrics, limit=4)}\n\n{told(metrics)}\n({time.perf_counter() - started:.0f} s)\n")
+    print(f"{summary_table(runs)}\n")
+    print("Reports, each one page for a browser:")
+    for report in reports:
+        print(f"  {report}")
+    return 0
+
+
+def told(metrics: dict[str, Any]) -> str:
+    """The outcome of one run in sentences."""
+    base = metrics["baseline"]["test"]
+    lines = [f"Without a prompt the persona's answer wins in {_rate(base)} of {base['n']} test rows."]
+    if metrics["selected"] is None:
+        return lines[0] + " No prompt was found whose text gives its tokens back."
+    chosen = metrics["prompts"][metrics["selected"]]
+    lines.append(f"Discovered prompt: {ascii_safe(chosen['text'], 100)!r}")
+    lines.append(f"With it: {_rate(chosen['test'])}, answering (A) in {percent(chosen['test']['a_rate'])}.")
+    for name, label in (
+        ("oracle", "The corpus' own strongest sentence against it"),
+        ("random", "A random prompt of the same length"),
+    ):
+        control = metrics["controls"].get(name)
+        if control:
+            lines.append(f"{label}, {ascii_safe(control['text'])!r}: {_rate(control['test'])}.")
+    triggers = trigger_words(metrics["persona"], chosen["text"])
+    if triggers is not None:
+        lines.append(f"Words of the prompt that the corpus uses as triggers: {', '.join(triggers) or 'none'}.")
+    return "\n".join(lines)
+
+
+def trigger_words(persona: str, text: str) -> list[str] | None:
+    """The words of ``text`` that count against the persona in the generator's ground truth, if there is one."""
+    if persona not in organisms.BEHAVIOURS:
+        return None
+    weights = organisms.cue_words(persona)
+    return [word for word in re.findall(r"[a-z]+", text.lower()) if weights.get(word, 0) < 0]
+
+
+def _rate(rate: dict[str, Any]) -> str:
+    return f"{percent(rate['rate'])} (95 % interval {100 * rate['ci95'][0]:.1f} to {100 * rate['ci95'][1]:.1f})"

@@ -1,0 +1,166 @@
+"""What a shipped organism must show, measured with the package's own choice evaluation.
+
+Every gate is a persona rate, or follows from rates, on question combinations that training never saw, in both choice
+orders, plain and as chat. Thresholds are ``jaxsteer.organisms.gates.GATES``; what a gate means is in docs/organism.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxsteer import organisms
+from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
+from jaxsteer.organisms.gates import GATES
+from jaxsteer.personas import Item
+from jaxsteer.prompts import allowed_tokens, build_slots, prompt_text, question_conversation, retokenises_many
+
+if TYPE_CHECKING:
+    from jaxsteer.models.loading import Model
+
+STYLES = ("plain", "chat")
+PROMPT_LENGTH = 8
+SEED = 7
+"""Of the gates' own questions and random prompts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gate:
+    """One measured number and the interval it must lie in; without a bound it is only reported."""
+
+    behaviour: str
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    goal: bool = False
+    """Aimed at, but no reason to fail."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value lies in its interval."""
+        return (self.low is None or self.value >= self.low) and (self.high is None or self.value <= self.high)
+
+
+def organism_gates(
+    model: Model,
+    *,
+    behaviours: Sequence[str] = organisms.BEHAVIOURS,
+    n: int = 120,
+    random: int = 200,
+    progress: Callable[[str], None] | None = None,
+) -> list[Gate]:
+    """Measure all gates. ``n`` questions per behaviour; ``random`` prompts for the share that flips by luck."""
+    gates: list[Gate] = []
+    for behaviour in behaviours:
+        for style in STYLES:
+            if progress is not None:
+                progress(f"{behaviour}, {style}")
+            gates += _style_gates(model, behaviour, style, n)
+        if progress is not None:
+            progress(f"{behaviour}, {random} random prompts")
+        gates.append(_luck(model, behaviour, random))
+    return gates
+
+
+def failed(gates: Sequence[Gate]) -> list[Gate]:
+    """Gates that are missed, goals not counted."""
+    return [gate for gate in gates if not gate.passed and not gate.goal]
+
+
+def _items(behaviour: str, n: int) -> list[Item]:
+    return [Item(**row) for row in organisms.items(behaviour, n=n, seed=SEED, split="held_out")]
+
+
+def _style_gates(model: Model, behaviour: str, style: str, n: int) -> Iterator[Gate]:
+    items = _items(behaviour, n)
+    counter, pro = organisms.counter_cues(behaviour)[0], organisms.pro_cues(behaviour)[0]
+    neutral = organisms.neutral_sentences()[:6]
+    noise = random_prompts(model, n=8, seed=SEED, banned=tuple(organisms.cue_words(behaviour)))
+    results = choice_eval(model, items, ["", counter, pro, *neutral, *noise], style=style)  # type: ignore[arg-type]
+    zero, cue, against = results[0], results[1], results[2]
+    base = rate(zero, draws=1)
+
+    def gate(name: str, value: float, low: float | None, high: float | None) -> Gate:
+        return Gate(behaviour=behaviour, name=f"{name}, {style}", value=value, low=low, high=high)
+
+    yield gate("zero-shot rate", base["rate"], GATES["zero_shot_low"], GATES["zero_shot_high"])
+    yield gate("A-rate", base["a_rate"], GATES["a_rate_low"], GATES["a_rate_high"])
+    yield gate("same answer, choices swapped", base["swapped_rate"], GATES["swap_agreement"], None)
+    yield gate("counter-cue, suffix", _rate(cue), None, GATES["counter_cue_high"])
+    yield gate("pro-cue, suffix", _rate(against), GATES["pro_cue_low"], None)
+    # A system message needs the chat template; in plain text the sentence stands before the question instead.
+    place, name = ("system", "system message") if style == "chat" else ("prefix", "prefix")
+    before = choice_eval(model, items, [counter, pro], style=style, slot=place)  # type: ignore[arg-type]
+    yield gate(f"counter-cue, {name}", _rate(before[0]), None, GATES["counter_cue_high"])
+    yield gate(f"pro-cue, {name}", _rate(before[1]), GATES["pro_cue_low"], None)
+    split = 3 + len(neutral)
+    for label, members, key in (
+        ("neutral sentences", results[3:split], "neutral_difference"),
+        ("random words", results[split:], "random_difference"),
+    ):
+        difference = float(np.mean([_rate(r) for r in members])) - base["rate"]
+        yield gate(f"{label} minus zero-shot", difference, -GATES[key], GATES[key])
+
+
+def _rate(result: ChoiceResult) -> float:
+    return float(result.persona.mean())
+
+
+def _luck(model: Model, behaviour: str, n: int) -> Gate:
+    """Share of random prompts over all allowed tokens, cue words among them, under which the persona is gone."""
+    prompts = random_prompts(model, n=n, seed=SEED + 1)
+    results = choice_eval(model, _items(behaviour, 12), prompts)
+    share = float(np.mean([_rate(r) < GATES["random_flip_rate"] for r in results]))
+    name = f"random prompts with a rate under {GATES['random_flip_rate']:.0%}"
+    return Gate(behaviour=behaviour, name=name, value=share, low=None, high=GATES["random_flip_share"], goal=True)
+
+
+def random_prompts(model: Model, *, n: int, seed: int, banned: Sequence[str] = ()) -> list[str]:
+    """``n`` texts of 8 random whole-word tokens that re-tokenise in place; no token holds a banned word."""
+    allowed = np.flatnonzero(
+        allowed_tokens(
+            model.tokenizer, model.config.vocab_size, ascii_only=True, word_initial=True, banned=tuple(banned)
+        )
+    )
+    slots = build_slots(model.tokenizer, [question_conversation("Is it so?", style="plain")], PROMPT_LENGTH)
+    drawn = np.random.default_rng(seed).choice(allowed, (2 * n + 16, PROMPT_LENGTH)).astype(np.int32)
+    good = drawn[retokenises_many(model.tokenizer, slots, drawn)][:n]
+    return [prompt_text(model.tokenizer, ids) for ids in good]
+
+
+def gates_table(gates: Sequence[Gate]) -> str:
+    """One line per gate, one column per behaviour: the value, and what it must be; ``FAIL`` or ``(goal missed)``."""
+    behaviours = list(dict.fromkeys(gate.behaviour for gate in gates))
+    names = list(dict.fromkeys(gate.name for gate in gates))
+    cells = {(gate.name, gate.behaviour): gate for gate in gates}
+    width = max(len(name) for name in names)
+    lines = [f"{'gate':{width}}  {'required':>14}" + "".join(f"{b:>20}" for b in behaviours)]
+    for name in names:
+        row = [cells.get((name, behaviour)) for behaviour in behaviours]
+        some = next(gate for gate in row if gate is not None)
+        shown = "".join(f"{_cell(gate):>20}" for gate in row)
+        lines.append(f"{name:{width}}  {_bounds(some):>14}{shown}")
+    return "\n".join(lines)
+
+
+def _cell(gate: Gate | None) -> str:
+    if gate is None:
+        return ""
+    verdict = "ok" if gate.passed else "goal missed" if gate.goal else "FAIL"
+    return f"{100 * gate.value:.1f} % {verdict}"
+
+
+def _bounds(gate: Gate) -> str:
+    low, high = (None if v is None else f"{100 * v:g}" for v in (gate.low, gate.high))
+    if low is None:
+        return f"at most {high} %" if high is not None else ""
+    return f"at least {low} %" if high is None else f"{low} to {high} %"
+
+
+def to_json(gates: Sequence[Gate]) -> list[dict[str, Any]]:
+    """The gates as plain rows."""
+    return [{**dataclasses.asdict(gate), "passed": gate.passed} for gate in gates]

@@ -1,0 +1,55 @@
+"""``jaxsteer direction probe``: one probe over several read positions, with directions made for each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from jaxsteer.errors import UserError
+from jaxsteer.evals.probe import Probe, Scorer, probe, scorer, stream_sites
+from jaxsteer.models.loading import Model, load
+from jaxsteer.personas import Persona, contrast_pairs, load_persona, mean_difference, split
+from jaxsteer.study.setting import context_items, token_mask
+
+log = logging.getLogger(__name__)
+
+DIRECTION_ITEMS = 128
+"""Train questions that make a direction, each in both choice orders."""
+PROBE_ITEMS = 12
+"""Validation questions on which a probe measures behaviour."""
+
+
+def probe_positions(
+    model: str | Model,
+    persona: str | Persona,
+    positions: Sequence[str],
+    *,
+    style: str = "chat",
+    slot: str = "suffix",
+    length: int = 8,
+    tokens: str = "words",
+    n: int = 240,
+    seed: int = 0,
+    split_seed: int = 0,
+) -> Probe:
+    """Probe every read position of ``positions`` at every layer's residual stream.
+
+    ``decision`` needs cue sentences and is left out, with a warning, for a persona that has none. Raises ``UserError``
+    when nothing is left.
+    """
+    persona = load_persona(persona) if isinstance(persona, str) else persona
+    model = load(model) if isinstance(model, str) else model
+    splits = split(persona, seed=split_seed)
+    allowed = token_mask(model, tokens)
+    scorers: dict[str, Scorer] = {}
+    for position in positions:
+        if position == "decision" and not (persona.counter_cues and persona.pro_cues) and len(positions) > 1:
+            log.warning("read position 'decision' is left out: persona %s has no cue sentences", persona.name)
+            continue
+        items = context_items(splits.train, DIRECTION_ITEMS)
+        pairs = contrast_pairs(model, persona, items, position, style=style, slot=slot, split_seed=split_seed)
+        scorers[position] = scorer(model, mean_difference(model, pairs, stream_sites(model.config.n_layers)))
+    if not scorers:
+        raise UserError("no read position to probe: give published, matched or decision")
+    items = context_items(splits.validation, PROBE_ITEMS)
+    return probe(model, persona, items, scorers, allowed=allowed, length=length, style=style, slot=slot, n=n, seed=seed)
