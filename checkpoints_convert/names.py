@@ -71,13 +71,19 @@ def hf_shape(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
 
 def to_ours(values: np.ndarray, shape: tuple[int, ...], source: Source) -> np.ndarray:
     """A tensor of the file as a leaf of ours."""
-    return np.ascontiguousarray(values.T if source.in_axes else values).reshape(shape)
+    return (_transposed(values) if source.in_axes else values).reshape(shape)
 
 
 def to_hf(values: np.ndarray, source: Source) -> np.ndarray:
     """A leaf of ours as a tensor of the file: the inverse of ``to_ours``."""
     shape = hf_shape(values.shape, source)
-    return np.ascontiguousarray(values.reshape(shape[::-1]).T if source.in_axes else values.reshape(shape))
+    return _transposed(values.reshape(shape[::-1])) if source.in_axes else values.reshape(shape)
+
+
+def _transposed(values: np.ndarray) -> np.ndarray:
+    """A transposed copy; as integers, because NumPy copies bfloat16 element by element."""
+    bits = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
+    return np.ascontiguousarray(bits.T).view(values.dtype)
 
 
 def expected_leaves(config: ModelConfig) -> dict[Leaf, tuple[str, Source, tuple[int, ...]]]:

@@ -134,7 +134,9 @@ def _write_weights(path: Path, config: ModelConfig, tensors: dict[Leaf, Tensor],
     leaves, target = expected_leaves(config), DTYPES[OUT_DTYPES[dtype]]
     digest = hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode())
     total = sum(tensor.nbytes for tensor in tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar:
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # weights hardly compress, and writing takes six times as long
+    with context, tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar:
         for group in _groups(config, target.itemsize):
             tree: dict[str, Any] = {}
             for leaf in group:
