@@ -134,7 +134,12 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str, str]:
     import huggingface_hub
 
     try:
-        path = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+        # Sub-directories and "consolidated" files hold the same weights again in another format.
+        path = Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision, allow_patterns=list(HUB_PATTERNS), ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
     except Exception as error:  # many types: offline, unknown repository or revision, gated, proxies
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

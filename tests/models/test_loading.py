@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,6 +144,33 @@ def test_sources_that_are_no_model(tmp_path: Path, cache: Path) -> None:
     ):
         with pytest.raises(UserError, match="(?s)" + says):
             jaxsteer.load(source)
+
+
+def test_a_hub_id_is_downloaded_and_its_commit_recorded(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = hf_directory(tmp_path / "snapshots" / "c0ffee", CONFIG)
+    asked: dict[str, object] = {}
+
+    def download(repo: str, **options: object) -> str:
+        asked.update(options, repo=repo)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = jaxsteer.load("owner/some-model@v1.0")
+    assert model.name == "owner/some-model@v1.0" and equal(model.params, random_params(CONFIG))
+    assert asked["repo"] == "owner/some-model" and asked["revision"] == "v1.0"
+    assert "*.safetensors" in asked["allow_patterns"]
+    (checkpoint,) = (cache / "checkpoints").iterdir()
+    record = loading.read_record(checkpoint)
+    assert (record["source"], record["revision"]) == ("owner/some-model", "c0ffee")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("JAXSTEER_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="JAXSTEER_CACHE"):
+        jaxsteer.load(hf_directory(tmp_path / "m", CONFIG))
 
 
 def test_damaged_checkpoints(tmp_path: Path) -> None:
