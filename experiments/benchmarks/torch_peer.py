@@ -1,0 +1,194 @@
+"""The loop that jaxsteer's search is measured against: EPO in PyTorch as it is published, written plainly.
+
+What it shares with the published EPO and RESGA code (arXiv 2402.01702, 2601.02896): a transformers model, called with
+``output_hidden_states=True`` and returning the logits of every position; prompts as one-hot matrices multiplied by the
+embedding table; gradients by autograd through that product, for new members of the population only; no cache of what
+precedes the prompt; in every forward call one context, drawn at random and shared by the rows of that call.
+
+What it leaves out, in its favour: their defects (token filters, retokenisation and the archive cost it nothing
+either), writing logs, and a forward batch of 2 rows, which is what RESGA's own configuration uses.
+
+Needs torch: ``make parity`` installs it, or ``pip install 'jaxsteer[parity]'``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from checkpoints_convert import write_hf
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.params import Params, init_params
+
+
+def build(config: ModelConfig, params: Params | None = None) -> LlamaForCausalLM:
+    """The model as transformers sees it, float32, in evaluation mode; random weights where none are given."""
+    if params is None:
+        params = init_params(config, jax.random.key(0))
+    with tempfile.TemporaryDirectory() as directory:
+        write_hf(params, config, Path(directory) / "model")
+        model = LlamaForCausalLM.from_pretrained(Path(directory) / "model", dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def run(
+    model: LlamaForCausalLM, prompt: torch.Tensor, context: torch.Tensor, direction: torch.Tensor, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Target and cross-entropy of prompts given as one-hot rows (B, S, V) behind one context (U,).
+
+    Target: the stream after block ``layer`` at the last token, projected on ``direction``. Cross-entropy: nats per
+    token that has a predecessor.
+    """
+    table = model.get_input_embeddings().weight
+    embeds = prompt @ table
+    if len(context):
+        before = table[context][None].expand(prompt.shape[0], -1, -1)
+        embeds = torch.cat([before, embeds], dim=1)
+    out = model(inputs_embeds=embeds, output_hidden_states=True, use_cache=False)
+    target = out.hidden_states[layer + 1][:, -1] @ direction
+    log_probs = torch.log_softmax(out.logits[:, :-1], dim=-1)
+    labels = prompt if len(context) else prompt[:, 1:]
+    scored = log_probs[:, -labels.shape[1] :]
+    return target, -(scored * labels).sum(-1).mean(-1)
+
+
+class Search:
+    """EPO with one population: ``step()`` makes, scores and selects one generation of children."""
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        *,
+        layer: int,
+        prompt_length: int = 8,
+        population: int = 16,
+        children: int = 32,
+        top_k: int = 512,
+        contexts: torch.Tensor | None = None,
+        batch: int = 512,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.layer, self.children, self.batch = model, layer, children, batch
+        self.vocab = model.config.vocab_size
+        self.top_k = min(top_k, self.vocab - 1)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.contexts = torch.zeros((1, 0), dtype=torch.long) if contexts is None else contexts
+        self.direction = torch.randn(model.config.hidden_size, generator=self.generator)
+        self.fluency = torch.logspace(-1, 1, population)
+        self.ids = self._integers(self.vocab, (population, prompt_length))
+        self.target, self.cross_entropy = self.score(self.ids)
+        self.gradient = self._gradients(self.ids, self.fluency)
+
+    def _integers(self, high: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randint(high, shape, generator=self.generator)
+
+    def _context(self) -> torch.Tensor:
+        return self.contexts[int(self._integers(len(self.contexts), ()))]
+
+    def _one_hot(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(ids, self.vocab).to(torch.float32)
+
+    def score(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Target and cross-entropy of prompts (M, S), ``batch`` rows in one forward call."""
+        targets, entropies = [], []
+        with torch.no_grad():
+            for rows in ids.split(self.batch):
+                both = run(self.model, self._one_hot(rows), self._context(), self.direction, self.layer)
+                targets.append(both[0])
+                entropies.append(both[1])
+        return torch.cat(targets), torch.cat(entropies)
+
+    def _gradients(self, ids: torch.Tensor, fluency: torch.Tensor) -> torch.Tensor:
+        """Gradient (m, S, V) of J = fluency * cross-entropy - target with respect to the one-hot rows."""
+        prompt = self._one_hot(ids).requires_grad_()
+        target, cross_entropy = run(self.model, prompt, self._context(), self.direction, self.layer)
+        return torch.autograd.grad((fluency * cross_entropy - target).sum(), prompt)[0]
+
+    def step(self) -> None:
+        """One generation."""
+        population, length = self.ids.shape
+        best = (-self.gradient).topk(self.top_k, dim=-1).indices
+        parent = torch.arange(population).repeat_interleave(self.children)
+        position = self._integers(length, parent.shape)
+        token = best[parent, position, self._integers(self.top_k, parent.shape)]
+        offspring = self.ids[parent].clone()
+        offspring[torch.arange(len(parent)), position] = token
+        target, cross_entropy = self.score(offspring)
+        target = torch.cat([self.target, target])
+        cross_entropy = torch.cat([self.cross_entropy, cross_entropy])
+        chosen = (self.fluency[:, None] * cross_entropy - target).argmin(dim=1)
+        self.ids = torch.cat([self.ids, offspring])[chosen]
+        self.target, self.cross_entropy = target[chosen], cross_entropy[chosen]
+        self.gradient = self.gradient[chosen.clamp(max=population - 1)]
+        new = torch.nonzero(chosen >= population)[:, 0]
+        if len(new):
+            self.gradient[new] = self._gradients(self.ids[new], self.fluency[new])
+
+
+def measure(
+    config: ModelConfig,
+    *,
+    params: Params | None = None,
+    layer: int | None = None,
+    prompt_length: int = 8,
+    population: int = 16,
+    children: int = 32,
+    context_length: int = 0,
+    contexts: int = 0,
+    steps: int = 10,
+    batch: int = 512,
+    threads: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Time the loop on one model, after one step of warming up.
+
+    ``layer`` is read by the objective (default: the middle one). With ``contexts`` a forward call sees one of them, so
+    a candidate costs one pass over ``context_length + prompt_length`` tokens and is judged in one context only:
+    compare ``candidate_contexts_per_s`` with a search that judges every candidate in all contexts. ``threads`` are
+    torch's (default: torch's own choice). Rates are from the median step.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = build(config, params)
+    drawn = None
+    if contexts:
+        rng = np.random.default_rng(seed)
+        drawn = torch.tensor(rng.integers(0, config.vocab_size, (contexts, context_length)))
+    search = Search(
+        model,
+        layer=config.n_layers // 2 if layer is None else layer,
+        prompt_length=prompt_length,
+        population=population,
+        children=children,
+        contexts=drawn,
+        batch=batch,
+        seed=seed,
+    )
+    search.step()
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        search.step()
+        seconds.append(time.perf_counter() - started)
+    per_step = statistics.median(seconds)
+    candidates = population * children
+    return {
+        "candidates_per_s": candidates / per_step,
+        "candidate_contexts_per_s": candidates / per_step,
+        "tokens_per_s": candidates * (context_length * bool(contexts) + prompt_length) / per_step,
+        "seconds_per_step": per_step,
+        "seconds_per_step_all": seconds,
+        "candidates_per_step": candidates,
+        "contexts_per_candidate": 1,
+        "batch": batch,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
