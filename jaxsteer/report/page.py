@@ -63,6 +63,7 @@ def render_page(run: Run) -> str:
         rows=_rows(metrics),
         unit=unit,
         controls=controls(metrics),
+        probe=_probe(metrics),
         rates=_figure(rate_plot(metrics)),
         pareto=_figure(pareto_plot(metrics, run.pareto)),
         progress=[_figure(figure) for figure in progress_plots(run.progress, unit)],
@@ -151,6 +152,22 @@ def _rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _probe(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the probe, best first as they were written, with the one that was searched marked."""
+    probe = metrics.get("probe")
+    rows = [row for row in (probe.get("rows") or ()) if isinstance(row, Mapping)] if isinstance(probe, Mapping) else []
+    return [
+        {
+            "site": row.get("site", "?"),
+            "read_position": row.get("read_position", "?"),
+            "correlation": row.get("correlation"),
+            "turned": (number(row.get("sign")) or 1) < 0,
+            "used": row.get("site") == metrics.get("site"),
+        }
+        for row in rows[:12]
+    ]
 
 
 def _figure(svg: str | None) -> Markup | None:

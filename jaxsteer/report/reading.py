@@ -103,6 +103,8 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 def doubts(metrics: Mapping[str, Any]) -> list[str]:
     """Reasons not to take the numbers of a run at face value."""
     found = [str(note) for note in metrics.get("warnings") or ()]
+    if metrics.get("interrupted"):
+        found.append("The search was interrupted before its last step; what it had found until then is reported.")
     correlation = number(metrics.get("probe_correlation"))
     if correlation is not None and correlation < CORRELATION_WARNS:
         found.append(

@@ -45,6 +45,17 @@ def metrics(**changes: Any) -> dict[str, Any]:
         "baseline": {"validation": rate(0.83), "test": rate(0.85, a_rate=0.52)},
         "read_position": "decision",
         "probe_correlation": 0.91,
+        "probe": {
+            "rows": [
+                {
+                    "site": f"blocks.{i}.hook_resid_post",
+                    "read_position": "decision",
+                    "sign": 1,
+                    "correlation": 0.93 - i / 50,
+                }
+                for i in range(3)
+            ]
+        },
         "prompts": prompts,
         "selected": 0,
         "controls": {

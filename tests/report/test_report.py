@@ -65,7 +65,7 @@ def test_page_shows_the_result_and_loads_nothing(tmp_path: Path):
     assert "85.0 %" in words and "6.0 %" in words and "4.20" in words
     assert "153,600 candidate prompts in 41 s" in words
     assert "random direction" in words and "oracle cue" in words
-    assert "blocks.1.hook_resid_post" in words
+    assert "blocks.1.hook_resid_post decision 0.91" in words
     assert page.seen.count("svg") == 4
     assert page.seen.count("script") == 1 and "img" not in page.seen
     assert not [note for note in read_run(tmp_path / "run").warnings]
@@ -134,13 +134,13 @@ def test_a_run_that_found_nothing(tmp_path: Path):
 
 
 def test_doubts_are_said(tmp_path: Path):
-    numbers = metrics(probe_correlation=0.31)
+    numbers = metrics(probe_correlation=0.31, interrupted=True)
     numbers["prompts"][0]["test"] = rate(0.06, a_rate=0.97)
     numbers["prompts"][0]["retokenises"] = False
     notes = read_run(write_run(tmp_path, numbers)).warnings
-    assert len(notes) == 3
-    assert "0.31" in notes[0] and "token ids" in notes[1] and "97.0 %" in notes[2]
-    assert table(numbers).count("warning: ") == 3
+    assert len(notes) == 4
+    assert "interrupted" in notes[0] and "0.31" in notes[1] and "token ids" in notes[2] and "97.0 %" in notes[3]
+    assert table(numbers).count("warning: ") == 4
 
 
 def test_terminal_table_is_aligned_and_marks_prompts():
