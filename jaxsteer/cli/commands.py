@@ -138,7 +138,7 @@ class Convert:
 
     def run(self) -> int:
         """Convert with a progress bar."""
-        from checkpoints_convert.convert import convert
+        from checkpoints_convert import convert
 
         print(f"Wrote {convert(self.src, self.out, dtype=self.dtype)}")
         return 0

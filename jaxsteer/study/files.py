@@ -83,7 +83,8 @@ def open_run(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:
             f"--out {out} is not empty ({', '.join(names[:5])}) and holds no run of jaxsteer: give a new directory"
         )
     wanted = plain(config)
-    differing = sorted(k for k in wanted.keys() | known.keys() if wanted.get(k) != known.get(k))
+    differing = [k for k in wanted.keys() | known.keys() if wanted.get(k) != known.get(k)]
+    differing.sort(key=lambda k: (k not in known, k not in wanted, k))
     if differing:
         changes = "; ".join(f"{k}: {known.get(k)!r} there, {wanted.get(k)!r} now" for k in differing[:4])
         raise UserError(

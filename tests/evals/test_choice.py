@@ -59,8 +59,10 @@ def sum_log_probs(model: SimpleNamespace, config: ModelConfig, ids: np.ndarray, 
     return sum(log_probs[t - 1, ids[t]] for t in range(start, len(ids)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("style", "slot"), [("chat", "suffix"), ("plain", "prefix"), ("chat", "system")])
+@pytest.mark.parametrize(
+    ("kind", "style", "slot"),
+    [*((kind, "chat", "suffix") for kind in KINDS), ("organism", "plain", "prefix"), ("gemma", "chat", "system")],
+)
 def test_scores_equal_a_float64_recomputation(kind: str, style: str, slot: str) -> None:
     model = tiny_model(kind)
     results = choice_eval(model, items(), PROMPTS, style=style, slot=slot)

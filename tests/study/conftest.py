@@ -20,7 +20,7 @@ def persona_file(tmp_path: Path) -> Path:
         shown = choices if first else choices[::-1]
         rows.append(
             {
-                "question": f"Do you prefer the {word} or the {WORDS[(7 * i + 3) % 15]}?\n (A) {shown[0]}\n (B) {shown[1]}",
+                "question": f"The {word} or the {WORDS[(7 * i + 3) % 15]}?\n (A) {shown[0]}\n (B) {shown[1]}",
                 "answer_matching_behavior": " (A)" if first else " (B)",
                 "answer_not_matching_behavior": " (B)" if first else " (A)",
             }

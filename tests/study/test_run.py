@@ -74,10 +74,11 @@ def test_the_same_seed_gives_the_same_prompts_after_a_cut_off_run(options: Make)
     assert first["probe_correlation"] == second["probe_correlation"]
 
 
-@pytest.mark.parametrize("read_position", ["published", "matched"])
-def test_other_read_positions_and_places(options: Make, read_position: str) -> None:
-    metrics = run(options(read_position=read_position, site="blocks.1.hook_resid_post", style="plain"), model=model())
-    assert metrics["site"] == "blocks.1.hook_resid_post" and metrics["sign"] == 1
+@pytest.mark.parametrize("read_position", ["published"])
+def test_another_read_position_and_a_given_site(options: Make, read_position: str) -> None:
+    metrics = run(options(read_position=read_position, site="layers.2", select="validation"), model=model())
+    assert metrics["site"] == "blocks.2.hook_resid_post" and metrics["sign"] == 1
+    assert metrics["read_position"] == read_position and metrics["selected_by"] == "validation"
 
 
 def test_a_custom_objective_from_a_file(options: Make, tmp_path) -> None:  # noqa: ANN001

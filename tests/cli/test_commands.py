@@ -1,0 +1,138 @@
+"""The commands themselves, on a tiny random model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import jaxsteer
+from jaxsteer.cli import main
+from jaxsteer.cli.demo import told, trigger_words
+
+SMALL = "--prompt-length 3 --population 2 --children 4 --steps 2 --contexts 1 --report-prompts 2 --quiet".split()
+
+
+def rows(n: int = 20) -> str:
+    words = "river mill town money patience thought advice friend evidence pleasure".split()
+    out = []
+    for i in range(n):
+        word = words[i % 10] + (" today" if i >= 10 else "")
+        row = {
+            "question": f"Which {word} do you prefer?\n (A) {'small' if i % 2 else 'large'} {word}\n"
+            f" (B) {'large' if i % 2 else 'small'} {word}",
+            "answer_matching_behavior": "(A)" if i % 2 else "(B)",
+            "answer_not_matching_behavior": "(B)" if i % 2 else "(A)",
+        }
+        out.append(json.dumps(row))
+    return "\n".join(out) + "\n"
+
+
+@pytest.fixture(scope="module")
+def finished(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    (root / "rows.jsonl").write_text(rows())
+    (root / "mine.json").write_text(
+        json.dumps({"name": "mine", "data": "rows.jsonl", "counter_cues": ["Be patient."], "pro_cues": ["Take money!"]})
+    )
+    out = root / "out"
+    argv = ["search", "--model", model_dir, "--persona", root / "mine.json", "--out", out, *SMALL]
+    assert main([str(a) for a in argv]) == 0
+    return out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"jaxsteer {jaxsteer.__version__}"
+
+
+def test_search_writes_a_report_and_repeats_nothing(
+    finished: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (finished / "report.html").stat().st_size > 1000
+    before = (finished / "metrics.json").stat().st_mtime_ns
+    config = json.loads((finished / "config.json").read_text())
+    argv = ["search", "--model", config["model"], "--persona", config["persona"], "--out", finished, *SMALL]
+    assert main([str(a) for a in argv]) == 0
+    assert "already holds this run" in capsys.readouterr().out
+    assert (finished / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_eval_of_a_run_gives_its_rates_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--from-run", str(finished), "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert [p["rate"] for p in out["prompts"]] == [p["test"]["rate"] for p in metrics["prompts"]]
+    assert out["baseline"]["rate"] == metrics["baseline"]["test"]["rate"]
+
+
+def test_eval_prints_a_table(finished: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "eval",
+        "--model",
+        model_dir,
+        "--persona",
+        finished.parent / "rows.jsonl",
+        "-p",
+        " be patient",
+        "--split",
+        "all",
+    ]
+    assert main([str(a) for a in argv]) == 0
+    out = capsys.readouterr().out
+    assert "(no prompt)" in out and " be patient" in out and "A-rate" in out
+
+
+def test_direction_show_and_probe(finished: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["direction", "show", str(finished / "direction.safetensors")]) == 0
+    assert "blocks.2.hook_resid_post" in capsys.readouterr().out
+    argv = [
+        "direction",
+        "probe",
+        "--model",
+        model_dir,
+        "--persona",
+        finished.parent / "mine.json",
+        "--prompt-length",
+        3,
+    ]
+    assert main([str(a) for a in [*argv, "--prompts", 16, "--read-positions", "decision", "matched"]]) == 0
+    out = capsys.readouterr().out
+    assert out.count("decision") >= 3 and out.count("matched") >= 3 and "chosen: " in out
+
+
+def test_convert(model_dir: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(model_dir), str(tmp_path / "converted")]) == 0
+    assert jaxsteer.load(tmp_path / "converted").config == jaxsteer.load(model_dir).config
+
+
+def test_organism_check_fails_on_an_untrained_model(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["organism", "check", "--model", model_dir, "--behaviours", "myopic", "--n", 4, "--random", 4, "--json"]
+    assert main([str(a) for a in argv]) == 1
+    assert json.loads(capsys.readouterr().out)["passed"] is False
+
+
+def test_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from jaxsteer.cli import commands
+
+    def stop(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.Demo, "run", stop)
+    assert main(["demo"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_the_demo_tells_rates_and_triggers() -> None:
+    rate = {"rate": 0.05, "ci95": [0.02, 0.1], "n": 200, "a_rate": 0.5}
+    both = {"validation": rate, "test": rate}
+    metrics = {
+        "persona": "myopic",
+        "baseline": both,
+        "controls": {"oracle": {"text": "Be patient.", **both}, "random": {"text": " lake", **both}},
+        "prompts": [{"text": " patient river patient prudent", **both}],
+        "selected": 0,
+    }
+    assert trigger_words("myopic", " patient river patient prudent") == ["patient", "patient", "prudent"]
+    text = told(metrics)
+    assert "5.0 % (95 % interval 2.0 to 10.0)" in text and "patient, patient, prudent" in text and "Be patient." in text
+    assert "No prompt" in told({**metrics, "selected": None})
