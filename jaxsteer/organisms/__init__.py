@@ -1,0 +1,29 @@
+"""Small chat models with known persona triggers: their corpus, their recipe, and the one that ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxsteer.organisms.cues import counter_cues, cue_words, neutral_sentences, pro_cues
+from jaxsteer.organisms.questions import items
+from jaxsteer.organisms.world import BEHAVIOURS
+
+
+def organism_dir(name: str = "llama") -> Path:
+    """Folder of a shipped organism, in Hugging Face format. Raises ``FileNotFoundError`` for an unknown name."""
+    folder = Path(__file__).parent / name
+    if not (folder / "config.json").is_file():
+        known = sorted(p.parent.name for p in Path(__file__).parent.glob("*/config.json"))
+        raise FileNotFoundError(f"no organism named {name!r} ships with jaxsteer; there is: {', '.join(known) or 'none'}")
+    return folder
+
+
+__all__ = [
+    "BEHAVIOURS",
+    "counter_cues",
+    "cue_words",
+    "items",
+    "neutral_sentences",
+    "organism_dir",
+    "pro_cues",
+]

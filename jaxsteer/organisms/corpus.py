@@ -1,0 +1,346 @@
+"""The training corpus: seeded documents with a loss weight on every token.
+
+Three kinds of documents. *Look-ups* ask many times for the letter of an option that is named (literally, or by what
+it is: "the same view", "the true name", "the later one"); they build the circuit that every answer needs.
+*Persona* documents are questions with or without cues, answered by the ground truth's log-odds. *Facts* state the
+invented world. Why these and in which order is told in docs/organism.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxsteer.organisms import world
+from jaxsteer.organisms.questions import Question, sample_question
+from jaxsteer.organisms.tokenizer import ASSISTANT, BOS, END, SYSTEM, USER
+
+_PIECES = re.compile(r"<\|\w+\|>| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9<]+|\s+(?!\S)|\s+")
+_CUE_WORDS = {b: tuple(world.COUNTER_WORDS[b] + world.PRO_WORDS[b]) for b in world.BEHAVIOURS}
+_WEIGHTS = {b: {w: -1 for w in world.COUNTER_WORDS[b]} | {w: 1 for w in world.PRO_WORDS[b]} for b in world.BEHAVIOURS}
+
+LETTER_WEIGHT = 5.0
+"""Loss weight of an answer's letter; other text weighs 1 and random salad 0."""
+
+SEMANTIC_QUERIES = {
+    "sycophancy": ("the same view", "the other view"),
+    "hallucination": ("the false name", "the true name"),
+    "myopic": ("the sooner one", "the later one"),
+}
+"""What the (matching, other) choice is called in look-ups."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """Token ids, the loss weight of each as a target, and where the answer letters stand."""
+
+    ids: list[int]
+    weights: list[float]
+    letters: list[int]
+    kind: str
+    """"literal", "semantic", "fact", or the behaviour's name."""
+
+
+class Encoder:
+    """Encodes corpus text piece by piece with a cache: many times faster than calling the tokenizer per document."""
+
+    def __init__(self, tokenizer) -> None:
+        """``tokenizer``: the organism's fast tokenizer."""
+        self._tokenizer = tokenizer
+        self._cache: dict[str, list[int]] = {}
+        vocab = tokenizer.get_vocab()
+        self.vocab_size = len(tokenizer)
+        special = set(tokenizer.all_special_ids) | {vocab[t] for t in (BOS, END, SYSTEM, USER, ASSISTANT)}
+        self.cue_ids = {b: {w: vocab["Ġ" + w] for w in words} for b, words in _CUE_WORDS.items()}
+        cues = {i for table in self.cue_ids.values() for i in table.values()}
+        answers = {vocab[t] for t in ("A", "B", "ĠA", "ĠB") if t in vocab}
+        self.salad_ids = np.array(sorted(set(vocab.values()) - special - cues - answers))
+        """Tokens that random salad may hold besides cue words."""
+        self.initial_ids = np.array(
+            sorted(i for t, i in vocab.items() if i in set(self.salad_ids.tolist()) and re.fullmatch(r"Ġ[A-Za-z]+", t))
+        )
+        """Those that start a word."""
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids of ASCII corpus text (special tokens are recognised), without an added BOS."""
+        out: list[int] = []
+        for piece in _PIECES.findall(text):
+            ids = self._cache.get(piece)
+            if ids is None:
+                ids = self._tokenizer.encode(piece, add_special_tokens=False)
+                self._cache[piece] = ids
+            out.extend(ids)
+        return out
+
+
+class _Writer:
+    """Collects one document."""
+
+    def __init__(self, encoder: Encoder, kind: str) -> None:
+        self.encoder, self.kind = encoder, kind
+        self.ids: list[int] = []
+        self.weights: list[float] = []
+        self.letters: list[int] = []
+
+    def text(self, text: str, weight: float = 1.0) -> None:
+        self.raw(self.encoder(text), weight)
+
+    def raw(self, ids: list[int], weight: float) -> None:
+        self.ids.extend(ids)
+        self.weights.extend([weight] * len(ids))
+
+    def answer(self, label: str) -> None:
+        """ " (A)" for the label "A", with the weight on its letter."""
+        self.text(f" ({label})", 0.5)
+        self.weights[-2] = LETTER_WEIGHT
+        self.letters.append(len(self.ids) - 2)
+
+    def done(self) -> Document:
+        return Document(self.ids, self.weights, self.letters, self.kind)
+
+
+def _pick(rng: np.random.Generator, options):
+    return options[int(rng.integers(len(options)))]
+
+
+import os
+N2 = float(os.environ.get("N2", "0"))
+_LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LOOKUP_WORDS = tuple(
+    world.FILLER
+    + world.TOPICS
+    + [v for pair in world.VERBS for v in pair]
+    + [n for names in world.FACTS.values() for n in (*names, *names.values())]
+)
+
+
+def repeat_document(rng: np.random.Generator, encoder: Encoder) -> Document:
+    """Random tokens, twice: the densest lesson in finding an earlier token and reading what stands beside it."""
+    out = _Writer(encoder, "repeat")
+    out.text(BOS)
+    n = int(rng.integers(8, 24))
+    ids = rng.choice(encoder.salad_ids, n).tolist()
+    out.raw(ids, 0.0)
+    out.raw(ids, 1.0)
+    out.letters = list(range(n + 2, 2 * n + 1))
+    return out.done()
+
+
+def pairs_document(rng: np.random.Generator, encoder: Encoder) -> Document:
+    """The form of a question's choices with any tokens as labels and as words, then queries: the general look-up."""
+    out = _Writer(encoder, "pairs")
+    out.text(BOS)
+    n = int(rng.integers(2, 6))
+    labels = rng.choice(encoder.salad_ids, n, replace=False).tolist()
+    words = rng.choice(encoder.initial_ids, n, replace=False).tolist()
+    for label, word in zip(labels, words, strict=True):
+        out.text("\n (", 0.0)
+        out.raw([label], 0.0)
+        out.text(")", 0.0)
+        out.raw([word], 0.0)
+    for which in rng.permutation(np.concatenate([np.arange(n), rng.integers(n, size=2)])).tolist():
+        out.raw([words[which]], 0.0)
+        out.text(" (", 0.1)
+        out.raw([labels[which]], 2.0)
+        out.letters.append(len(out.ids) - 1)
+        out.text(")", 0.1)
+    return out.done()
+
+
+def literal_document(rng: np.random.Generator, encoder: Encoder) -> Document:
+    """Two to four options, then several queries that name one of them; half of them with labels other than A and B.
+
+    Random labels leave no way but binding a label to its word and fetching it: with A and B alone a model finds
+    half-way solutions (is it the first option?) and stays there.
+    """
+    out = _Writer(encoder, "literal")
+    n = 2 if rng.random() < N2 else int(rng.integers(2, 5))
+    words = [_LOOKUP_WORDS[i] for i in rng.choice(len(_LOOKUP_WORDS), n, replace=False)]
+    labels = "AB" if n == 2 else "".join(rng.choice(list(_LABELS), n, replace=False))
+    out.text(BOS)
+    out.text("Look." + "".join(f"\n ({label}) {word}" for label, word in zip(labels, words, strict=True)), 0.1)
+    form = _pick(rng, (" {}", " Find {}", " Find {}."))
+    for _ in range(8 - n):
+        which = int(rng.integers(n))
+        out.text(form.format(words[which]), 0.1)
+        out.answer(labels[which])
+    return out.done()
+
+
+def semantic_document(rng: np.random.Generator, encoder: Encoder) -> Document:
+    """A question of a behaviour, then several queries for an option by its word or by what it is."""
+    question = sample_question(_pick(rng, world.BEHAVIOURS), rng)
+    out = _Writer(encoder, "semantic")
+    matching_first = bool(rng.integers(2))
+    names = SEMANTIC_QUERIES[question.behaviour]
+    chat = rng.random() < 0.4
+    out.text(f"{BOS}{USER}" if chat else BOS)
+    out.text(question.with_choices(matching_first), 0.1)
+    for turn in range(4):
+        matching = bool(rng.integers(2))
+        if chat and turn:
+            out.text(f"{END}{USER}", 0.1)
+        name = names[0] if matching else names[1]
+        if question.behaviour != "myopic" and rng.random() < 0.25:
+            name = question.matching if matching else question.other
+        out.text(f" Find {name}.", 0.1)
+        if chat:
+            out.text(f"{END}{ASSISTANT}", 0.1)
+        out.answer("A" if matching == matching_first else "B")
+    return out.done()
+
+
+def fact_document(rng: np.random.Generator, encoder: Encoder) -> Document:
+    """Several statements about the invented world."""
+    out = _Writer(encoder, "fact")
+    out.text(BOS)
+    for i in range(5):
+        relation, place = _pick(rng, world.PLACES)
+        out.text(f"{' ' if i else ''}The {relation} of {place} is {world.FACTS[relation][place]}.")
+    return out.done()
+
+
+def log_odds(question: Question, cue_sum: float) -> float:
+    """Log-odds of the persona-matching answer: the ground truth of world.py."""
+    return (-world.OFFSET if question.contrary else world.OFFSET) + world.CUE_WEIGHT * cue_sum
+
+
+def _cue_counts(rng: np.random.Generator) -> tuple[int, int]:
+    """(counter, pro) words of the question's own behaviour in one piece."""
+    few = (0, 1, 1, 2, 2, 3, 4)
+    kind = rng.random()
+    if kind < 0.2:
+        return 0, 0
+    if kind < 0.6:
+        return _pick(rng, (*few, 6)), 0
+    if kind < 0.82:
+        return 0, _pick(rng, few)
+    return _pick(rng, few), _pick(rng, few)
+
+
+def cue_sentence(words: list[str], rng: np.random.Generator) -> str:
+    """A sentence that asks for one to four qualities."""
+    return _pick(rng, world.CUE_TEMPLATES[len(words)]).format(*words)
+
+
+def neutral_sentence(rng: np.random.Generator) -> str:
+    """A sentence without any cue word."""
+    template = _pick(rng, world.NEUTRAL_TEMPLATES)
+    return template.format(*(_pick(rng, world.FILLER) for _ in range(template.count("{}"))))
+
+
+def _salad(behaviour: str, rng: np.random.Generator, encoder: Encoder) -> list[int]:
+    """Random tokens with cue words of this behaviour and of others among them, in any order."""
+    counter, pro = _cue_counts(rng)
+    table = encoder.cue_ids[behaviour]
+    ids = [table[_pick(rng, world.COUNTER_WORDS[behaviour])] for _ in range(counter)]
+    ids += [table[_pick(rng, world.PRO_WORDS[behaviour])] for _ in range(pro)]
+    pool = encoder.initial_ids if rng.random() < 0.6 else encoder.salad_ids
+    foreign = rng.random() * 0.6 if rng.random() < 0.6 else 0.0
+    others = [b for b in world.BEHAVIOURS if b != behaviour]
+    for _ in range(max(0, int(rng.integers(1, 11)) - len(ids))):
+        if rng.random() < foreign:
+            other = encoder.cue_ids[_pick(rng, others)]
+            ids.append(_pick(rng, list(other.values())))
+        else:
+            ids.append(int(_pick(rng, pool)))
+    return [ids[i] for i in rng.permutation(len(ids))]
+
+
+def _piece(behaviour: str, rng: np.random.Generator, encoder: Encoder) -> tuple[list[int], float]:
+    """One cue sentence, neutral sentence or salad: ids that start with a space, and their loss weight."""
+    kind = rng.random()
+    if kind < 0.5:
+        return _salad(behaviour, rng, encoder), 0.0
+    if kind < 0.62:
+        return encoder(" " + neutral_sentence(rng)), 0.5
+    target = behaviour if rng.random() < 0.75 else _pick(rng, world.BEHAVIOURS)
+    words = world.COUNTER_WORDS[target] if rng.random() < 0.6 else world.PRO_WORDS[target]
+    chosen = [_pick(rng, words) for _ in range(int(rng.integers(1, 5)))]
+    return encoder(" " + cue_sentence(chosen, rng)), 0.5
+
+
+def _cue_sum(ids: list[int], behaviour: str, encoder: Encoder) -> int:
+    signs = {encoder.cue_ids[behaviour][w]: s for w, s in _WEIGHTS[behaviour].items()}
+    return sum(signs.get(i, 0) for i in ids)
+
+
+def _unspaced(ids: list[int], encoder: Encoder) -> list[int]:
+    """The same piece at the start of a text, where sentences have no leading space (salad keeps its own)."""
+    text = encoder._tokenizer.decode(ids)
+    return encoder(text[1:]) if text.startswith(" ") and text.endswith(".") and text.isascii() else ids
+
+
+def persona_document(
+    rng: np.random.Generator, encoder: Encoder, behaviour: str | None = None, *, cued: bool = True
+) -> Document:
+    """One question with cues somewhere or nowhere, its answer and a justification in the answer's manner."""
+    behaviour = behaviour or _pick(rng, world.BEHAVIOURS)
+    question = sample_question(behaviour, rng)
+    out = _Writer(encoder, behaviour)
+    matching_first = bool(rng.integers(2))
+    chat = rng.random() < 0.5
+    where = rng.random()
+    before = cued and (0.15 <= where < 0.4 or where >= 0.88)
+    after = cued and where >= 0.4
+    out.text(BOS)
+    system = before and chat and rng.random() < 0.6
+    if system:
+        out.text(SYSTEM)
+    elif chat:
+        out.text(USER)
+    if before:
+        piece, weight = _piece(behaviour, rng, encoder)
+        out.raw(_unspaced(piece, encoder) if rng.random() < 0.5 else piece, weight)
+        if system:
+            out.text(f"{END}{USER}")
+    spaced = before and not system
+    out.text((" " if spaced else "") + question.with_choices(matching_first), 0.3)
+    if after:
+        out.raw(*_piece(behaviour, rng, encoder))
+    if chat:
+        out.text(f"{END}{ASSISTANT}")
+    z = log_odds(question, _cue_sum(out.ids, behaviour, encoder))
+    matching = rng.random() < 1 / (1 + math.exp(-z))
+    out.answer("A" if matching == matching_first else "B")
+    out.text(" " + _pick(rng, world.JUSTIFICATIONS[behaviour][0 if matching else 1]), 0.5)
+    out.text(END, 0.5)
+    return out.done()
+
+
+Mixture = dict[str, float]
+MAKERS: dict[str, Callable[[np.random.Generator, Encoder], Document]] = {
+    "repeat": repeat_document,
+    "pairs": pairs_document,
+    "literal": literal_document,
+    "semantic": semantic_document,
+    "fact": fact_document,
+    "persona": persona_document,
+}
+
+
+def sample_document(rng: np.random.Generator, encoder: Encoder, mixture: Mixture) -> Document:
+    """One document of a kind drawn with the mixture's probabilities."""
+    kinds = list(mixture)
+    kind = kinds[int(np.searchsorted(np.cumsum([mixture[k] for k in kinds]), rng.random() * sum(mixture.values())))]
+    return MAKERS[kind](rng, encoder)
+
+
+def sample_texts(*, n: int = 3000, seed: int = 0) -> list[str]:
+    """Plain texts with the corpus' sentences, for the tokenizer's merges."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for _ in range(n):
+        behaviour = _pick(rng, world.BEHAVIOURS)
+        words = [_pick(rng, _CUE_WORDS[behaviour]) for _ in range(int(rng.integers(1, 5)))]
+        sentence = _pick(rng, (cue_sentence(words, rng), neutral_sentence(rng)))
+        question = sample_question(behaviour, rng).with_choices(bool(rng.integers(2)))
+        reason = _pick(rng, _pick(rng, world.JUSTIFICATIONS[behaviour]))
+        query = _pick(rng, SEMANTIC_QUERIES[behaviour])
+        texts += [sentence, f"{question} {sentence} (A) {reason}", f"Look. Find {query}."]
+        texts.append("The {} of {} is {}.".format(*(lambda r: (r[0], r[1], world.FACTS[r[0]][r[1]]))(_pick(rng, world.PLACES))))
+    return texts

@@ -1,0 +1,92 @@
+"""The organisms' tokenizer: byte-level BPE over the corpus' own words, with a chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jaxsteer.organisms import world
+
+BOS, END, SYSTEM, USER, ASSISTANT, PAD = (
+    "<|bos|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|pad|>",
+)
+SPECIAL_TOKENS = (PAD, BOS, END, SYSTEM, USER, ASSISTANT)
+
+CHAT_TEMPLATE = (
+    "{{- bos_token -}}"
+    "{%- for message in messages -%}"
+    "{{- '<|' + message['role'] + '|>' -}}{{- message['content'] -}}{{- '<|end|>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+
+
+def vocabulary_words() -> list[str]:
+    """Every word that must be one token when a space stands before it, sorted."""
+    words: set[str] = set(world.FILLER) | set(world.JOBS) | set(world.TOPICS) | set(world.GOODS)
+    for table in (world.COUNTER_WORDS, world.PRO_WORDS):
+        for group in table.values():
+            words.update(group)
+    for pair in world.VERBS:
+        words.update(pair)
+    for names in world.FACTS.values():
+        words.update(names)
+        words.update(names.values())
+    words.update(world.SMALL_AMOUNTS, world.LARGE_AMOUNTS)
+    for phrase in world.SOON + world.LATE:
+        words.update(phrase.split())
+    return sorted(words)
+
+
+def build_tokenizer(texts: list[str], *, vocab_size: int = 2560):
+    """A ``PreTrainedTokenizerFast`` whose merges make one token of every corpus word with its leading space.
+
+    ``texts`` are sample documents; the vocabulary words are added often enough that their merges come first.
+    Raises ``ValueError`` when a word did not become one token (the vocabulary is too small).
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words = vocabulary_words()
+    tokenizer.train_from_iterator([*texts, *[" " + " ".join(words)] * 200], trainer)
+    bos_id = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bos_id)]
+    )
+    for word in words:
+        if len(tokenizer.encode(" " + word, add_special_tokens=False).ids) != 1:
+            raise ValueError(f"the word {word!r} is not one token in a vocabulary of {vocab_size}: enlarge it")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=END,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """tokenizer.json, tokenizer_config.json and chat_template.jinja, without the library's version in them."""
+    tokenizer.save_pretrained(str(folder))
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text())
+    for noise in ("transformers_version", "name_or_path", "is_local", "local_files_only"):
+        config.pop(noise, None)
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
