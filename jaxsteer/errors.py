@@ -2,4 +2,7 @@
 
 
 class UserError(ValueError):
-    """Bad input. The message says what was given, what was expected and what to do; the CLI prints it and exits with 2."""
+    """Bad input. The message says what was given, what was expected and what to do.
+
+    The CLI prints it as one message and exits with 2.
+    """

@@ -50,6 +50,6 @@ def _settings() -> None:
 
     from jaxsteer.models.loading import cache_dir
 
-    if jax.config.jax_compilation_cache_dir is None:  # a user's own setting stays
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:  # a user's own setting stays
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -97,5 +97,5 @@ def direction_table(direction: Direction) -> str:
                 f"{facts.get('letter_cosine', float('nan')):.3f}",
             )
         )
-    facts = [f"{name}: {value}" for name, value in sorted(direction.metadata.items()) if value]
-    return "\n".join([aligned(table), "", f"pairs: {direction.n}", f"read position: {direction.read_position}", *facts])
+    notes = [f"{name}: {value}" for name, value in sorted(direction.metadata.items()) if value]
+    return "\n".join([aligned(table), "", f"pairs: {direction.n}", f"read position: {direction.read_position}", *notes])

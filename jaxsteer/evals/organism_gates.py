@@ -72,7 +72,17 @@ def failed(gates: Sequence[Gate]) -> list[Gate]:
 
 
 def _items(behaviour: str, n: int) -> list[Item]:
-    return [Item(**row) for row in organisms.items(behaviour, n=n, seed=SEED, split="held_out")]
+    rows = organisms.items(behaviour, n=n, seed=SEED, split="held_out")
+    return [
+        Item(
+            id=row["id"],
+            question=row["question"],
+            matching=row["matching"],
+            not_matching=row["not_matching"],
+            group=row["group"],
+        )
+        for row in rows
+    ]
 
 
 def _style_gates(model: Model, behaviour: str, style: str, n: int) -> Iterator[Gate]:

@@ -29,6 +29,8 @@ from jaxsteer.models.transformer import embed, make_context, prefill, run_layers
 
 ROWS = 512
 """Rows run at once by default."""
+SHORT = 128
+"""Up to this length all batches of a call are padded alike: compiling costs more than the padding."""
 LOGITS = 2**24
 """Logits held at once, in floats."""
 TRUNK, PADDING = 0, -1
@@ -125,7 +127,8 @@ def _score(
     context = make_context(config, positions, segment != PADDING, prefix)
     queries, keys = segment[:, :, None], segment[:, None, :]
     own_branch = (keys == TRUNK) | (keys == queries)
-    context = context.replace(
+    context = dataclasses.replace(
+        context,
         self_mask=context.self_mask & own_branch,
         distance=positions[:, :, None] - positions[:, None, :],  # branches start at the same position
     )
@@ -174,12 +177,16 @@ def score_texts(
     size = max(1, rows // per_group)
     size = min(-(-size // shards), -(-len(groups) // shards)) * shards
     starts = [_shared_start(group) for group in groups]
+    rows_of = [[_pack(text, start) for text in group] for group, start in zip(groups, starts, strict=True)]
+    least = _widths(starts, [row for packed in rows_of for row in packed])
+    least = tuple(width if width <= SHORT else 0 for width in least)
     order = sorted(range(len(groups)), key=lambda g: (starts[g], max(t.length for t in groups[g])))
     for begin in range(0, len(order), size):
         chosen = order[begin : begin + size]
         padded = chosen + [chosen[-1]] * (size - len(chosen))
-        packed = [[_pack(text, starts[g]) for text in groups[g]] for g in padded]
-        arrays = _arrays([groups[g][0].context[: starts[g]] for g in padded], [r for rs in packed for r in rs])
+        packed = [rows_of[g] for g in padded]
+        shared = [groups[g][0].context[: starts[g]] for g in padded]
+        arrays = _arrays(shared, [row for group in packed for row in group], least)
         if mesh is not None:
             arrays = [jax.device_put(a, NamedSharding(mesh, P("prompts"))) for a in arrays]
         scores = np.asarray(_score(params, config, *arrays)).reshape(size, per_group, -1)
@@ -198,10 +205,14 @@ def _shared_start(group: Sequence[Text]) -> int:
     return min(common_start(contexts), min(len(c) for c in contexts) - 1)
 
 
-def _arrays(shared: list[np.ndarray], rows: list[_Row]) -> list[np.ndarray]:
-    u = bucket(max(len(s) for s in shared))
-    t = bucket(max(len(r.ids) for r in rows))
-    k = bucket(max(len(r.at) for r in rows), 2)
+def _widths(starts: Sequence[int], rows: Sequence[_Row]) -> tuple[int, int, int]:
+    """Padded lengths U, T and K for these shared starts and rows."""
+    return bucket(max(starts)), bucket(max(len(r.ids) for r in rows)), bucket(max(len(r.at) for r in rows), 2)
+
+
+def _arrays(shared: list[np.ndarray], rows: list[_Row], least: tuple[int, ...]) -> list[np.ndarray]:
+    widths = _widths([len(s) for s in shared], rows)
+    u, t, k = (max(width, floor) for width, floor in zip(widths, least, strict=True))
     starts = np.zeros((len(shared), u), np.int32)
     for i, ids in enumerate(shared):
         starts[i, : len(ids)] = ids

@@ -186,7 +186,8 @@ def epo(config: EpoConfig) -> Search:
         restarting = (state.step > 0) & (state.step % config.restart_every == 0)
         chosen = jnp.where(restarting, select(f, x, drawn)[0], chosen)
         summary = Summary(best_target=f[chosen].max(), loss=loss, cross_entropy=x[chosen])
-        new = state.replace(
+        new = dataclasses.replace(
+            state,
             ids=ids[chosen],
             f=f[chosen],
             x=x[chosen],
@@ -201,5 +202,5 @@ def epo(config: EpoConfig) -> Search:
 def evict(state: State, invalid: Bool[Array, " P"], invalid_archive: Bool[Array, " A"]) -> State:
     """Take prompts that were found not to re-tokenise out of a population and its archive: they score -inf."""
     drop = lambda f, bad: jnp.where(bad, -jnp.inf, f)  # noqa: E731
-    archive = state.archive.replace(f=drop(state.archive.f, invalid_archive))
-    return state.replace(f=drop(state.f, invalid), archive=archive)
+    archive = dataclasses.replace(state.archive, f=drop(state.archive.f, invalid_archive))
+    return dataclasses.replace(state, f=drop(state.f, invalid), archive=archive)

@@ -24,7 +24,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.attention import Prefix
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Params
-from jaxsteer.models.transformer import embed, make_context, prefill, run_layers, scale_embeddings, unembed
+from jaxsteer.models.transformer import Context, embed, make_context, prefill, run_layers, scale_embeddings, unembed
 from jaxsteer.prompts.slots import Slots
 from jaxsteer.search.objectives import Needs, Objective, Reads
 
@@ -172,7 +172,7 @@ def _hidden(
     return f, x.reshape(contexts, m, predicting, config.d_model)
 
 
-def _row_context(task: Task, t: int, m: int, valid: Bool[Array, "B T"] | None = None):
+def _row_context(task: Task, t: int, m: int, valid: Bool[Array, "B T"] | None = None) -> Context:
     positions = jnp.repeat(task.prefix.length, m)[:, None] + jnp.arange(t)
     return make_context(task.config, positions, valid, task.prefix)
 
@@ -181,7 +181,9 @@ def _pick(x: Float[Array, "B T D"], index: Int[Array, " B"]) -> Float[Array, "B 
     return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
 
 
-def _label_log_probs(params: Params, config: ModelConfig, hidden: Float[Array, "n D"], labels: Int[Array, " n"]):
+def _label_log_probs(
+    params: Params, config: ModelConfig, hidden: Float[Array, "n D"], labels: Int[Array, " n"]
+) -> Float[Array, " n"]:
     """(n,) log-probabilities of labels, in chunks so that few rows of logits exist at a time."""
 
     @jax.checkpoint
@@ -195,7 +197,9 @@ def _label_log_probs(params: Params, config: ModelConfig, hidden: Float[Array, "
     return lax.map(one, (hidden, labels), batch_size=rows)
 
 
-def _cross_entropy(params: Params, task: Task, hidden: Float[Array, "C M s D"], ids: Int[Array, "M S"]):
+def _cross_entropy(
+    params: Params, task: Task, hidden: Float[Array, "C M s D"], ids: Int[Array, "M S"]
+) -> Float[Array, " M"]:
     """(M,) mean negative log-probability of the prompt's tokens, in nats per token, over contexts."""
     contexts, m, s, d = hidden.shape
     total, scored = jnp.zeros((contexts, m)), s

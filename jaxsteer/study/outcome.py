@@ -75,10 +75,12 @@ def evaluate(setting: Setting, prompts: list[dict[str, Any]], say: Say) -> dict[
     for name in ("validation", "test"):
         items = distinct(getattr(setting.splits, name))
         bar = tqdm(total=2 * len(items) * len(texts), desc=name, disable=options.quiet, leave=False)
+
+        def advance(done: int, total: int, bar: tqdm = bar) -> None:
+            bar.update(done - bar.n)
+
         with bar:
-            results = choice_eval(
-                model, items, texts, progress=lambda done, _, bar=bar: bar.update(done - bar.n), **setting.place
-            )
+            results = choice_eval(model, items, texts, progress=advance, **setting.place)
         rates[name] = [rate(results[0]), *(rate(result, results[0]) for result in results[1:])]
         records[name] = [result.to_json() for result in results]
     files.write_json(options.out / files.CHOICES, _compact(records))
