@@ -178,15 +178,15 @@ def score_texts(
     size = min(-(-size // shards), -(-len(groups) // shards)) * shards
     starts = [_shared_start(group) for group in groups]
     rows_of = [[_pack(text, start) for text in group] for group, start in zip(groups, starts, strict=True)]
-    least = _widths(starts, [row for packed in rows_of for row in packed])
-    least = tuple(width if width <= SHORT else 0 for width in least)
+    widest = _widths(starts, [row for packed in rows_of for row in packed])
+    floors = [width if width <= SHORT else 0 for width in widest]
     order = sorted(range(len(groups)), key=lambda g: (starts[g], max(t.length for t in groups[g])))
     for begin in range(0, len(order), size):
         chosen = order[begin : begin + size]
         padded = chosen + [chosen[-1]] * (size - len(chosen))
         packed = [rows_of[g] for g in padded]
         shared = [groups[g][0].context[: starts[g]] for g in padded]
-        arrays = _arrays(shared, [row for group in packed for row in group], least)
+        arrays = _arrays(shared, [row for group in packed for row in group], floors)
         if mesh is not None:
             arrays = [jax.device_put(a, NamedSharding(mesh, P("prompts"))) for a in arrays]
         scores = np.asarray(_score(params, config, *arrays)).reshape(size, per_group, -1)
@@ -210,9 +210,9 @@ def _widths(starts: Sequence[int], rows: Sequence[_Row]) -> tuple[int, int, int]
     return bucket(max(starts)), bucket(max(len(r.ids) for r in rows)), bucket(max(len(r.at) for r in rows), 2)
 
 
-def _arrays(shared: list[np.ndarray], rows: list[_Row], least: tuple[int, ...]) -> list[np.ndarray]:
+def _arrays(shared: list[np.ndarray], rows: list[_Row], floors: Sequence[int]) -> list[np.ndarray]:
     widths = _widths([len(s) for s in shared], rows)
-    u, t, k = (max(width, floor) for width, floor in zip(widths, least, strict=True))
+    u, t, k = (max(width, floor) for width, floor in zip(widths, floors, strict=True))
     starts = np.zeros((len(shared), u), np.int32)
     for i, ids in enumerate(shared):
         starts[i, : len(ids)] = ids

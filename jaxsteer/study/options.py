@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 100,
         "top_k": 128,
         "restart_every": 40,
-        "contexts": 8,
+        "contexts": 4,
         "raw_units": False,
         "tokens": "words",
     },
@@ -78,7 +78,7 @@ class SearchOptions:
     restart_every: int | None = None
     """Steps between restarts from the best member (default 40, paper 50)."""
     contexts: int | None = None
-    """Train questions that every candidate is scored on, each in both choice orders (default 8, paper 16)."""
+    """Train questions that every candidate is scored on, each in both choice orders (default 4, paper 16)."""
     raw_units: bool | None = None
     """Objective in the stream's own units, not in standard deviations over random prompts (default no, paper yes)."""
     tokens: Literal["words", "ascii", "all"] | None = None

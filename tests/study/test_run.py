@@ -140,3 +140,17 @@ def test_selection_never_takes_a_prompt_that_changes_as_text() -> None:
     assert select(prompts, "objective") == 2
     assert select(prompts, "validation") == 1
     assert select(prompts[:1], "objective") is None
+
+
+def test_ctrl_c_keeps_and_evaluates_what_was_found(options: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    import jaxsteer.study.pipeline as module
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "retokenises_many", interrupted)  # the search asks for it after its first steps
+    said: list[str] = []
+    metrics = run(options(), model=model(), say=said.append)
+    assert metrics["interrupted"] and metrics["prompts"] and metrics["selected"] == 0
+    assert any("Interrupted" in line for line in said)
+    assert (options().out / "metrics.json").is_file()
