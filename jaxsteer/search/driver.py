@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.params import Params
-from jaxsteer.search.epo import EpoConfig, State, Summary, epo, evict, random_ids
-from jaxsteer.search.objectives import Objective, Standardised
-from jaxsteer.search.pareto import frontier
+from jaxsteer.search.epo import FIRST_DRAW, EpoConfig, State, Summary, epo, evict, random_ids
+from jaxsteer.search.objectives import Objective, Standardised, as_pytree
+from jaxsteer.search.pareto import Archive, frontier
 from jaxsteer.search.task import Task, score
 
 STEPS_PER_CALL = 10
@@ -74,7 +74,8 @@ def standardise(
 
     Raises ``UserError`` when the objective does not vary over random prompts or is not finite there.
     """
-    key = jax.random.fold_in(jax.random.key(seed), 2**30)
+    objective = as_pytree(objective)
+    key = jax.random.fold_in(jax.random.key(seed), FIRST_DRAW)
     ids = random_ids(key, task, samples)
     f, _ = jax.jit(score)(params, task, objective, ids)
     offset, scale = float(jnp.mean(f)), float(jnp.std(f))
@@ -109,23 +110,24 @@ def run_search(
     seed gives the same prompts whatever the number of devices: every problem is computed in the same shapes with a key
     folded from (seed, problem, step).
     """
+    objective = as_pytree(objective)
     shards = 1 if mesh is None else mesh.shape["prompts"]
     padded = -(-problems // shards) * shards
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(padded))
-    started = time.perf_counter()
     steps = min(steps_per_call, config.steps)
     start, advance = _programs(config, steps, mesh)
+    started = time.perf_counter()
     initial = None if ids is None else jnp.asarray(_pad_problems(np.asarray(ids, np.int32), padded))
-    start = start.lower(params, task, objective, keys, initial).compile()
     state = start(params, task, objective, keys, initial)
-    compiled = advance.lower(params, task, objective, state, jnp.int32(config.steps)).compile()
+    # A call that may do no step only compiles; jit's own cache then serves later searches of the same shapes too.
+    jax.block_until_ready(advance(params, task, objective, state, jnp.int32(0)))
     compile_s = time.perf_counter() - started
     rejected: dict[tuple[int, ...], Found] = {}
     done, interrupted = 0, False
     started = time.perf_counter()
     try:
         while done < config.steps:
-            new_state, summaries = compiled(params, task, objective, state, jnp.int32(config.steps))
+            new_state, summaries = advance(params, task, objective, state, jnp.int32(config.steps))
             jax.block_until_ready(new_state.step)
             state, at = new_state, min(steps, config.steps - done)
             done += at
@@ -211,7 +213,7 @@ def _reject(state: State, valid: Valid, rejected: dict[tuple[int, ...], Found], 
     return jax.vmap(evict)(state, jnp.asarray(bad), jnp.asarray(bad_archive))
 
 
-def _found(archive: Any, problem: int, row: int, *, retokenises: bool) -> Found:
+def _found(archive: Archive, problem: SupportsIndex, row: SupportsIndex, *, retokenises: bool) -> Found:
     return Found(
         ids=tuple(int(i) for i in archive.ids[problem, row]),
         target=float(archive.f[problem, row]),

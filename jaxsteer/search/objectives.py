@@ -57,6 +57,11 @@ class Needs:
         return n_layers if self.logits else max(stop for _, stop in self.sites)
 
 
+def as_pytree(objective: Objective) -> Objective:
+    """The objective as a pytree, which a plain function is not: its code is static then, and it has no arrays."""
+    return jax.tree_util.Partial(objective) if jax.tree_util.all_leaves([objective]) else objective
+
+
 class _Recorder(Reads):
     """Stands in for ``Reads`` while an objective is traced, and notes what it touches."""
 

@@ -17,7 +17,7 @@ from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import embed, make_context, positions_of, run_layers, unembed
 from jaxsteer.prompts.conversation import encode
 from jaxsteer.prompts.slots import Slots
-from jaxsteer.search.objectives import Needs, Objective, Reads
+from jaxsteer.search.objectives import Needs, Objective, Reads, as_pytree
 
 PAD_TO = 8
 """Rows are padded to a multiple of this, so that prompts of one search share one compilation."""
@@ -36,6 +36,7 @@ def rescore(model: Model, slots: Slots, objective: Objective, needs: Needs, text
 
     The texts must re-tokenise in place (``prompts.retokenises``); the caller keeps others out.
     """
+    objective = as_pytree(objective)
     width = max(len(b) + slots.length + len(a) for b, a in zip(slots.before, slots.after, strict=True))
     width = -(-width // PAD_TO) * PAD_TO
     start = np.asarray([len(b) for b in slots.before], np.int32)
