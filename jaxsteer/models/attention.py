@@ -7,7 +7,6 @@ N query heads, K key/value heads, G = N / K, H head width, L layers.
 from __future__ import annotations
 
 import math
-from typing import no_type_check
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +20,6 @@ MASKED = -1e30
 """Score of a forbidden key. Finite, so that a row without any key gives a mean and not NaN."""
 
 
-@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class Prefix:
     """Keys and values of text before the rows, one copy per group of rows and no batch axis.

@@ -6,7 +6,6 @@ Letters: L layers, D width, N query heads, K key/value heads, H head width, I ML
 from __future__ import annotations
 
 import math
-from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from jaxtyping import Array, Float
 from jaxsteer.models.config import ModelConfig
 
 
-@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class Layers:
     """Weights of all blocks, stacked on a leading layer axis; ``None`` where a family has no such weight."""
@@ -40,7 +38,6 @@ class Layers:
     post_mlp_norm: Float[Array, "L D"] | None = None
 
 
-@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class Params:
     """Weights of one model. ``unembed`` is ``None`` when it is tied to ``embed``."""

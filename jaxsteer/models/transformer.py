@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,6 @@ def no_tap(name: str, layer: Int[Array, ""], value: Array) -> Array:
     return value
 
 
-@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class Context:
     """What every block of a forward pass shares: rotary tables, masks and the prefix's keys and values."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, no_type_check
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,6 @@ class EpoConfig:
         return self.population * self.children
 
 
-@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class State:
     """Everything one problem needs to go on: a pytree whose arrays all gain a leading R axis in a search."""

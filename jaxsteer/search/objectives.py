@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, no_type_check
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,6 @@ def needs(objective: Objective, config: ModelConfig) -> Needs:
     return Needs(sites=tuple(sorted(recorder.sites.items())), logits=recorder.reads_logits)
 
 
-@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class Projection:
     """RESGA's objective: ``<r[read], delta>`` at one site (arXiv 2601.02896; methods.md 5.1), in stream units."""
@@ -117,7 +116,6 @@ class Projection:
         return jnp.sum(reads[self.site] * self.delta, axis=-1)
 
 
-@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class Standardised:
     """Any objective in units of its standard deviation over random prompts: ``(f - offset) / scale``.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import no_type_check
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
-@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class Archive:
     """Prompts that no other known prompt dominates, best target first; unused rows have ``f = -inf``."""

@@ -11,8 +11,6 @@ scores parents and children.
 
 from __future__ import annotations
 
-from typing import no_type_check
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +30,6 @@ VOCABULARY_BLOCK = 2**24
 """Logits held at once, in floats: 64 MiB. Rows of cross-entropy are taken in chunks of this size."""
 
 
-@no_type_check  # tree operations put other things than arrays into the fields
 @struct.dataclass
 class Task:
     """The fixed surroundings of a search; a pytree, so that a jitted step takes it as an argument."""

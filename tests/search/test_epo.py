@@ -26,6 +26,7 @@ def s():
 
 
 def run(s, config=QUICK, **kwargs):
+    kwargs.setdefault("steps_per_call", 3)  # one compilation serves most tests
     return run_search(s.model.params, s.task, s.objective, config, **kwargs)
 
 
@@ -96,7 +97,7 @@ def test_same_seed_same_prompts_on_one_and_eight_devices_and_in_any_company(s) -
     alone = run(s, seed=5).found
     assert [f.ids for f in run(s, seed=5).found] == [f.ids for f in alone]
     assert [f.ids for f in run(s, seed=6).found] != [f.ids for f in alone]
-    mesh = jaxsteer.make_mesh(8, 1)
+    mesh = jaxsteer.make_mesh(prompts=8)
     many, sharded = run(s, seed=5, problems=10), run(s, seed=5, problems=10, mesh=mesh)
     assert [(f.problem, f.ids) for f in many.found] == [(f.problem, f.ids) for f in sharded.found]
     packed = {f.ids for f in many.found if f.problem == 0}
@@ -117,9 +118,9 @@ def test_the_step_compiles_once(s, compile_counter) -> None:
 
 
 def test_better_than_random_search_with_as_many_evaluations(s) -> None:
-    objective, units = standardise(s.model.params, s.task, s.objective, samples=64)
+    objective, units = standardise(s.model.params, s.task, s.objective, samples=256)
     assert units["scale"] > 0
-    best = run_search(s.model.params, s.task, objective, QUICK).found[0].target
+    best = run_search(s.model.params, s.task, objective, QUICK, steps_per_call=3).found[0].target
     rng = np.random.default_rng(0)
     ids = jnp.asarray(rng.choice(np.asarray(s.task.ids), (12 * 32, 6)), jnp.int32)
     f, _ = jax.jit(score)(s.model.params, s.task, objective, ids)
@@ -129,13 +130,15 @@ def test_better_than_random_search_with_as_many_evaluations(s) -> None:
 
 def test_flipping_the_objective_flips_the_prompts(s) -> None:
     up = run(s).found[0]
-    down = run_search(s.model.params, s.task, s.objective.replace(delta=-s.objective.delta), QUICK).found[0]
+    down = run_search(
+        s.model.params, s.task, s.objective.replace(delta=-s.objective.delta), QUICK, steps_per_call=3
+    ).found[0]
     assert up.target > -down.target
 
 
 def test_prompts_that_do_not_retokenise_are_marked_and_never_lead(s) -> None:
     """Everything that ends in an even id is declared broken: what remains on the frontier ends in odd ids."""
-    result = run(s, valid=lambda ids: ids[:, -1] % 2 == 1, steps_per_call=3)
+    result = run(s, valid=lambda ids: ids[:, -1] % 2 == 1)
     good = [entry for entry in result.found if entry.retokenises]
     assert good and all(entry.ids[-1] % 2 == 1 for entry in good)
     assert all(entry.ids[-1] % 2 == 0 for entry in result.found if not entry.retokenises)
@@ -148,7 +151,7 @@ def test_interrupt_keeps_what_was_found(s) -> None:
         if progress.step >= 6:
             raise KeyboardInterrupt
 
-    result = run(s, callback=stop, steps_per_call=3)
+    result = run(s, callback=stop)
     assert result.interrupted and result.steps == 6 and result.found
 
 

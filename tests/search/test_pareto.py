@@ -45,7 +45,13 @@ def test_a_full_archive_keeps_its_ends() -> None:
 
 def test_invalid_candidates_never_enter() -> None:
     f = jnp.asarray([-jnp.inf, 1.0, jnp.nan])
-    archive = insert(empty_archive(4, 1), jnp.arange(3)[:, None], jnp.where(jnp.isnan(f), -jnp.inf, f), jnp.full(3, 2.0), jnp.int32(0))
+    archive = insert(
+        empty_archive(4, 1),
+        jnp.arange(3)[:, None],
+        jnp.where(jnp.isnan(f), -jnp.inf, f),
+        jnp.full(3, 2.0),
+        jnp.int32(0),
+    )
     assert np.isfinite(np.asarray(archive.f)).sum() == 1
 
 
