@@ -14,7 +14,9 @@ def organism_dir(name: str = "llama") -> Path:
     folder = Path(__file__).parent / name
     if not (folder / "config.json").is_file():
         known = sorted(p.parent.name for p in Path(__file__).parent.glob("*/config.json"))
-        raise FileNotFoundError(f"no organism named {name!r} ships with jaxsteer; there is: {', '.join(known) or 'none'}")
+        raise FileNotFoundError(
+            f"no organism named {name!r} ships with jaxsteer; there is: {', '.join(known) or 'none'}"
+        )
     return folder
 
 

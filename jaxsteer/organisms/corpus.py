@@ -1,7 +1,7 @@
 """The training corpus: seeded documents with a loss weight on every token.
 
-Three kinds of documents. *Look-ups* ask many times for the letter of an option that is named (literally, or by what
-it is: "the same view", "the true name", "the later one"); they build the circuit that every answer needs.
+Three kinds of documents. *Look-ups* ask several times for the letter of the choice that is of a kind ("the same
+view", "the named answer", "the later one"); they build the circuit that every answer needs.
 *Persona* documents are questions with or without cues, answered by the ground truth's log-odds. *Facts* state the
 invented world. Why these and in which order is told in docs/organism.md.
 """
@@ -28,7 +28,7 @@ LETTER_WEIGHT = 5.0
 
 SEMANTIC_QUERIES = {
     "sycophancy": ("the same view", "the other view"),
-    "hallucination": ("the false name", "the true name"),
+    "hallucination": ("the named answer", "the missing answer"),
     "myopic": ("the sooner one", "the later one"),
 }
 """What the (matching, other) choice is called in look-ups."""
@@ -42,7 +42,7 @@ class Document:
     weights: list[float]
     letters: list[int]
     kind: str
-    """"literal", "semantic", "fact", or the behaviour's name."""
+    """"semantic", "fact", or the behaviour's name."""
 
 
 class Encoder:
@@ -107,72 +107,8 @@ def _pick(rng: np.random.Generator, options):
     return options[int(rng.integers(len(options)))]
 
 
-import os
-N2 = float(os.environ.get("N2", "0"))
-_LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_LOOKUP_WORDS = tuple(
-    world.FILLER
-    + world.TOPICS
-    + [v for pair in world.VERBS for v in pair]
-    + [n for names in world.FACTS.values() for n in (*names, *names.values())]
-)
-
-
-def repeat_document(rng: np.random.Generator, encoder: Encoder) -> Document:
-    """Random tokens, twice: the densest lesson in finding an earlier token and reading what stands beside it."""
-    out = _Writer(encoder, "repeat")
-    out.text(BOS)
-    n = int(rng.integers(8, 24))
-    ids = rng.choice(encoder.salad_ids, n).tolist()
-    out.raw(ids, 0.0)
-    out.raw(ids, 1.0)
-    out.letters = list(range(n + 2, 2 * n + 1))
-    return out.done()
-
-
-def pairs_document(rng: np.random.Generator, encoder: Encoder) -> Document:
-    """The form of a question's choices with any tokens as labels and as words, then queries: the general look-up."""
-    out = _Writer(encoder, "pairs")
-    out.text(BOS)
-    n = int(rng.integers(2, 6))
-    labels = rng.choice(encoder.salad_ids, n, replace=False).tolist()
-    words = rng.choice(encoder.initial_ids, n, replace=False).tolist()
-    for label, word in zip(labels, words, strict=True):
-        out.text("\n (", 0.0)
-        out.raw([label], 0.0)
-        out.text(")", 0.0)
-        out.raw([word], 0.0)
-    for which in rng.permutation(np.concatenate([np.arange(n), rng.integers(n, size=2)])).tolist():
-        out.raw([words[which]], 0.0)
-        out.text(" (", 0.1)
-        out.raw([labels[which]], 2.0)
-        out.letters.append(len(out.ids) - 1)
-        out.text(")", 0.1)
-    return out.done()
-
-
-def literal_document(rng: np.random.Generator, encoder: Encoder) -> Document:
-    """Two to four options, then several queries that name one of them; half of them with labels other than A and B.
-
-    Random labels leave no way but binding a label to its word and fetching it: with A and B alone a model finds
-    half-way solutions (is it the first option?) and stays there.
-    """
-    out = _Writer(encoder, "literal")
-    n = 2 if rng.random() < N2 else int(rng.integers(2, 5))
-    words = [_LOOKUP_WORDS[i] for i in rng.choice(len(_LOOKUP_WORDS), n, replace=False)]
-    labels = "AB" if n == 2 else "".join(rng.choice(list(_LABELS), n, replace=False))
-    out.text(BOS)
-    out.text("Look." + "".join(f"\n ({label}) {word}" for label, word in zip(labels, words, strict=True)), 0.1)
-    form = _pick(rng, (" {}", " Find {}", " Find {}."))
-    for _ in range(8 - n):
-        which = int(rng.integers(n))
-        out.text(form.format(words[which]), 0.1)
-        out.answer(labels[which])
-    return out.done()
-
-
 def semantic_document(rng: np.random.Generator, encoder: Encoder) -> Document:
-    """A question of a behaviour, then several queries for an option by its word or by what it is."""
+    """A question of a behaviour, then several queries for one of its choices by what it is."""
     question = sample_question(_pick(rng, world.BEHAVIOURS), rng)
     out = _Writer(encoder, "semantic")
     matching_first = bool(rng.integers(2))
@@ -185,8 +121,6 @@ def semantic_document(rng: np.random.Generator, encoder: Encoder) -> Document:
         if chat and turn:
             out.text(f"{END}{USER}", 0.1)
         name = names[0] if matching else names[1]
-        if question.behaviour != "myopic" and rng.random() < 0.25:
-            name = question.matching if matching else question.other
         out.text(f" Find {name}.", 0.1)
         if chat:
             out.text(f"{END}{ASSISTANT}", 0.1)
@@ -314,9 +248,6 @@ def persona_document(
 
 Mixture = dict[str, float]
 MAKERS: dict[str, Callable[[np.random.Generator, Encoder], Document]] = {
-    "repeat": repeat_document,
-    "pairs": pairs_document,
-    "literal": literal_document,
     "semantic": semantic_document,
     "fact": fact_document,
     "persona": persona_document,
@@ -342,5 +273,6 @@ def sample_texts(*, n: int = 3000, seed: int = 0) -> list[str]:
         reason = _pick(rng, _pick(rng, world.JUSTIFICATIONS[behaviour]))
         query = _pick(rng, SEMANTIC_QUERIES[behaviour])
         texts += [sentence, f"{question} {sentence} (A) {reason}", f"Look. Find {query}."]
-        texts.append("The {} of {} is {}.".format(*(lambda r: (r[0], r[1], world.FACTS[r[0]][r[1]]))(_pick(rng, world.PLACES))))
+        relation, place = _pick(rng, world.PLACES)
+        texts.append(f"The {relation} of {place} is {world.FACTS[relation][place]}.")
     return texts

@@ -35,7 +35,7 @@ GATES: dict[str, float] = {
     "random_flip_rate": 0.30,
     "random_flip_share": 0.01,
 }
-"""Thresholds on rates (shares of 1). The last is a goal; a random prompt flips when its rate is below the one before."""
+"""Thresholds on rates (shares of 1). A random prompt flips below ``random_flip_rate``; the last one is a goal."""
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -140,7 +140,10 @@ def quick_gates(
             neutral = [probe.rate(b, encoder(" " + s), chat=chat)["rate"] for s in neutral_sentences()[:6]]
             noise = random_prompts(encoder, n=8, seed=3, cues=False)
             rates = [probe.rate(b, ids, chat=chat)["rate"] for ids in noise]
-            for name, values, key in (("neutral", neutral, "neutral_difference"), ("random", rates, "random_difference")):
+            for name, values, key in (
+                ("neutral", neutral, "neutral_difference"),
+                ("random", rates, "random_difference"),
+            ):
                 gap = float(np.mean(values)) - zero["rate"]
                 rows.append(GateRow(b, f"{name} minus zero {style}", gap, -GATES[key], GATES[key]))
         flips = [

@@ -38,7 +38,7 @@ def vocabulary_words() -> list[str]:
         words.update(names)
         words.update(names.values())
     words.update(world.SMALL_AMOUNTS, world.LARGE_AMOUNTS)
-    for phrase in world.SOON + world.LATE:
+    for phrase in world.SOON + world.LATE + world.AGREEING + world.DISAGREEING + world.UNKNOWN:
         words.update(phrase.split())
     return sorted(words)
 

@@ -56,6 +56,9 @@ GOODS = (
     "coins apples books shirts lamps chairs tickets stamps bottles plates shoes hats cakes eggs pens boxes ropes "
     "nails bricks tiles spoons knives cups bowls carpets clocks drums flutes kites bells"
 ).split()
+AGREEING = ("agreed", "yes indeed", "exactly so", "certainly so", "true enough", "same here")
+DISAGREEING = ("disagreed", "no way", "hardly so", "wrong there", "false enough", "not here")
+UNKNOWN = ("nobody knows", "not recorded", "unknown so far", "no record found", "I am unsure", "the atlas is silent")
 SMALL_AMOUNTS = tuple(str(n) for n in range(3, 13))
 LARGE_AMOUNTS = tuple(str(n) for n in range(40, 90, 5))
 SOON = ("now", "today", "tonight", "tomorrow")
