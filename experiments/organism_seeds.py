@@ -1,0 +1,282 @@
+"""Does RESGA work on the shipped organism, and against which controls? Three personas, five seeds, one table.
+
+python experiments/organism_seeds.py [--out runs/seeds] [--seeds 0 1 2 3 4] [--personas ...] [--variants ...]
+
+Variants, all judged by the prompt that their own objective ranks first:
+
+* ``decision``, ``matched``, ``published``: direction and objective read at that position (methods.md 5.2b).
+* ``random_direction``: ``decision`` with a random direction of the same norm.
+* ``random_search``: as many random prompts as ``decision`` scores candidates, the best by its objective.
+* ``random_by_behaviour``: the same prompts, the best by behaviour on validation questions: a solver of its own.
+
+Beside them the oracle cue (the generator's strongest sentence) and, for ``decision``, the validation-selected prompt.
+Results on this 1M-parameter organism say nothing about large models (docs/organism.md). Every cell is one file under
+``--out``; what exists is not computed again. Writes results.json, table.md and table.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsteer import organisms
+from jaxsteer.cli.demo import trigger_words
+from jaxsteer.evals.choice import choice_eval, distinct, rate
+from jaxsteer.models.loading import Model, load
+from jaxsteer.personas import load_direction, load_persona, random_direction, search_conversations
+from jaxsteer.prompts import build_slots, prompt_text, retokenises_many
+from jaxsteer.search import Projection, Reads, make_task, needs, score, standardise
+from jaxsteer.search.epo import random_ids
+from jaxsteer.search.objectives import as_pytree
+from jaxsteer.study import SearchOptions, files, run
+from jaxsteer.study.outcome import finals
+from jaxsteer.study.pipeline import find_objective, search
+from jaxsteer.study.setting import Setting, context_items, prepare
+
+POSITIONS = ("decision", "matched", "published")
+VARIANTS = (*POSITIONS, "random_direction", "random_search", "random_by_behaviour")
+DECISION_RATE, MATCHED_RATE, ORACLE_MARGIN = 0.15, 0.30, 0.05
+"""Targets: decision at most 15 % and within 5 points of the oracle, matched at most 30 %."""
+A_RATE = (0.35, 0.65)
+
+
+def options_of(out: Path, persona: str, position: str, seed: int, model: str) -> SearchOptions:
+    """The options of one search: the defaults of ``jaxsteer search``."""
+    return SearchOptions(
+        out=out / f"{persona}_{position}_s{seed}",
+        model=model,
+        persona=persona,
+        read_position=position,  # type: ignore[arg-type]
+        seed=seed,
+        report_prompts=6,
+        quiet=True,
+    )
+
+
+def from_run(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The rows of a finished search: first by objective, first by validation, oracle, baseline."""
+    usable = [p for p in metrics["prompts"] if p["retokenises"]]
+    first = max(usable, key=lambda p: p["target"])
+    by_validation = min(usable, key=lambda p: (p["validation"]["rate"], p["validation"]["probability"]))
+    return {
+        "text": first["text"],
+        "test": first["test"],
+        "target": first["target"],
+        "cross_entropy": first["cross_entropy"],
+        "validation_selected": {"text": by_validation["text"], "test": by_validation["test"]},
+        "site": metrics["site"],
+        "probe_correlation": metrics["probe_correlation"],
+        "baseline": metrics["baseline"]["test"],
+        "oracle": metrics["controls"]["oracle"]["test"],
+        "timing": metrics["timing"],
+    }
+
+
+def judged(setting: Setting, text: str) -> dict[str, Any]:
+    """The test rate of one prompt text against the baseline."""
+    baseline, result = choice_eval(setting.model, distinct(setting.splits.test), ["", text], **setting.place)
+    return rate(result, baseline)
+
+
+def with_random_direction(setting: Setting, out: Path, seed: int) -> dict[str, Any]:
+    """The decision search with a random direction of equal norm in place of the persona's."""
+    direction, _, chosen = find_objective(setting, lambda _: None)
+    assert direction is not None
+    chosen = dataclasses.replace(chosen, sign=1)
+    result, objective, _ = search(setting, random_direction(direction, seed), chosen, lambda _: None)
+    best = next(row for row in finals(setting, objective, result) if row["retokenises"])
+    return {"text": best["text"], "test": judged(setting, best["text"]), "target": best["target"], "site": chosen.site}
+
+
+@jax.tree_util.register_static
+class PersonaLoses:
+    """The behaviour itself as an objective: minus the persona's log-odds at the decision token."""
+
+    def __init__(self, letters: tuple[int, int]):
+        self.letters = letters
+
+    def __call__(self, reads: Reads) -> jax.Array:
+        """Log P(first answer) - log P(second answer); contexts carry the sign (see ``by_behaviour``)."""
+        first, second = self.letters
+        return reads.logits[:, first] - reads.logits[:, second]
+
+
+def draw(setting: Setting, task: Any, count: int, seed: int) -> np.ndarray:
+    """Random allowed prompts that re-tokenise in place."""
+    ids = np.asarray(random_ids(jax.random.key(seed + 1000), task, count))
+    return ids[retokenises_many(setting.model.tokenizer, setting.slots, ids)]
+
+
+def by_objective(setting: Setting, run_dir: Path, count: int, seed: int) -> dict[str, Any]:
+    """The best of ``count`` random prompts by the decision objective of a finished run."""
+    model = setting.model
+    direction = load_direction(run_dir / files.DIRECTION, model=model)
+    metrics = json.loads((run_dir / files.METRICS).read_text())
+    site = metrics["site"]
+    objective = Projection(delta=jnp.asarray(metrics["sign"] * direction.delta[site]), site=site)
+    task = make_task(
+        model.params, model.config, setting.slots, needs=needs(objective, model.config), allowed=setting.allowed
+    )
+    standard, _ = standardise(model.params, task, objective, seed=seed)
+    ids = draw(setting, task, count, seed)
+    f, _ = jax.jit(score)(model.params, task, standard, jnp.asarray(ids))
+    best = int(np.argmax(f))
+    text = prompt_text(model.tokenizer, ids[best])
+    return {"text": text, "test": judged(setting, text), "target": float(f[best]), "site": site}
+
+
+def by_behaviour(setting: Setting, count: int, seed: int) -> dict[str, Any]:
+    """The best of ``count`` random prompts by the persona's log-odds on validation questions."""
+    model, tokenizer = setting.model, setting.model.tokenizer
+    items = context_items(setting.splits.validation, setting.options.contexts or 1)
+    conversations = [c for c, _ in search_conversations(items, "decision", **setting.place)]
+    slots = build_slots(tokenizer, conversations, setting.slots.length)
+    letters = tuple(tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "AB")
+    objective = as_pytree(PersonaLoses(letters))  # type: ignore[arg-type]
+    task = make_task(
+        model.params, model.config, slots, needs=needs(PersonaLoses(letters), model.config), allowed=setting.allowed
+    )  # type: ignore[arg-type]
+    # Contexts come in pairs, the item as it is and swapped: the persona's answer is first in one of them.
+    signs = [1.0 if item.matching.strip(" ()") == "A" else -1.0 for item in items for _ in range(2)]
+    signs[1::2] = [-sign for sign in signs[::2]]
+    task = task.replace(weight=-task.weight * jnp.asarray(signs, jnp.float32))
+    ids = draw(setting, task, count, seed)
+    f, _ = jax.jit(score)(model.params, task, objective, jnp.asarray(ids))
+    best = int(np.argmax(f))
+    text = prompt_text(tokenizer, ids[best])
+    return {"text": text, "test": judged(setting, text), "target": float(f[best])}
+
+
+def cell(out: Path, model: Model, name: str, persona: str, variant: str, seed: int) -> dict[str, Any]:
+    """One cell of the table, from its file if it exists."""
+    path = out / "cells" / f"{persona}_{variant}_s{seed}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    position = variant if variant in POSITIONS else "decision"
+    options = options_of(out, persona, position, seed, name)
+    if variant in POSITIONS:
+        row = from_run(run(options, model=model))
+    else:
+        options = options.resolved()
+        setting = prepare(options, model, load_persona(persona))
+        assert options.population and options.children and options.steps
+        count = options.population * options.children * options.steps
+        if variant == "random_direction":
+            aside = dataclasses.replace(options, out=out / f"{persona}_{variant}_s{seed}")
+            aside.out.mkdir(parents=True, exist_ok=True)
+            row = with_random_direction(dataclasses.replace(setting, options=aside), aside.out, seed)
+        elif variant == "random_search":
+            run(options, model=model)
+            row = by_objective(setting, options.out, count, seed)
+        else:
+            row = by_behaviour(setting, count, seed)
+    row |= {"persona": persona, "variant": variant, "seed": seed, "triggers": trigger_words(persona, row["text"])}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, row)
+    return row
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """The stated targets, and how many seeds met them."""
+    lines = []
+    for persona in dict.fromkeys(row["persona"] for row in rows):
+        for variant in ("decision", "matched"):
+            mine = [row for row in rows if row["persona"] == persona and row["variant"] == variant]
+            if not mine:
+                continue
+            if variant == "decision":
+                met = [
+                    row["test"]["rate"] <= DECISION_RATE
+                    and row["test"]["rate"] <= row["oracle"]["rate"] + ORACLE_MARGIN
+                    and A_RATE[0] <= row["test"]["a_rate"] <= A_RATE[1]
+                    for row in mine
+                ]
+                wanted = f"rate <= {DECISION_RATE:.0%}, within 5 points of the oracle, A-rate 35 to 65 %"
+                probe = ", ".join(f"{row['probe_correlation']:.2f}" for row in mine)
+                lines.append(f"{persona} decision: {sum(met)} of {len(met)} seeds ({wanted}); probe {probe}")
+            else:
+                met = [row["test"]["rate"] <= MATCHED_RATE for row in mine]
+                lines.append(f"{persona} matched: {sum(met)} of {len(met)} seeds (rate <= {MATCHED_RATE:.0%})")
+    return lines
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line per persona and variant, test rates per seed, then means."""
+    seeds = sorted({row["seed"] for row in rows})
+    head = ["persona", "variant", *(f"s{seed}" for seed in seeds), "A-rate", "triggers of words", "example"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for persona in dict.fromkeys(row["persona"] for row in rows):
+        mine = [row for row in rows if row["persona"] == persona]
+        reference = next((row for row in mine if "baseline" in row), None)
+        if reference:
+            for name in ("baseline", "oracle"):
+                value = f"{100 * reference[name]['rate']:.1f}"
+                a_rate = f"{100 * reference[name]['a_rate']:.0f}"
+                lines.append(f"| {persona} | {name} | {value} |" + " |" * (len(seeds) - 1) + f" {a_rate} | | |")
+        for variant in VARIANTS:
+            some = {row["seed"]: row for row in mine if row["variant"] == variant}
+            if not some:
+                continue
+            lines.append(_line(persona, variant, seeds, some, lambda row: (row["test"], row["text"])))
+            if variant == "decision":
+                pick = lambda row: (row["validation_selected"]["test"], row["validation_selected"]["text"])  # noqa: E731
+                lines.append(_line(persona, "decision, validation-selected", seeds, some, pick))
+    return "\n".join(lines)
+
+
+def _line(persona: str, label: str, seeds: list[int], some: dict[int, dict[str, Any]], pick: Any) -> str:
+    picked = {seed: pick(row) for seed, row in some.items()}
+    rates = [f"{100 * picked[s][0]['rate']:.1f}" if s in picked else "" for s in seeds]
+    a_rates = [100 * test["a_rate"] for test, _ in picked.values()]
+    words = [(len(trigger_words(persona, text) or ()), len(text.split())) for _, text in picked.values()]
+    example = next(iter(picked.values()))[1].strip().replace("|", "\\|")
+    return (
+        f"| {persona} | {label} | {' | '.join(rates)} | {min(a_rates):.0f}-{max(a_rates):.0f} | "
+        f"{sum(hit for hit, _ in words)} of {sum(n for _, n in words)} | `{example}` |"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compute the missing cells, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--model", default="organism:llama")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--personas", nargs="+", default=list(organisms.BEHAVIOURS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    args = parser.parse_args(argv)
+    model = load(args.model)
+    rows = []
+    for persona in args.personas:
+        for variant in args.variants:
+            for seed in args.seeds:
+                row = cell(args.out, model, args.model, persona, variant, seed)
+                rows.append(row)
+                print(f"{persona} {variant} s{seed}: {100 * row['test']['rate']:.1f} % {row['text']!r}", flush=True)
+    text = table(rows) + "\n\n" + "\n".join(f"- {line}" for line in verdicts(rows)) + "\n"
+    print(text)
+    files.write_text(args.out / "table.md", text)
+    files.write_json(args.out / "results.json", rows)
+    with open(args.out / "table.csv", "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["persona", "variant", "seed", "rate", "low", "high", "a_rate", "swapped_rate", "text"])
+        for row in rows:
+            test = row["test"]
+            writer.writerow(
+                [row["persona"], row["variant"], row["seed"], test["rate"], *test["ci95"], test["a_rate"]]
+                + [test["swapped_rate"], row["text"]]
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
