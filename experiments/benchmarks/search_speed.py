@@ -1,6 +1,6 @@
 """How fast is a search step? Candidates and tokens per second, beside a measured ceiling and a PyTorch loop.
 
-python experiments/benchmarks/search_speed.py [--steps 5] [--models organism 15m] [--out runs/benchmarks/search_speed.json]
+python experiments/benchmarks/search_speed.py [--steps 5] [--models organism 15m] [--out FILE.json]
 
 The step is the one that ``jaxsteer search`` runs: gradient and proposals for 16 parents, 512 children scored in every
 context, selection, archive. The ceiling is a 2048 x 2048 float32 matrix product, timed before and after in the same

@@ -29,6 +29,9 @@ from jaxsteer.search.objectives import Needs, Objective, Reads
 VOCABULARY_BLOCK = 2**24
 """Logits held at once, in floats: 64 MiB. Rows of cross-entropy are taken in chunks of this size."""
 
+ROWS = 512
+"""Rows (candidates times contexts) scored at once by default: on a CPU larger batches only leave its caches."""
+
 
 @struct.dataclass
 class Task:
@@ -76,7 +79,7 @@ def make_task(
 
     ``slots`` holds the ids around the slot and the read position of every context, ``needs`` is what the objective
     reads, ``allowed`` the token mask and ``allowed_first`` the one for the slot's first token (default: the same).
-    ``batch`` candidates are scored at once (default: about 1,024 rows). Raises ``UserError`` when a context with its
+    ``batch`` candidates are scored at once (default: about ``ROWS`` rows). Raises ``UserError`` when a context with its
     prompt is longer than the model's positions, when a read position lies outside of slot and tail, or when too few
     tokens are allowed.
     """
@@ -126,7 +129,7 @@ def make_task(
         config=config,
         needs=needs,
         length=length,
-        batch=batch or max(1, 1024 // contexts),
+        batch=batch or max(1, ROWS // contexts),
         scores_first=bool(all(len(b) for b in before)),
     )
 
@@ -218,17 +221,17 @@ def first_log_probs(params: Params, task: Task) -> Float[Array, "C V"]:
 def score(
     params: Params, task: Task, objective: Objective, ids: Int[Array, "M S"]
 ) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
-    """Objective f (larger is better) and cross-entropy x (nats per token) of M prompts, ``task.batch`` at a time.
-
-    Every batch has the same shape, whatever M is, so a prompt's score does not depend on its neighbours.
+    """Objective f (larger is better) and cross-entropy x (nats per token) of M prompts, at most ``task.batch`` at a
+    time, in equal batches.
     """
 
     def one_batch(batch: Int[Array, "b S"]) -> tuple[Array, Array]:
         f, hidden = _hidden(params, task, objective, embed(params, task.config, batch))
         return f, _cross_entropy(params, task, hidden, batch)
 
-    m, b = ids.shape[0], task.batch
-    chunks = -(-m // b)
+    m = ids.shape[0]
+    chunks = -(-m // task.batch)
+    b = -(-m // chunks)
     padded = jnp.pad(ids, ((0, chunks * b - m), (0, 0)), mode="edge").reshape(chunks, b, -1)
     f, x = lax.map(one_batch, padded)
     return f.reshape(-1)[:m], x.reshape(-1)[:m]

@@ -100,7 +100,7 @@ class SearchOptions:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights; by default float32 on CPU and the checkpoint's own elsewhere."""
     batch: int | None = None
-    """Candidates scored at once, for memory (default: about 1024 rows)."""
+    """Candidates scored at once, for memory (default: about 512 rows)."""
     quiet: bool = False
     """No progress bars."""
 
