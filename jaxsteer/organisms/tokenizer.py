@@ -89,4 +89,6 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
     config = json.loads(config_file.read_text())
     for noise in ("transformers_version", "name_or_path", "is_local", "local_files_only"):
         config.pop(noise, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older releases of transformers know too
+    config.pop("backend", None)
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
