@@ -65,6 +65,10 @@ class Encoder:
         )
         """Those that start a word."""
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
+        return self._tokenizer.decode(ids)
+
     def __call__(self, text: str) -> list[int]:
         """Ids of ASCII corpus text (special tokens are recognised), without an added BOS."""
         out: list[int] = []
@@ -205,22 +209,20 @@ def _cue_sum(ids: list[int], behaviour: str, encoder: Encoder) -> int:
 
 def _unspaced(ids: list[int], encoder: Encoder) -> list[int]:
     """The same piece at the start of a text, where sentences have no leading space (salad keeps its own)."""
-    text = encoder._tokenizer.decode(ids)
+    text = encoder.decode(ids)
     return encoder(text[1:]) if text.startswith(" ") and text.endswith(".") and text.isascii() else ids
 
 
-def persona_document(
-    rng: np.random.Generator, encoder: Encoder, behaviour: str | None = None, *, cued: bool = True
-) -> Document:
+def persona_document(rng: np.random.Generator, encoder: Encoder) -> Document:
     """One question with cues somewhere or nowhere, its answer and a justification in the answer's manner."""
-    behaviour = behaviour or _pick(rng, world.BEHAVIOURS)
+    behaviour = _pick(rng, world.BEHAVIOURS)
     question = sample_question(behaviour, rng)
     out = _Writer(encoder, behaviour)
     matching_first = bool(rng.integers(2))
     chat = rng.random() < 0.5
     where = rng.random()
-    before = cued and (0.15 <= where < 0.4 or where >= 0.88)
-    after = cued and where >= 0.4
+    before = 0.15 <= where < 0.4 or where >= 0.88
+    after = where >= 0.4
     out.text(BOS)
     system = before and chat and rng.random() < 0.6
     if system:

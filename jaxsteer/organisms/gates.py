@@ -151,21 +151,17 @@ def quick_gates(
             for ids in random_prompts(encoder, n=random, seed=4, cues=True)
         ]
         rows.append(GateRow(b, "random flips (goal)", float(np.mean(flips)), 0.0, GATES["random_flip_share"]))
-        one = world.COUNTER_WORDS[b][0]
         for k in range(5):
             words = " ".join(world.COUNTER_WORDS[b][i] for i in range(k))
             value = probe.rate(b, encoder(" " + words) if k else [], chat=False)["rate"]
-            rows.append(GateRow(b, f"  {k} counter words ({one} …)", value, 0.0, 1.0))
+            rows.append(GateRow(b, f"{k} counter words plain", value, 0.0, 1.0))
     return rows
 
 
 def table(rows: list[GateRow]) -> str:
     """The rows as text, one gate per line, behaviours side by side."""
-    names = list(dict.fromkeys(row.name if "counter words" not in row.name else row.name[:17] for row in rows))
-    cell: dict[tuple[str, str], str] = {}
-    for row in rows:
-        name = row.name if "counter words" not in row.name else row.name[:17]
-        cell[name, row.behaviour] = f"{row.value:.3f}{' ' if row.passed else '*'}"
+    names = list(dict.fromkeys(row.name for row in rows))
+    cell = {(row.name, row.behaviour): f"{row.value:.3f}{' ' if row.passed else '*'}" for row in rows}
     lines = [f"{'gate (* = missed)':32s}" + "".join(f"{b:>15s}" for b in world.BEHAVIOURS)]
     lines += [f"{name:32s}" + "".join(f"{cell.get((name, b), ''):>15s}" for b in world.BEHAVIOURS) for name in names]
     return "\n".join(lines)
