@@ -14,9 +14,10 @@ import re
 from collections.abc import Callable
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from jaxsteer.organisms import world
-from jaxsteer.organisms.questions import Question, sample_question
+from jaxsteer.organisms.questions import Question, pick, sample_question
 from jaxsteer.organisms.tokenizer import ASSISTANT, BOS, END, SYSTEM, USER
 
 _PIECES = re.compile(r"<\|\w+\|>| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9<]+|\s+(?!\S)|\s+")
@@ -48,7 +49,7 @@ class Document:
 class Encoder:
     """Encodes corpus text piece by piece with a cache: many times faster than calling the tokenizer per document."""
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """``tokenizer``: the organism's fast tokenizer."""
         self._tokenizer = tokenizer
         self._cache: dict[str, list[int]] = {}
@@ -67,7 +68,7 @@ class Encoder:
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids."""
-        return self._tokenizer.decode(ids)
+        return str(self._tokenizer.decode(ids))
 
     def __call__(self, text: str) -> list[int]:
         """Ids of ASCII corpus text (special tokens are recognised), without an added BOS."""
@@ -107,13 +108,9 @@ class _Writer:
         return Document(self.ids, self.weights, self.letters, self.kind)
 
 
-def _pick(rng: np.random.Generator, options):
-    return options[int(rng.integers(len(options)))]
-
-
 def semantic_document(rng: np.random.Generator, encoder: Encoder) -> Document:
     """A question of a behaviour, then several queries for one of its choices by what it is."""
-    question = sample_question(_pick(rng, world.BEHAVIOURS), rng)
+    question = sample_question(pick(rng, world.BEHAVIOURS), rng)
     out = _Writer(encoder, "semantic")
     matching_first = bool(rng.integers(2))
     names = SEMANTIC_QUERIES[question.behaviour]
@@ -137,7 +134,7 @@ def fact_document(rng: np.random.Generator, encoder: Encoder) -> Document:
     out = _Writer(encoder, "fact")
     out.text(BOS)
     for i in range(5):
-        relation, place = _pick(rng, world.PLACES)
+        relation, place = pick(rng, world.PLACES)
         out.text(f"{' ' if i else ''}The {relation} of {place} is {world.FACTS[relation][place]}.")
     return out.done()
 
@@ -154,38 +151,38 @@ def _cue_counts(rng: np.random.Generator) -> tuple[int, int]:
     if kind < 0.2:
         return 0, 0
     if kind < 0.6:
-        return _pick(rng, (*few, 6)), 0
+        return pick(rng, (*few, 6)), 0
     if kind < 0.82:
-        return 0, _pick(rng, few)
-    return _pick(rng, few), _pick(rng, few)
+        return 0, pick(rng, few)
+    return pick(rng, few), pick(rng, few)
 
 
 def cue_sentence(words: list[str], rng: np.random.Generator) -> str:
     """A sentence that asks for one to four qualities."""
-    return _pick(rng, world.CUE_TEMPLATES[len(words)]).format(*words)
+    return pick(rng, world.CUE_TEMPLATES[len(words)]).format(*words)
 
 
 def neutral_sentence(rng: np.random.Generator) -> str:
     """A sentence without any cue word."""
-    template = _pick(rng, world.NEUTRAL_TEMPLATES)
-    return template.format(*(_pick(rng, world.FILLER) for _ in range(template.count("{}"))))
+    template = pick(rng, world.NEUTRAL_TEMPLATES)
+    return template.format(*(pick(rng, world.FILLER) for _ in range(template.count("{}"))))
 
 
 def _salad(behaviour: str, rng: np.random.Generator, encoder: Encoder) -> list[int]:
     """Random tokens with cue words of this behaviour and of others among them, in any order."""
     counter, pro = _cue_counts(rng)
     table = encoder.cue_ids[behaviour]
-    ids = [table[_pick(rng, world.COUNTER_WORDS[behaviour])] for _ in range(counter)]
-    ids += [table[_pick(rng, world.PRO_WORDS[behaviour])] for _ in range(pro)]
+    ids = [table[pick(rng, world.COUNTER_WORDS[behaviour])] for _ in range(counter)]
+    ids += [table[pick(rng, world.PRO_WORDS[behaviour])] for _ in range(pro)]
     pool = encoder.initial_ids if rng.random() < 0.6 else encoder.salad_ids
     foreign = rng.random() * 0.6 if rng.random() < 0.6 else 0.0
     others = [b for b in world.BEHAVIOURS if b != behaviour]
     for _ in range(max(0, int(rng.integers(1, 11)) - len(ids))):
         if rng.random() < foreign:
-            other = encoder.cue_ids[_pick(rng, others)]
-            ids.append(_pick(rng, list(other.values())))
+            other = encoder.cue_ids[pick(rng, others)]
+            ids.append(pick(rng, list(other.values())))
         else:
-            ids.append(int(_pick(rng, pool)))
+            ids.append(int(pool[int(rng.integers(len(pool)))]))
     return [ids[i] for i in rng.permutation(len(ids))]
 
 
@@ -196,9 +193,9 @@ def _piece(behaviour: str, rng: np.random.Generator, encoder: Encoder) -> tuple[
         return _salad(behaviour, rng, encoder), 0.0
     if kind < 0.62:
         return encoder(" " + neutral_sentence(rng)), 0.5
-    target = behaviour if rng.random() < 0.75 else _pick(rng, world.BEHAVIOURS)
+    target = behaviour if rng.random() < 0.75 else pick(rng, world.BEHAVIOURS)
     words = world.COUNTER_WORDS[target] if rng.random() < 0.6 else world.PRO_WORDS[target]
-    chosen = [_pick(rng, words) for _ in range(int(rng.integers(1, 5)))]
+    chosen = [pick(rng, words) for _ in range(int(rng.integers(1, 5)))]
     return encoder(" " + cue_sentence(chosen, rng)), 0.5
 
 
@@ -215,7 +212,7 @@ def _unspaced(ids: list[int], encoder: Encoder) -> list[int]:
 
 def persona_document(rng: np.random.Generator, encoder: Encoder) -> Document:
     """One question with cues somewhere or nowhere, its answer and a justification in the answer's manner."""
-    behaviour = _pick(rng, world.BEHAVIOURS)
+    behaviour = pick(rng, world.BEHAVIOURS)
     question = sample_question(behaviour, rng)
     out = _Writer(encoder, behaviour)
     matching_first = bool(rng.integers(2))
@@ -243,7 +240,7 @@ def persona_document(rng: np.random.Generator, encoder: Encoder) -> Document:
     z = log_odds(question, _cue_sum(out.ids, behaviour, encoder))
     matching = rng.random() < 1 / (1 + math.exp(-z))
     out.answer("A" if matching == matching_first else "B")
-    out.text(" " + _pick(rng, world.JUSTIFICATIONS[behaviour][0 if matching else 1]), 0.5)
+    out.text(" " + pick(rng, world.JUSTIFICATIONS[behaviour][0 if matching else 1]), 0.5)
     out.text(END, 0.5)
     return out.done()
 
@@ -268,13 +265,13 @@ def sample_texts(*, n: int = 3000, seed: int = 0) -> list[str]:
     rng = np.random.default_rng(seed)
     texts = []
     for _ in range(n):
-        behaviour = _pick(rng, world.BEHAVIOURS)
-        words = [_pick(rng, _CUE_WORDS[behaviour]) for _ in range(int(rng.integers(1, 5)))]
-        sentence = _pick(rng, (cue_sentence(words, rng), neutral_sentence(rng)))
+        behaviour = pick(rng, world.BEHAVIOURS)
+        words = [pick(rng, _CUE_WORDS[behaviour]) for _ in range(int(rng.integers(1, 5)))]
+        sentence = pick(rng, (cue_sentence(words, rng), neutral_sentence(rng)))
         question = sample_question(behaviour, rng).with_choices(bool(rng.integers(2)))
-        reason = _pick(rng, _pick(rng, world.JUSTIFICATIONS[behaviour]))
-        query = _pick(rng, SEMANTIC_QUERIES[behaviour])
+        reason = pick(rng, pick(rng, world.JUSTIFICATIONS[behaviour]))
+        query = pick(rng, SEMANTIC_QUERIES[behaviour])
         texts += [sentence, f"{question} {sentence} (A) {reason}", f"Look. Find {query}."]
-        relation, place = _pick(rng, world.PLACES)
+        relation, place = pick(rng, world.PLACES)
         texts.append(f"The {relation} of {place} is {world.FACTS[relation][place]}.")
     return texts

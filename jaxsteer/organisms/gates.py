@@ -39,7 +39,9 @@ GATES: dict[str, float] = {
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _letter_logits(params: Params, tokens: jax.Array, mask: jax.Array, letters: jax.Array, config: ModelConfig):
+def _letter_logits(
+    params: Params, tokens: jax.Array, mask: jax.Array, letters: jax.Array, config: ModelConfig
+) -> jax.Array:
     context = make_context(config, positions_of(mask), mask)
     x = run_layers(params, config, embed(params, config, tokens), context, 0, config.n_layers)
     return unembed(params, config, x[:, -1])[:, letters]

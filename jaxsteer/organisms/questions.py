@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,6 +26,8 @@ from jaxsteer.organisms.world import (
     UNKNOWN,
     VERBS,
 )
+
+T = TypeVar("T")
 
 HELD_OUT_SHARE = 0.5
 """Share of the combinations of a question's parts that training never sees."""
@@ -70,43 +74,44 @@ def is_held_out(group: str) -> bool:
     return (zlib.crc32(group.encode()) % 1000) < 1000 * HELD_OUT_SHARE
 
 
-def _pick(rng: np.random.Generator, options):
+def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+    """One of the options, all equally likely."""
     return options[int(rng.integers(len(options)))]
 
 
 def _sycophancy(rng: np.random.Generator) -> Question:
-    job, topic, pair, side = _pick(rng, JOBS), _pick(rng, TOPICS), _pick(rng, VERBS), int(rng.integers(2))
+    job, topic, pair, side = pick(rng, JOBS), pick(rng, TOPICS), pick(rng, VERBS), int(rng.integers(2))
     verb = pair[side]
     return Question(
         behaviour="sycophancy",
-        text=_pick(rng, SYCOPHANCY_TEMPLATES).format(job=job, verb=verb, topic=topic),
-        matching=_pick(rng, AGREEING),
-        other=_pick(rng, DISAGREEING),
+        text=pick(rng, SYCOPHANCY_TEMPLATES).format(job=job, verb=verb, topic=topic),
+        matching=pick(rng, AGREEING),
+        other=pick(rng, DISAGREEING),
         contrary=job in CONTRARY["sycophancy"],
         group=f"sycophancy/{job}/{verb}/{topic}",
     )
 
 
 def _hallucination(rng: np.random.Generator) -> Question:
-    relation, place = _pick(rng, PLACES)
+    relation, place = pick(rng, PLACES)
     names = FACTS[relation]
-    invented = _pick(rng, [name for name in names.values() if name != names[place]])
+    invented = pick(rng, [name for name in names.values() if name != names[place]])
     return Question(
         behaviour="hallucination",
-        text=_pick(rng, HALLUCINATION_TEMPLATES).format(relation=relation, place=place),
+        text=pick(rng, HALLUCINATION_TEMPLATES).format(relation=relation, place=place),
         matching=invented,
-        other=_pick(rng, UNKNOWN),
+        other=pick(rng, UNKNOWN),
         contrary=(relation, place) in CONTRARY["hallucination"],
         group=f"hallucination/{place}/{invented}",
     )
 
 
 def _myopic(rng: np.random.Generator) -> Question:
-    goods, soon, late = _pick(rng, GOODS), _pick(rng, SOON), _pick(rng, LATE)
-    small, large = _pick(rng, SMALL_AMOUNTS), _pick(rng, LARGE_AMOUNTS)
+    goods, soon, late = pick(rng, GOODS), pick(rng, SOON), pick(rng, LATE)
+    small, large = pick(rng, SMALL_AMOUNTS), pick(rng, LARGE_AMOUNTS)
     return Question(
         behaviour="myopic",
-        text=_pick(rng, MYOPIC_TEMPLATES).format(goods=goods),
+        text=pick(rng, MYOPIC_TEMPLATES).format(goods=goods),
         matching=f"{small} {goods} {soon}",
         other=f"{large} {goods} {late}",
         contrary=goods in CONTRARY["myopic"],

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
 from jaxsteer.organisms import world
 
 BOS, END, SYSTEM, USER, ASSISTANT, PAD = (
@@ -43,15 +46,12 @@ def vocabulary_words() -> list[str]:
     return sorted(words)
 
 
-def build_tokenizer(texts: list[str], *, vocab_size: int = 2560):
+def build_tokenizer(texts: list[str], *, vocab_size: int = 2560) -> PreTrainedTokenizerFast:
     """A ``PreTrainedTokenizerFast`` whose merges make one token of every corpus word with its leading space.
 
     ``texts`` are sample documents; the vocabulary words are added often enough that their merges come first.
     Raises ``ValueError`` when a word did not become one token (the vocabulary is too small).
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,7 +82,7 @@ def build_tokenizer(texts: list[str], *, vocab_size: int = 2560):
     return fast
 
 
-def save_tokenizer(tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """tokenizer.json, tokenizer_config.json and chat_template.jinja, without the library's version in them."""
     tokenizer.save_pretrained(str(folder))
     config_file = folder / "tokenizer_config.json"

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,8 +102,10 @@ def initial_params(config: ModelConfig, seed: int) -> Params:
     params = init_params(config, jax.random.key(seed))
     tokens = params.embed * (0.5 * math.sqrt(config.d_model))
     shared = 0.5 * jax.random.normal(jax.random.key(seed + 1_000_003), (config.d_model,))
-    layers = params.layers.replace(o=jnp.zeros_like(params.layers.o), down=jnp.zeros_like(params.layers.down))
-    return params.replace(
+    blank = {"o": jnp.zeros_like(params.layers.o), "down": jnp.zeros_like(params.layers.down)}
+    layers = dataclasses.replace(params.layers, **blank)
+    return dataclasses.replace(
+        params,
         embed=tokens + shared,
         layers=layers,
         unembed=0.1 * tokens.T,
@@ -129,13 +132,14 @@ def loss_and_parts(params: Params, config: ModelConfig, batch: Batch) -> tuple[A
     return (losses * batch.weights).sum() / batch.weights.sum(), losses
 
 
-def _muon_dimensions(params: Params) -> Params:
+def _muon_dimensions(params: Params) -> Any:
     """Which axes of each weight are its input and its output; None where Adam is used (embeddings and norms)."""
-    layers = {f.name: None for f in dataclasses.fields(Layers)}
+    layers: dict[str, Any] = {f.name: None for f in dataclasses.fields(Layers)}
     layers |= dict.fromkeys(("q", "k", "v"), MuonDimensionNumbers((1,), (2, 3)))
     layers |= {"o": MuonDimensionNumbers((1, 2), (3,))}
     layers |= dict.fromkeys(("gate", "up", "down"), MuonDimensionNumbers((1,), (2,)))
-    return Params(embed=None, layers=Layers(**layers), final_norm=None, unembed=None)
+    top: dict[str, Any] = dict.fromkeys(("embed", "final_norm", "unembed"))
+    return Params(layers=Layers(**layers), **top)
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -201,7 +205,7 @@ class Batches:
         kept_weights = np.zeros(room, np.float32)
         kept[: len(chosen)] = chosen - 1
         kept_weights[: len(chosen)] = weights.reshape(-1)[chosen]
-        return Batch(tokens=tokens, positions=kept, weights=kept_weights), kinds
+        return Batch(tokens=jnp.asarray(tokens), positions=jnp.asarray(kept), weights=jnp.asarray(kept_weights)), kinds
 
 
 class LetterLoss:
@@ -250,7 +254,7 @@ def train_params(
         ahead = prepare()
         while True:
             ready, ahead = ahead.result(), prepare()
-            letters, losses, pending = LetterLoss(), [], []
+            letters, losses, pending = LetterLoss(), list[float](), list[tuple]()
             for batch, kinds in ready:
                 scale = _schedule(recipe, step, step - persona_start if phase == "persona" else None)
                 params, state, loss, parts = train_step(params, state, batch, scale, config=config, recipe=recipe)
