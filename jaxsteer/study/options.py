@@ -16,10 +16,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         "prompt_length": 8,
         "population": 8,
-        "children": 32,
-        "steps": 100,
+        "children": 16,
+        "steps": 60,
         "top_k": 128,
-        "restart_every": 40,
+        "restart_every": 25,
         "contexts": 4,
         "raw_units": False,
         "tokens": "words",
@@ -70,13 +70,13 @@ class SearchOptions:
     population: int | None = None
     """Prompts per population, one fluency weight each (default 8, paper 16)."""
     children: int | None = None
-    """Mutations per prompt and step (default 32, paper 32)."""
+    """Mutations per prompt and step (default 16, paper 32)."""
     steps: int | None = None
-    """Steps of the search (default 100, paper 300)."""
+    """Steps of the search (default 60, paper 300)."""
     top_k: int | None = None
     """Tokens per position that the gradient proposes (default 128, paper 512)."""
     restart_every: int | None = None
-    """Steps between restarts from the best member (default 40, paper 50)."""
+    """Steps between restarts from the best member (default 25, paper 50)."""
     contexts: int | None = None
     """Train questions that every candidate is scored on, each in both choice orders (default 4, paper 16)."""
     raw_units: bool | None = None
