@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from jaxsteer import __version__
 from jaxsteer.evals.probe import WARNS, Probe, ProbeRow, Scorer, choose, probe, scorer, stream_sites
 from jaxsteer.models.loading import Model, load
+from jaxsteer.models.sharding import make_mesh
 from jaxsteer.models.sites import parse_site
 from jaxsteer.personas import Direction, contrast_pairs, load_persona, mean_difference, save_direction
 from jaxsteer.prompts import Slots, first_allowed, retokenises_many
@@ -65,7 +66,10 @@ def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.in
         return finished
     timing = {}
     started = time.perf_counter()
-    model = model or load(options.model, dtype=options.dtype)
+    if model is None:
+        # Restarts are spread over the devices that there are; a single population stays on one.
+        spread = options.restarts > 1 and jax.device_count() > 1
+        model = load(options.model, dtype=options.dtype, mesh=make_mesh() if spread else None)
     setting = prepare(options, model, persona, custom)
     files.write_json(options.out / files.CONFIG, config)
     timing["load_s"] = time.perf_counter() - started
@@ -234,6 +238,7 @@ def search(
             problems=options.restarts,
             valid=lambda ids: retokenises_many(model.tokenizer, setting.slots, ids),
             callback=report,
+            mesh=model.mesh,
         )
     if result.interrupted:
         say(f"Interrupted after {result.steps} steps: going on with what was found")
