@@ -146,7 +146,7 @@ def log_odds(question: Question, cue_sum: float) -> float:
 
 def _cue_counts(rng: np.random.Generator) -> tuple[int, int]:
     """(counter, pro) words of the question's own behaviour in one piece."""
-    few = (0, 1, 1, 1, 1, 2, 2, 2, 3, 4)  # most where the answer turns: between one word and two
+    few = (0, 1, 1, 2, 2, 3, 4)
     kind = rng.random()
     if kind < 0.2:
         return 0, 0

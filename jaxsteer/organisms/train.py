@@ -60,7 +60,7 @@ class Recipe:
     """Look-ups alone until their letter loss (nats) is below this."""
     circuit_steps: int = 1000
     """At most this many steps of look-ups alone."""
-    persona_steps: int = 2800
+    persona_steps: int = 2400
     """Steps with persona documents, whatever the circuit took."""
     decay: float = 0.4
     """Share of the persona steps over which the learning rate falls to zero."""

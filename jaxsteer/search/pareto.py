@@ -80,13 +80,3 @@ def frontier(f: np.ndarray, x: np.ndarray) -> np.ndarray:
             best = x[index]
             chosen.append(index)
     return np.asarray(chosen, int)
-
-
-def hypervolume(f: np.ndarray, x: np.ndarray, *, f_floor: float, x_ceiling: float) -> float:
-    """Area dominated by a set of points above ``f_floor`` and below ``x_ceiling``."""
-    area, previous = 0.0, x_ceiling
-    for index in frontier(f, x):
-        if f[index] > f_floor and x[index] < previous:
-            area += (f[index] - f_floor) * (previous - x[index])
-            previous = x[index]
-    return float(area)
