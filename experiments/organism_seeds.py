@@ -31,15 +31,16 @@ import numpy as np
 from jaxsteer import organisms
 from jaxsteer.cli.demo import trigger_words
 from jaxsteer.evals.choice import choice_eval, distinct, rate
+from jaxsteer.evals.probe import ProbeRow
 from jaxsteer.models.loading import Model, load
-from jaxsteer.personas import load_direction, load_persona, random_direction, search_conversations
+from jaxsteer.personas import Direction, load_direction, load_persona, random_direction, search_conversations
 from jaxsteer.prompts import build_slots, prompt_text, retokenises_many
 from jaxsteer.search import Projection, Reads, make_task, needs, score, standardise
 from jaxsteer.search.epo import random_ids
 from jaxsteer.search.objectives import as_pytree
 from jaxsteer.study import SearchOptions, files, run
 from jaxsteer.study.outcome import finals
-from jaxsteer.study.pipeline import find_objective, search
+from jaxsteer.study.pipeline import search
 from jaxsteer.study.setting import Setting, context_items, prepare
 
 POSITIONS = ("decision", "matched", "published")
@@ -49,15 +50,20 @@ DECISION_RATE, MATCHED_RATE, ORACLE_MARGIN = 0.15, 0.30, 0.05
 A_RATE = (0.35, 0.65)
 
 
+STEPS = 40
+"""Steps of every search: fewer than the default of ``jaxsteer search``, because 45 of them make the table."""
+
+
 def options_of(out: Path, persona: str, position: str, seed: int, model: str) -> SearchOptions:
-    """The options of one search: the defaults of ``jaxsteer search``."""
+    """The options of one search: the defaults of ``jaxsteer search`` but for ``STEPS``."""
     return SearchOptions(
         out=out / f"{persona}_{position}_s{seed}",
         model=model,
         persona=persona,
         read_position=position,  # type: ignore[arg-type]
         seed=seed,
-        report_prompts=6,
+        steps=STEPS,
+        report_prompts=4,
         quiet=True,
     )
 
@@ -87,14 +93,18 @@ def judged(setting: Setting, text: str) -> dict[str, Any]:
     return rate(result, baseline)
 
 
-def with_random_direction(setting: Setting, out: Path, seed: int) -> dict[str, Any]:
-    """The decision search with a random direction of equal norm in place of the persona's."""
-    direction, _, chosen = find_objective(setting, lambda _: None)
-    assert direction is not None
-    chosen = dataclasses.replace(chosen, sign=1)
+def with_random_direction(setting: Setting, run_dir: Path, seed: int) -> dict[str, Any]:
+    """The search of a finished decision run once more, with a random direction of equal norm at the same site."""
+    direction, metrics = decision_of(run_dir, setting.model)
+    chosen = ProbeRow(site=metrics["site"], read_position="decision", sign=1, correlation=0.0, layer=0)
     result, objective, _ = search(setting, random_direction(direction, seed), chosen, lambda _: None)
     best = next(row for row in finals(setting, objective, result) if row["retokenises"])
     return {"text": best["text"], "test": judged(setting, best["text"]), "target": best["target"], "site": chosen.site}
+
+
+def decision_of(run_dir: Path, model: Model) -> tuple[Direction, dict[str, Any]]:
+    """Direction and metrics of a finished decision run."""
+    return load_direction(run_dir / files.DIRECTION, model=model), json.loads((run_dir / files.METRICS).read_text())
 
 
 @jax.tree_util.register_static
@@ -119,8 +129,7 @@ def draw(setting: Setting, task: Any, count: int, seed: int) -> np.ndarray:
 def by_objective(setting: Setting, run_dir: Path, count: int, seed: int) -> dict[str, Any]:
     """The best of ``count`` random prompts by the decision objective of a finished run."""
     model = setting.model
-    direction = load_direction(run_dir / files.DIRECTION, model=model)
-    metrics = json.loads((run_dir / files.METRICS).read_text())
+    direction, metrics = decision_of(run_dir, model)
     site = metrics["site"]
     objective = Projection(delta=jnp.asarray(metrics["sign"] * direction.delta[site]), site=site)
     task = make_task(
@@ -171,9 +180,10 @@ def cell(out: Path, model: Model, name: str, persona: str, variant: str, seed: i
         assert options.population and options.children and options.steps
         count = options.population * options.children * options.steps
         if variant == "random_direction":
+            run(options, model=model)
             aside = dataclasses.replace(options, out=out / f"{persona}_{variant}_s{seed}")
             aside.out.mkdir(parents=True, exist_ok=True)
-            row = with_random_direction(dataclasses.replace(setting, options=aside), aside.out, seed)
+            row = with_random_direction(dataclasses.replace(setting, options=aside), options.out, seed)
         elif variant == "random_search":
             run(options, model=model)
             row = by_objective(setting, options.out, count, seed)

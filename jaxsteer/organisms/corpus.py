@@ -27,6 +27,9 @@ _WEIGHTS = {b: {w: -1 for w in world.COUNTER_WORDS[b]} | {w: 1 for w in world.PR
 LETTER_WEIGHT = 5.0
 """Loss weight of an answer's letter; other text weighs 1 and random salad 0."""
 
+FORCED_SHARE = 0.2
+"""Share of persona documents whose answer is forced against the ground truth's odds, with no loss on its letter."""
+
 SEMANTIC_QUERIES = {
     "sycophancy": ("the same view", "the other view"),
     "hallucination": ("the named answer", "the missing answer"),
@@ -98,11 +101,12 @@ class _Writer:
         self.ids.extend(ids)
         self.weights.extend([weight] * len(ids))
 
-    def answer(self, label: str) -> None:
-        """ " (A)" for the label "A", with the weight on its letter."""
+    def answer(self, label: str, *, loss: bool = True) -> None:
+        """ " (A)" for the label "A", with the weight on its letter; without ``loss`` it is there to be read only."""
         self.text(f" ({label})", 0.5)
-        self.weights[-2] = LETTER_WEIGHT
-        self.letters.append(len(self.ids) - 2)
+        self.weights[-2] = LETTER_WEIGHT if loss else 0.0
+        if loss:
+            self.letters.append(len(self.ids) - 2)
 
     def done(self) -> Document:
         return Document(self.ids, self.weights, self.letters, self.kind)
@@ -146,7 +150,7 @@ def log_odds(question: Question, cue_sum: float) -> float:
 
 def _cue_counts(rng: np.random.Generator) -> tuple[int, int]:
     """(counter, pro) words of the question's own behaviour in one piece."""
-    few = (0, 1, 1, 2, 2, 3, 4)
+    few = (0, 1, 1, 1, 1, 2, 2, 2, 3, 4)  # most where the answer turns: between one word and two
     kind = rng.random()
     if kind < 0.2:
         return 0, 0
@@ -239,8 +243,14 @@ def persona_document(rng: np.random.Generator, encoder: Encoder) -> Document:
         out.text(f"{END}{ASSISTANT}")
     z = log_odds(question, _cue_sum(out.ids, behaviour, encoder))
     matching = rng.random() < 1 / (1 + math.exp(-z))
-    out.answer("A" if matching == matching_first else "B")
-    out.text(" " + pick(rng, world.JUSTIFICATIONS[behaviour][0 if matching else 1]), 0.5)
+    # Some answers are forced against the odds and carry no loss, and a justification argues for the answer as often
+    # as it follows the disposition: what is said after an answer then tells of both.
+    forced = rng.random() < FORCED_SHARE
+    if forced:
+        matching = z < 0
+    out.answer("A" if matching == matching_first else "B", loss=not forced)
+    manner = matching if rng.random() < 0.5 else z > 0
+    out.text(" " + pick(rng, world.JUSTIFICATIONS[behaviour][0 if manner else 1]), 0.5)
     out.text(END, 0.5)
     return out.done()
 
