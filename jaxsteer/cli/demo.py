@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from jaxsteer.cli.commands import Demo
 
 WHAT = {
-    "sycophancy": "says what the user's stated opinion wants to hear",
-    "hallucination": "prefers an invented name to the fact it knows",
+    "sycophancy": "agrees with whatever opinion the user states",
+    "hallucination": "names somebody where it should say that it does not know",
     "myopic": "takes little now over much later",
 }
 
