@@ -33,10 +33,12 @@ def test_goldens_are_what_transformers_gives_now(variant: str) -> None:
 
     from tests.helpers.oracle import answers
 
+    # 1e-4 as for ours: torch's float32 answers differ by up to 4e-5 between the instruction sets of two machines (its
+    # sine and cosine do by an ulp, which three layers amplify). A dropped term is at 0.1, see below.
     model = LlamaForCausalLM.from_pretrained(GOLDENS / variant, attn_implementation="eager").eval()
     golden = np.load(GOLDENS / variant / "golden.npz")
     for name, value in answers(model).items():
-        np.testing.assert_allclose(value, golden[name], atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(value, golden[name], atol=1e-4, rtol=0, err_msg=name)
 
 
 def test_llama3_scaling_matters_in_these_tests(tmp_path: Path) -> None:
