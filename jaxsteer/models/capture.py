@@ -17,23 +17,40 @@ from jaxsteer.models.loading import Model
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.sites import Site, parse_site
+from jaxsteer.models.taps import Intervention, Tap, make_where, tap_of
 from jaxsteer.models.transformer import Context, block, embed, forward, layer_weights, make_context, positions_of
 
 Tokens = Int[np.ndarray, "B T"] | Int[Array, "B T"]
 Mask = Bool[np.ndarray, "B T"] | Bool[Array, "B T"]
+Lengths = Int[np.ndarray, " B"] | Int[Array, " B"]
 
 
-def logits(model: Model, tokens: Tokens, mask: Mask | None = None) -> Float[Array, "B T V"]:
+def logits(
+    model: Model,
+    tokens: Tokens,
+    mask: Mask | None = None,
+    *,
+    edits: Intervention | None = None,
+    prompt_length: Lengths | None = None,
+) -> Float[Array, "B T V"]:
     """Float32 next-token logits at every position.
 
     ``mask`` is False on padding, which may stand on the left or on the right; logits at padding mean nothing.
+    ``edits`` change the computation on its way (``jaxsteer.steer``); for those that tell prompt from response,
+    ``prompt_length`` says where each row's response begins, in tokens without padding (by default all is prompt).
     Raises ``UserError`` for tokens outside the vocabulary or longer than the model's positions.
     """
-    return _logits(model.params, model.config, *_inputs(model, tokens, mask))
+    return _logits(model.params, model.config, *_inputs(model, tokens, mask), edits, _lengths(model, prompt_length))
 
 
 def capture(
-    model: Model, tokens: Tokens, sites: Sequence[str], mask: Mask | None = None
+    model: Model,
+    tokens: Tokens,
+    sites: Sequence[str],
+    mask: Mask | None = None,
+    *,
+    edits: Intervention | None = None,
+    prompt_length: Lengths | None = None,
 ) -> dict[str, Float[Array, ...]]:
     """What the model computes at ``sites``, in float32, by the names that were given.
 
@@ -41,18 +58,22 @@ def capture(
     ``mlp.hook_in``) are [B, T, D]; ``attn.hook_q/z`` [B, T, N, H]; ``attn.hook_k/v`` [B, T, K, H];
     ``attn.hook_pattern`` [B, N, T, T]; ``mlp.hook_pre/pre_linear/post`` [B, T, I]. q and k are before their norm and
     the rotary embedding, as in TransformerLens. No layer above the last site is run. Aliases and negative layers are
-    accepted (see ``jaxsteer.models.sites``). Raises ``UserError`` as ``logits`` does, and for unknown sites.
+    accepted (see ``jaxsteer.models.sites``). Values are those after ``edits``, which are as in ``logits``. Raises
+    ``UserError`` as ``logits`` does, and for unknown sites.
     """
     if isinstance(sites, str):
         raise UserError(f"sites must be a list of names, got the single string {sites!r}. Write [{sites!r}].")
-    parsed = {name: _as_stream(parse_site(name, model.config.n_layers)) for name in sites}
+    parsed = {name: parse_site(name, model.config.n_layers) for name in sites}
+    if edits is None:
+        parsed = {name: _as_stream(site) for name, site in parsed.items()}
     inputs = _inputs(model, tokens, mask)
-    found = _capture(model.params, model.config, *inputs, sites=tuple(sorted(set(parsed.values()))))
+    edited = (edits, _lengths(model, prompt_length))
+    found = _capture(model.params, model.config, *inputs, *edited, sites=tuple(sorted(set(parsed.values()))))
     return {name: found[site.name] for name, site in parsed.items()}
 
 
 def _as_stream(site: Site) -> Site:
-    """The stream before a block is the stream after the one below, which need not run the block itself."""
+    """The stream before a block is, unedited, the stream after the one below: the block itself need not run."""
     if site.place != "hook_resid_pre":
         return site
     return Site(0, "hook_embed") if site.layer == 0 else Site(site.layer - 1, "hook_resid_post")
@@ -78,22 +99,34 @@ def _inputs(model: Model, tokens: Tokens, mask: Mask | None) -> tuple[jax.Array,
     return rows, None if mask is None else shard_rows(model.mesh, mask.astype(bool))
 
 
+def _lengths(model: Model, prompt_length: Lengths | None) -> jax.Array | None:
+    return None if prompt_length is None else shard_rows(model.mesh, np.asarray(prompt_length, np.int32))
+
+
 _logits = jax.jit(forward, static_argnames="config")
 
 
 @partial(jax.jit, static_argnames=("config", "sites"))
 def _capture(
-    params: Params, config: ModelConfig, tokens: jax.Array, mask: jax.Array | None, *, sites: tuple[Site, ...]
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    mask: jax.Array | None,
+    edits: Intervention | None,
+    prompt_length: jax.Array | None,
+    *,
+    sites: tuple[Site, ...],
 ) -> dict[str, jax.Array]:
     """One scan over the layers that are needed; what the sites see is written into one buffer per place."""
     positions = jnp.arange(tokens.shape[1])[None] if mask is None else positions_of(mask)
     context = make_context(config, positions, mask)
-    x = embed(params, config, tokens)
+    edit = tap_of(edits, make_where(tokens, positions, mask, prompt_length))
+    x = embed(params, config, tokens, edit)
     found = {site.name: x for site in sites if site.place == "hook_embed"}
     inside = [site for site in sites if site.place != "hook_embed"]
     if inside:
         places = {place: sorted(s.layer for s in inside if s.place == place) for place in {s.place for s in inside}}
-        buffers = _run_and_keep(params, config, x, context, places)
+        buffers = _run_and_keep(params, config, x, context, places, edit)
         for place, layers in places.items():
             for slot, layer in enumerate(layers):
                 found[Site(layer, place).name] = buffers[place][slot]
@@ -101,7 +134,7 @@ def _capture(
 
 
 def _run_and_keep(
-    params: Params, config: ModelConfig, x: jax.Array, context: Context, places: dict[str, list[int]]
+    params: Params, config: ModelConfig, x: jax.Array, context: Context, places: dict[str, list[int]], edit: Tap
 ) -> dict[str, jax.Array]:
     """(len(layers), ...) values of every place at its (sorted) layers, from blocks 0 to the last layer asked for."""
     stop = max(max(layers) for layers in places.values()) + 1
@@ -112,7 +145,8 @@ def _run_and_keep(
     def step(x: jax.Array, layer: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         kept: dict[str, jax.Array] = {}
 
-        def tap(name: str, layer: jax.Array, value: jax.Array) -> jax.Array:
+        def tap(name: str, layer: jax.Array | int, value: jax.Array) -> jax.Array:
+            value = edit(name, layer, value)
             if name in places:
                 kept[name] = value
             return value

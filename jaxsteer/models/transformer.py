@@ -10,7 +10,6 @@ editing means stop, edit, run on. Places inside a block are reached by ``tap(nam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer.models.attention import Prefix, attend, rotary_tables, rotate
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Layers, Params
-
-Tap = Callable[[str, Int[Array, ""], Array], Array]
-
-
-def no_tap(name: str, layer: Int[Array, ""], value: Array) -> Array:
-    """The identity tap: compiles to nothing."""
-    return value
+from jaxsteer.models.taps import Intervention, Tap, make_where, no_tap, tap_of
 
 
 @struct.dataclass
@@ -99,9 +92,9 @@ def _dense(x: Array, w: Array) -> Array:
     return flat.reshape(*x.shape[:-1], *w.shape[1:])
 
 
-def embed(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def embed(params: Params, config: ModelConfig, tokens: Int[Array, "B T"], tap: Tap = no_tap) -> Float[Array, "B T D"]:
     """Token embeddings as they enter the residual stream (Gemma's multiplier included)."""
-    return scale_embeddings(params.embed[tokens], config)
+    return tap("hook_embed", 0, scale_embeddings(params.embed[tokens], config))
 
 
 def scale_embeddings(x: Float[Array, "... D"], config: ModelConfig) -> Float[Array, "... D"]:
@@ -222,15 +215,16 @@ def prefill(
     config: ModelConfig,
     tokens: Int[Array, "C U"],
     mask: Bool[Array, "C U"],
+    tap: Tap = no_tap,
 ) -> tuple[Prefix, Float[Array, "C U D"]]:
     """Keys and values of C prefixes (padding on either side) and their final residual stream."""
     positions = positions_of(mask)
     context = make_context(config, positions, mask)
 
     def step(x: Array, layer: Array) -> tuple[Array, tuple[Array, Array]]:
-        return block(layer_weights(params, layer), config, x, context, layer)
+        return block(layer_weights(params, layer), config, x, context, layer, tap)
 
-    x, (k, v) = lax.scan(step, embed(params, config, tokens), jnp.arange(config.n_layers))
+    x, (k, v) = lax.scan(step, embed(params, config, tokens, tap), jnp.arange(config.n_layers))
     return Prefix(k=k, v=v, mask=mask, positions=positions), x
 
 
@@ -251,12 +245,15 @@ def forward(
     config: ModelConfig,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"] | None = None,
+    edits: Intervention | None = None,
+    prompt_length: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B T V"]:
     """Float32 next-token logits at every position; ``mask`` is False on padding (either side)."""
     if mask is None:
         positions = jnp.arange(tokens.shape[1])[None]
     else:
         positions = positions_of(mask)
+    tap = tap_of(edits, make_where(tokens, positions, mask, prompt_length))
     context = make_context(config, positions, mask)
-    x = run_layers(params, config, embed(params, config, tokens), context, 0, config.n_layers)
+    x = run_layers(params, config, embed(params, config, tokens, tap), context, 0, config.n_layers, tap=tap)
     return unembed(params, config, x)

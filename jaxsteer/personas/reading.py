@@ -110,7 +110,7 @@ def _read(
     def step(x: Array, layer: Array) -> tuple[Array, dict[str, Array]]:
         kept: dict[str, Array] = {}
 
-        def tap(name: str, layer: Array, value: Array) -> Array:
+        def tap(name: str, layer: Array | int, value: Array) -> Array:
             if name in places:
                 kept[name] = pick(value)
             return value

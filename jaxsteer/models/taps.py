@@ -1,0 +1,68 @@
+"""Taps and interventions: how a computation is read and changed at its named places.
+
+A tap is a pure function ``tap(place, layer, value) -> value`` that the transformer calls at every place of
+``jaxsteer.models.sites``. An intervention is a pytree of arrays that makes a tap once it knows which tokens the rows
+hold; ``jaxsteer.steer`` builds the usual ones, and any pytree with a method ``tap`` will do.
+
+Letters: B rows, T time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+Tap = Callable[[str, Int[Array, ""] | int, Array], Array]
+"""``(place, layer, value) -> value``; places as in ``sites.BLOCK_PLACES``, and "hook_embed" (with layer 0)."""
+
+
+def no_tap(name: str, layer: Int[Array, ""] | int, value: Array) -> Array:
+    """The identity tap: compiles to nothing."""
+    return value
+
+
+@struct.dataclass
+class Where:
+    """Which tokens a call computes: the whole text, a prompt, or the one token that is being decoded."""
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    """Position in the text, padding not counted."""
+    valid: Bool[Array, "B T"]
+    """False on padding."""
+    prompt_length: Int[Array, " B"]
+    """Tokens of the prompt, padding not counted; what stands at this position or later is the response."""
+
+
+@runtime_checkable
+class Intervention(Protocol):
+    """A pytree of arrays that changes values on their way through the model."""
+
+    def tap(self, where: Where) -> Tap:
+        """The tap for these tokens. Traced under jit: pure, and the same program for all values of its arrays."""
+        ...
+
+
+def make_where(
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "b T"],
+    mask: Bool[Array, "B T"] | None,
+    prompt_length: Int[Array, " B"] | None = None,
+) -> Where:
+    """What an intervention is told of these rows. Without ``prompt_length`` all of a row is prompt."""
+    valid = jnp.ones(tokens.shape, bool) if mask is None else mask
+    return Where(
+        tokens=tokens,
+        positions=jnp.broadcast_to(positions, tokens.shape),
+        valid=valid,
+        prompt_length=valid.sum(-1) if prompt_length is None else prompt_length,
+    )
+
+
+def tap_of(edits: Intervention | None, where: Where) -> Tap:
+    """The tap of an intervention, or the identity."""
+    return no_tap if edits is None else edits.tap(where)
