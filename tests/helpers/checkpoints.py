@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert import write_hf
-from jaxsteer.models.config import ModelConfig, Rope, llama_config
+from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig, Rope, llama_config
 from jaxsteer.models.loading import Model
 from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
 
@@ -32,6 +33,54 @@ def tiny_config(**changes: object) -> ModelConfig:
         rope=LLAMA3_ROPE,
     )
     return llama_config(**(fields | changes))
+
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
+WINDOW = 6
+_GEMMA = dict(
+    activation="gelu_tanh", norm_plus_one=True, norm_eps=1e-6, post_norms=True, embed_scale=True, tied_embeddings=True
+)
+
+
+def family_config(name: str, **changes: object) -> ModelConfig:
+    """A small config of each family, with everything on that the family has; ``changes`` are fields of ModelConfig.
+
+    The Gemmas have 7 layers: sliding and full in turn (Gemma 2), two sliding to one full (Gemma 3), window 6.
+    """
+    n_layers = changes.get("n_layers", 7 if name.startswith("gemma") else 3)
+    config = tiny_config(n_layers=n_layers)
+    if name == "qwen2":
+        config = dataclasses.replace(
+            config, family="qwen2", qkv_bias=True, norm_eps=1e-6, tied_embeddings=True, ropes=(Rope(theta=1000.0),)
+        )
+    elif name == "qwen3":
+        config = dataclasses.replace(config, family="qwen3", qk_norm=True, norm_eps=1e-6, ropes=(Rope(theta=1000.0),))
+    elif name == "gemma2":
+        config = dataclasses.replace(
+            config,
+            family="gemma2",
+            query_scale=12**-0.5,
+            attn_softcap=3.0,
+            final_softcap=2.0,
+            windows=tuple(GLOBAL_WINDOW if i % 2 else WINDOW for i in range(n_layers)),
+            ropes=(Rope(theta=1000.0),),
+            **_GEMMA,
+        )
+    elif name == "gemma3":
+        full = [(i + 1) % 3 == 0 for i in range(n_layers)]
+        config = dataclasses.replace(
+            config,
+            family="gemma3_text",
+            query_scale=12**-0.5,
+            qk_norm=True,
+            windows=tuple(GLOBAL_WINDOW if f else WINDOW for f in full),
+            ropes=(Rope(theta=100.0), Rope(theta=10_000.0, kind="linear", factor=4.0)),
+            rope_index=tuple(int(f) for f in full),
+            **_GEMMA,
+        )
+    elif name != "llama":
+        raise ValueError(name)
+    return dataclasses.replace(config, **changes)
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> Params:
