@@ -22,6 +22,7 @@ from jaxsteer.prompts import encode_texts, join_answer, question_conversation, r
 
 if TYPE_CHECKING:
     from jaxsteer.models.loading import Model
+    from jaxsteer.models.taps import Intervention
 
 PROMPTS = 32
 """Prompts that share one pass over a question."""
@@ -111,17 +112,20 @@ def choice_eval(
     slot: Literal["suffix", "prefix", "system"] = "suffix",
     both_orders: bool = True,
     rows: int = ROWS,
+    edits: Sequence[Intervention] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ChoiceResult]:
     """Score both answers of every item after question and prompt, for each text of ``prompts`` ("" is zero-shot).
 
     Prompts are texts and are tokenised in place, as a user's would be. ``both_orders`` adds the copy of every item
-    with its choices exchanged. ``rows`` texts are run at once; ``progress(done, total)`` counts texts.
-    Returns one result per prompt. Raises ``UserError`` for texts longer than the model's positions.
+    with its choices exchanged. ``rows`` texts are run at once; ``progress(done, total)`` counts texts. ``edits`` are
+    changes of the computation (``jaxsteer.steer``) that differ in their arrays only and run in one program.
+    Returns one result per prompt, or per edit and prompt (all prompts of the first edit first). Raises ``UserError``
+    for texts longer than the model's positions.
     """
     asked = [copy for item in items for copy in ((item, swap(item)) if both_orders else (item,))]
     answers = [_answers(item) for item in asked]
-    log_probs = np.zeros((len(prompts), len(asked), 2), np.float32)
+    log_probs = np.zeros((max(1, len(edits)), len(prompts), len(asked), 2), np.float32)
     joined = np.zeros((len(prompts), len(asked)), int)
     share = -(-len(prompts) // -(-len(prompts) // PROMPTS)) if prompts else 1  # equal parts: one shape to compile
     for begin in range(0, len(prompts), share):
@@ -133,8 +137,10 @@ def choice_eval(
         if progress is not None:
             before, total = begin * len(asked), len(prompts) * len(asked)
             report = lambda done, _, before=before, total=total: progress(min(before + done, total), total)  # noqa: E731
-        scores = score_texts(model.params, model.config, groups, rows=rows, mesh=model.mesh, progress=report)
-        log_probs[begin : begin + real] = scores.swapaxes(0, 1)[:real]
+        scores = score_texts(
+            model.params, model.config, groups, rows=rows, mesh=model.mesh, edits=edits, progress=report
+        )
+        log_probs[:, begin : begin + real] = scores.swapaxes(1, 2)[:, :real]
         joined[begin : begin + real] = flags.T[:real]
     return [
         ChoiceResult(
@@ -144,10 +150,11 @@ def choice_eval(
             ids=tuple(item.id for item in asked),
             groups=tuple(item.group for item in asked),
             both_orders=both_orders,
-            log_probs=log_probs[p],
+            log_probs=of_edit[p],
             persona_first=np.asarray([a[0] == item.matching for a, item in zip(answers, asked, strict=True)]),
             joined=joined[p],
         )
+        for of_edit in log_probs
         for p, prompt in enumerate(prompts)
     ]
 

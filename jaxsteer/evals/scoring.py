@@ -5,7 +5,11 @@ group and its keys and values serve all rows without a batch axis. A row holds t
 side by side: the answers share a trunk, and a tree mask keeps them from seeing each other. Scored positions are
 gathered before the unembedding.
 
-Letters: C groups, P texts per group, B = C * P rows, U shared beginning, T row, K scored tokens of a row, V vocabulary.
+With edits every text is a group of its own (an edit may depend on where its prompt ends), and all edits of a call run
+in one program.
+
+Letters: C groups, P texts per group, B = C * P rows, U shared beginning, T row, K scored tokens of a row, V vocabulary,
+E edits.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from jaxtyping import Array, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Params
+from jaxsteer.models.taps import Intervention, Tap, Where, make_where, no_tap
 from jaxsteer.models.transformer import embed, make_context, prefill, run_layers, unembed
 
 ROWS = 512
@@ -111,6 +116,12 @@ def bucket(n: int, least: int = 8) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="config")
+def _score_edits(params: Params, config: ModelConfig, rows: tuple[Array, ...], edits: Intervention) -> Array:
+    """(E, B, K) ``_score`` under every edit of a stack, one after the other in one program."""
+    return lax.map(lambda edit: _score(params, config, *rows, edit), edits)
+
+
+@functools.partial(jax.jit, static_argnames="config")
 def _score(
     params: Params,
     config: ModelConfig,
@@ -121,9 +132,18 @@ def _score(
     segment: Int[Array, "B T"],
     at: Int[Array, "B K"],
     target: Int[Array, "B K"],
+    prompt_length: Int[Array, " B"],
+    edit: Intervention | None = None,
 ) -> Float[Array, "B K"]:
-    """Log-probability of every target at the position that predicts it, float32."""
-    prefix, _ = prefill(params, config, shared, jnp.arange(shared.shape[1]) < shared_length[:, None])
+    """Log-probability of every target at the position that predicts it, float32. ``edit`` needs B = C."""
+    before: Tap = no_tap
+    behind: Tap = no_tap
+    shared_mask = jnp.arange(shared.shape[1]) < shared_length[:, None]
+    if edit is not None:
+        where = Where(tokens=ids, positions=positions, valid=segment != PADDING, prompt_length=prompt_length)
+        behind = edit.tap(where)
+        before = edit.tap(make_where(shared, jnp.arange(shared.shape[1])[None], shared_mask, prompt_length))
+    prefix, _ = prefill(params, config, shared, shared_mask, before)
     context = make_context(config, positions, segment != PADDING, prefix)
     queries, keys = segment[:, :, None], segment[:, None, :]
     own_branch = (keys == TRUNK) | (keys == queries)
@@ -132,7 +152,7 @@ def _score(
         self_mask=context.self_mask & own_branch,
         distance=positions[:, :, None] - positions[:, None, :],  # branches start at the same position
     )
-    x = run_layers(params, config, embed(params, config, ids), context, 0, config.n_layers)
+    x = run_layers(params, config, embed(params, config, ids, behind), context, 0, config.n_layers, tap=behind)
     x = jnp.take_along_axis(x, at[:, :, None], axis=1)
 
     def one(row: tuple[Array, Array]) -> Array:
@@ -152,17 +172,22 @@ def score_texts(
     *,
     rows: int = ROWS,
     mesh: Mesh | None = None,
+    edits: Sequence[Intervention] = (),
     progress: Callable[[int, int], None] | None = None,
-) -> Float[np.ndarray, "C P 2"]:
-    """Summed log-probabilities (float32, nats) of both answers of every text.
+) -> Float[np.ndarray, "E C P 2"]:
+    """Summed log-probabilities (float32, nats) of both answers of every text, under every one of ``edits``.
+
+    Without edits E is 1. Edits differ in their arrays only (layers, vectors, coefficients), not in their structure.
 
     ``groups`` are C lists of P texts each; what the texts of a list have in common at their start is computed once.
     A score does not depend on padding or on the other texts beyond float rounding. With a ``mesh``, groups are
     spread over its axis "prompts". ``progress(done, total)`` is called after each batch with counts of texts.
-    Raises ``UserError`` for a text longer than the model's positions.
+    Raises ``UserError`` for a text longer than the model's positions and for edits that cannot run together.
     """
+    n_edits = max(1, len(edits))
     if not groups:
-        return np.zeros((0, 0, 2), np.float32)
+        return np.zeros((n_edits, 0, 0, 2), np.float32)
+    stacked = stack_edits(edits) if edits else None
     per_group = len(groups[0])
     if any(len(group) != per_group for group in groups):
         raise ValueError(f"groups of different sizes: {sorted({len(g) for g in groups})}")
@@ -172,7 +197,11 @@ def score_texts(
             f"the longest text with its answer has {longest} tokens, but the model has {config.max_positions} "
             "positions: leave out the long questions, or shorten the prompt"
         )
-    out = np.zeros((len(groups), per_group, 2), np.float32)
+    if stacked is not None and per_group > 1:
+        single = [[text] for group in groups for text in group]
+        found = score_texts(params, config, single, rows=rows, mesh=mesh, edits=edits, progress=progress)
+        return found.reshape(n_edits, len(groups), per_group, 2)
+    out = np.zeros((n_edits, len(groups), per_group, 2), np.float32)
     shards = 1 if mesh is None else mesh.shape["prompts"]
     size = max(1, rows // per_group)
     size = min(-(-size // shards), -(-len(groups) // shards)) * shards
@@ -186,14 +215,20 @@ def score_texts(
         padded = chosen + [chosen[-1]] * (size - len(chosen))
         packed = [rows_of[g] for g in padded]
         shared = [groups[g][0].context[: starts[g]] for g in padded]
-        arrays = _arrays(shared, [row for group in packed for row in group], floors)
+        lengths = [len(text.context) for g in padded for text in groups[g]]
+        arrays = _arrays(shared, [row for group in packed for row in group], lengths, floors)
         if mesh is not None:
             arrays = [jax.device_put(a, NamedSharding(mesh, P("prompts"))) for a in arrays]
-        scores = np.asarray(_score(params, config, *arrays)).reshape(size, per_group, -1)
-        for g, group_rows, group_scores in zip(chosen, packed, scores, strict=False):
+        if stacked is None:
+            scores = np.asarray(_score(params, config, *arrays))
+        else:
+            scores = np.asarray(_score_edits(params, config, tuple(arrays), stacked))
+        scores = scores.reshape(n_edits, size, per_group, -1).astype(np.float64)
+        for i, (g, group_rows) in enumerate(zip(chosen, packed, strict=False)):
             for p, row in enumerate(group_rows):
-                kept = group_scores[p, : len(row.answer)].astype(np.float64)
-                out[g, p] = np.bincount(row.answer, weights=kept, minlength=2)
+                kept = scores[:, i, p, : len(row.answer)]
+                answer = np.asarray(row.answer)
+                out[:, g, p] = np.stack([kept[:, answer == k].sum(-1) for k in (0, 1)], axis=-1)
         if progress is not None:
             progress(min(begin + size, len(order)) * per_group, len(order) * per_group)
     return out
@@ -210,7 +245,19 @@ def _widths(starts: Sequence[int], rows: Sequence[_Row]) -> tuple[int, int, int]
     return bucket(max(starts)), bucket(max(len(r.ids) for r in rows)), bucket(max(len(r.at) for r in rows), 2)
 
 
-def _arrays(shared: list[np.ndarray], rows: list[_Row], floors: Sequence[int]) -> list[np.ndarray]:
+def stack_edits(edits: Sequence[Intervention]) -> Intervention:
+    """One pytree whose arrays have a leading axis over ``edits``. Raises ``UserError`` where they differ in kind."""
+    try:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *edits)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"These {len(edits)} edits cannot run in one program: they must agree in operation, place, selector and "
+            f"the shapes of their arrays, and differ in values only ({str(error).splitlines()[0]})."
+        ) from None
+    return stacked
+
+
+def _arrays(shared: list[np.ndarray], rows: list[_Row], lengths: list[int], floors: Sequence[int]) -> list[np.ndarray]:
     widths = _widths([len(s) for s in shared], rows)
     u, t, k = (max(width, floor) for width, floor in zip(widths, floors, strict=True))
     starts = np.zeros((len(shared), u), np.int32)
@@ -223,4 +270,13 @@ def _arrays(shared: list[np.ndarray], rows: list[_Row], floors: Sequence[int]) -
         n = len(row.ids)
         ids[i, :n], positions[i, :n], segment[i, :n] = row.ids, row.positions, row.segment
         at[i, : len(row.at)], target[i, : len(row.at)] = row.at, row.target
-    return [starts, np.asarray([len(s) for s in shared], np.int32), ids, positions, segment, at, target]
+    return [
+        starts,
+        np.asarray([len(s) for s in shared], np.int32),
+        ids,
+        positions,
+        segment,
+        at,
+        target,
+        np.asarray(lengths, np.int32),
+    ]

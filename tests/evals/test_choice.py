@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
 
+import jaxsteer
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
 from jaxsteer.evals.scoring import Text, bucket, score_texts
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.taps import Tap, Where
 from jaxsteer.models.transformer import forward
 from jaxsteer.personas import Item, swap
 from jaxsteer.prompts import encode_texts, join_answer, question_conversation, render
@@ -104,7 +108,65 @@ def test_answers_of_different_lengths_and_windows() -> None:
         for k, answer in enumerate(text.answers):
             full = np.concatenate([text.context, answer])
             expected = sum_log_probs(model, config, full, len(text.context))
-            assert scores[0, p, k] == pytest.approx(expected, abs=1e-4)
+            assert scores[0, 0, p, k] == pytest.approx(expected, abs=1e-4)
+
+
+@struct.dataclass
+class Push:
+    """A user's own intervention: adds a vector after one block, at tokens of the response or at all of the prompt."""
+
+    vector: Float[Array, " D"]
+    layer: Int[Array, ""]
+    response: Bool[Array, ""]
+
+    def tap(self, where: Where) -> Tap:
+        later = where.positions >= where.prompt_length[:, None]
+        here = where.valid & (later == self.response)
+
+        def tap(place: str, layer: Array | int, value: Array) -> Array:
+            if place != "hook_resid_post":
+                return value
+            return jnp.where((here & (layer == self.layer))[..., None], value + self.vector, value)
+
+        return tap
+
+
+def test_edits_score_as_whole_texts_do(compile_counter: object) -> None:
+    model = tiny_model()
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.integers(10, 500, n).astype(np.int32)  # noqa: E731
+    start = draw(6)
+    groups = [
+        [Text(context=np.concatenate([start, draw(2 + c + p)]), answers=(draw(3), draw(1))) for p in range(2)]
+        for c in range(2)
+    ]
+    width = model.config.d_model
+    edits = [
+        Push(jnp.asarray(rng.normal(size=width), jnp.float32), jnp.int32(layer), jnp.asarray(response))
+        for layer in (0, 2)
+        for response in (False, True)
+    ]
+    scores = score_texts(model.params, model.config, groups, edits=edits)
+    assert scores.shape == (4, 2, 2, 2)
+    for e, edit in enumerate(edits):
+        for c, group in enumerate(groups):
+            for p, text in enumerate(group):
+                for k, answer in enumerate(text.answers):
+                    full, n = np.concatenate([text.context, answer])[None], len(text.context)
+                    found = jaxsteer.logits(model, full, edits=edit, prompt_length=np.array([n]))
+                    logp = jax.nn.log_softmax(found[0])[n - 1 : -1][np.arange(len(answer)), answer]
+                    assert scores[e, c, p, k] == pytest.approx(float(logp.sum()), abs=1e-4)
+    assert np.abs(scores[0] - scores[1]).min() > 1e-3
+    with compile_counter() as count:
+        score_texts(model.params, model.config, groups, edits=[e.replace(layer=jnp.int32(1)) for e in edits])
+        assert count.total() == 0
+
+
+def test_edits_of_different_kinds_are_refused() -> None:
+    model, text = tiny_model(), Text(context=np.arange(20, 26), answers=(np.array([3]), np.array([4])))
+    push = Push(jnp.zeros(model.config.d_model), jnp.int32(0), jnp.asarray(True))
+    with pytest.raises(UserError, match="must agree in operation"):
+        score_texts(model.params, model.config, [[text]], edits=[push, push.replace(vector=jnp.zeros(3))])
 
 
 def test_too_long_a_text_is_refused() -> None:
