@@ -46,6 +46,8 @@ class Model:
     fingerprint: str
     """sha256 over config and weights, recorded when the checkpoint was converted."""
     mesh: Mesh | None = None
+    stop_tokens: tuple[int, ...] = ()
+    """Ids that end an answer, from the checkpoint's generation_config.json (the tokenizer's EOS is known to itself)."""
 
 
 def load(source: str | os.PathLike[str], *, dtype: str | jnp.dtype | None = None, mesh: Mesh | None = None) -> Model:
@@ -73,7 +75,14 @@ def load(source: str | os.PathLike[str], *, dtype: str | jnp.dtype | None = None
         name=name if name.startswith(ORGANISM) or not Path(name).is_dir() else Path(name).resolve().name,
         fingerprint=record["fingerprint"],
         mesh=mesh,
+        stop_tokens=_stop_tokens(checkpoint),
     )
+
+
+def _stop_tokens(checkpoint: Path) -> tuple[int, ...]:
+    path = checkpoint / "generation_config.json"
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)
 
 
 def _dtype(asked: str | jnp.dtype | None, stored: str) -> jnp.dtype:
