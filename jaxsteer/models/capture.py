@@ -17,7 +17,7 @@ from jaxsteer.models.loading import Model
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.sites import Site, parse_site
-from jaxsteer.models.taps import Intervention, Tap, make_where, tap_of
+from jaxsteer.models.taps import Intervention, Tap, check_intervention, make_where, tap_of
 from jaxsteer.models.transformer import Context, block, embed, forward, layer_weights, make_context, positions_of
 
 Tokens = Int[np.ndarray, "B T"] | Int[Array, "B T"]
@@ -38,9 +38,12 @@ def logits(
     ``mask`` is False on padding, which may stand on the left or on the right; logits at padding mean nothing.
     ``edits`` change the computation on its way (``jaxsteer.steer``); for those that tell prompt from response,
     ``prompt_length`` says where each row's response begins, in tokens without padding (by default all is prompt).
-    Raises ``UserError`` for tokens outside the vocabulary or longer than the model's positions.
+    Raises ``UserError`` for tokens outside the vocabulary or longer than the model's positions, and for edits that do
+    not fit the model or the rows.
     """
-    return _logits(model.params, model.config, *_inputs(model, tokens, mask), edits, _lengths(model, prompt_length))
+    inputs = _inputs(model, tokens, mask)
+    check_intervention(edits, model.config, tokens.shape[0])
+    return _logits(model.params, model.config, *inputs, edits, _lengths(model, prompt_length, tokens.shape[0]))
 
 
 def capture(
@@ -67,7 +70,8 @@ def capture(
     if edits is None:
         parsed = {name: _as_stream(site) for name, site in parsed.items()}
     inputs = _inputs(model, tokens, mask)
-    edited = (edits, _lengths(model, prompt_length))
+    check_intervention(edits, model.config, tokens.shape[0])
+    edited = (edits, _lengths(model, prompt_length, tokens.shape[0]))
     found = _capture(model.params, model.config, *inputs, *edited, sites=tuple(sorted(set(parsed.values()))))
     return {name: found[site.name] for name, site in parsed.items()}
 
@@ -99,8 +103,13 @@ def _inputs(model: Model, tokens: Tokens, mask: Mask | None) -> tuple[jax.Array,
     return rows, None if mask is None else shard_rows(model.mesh, mask.astype(bool))
 
 
-def _lengths(model: Model, prompt_length: Lengths | None) -> jax.Array | None:
-    return None if prompt_length is None else shard_rows(model.mesh, np.asarray(prompt_length, np.int32))
+def _lengths(model: Model, prompt_length: Lengths | None, rows: int) -> jax.Array | None:
+    if prompt_length is None:
+        return None
+    lengths = np.asarray(prompt_length, np.int32)
+    if lengths.shape != (rows,):
+        raise UserError(f"prompt_length must have one number for each of {rows} rows, got shape {list(lengths.shape)}.")
+    return shard_rows(model.mesh, lengths)
 
 
 _logits = jax.jit(forward, static_argnames="config")

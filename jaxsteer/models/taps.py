@@ -16,6 +16,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
+from jaxsteer.errors import UserError
+from jaxsteer.models.config import ModelConfig
+
 Tap = Callable[[str, Int[Array, ""] | int, Array], Array]
 """``(place, layer, value) -> value``; places as in ``sites.BLOCK_PLACES``, and "hook_embed" (with layer 0)."""
 
@@ -61,6 +64,23 @@ def make_where(
         valid=valid,
         prompt_length=valid.sum(-1) if prompt_length is None else prompt_length,
     )
+
+
+def check_intervention(edits: Intervention | None, config: ModelConfig, rows: int | None) -> None:
+    """Refuse, before anything compiles, what is no intervention or does not fit the model or a batch of ``rows`` rows.
+
+    An intervention may have a method ``check(config, rows)`` that raises ``UserError``; those of ``jaxsteer.steer`` do.
+    """
+    if edits is None:
+        return
+    if isinstance(edits, type) or not isinstance(edits, Intervention):
+        raise UserError(
+            f"edits must have a method tap(where) (see jaxsteer.steer), got {type(edits).__name__}. Several edits go "
+            f"into jaxsteer.steer.Edits((first, second))."
+        )
+    check = getattr(edits, "check", None)
+    if check is not None:
+        check(config, rows)
 
 
 def tap_of(edits: Intervention | None, where: Where) -> Tap:

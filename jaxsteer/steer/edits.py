@@ -1,0 +1,232 @@
+"""``Edit`` and ``Edits``: pytrees of arrays that change values on their way through the model.
+
+What an operation is, where it acts (the place) and how many layers and vectors it holds are structure; everything else
+is data, so that another vector, coefficient, layer or position never recompiles, and rows of one batch may differ in
+all of them. Constructors are in ``jaxsteer.steer.operations``.
+
+Letters: B rows of the batch, R rows of an array (B, or 1 where it serves all rows), M layers of one edit, k vectors
+of a subspace, T time, F features of the place (D; heads x H; I), N heads, H head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsteer.errors import UserError
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.taps import Intervention, Tap, Where, check_intervention
+from jaxsteer.steer.selectors import Selector
+
+EVERY, OFF = -1, -2
+"""In place of a layer: at every layer, and at none."""
+
+HEADS = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")
+"""Places whose values are [B, T, heads, H]."""
+PATTERN = "attn.hook_pattern"
+"""[B, N, T, S]: one distribution over keys per head and query."""
+
+
+@struct.dataclass
+class Edit:
+    """One operation at one place, in up to M layers. Made by ``add``, ``ablate`` and the other constructors.
+
+    Every array has a leading row axis R: 1 where it serves all rows, else the rows of the batch (``stack_rows``).
+    """
+
+    operation: str = struct.field(pytree_node=False)
+    """A key of ``OPERATIONS``, where the formulas are."""
+    place: str = struct.field(pytree_node=False)
+    """"hook_embed" or one of ``sites.BLOCK_PLACES``."""
+    layers: Int[Array | np.ndarray, "R M"]
+    """The layers that the M settings are for; ``EVERY``, or ``OFF`` (this setting does nothing)."""
+    amount: Float[Array | np.ndarray, "R M"]
+    """Coefficient (add, ablate), projection (floor, ceiling, clamp), factor (scale), number of positions (replace)."""
+    vector: Float[Array | np.ndarray, "R M k F"] | None
+    """As it is used: of norm 1 except in add; orthonormal rows where k > 1; [R, M, T, F] in replace."""
+    head: Int[Array | np.ndarray, "R M"]
+    """The one head that is edited, at places with heads; -1 for all of them."""
+    selector: Selector
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the batch that the arrays are made for; None if they serve any number."""
+        return _common_rows(leaf.shape[0] for leaf in jax.tree.leaves(self))
+
+    def touched(self, where: Where) -> Bool[Array, "B T"]:
+        """True at positions that the edit reaches (in some layer), whatever its amount."""
+        on = (self.layers != OFF).any(-1)
+        touched = self.selector.touched(where) & on[:, None]
+        if self.operation == "replace":
+            touched = touched & (where.positions < self.amount.max(-1)[:, None])
+        return touched
+
+    def tap(self, where: Where) -> Tap:
+        """The tap for these tokens. Raises ``UserError`` if the arrays are made for another number of rows."""
+        b = where.tokens.shape[0]
+        if self.rows not in (None, b):
+            raise UserError(f"This edit is made for {self.rows} rows, but the batch has {b}.")
+        selected = self.selector.touched(where)
+
+        def tap(place: str, layer: Int[Array, ""] | int, value: Array) -> Array:
+            return _apply(self, where, selected, layer, value) if place == self.place else value
+
+        return tap
+
+    def check(self, config: ModelConfig, rows: int | None = None) -> None:
+        """Refuse what does not fit a model of this ``config``, or a batch of ``rows`` rows, with a ``UserError``."""
+        size = place_shape(config, self.place)
+        if rows is not None and self.rows not in (None, rows):
+            raise UserError(f"The edit at {self.place} is made for {self.rows} rows, but the batch has {rows}.")
+        if self.vector is not None and size[-1] >= 0 and self.vector.shape[-1] not in (math.prod(size), size[-1]):
+            raise UserError(
+                f"The vector for {self.place} has {self.vector.shape[-1]} components, but values there have the shape "
+                f"{list(size)} in this model: it belongs to another model or another place."
+            )
+        highest, head = _largest(self.layers), _largest(self.head)
+        if highest >= config.n_layers:
+            raise UserError(
+                f"The edit at {self.place} names layer {highest}, but this model has layers 0 to {config.n_layers - 1}."
+            )
+        if head >= 0 and (len(size) == 1 or head >= size[0]):
+            raise UserError(
+                f"The edit at {self.place} names head {head}, but there "
+                + (f"are heads 0 to {size[0] - 1}." if len(size) > 1 else "are no heads at that place.")
+            )
+
+
+@struct.dataclass
+class Edits:
+    """Several interventions, applied in the order of the tuple wherever they meet at a place."""
+
+    edits: tuple[Intervention, ...]
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the batch that the arrays are made for; None if they serve any number."""
+        return _common_rows(getattr(edit, "rows", None) or 1 for edit in self.edits)
+
+    def touched(self, where: Where) -> Bool[Array, "B T"]:
+        """True at positions that any of the edits reaches."""
+        touched = jnp.zeros(where.tokens.shape, bool)
+        for edit in self.edits:
+            if not isinstance(edit, Edit | Edits):
+                raise UserError(f"{type(edit).__name__} cannot say which positions it touches: it is not an Edit.")
+            touched = touched | edit.touched(where)
+        return touched
+
+    def tap(self, where: Where) -> Tap:
+        """The taps of all edits, one after the other."""
+        taps = [edit.tap(where) for edit in self.edits]
+
+        def tap(place: str, layer: Int[Array, ""] | int, value: Array) -> Array:
+            for each in taps:
+                value = each(place, layer, value)
+            return value
+
+        return tap
+
+    def check(self, config: ModelConfig, rows: int | None = None) -> None:
+        """Refuse what does not fit a model of this ``config``, or a batch of ``rows`` rows, with a ``UserError``."""
+        for edit in self.edits:
+            check_intervention(edit, config, rows)
+        if rows is not None and self.rows not in (None, rows):
+            raise UserError(f"The edits are made for {self.rows} rows, but the batch has {rows}.")
+
+
+def place_shape(config: ModelConfig, place: str) -> tuple[int, ...]:
+    """Shape of one token's value at ``place``; [N, -1] for the pattern, whose last axis is as long as the keys."""
+    n, kv, h = config.n_heads, config.n_kv_heads, config.d_head
+    heads = {"attn.hook_q": (n, h), "attn.hook_z": (n, h), "attn.hook_k": (kv, h), "attn.hook_v": (kv, h)}
+    if place in ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"):
+        return (config.d_mlp,)
+    return (n, -1) if place == PATTERN else heads.get(place, (config.d_model,))
+
+
+def _largest(array: Any) -> int:
+    """The largest entry, or -1 where it cannot be known yet (inside jit)."""
+    return -1 if isinstance(array, jax.core.Tracer) or not array.size else int(np.max(array))
+
+
+def _common_rows(sizes: Iterable[int]) -> int | None:
+    found = {size for size in sizes if size != 1}
+    if len(found) > 1:
+        raise UserError(f"The edits are made for different numbers of rows: {', '.join(map(str, sorted(found)))}.")
+    return found.pop() if found else None
+
+
+# Formulas. h is [B, T, F] in float32, v [R, k, F], a (the amount) [R, 1, 1].
+
+
+def _project(h: Array, v: Array) -> Array:
+    # Highest: on TPU and recent GPUs a float32 product would else be taken in bfloat16 or TF32.
+    return jnp.matmul(h, jnp.swapaxes(v, -1, -2), precision=lax.Precision.HIGHEST)
+
+
+def _back(coordinates: Array, v: Array) -> Array:
+    return coordinates * v if v.shape[1] == 1 else jnp.matmul(coordinates, v, precision=lax.Precision.HIGHEST)
+
+
+def _norm(h: Array) -> Array:
+    return jnp.sqrt(jnp.maximum((h * h).sum(-1, keepdims=True), 1e-30))  # never 0, whose gradient is infinite
+
+
+def _add_keep_norm(h: Array, v: Array, a: Array) -> Array:
+    moved = h + a * v
+    return moved * (_norm(h) / _norm(moved))
+
+
+OPERATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "add": lambda h, v, a: h + a * v,
+    "add_keep_norm": _add_keep_norm,
+    "ablate": lambda h, v, a: h - _back(a * _project(h, v), v),
+    "floor": lambda h, v, a: h - _back(jnp.minimum(_project(h, v) - a, 0), v),
+    "ceiling": lambda h, v, a: h - _back(jnp.maximum(_project(h, v) - a, 0), v),
+    "clamp": lambda h, v, a: h + _back(a - _project(h, v), v),
+    "scale": lambda h, v, a: h * a,
+    "replace": lambda h, v, a: v,
+}
+"""What becomes of h, by the name of the operation."""
+
+
+def _apply(edit: Edit, where: Where, selected: Bool[Array, "B T"], layer: Any, value: Array) -> Array:
+    hit = (edit.layers == layer) | (edit.layers == EVERY)
+    on, index = hit.any(-1), hit.argmax(-1)
+
+    def pick(a: Any) -> Any:
+        """The setting of this layer: [R, M, ...] -> [R, ...]."""
+        if a.shape[1] == 1:
+            return a[:, 0]
+        return a[jnp.arange(a.shape[0]) if a.shape[0] > 1 else 0, index]
+
+    h = jnp.moveaxis(value, 1, 2) if edit.place == PATTERN else value  # queries where tokens are elsewhere
+    shape = h.shape
+    h = h.reshape(*shape[:2], -1)
+    mask = (selected & on[:, None])[:, :, None]
+    amount, head = pick(edit.amount)[:, None, None], pick(edit.head)
+    vector: Any = None if edit.vector is None else pick(edit.vector)
+    if edit.place in HEADS or edit.place == PATTERN:
+        own = (head[:, None] < 0) | (head[:, None] == jnp.arange(shape[2]))
+        mask = mask & jnp.repeat(own, h.shape[-1] // shape[2], axis=-1)[:, None]
+        if vector is not None and vector.shape[-1] == shape[-1] != h.shape[-1]:  # the vector of one head
+            spread = jnp.where(own[:, None, :, None], vector[:, :, None], 0)
+            vector = spread.reshape(*spread.shape[:2], -1)
+    if vector is not None and vector.shape[-1] != h.shape[-1]:
+        raise UserError(
+            f"The edit at {edit.place} has width {vector.shape[-1]}, but values there are {list(shape[2:])}."
+        )
+    if edit.operation == "replace":
+        mask = mask & (where.positions[:, :, None] < amount)
+        at = jnp.minimum(where.positions, vector.shape[1] - 1)
+        vector = vector[jnp.arange(vector.shape[0])[:, None] if vector.shape[0] > 1 else 0, at]
+    new = OPERATIONS[edit.operation](h.astype(jnp.float32), vector, amount)
+    h = jnp.where(mask, new.astype(value.dtype), h).reshape(shape)
+    return jnp.moveaxis(h, 2, 1) if edit.place == PATTERN else h
