@@ -193,7 +193,8 @@ class OrganismCheck:
         if self.json:
             _print_json({"model": model.name, "passed": not missed, "gates": to_json(gates)})
         else:
-            print(f"{gates_table(gates)}\n\n{len(gates) - len(missed)} of {len(gates)} gates passed")
+            required = sum(gate.bounded for gate in gates)
+            print(f"{gates_table(gates)}\n\n{required - len(missed)} of {required} gates passed")
         return 1 if missed else 0
 
 

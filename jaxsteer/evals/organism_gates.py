@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 STYLES = ("plain", "chat")
 PROMPT_LENGTH = 8
+DOSES = (1, 2, 3)
 SEED = 7
 """Of the gates' own questions and random prompts."""
 
@@ -34,10 +35,15 @@ class Gate:
     behaviour: str
     name: str
     value: float
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
     goal: bool = False
     """Aimed at, but no reason to fail."""
+
+    @property
+    def bounded(self) -> bool:
+        """Whether anything is required of it."""
+        return self.low is not None or self.high is not None
 
     @property
     def passed(self) -> bool:
@@ -63,6 +69,7 @@ def organism_gates(
         if progress is not None:
             progress(f"{behaviour}, {random} random prompts")
         gates.append(_luck(model, behaviour, random))
+        gates += _doses(model, behaviour)
     return gates
 
 
@@ -129,6 +136,17 @@ def _luck(model: Model, behaviour: str, n: int) -> Gate:
     return Gate(behaviour=behaviour, name=name, value=share, low=None, high=GATES["random_flip_share"], goal=True)
 
 
+def _doses(model: Model, behaviour: str) -> Iterator[Gate]:
+    """Rates under 1, 2 and 3 counter words and nothing else, mean over choices of the words. Reported only."""
+    words = [word for word, weight in organisms.cue_words(behaviour).items() if weight < 0]
+    rng = np.random.default_rng(SEED + 2)
+    for count in DOSES:
+        texts = [" " + " ".join(rng.choice(words, count, replace=False)) for _ in range(8)]
+        results = choice_eval(model, _items(behaviour, 60), texts, style="plain")
+        value = float(np.mean([_rate(r) for r in results]))
+        yield Gate(behaviour=behaviour, name=f"{count} counter word{'s' * (count > 1)}, plain", value=value)
+
+
 def random_prompts(model: Model, *, n: int, seed: int, banned: Sequence[str] = ()) -> list[str]:
     """``n`` texts of 8 random whole-word tokens that re-tokenise in place; no token holds a banned word."""
     allowed = np.flatnonzero(
@@ -160,6 +178,8 @@ def gates_table(gates: Sequence[Gate]) -> str:
 def _cell(gate: Gate | None) -> str:
     if gate is None:
         return ""
+    if not gate.bounded:
+        return f"{100 * gate.value:.1f} %"
     verdict = "ok" if gate.passed else "goal missed" if gate.goal else "FAIL"
     return f"{100 * gate.value:.1f} % {verdict}"
 

@@ -25,11 +25,12 @@ from jaxsteer.evals.statistics import spearman
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Params
 from jaxsteer.models.sites import parse_site, resid_site
-from jaxsteer.models.transformer import block, embed, layer_weights, make_context
+from jaxsteer.models.transformer import block, embed, layer_weights
 from jaxsteer.personas import Direction, Item, Persona, search_conversations
 from jaxsteer.prompts import Slots, build_slots, first_allowed, prompt_text, retokenises_many
 from jaxsteer.search import Task, make_task
 from jaxsteer.search.objectives import Needs
+from jaxsteer.search.task import slot_rows
 
 if TYPE_CHECKING:
     from jaxsteer.models.loading import Model
@@ -144,13 +145,7 @@ def _project(
         return (r @ delta).reshape(contexts, batch).mean(0)
 
     def one_batch(ids: Int[Array, "b S"]) -> Float[Array, "L1 b"]:
-        tail = jnp.broadcast_to(task.after[:, None], (contexts, batch, task.after.shape[1]))
-        rows = jnp.concatenate([jnp.broadcast_to(ids[None], (contexts, *ids.shape)), tail], axis=2)
-        tokens = rows.reshape(contexts * batch, -1)
-        own = jnp.concatenate([jnp.ones((contexts, task.length), bool), task.after_mask], axis=1)
-        positions = jnp.repeat(task.prefix.length, batch)[:, None] + jnp.arange(tokens.shape[1])
-        context = make_context(config, positions, jnp.repeat(own, batch, axis=0), task.prefix)
-        x = embed(params, config, tokens)
+        x, context = slot_rows(params, task, embed(params, config, ids))
 
         def step(x: Array, scanned: tuple[Array, Array]) -> tuple[Array, Array]:
             layer, delta = scanned

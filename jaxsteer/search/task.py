@@ -134,10 +134,8 @@ def make_task(
     )
 
 
-def _hidden(
-    params: Params, task: Task, objective: Objective, slot: Float[Array, "M S D"]
-) -> tuple[Float[Array, " M"], Float[Array, "C M s D"]]:
-    """F of every candidate, and the final stream at the slot tokens that predict another one (s = S - 1)."""
+def slot_rows(params: Params, task: Task, slot: Float[Array, "M S D"]) -> tuple[Float[Array, "CM T D"], Context]:
+    """Every candidate in every context, context-major: slot and tail as they enter block 0, and their context."""
     config, contexts, m = task.config, task.contexts, slot.shape[0]
     tail = embed(params, config, task.after)
     x = jnp.concatenate(
@@ -151,7 +149,15 @@ def _hidden(
     if task.after.shape[1]:
         row = jnp.concatenate([jnp.ones((contexts, task.length), bool), task.after_mask], axis=1)
         valid = jnp.repeat(row, m, axis=0)
-    context = _row_context(task, x.shape[1], m, valid)
+    return x, _row_context(task, x.shape[1], m, valid)
+
+
+def _hidden(
+    params: Params, task: Task, objective: Objective, slot: Float[Array, "M S D"]
+) -> tuple[Float[Array, " M"], Float[Array, "C M s D"]]:
+    """F of every candidate, and the final stream at the slot tokens that predict another one (s = S - 1)."""
+    config, contexts, m = task.config, task.contexts, slot.shape[0]
+    x, context = slot_rows(params, task, slot)
     read_rows = jnp.repeat(task.read_index, m)
     residuals, at = {}, 0
     for site, stop in sorted(task.needs.sites, key=lambda item: item[1]):
