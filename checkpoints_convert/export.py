@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from checkpoints_convert.files import DTYPES, SINGLE
-from checkpoints_convert.names import expected_leaves, to_hf
+from checkpoints_convert.names import TEXT_PREFIX, expected_leaves, to_hf
 from checkpoints_convert.streaming import OUT_DTYPES
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
@@ -21,19 +22,31 @@ from jaxsteer.models.params import Params
 def write_hf(params: Params, config: ModelConfig, out: str | os.PathLike[str], *, dtype: str = "float32") -> Path:
     """Write a model that transformers (and ``jaxsteer.load``) can open into the directory ``out``; return it.
 
-    For models small enough for one file. The tokenizer is the caller's. Raises ``UserError`` for a family or a dtype
-    that cannot be written.
+    For models small enough for one file. The tokenizer is the caller's. Each file is written aside and renamed, so that
+    a crash leaves no part of one. Raises ``UserError`` for a config or a dtype that cannot be written.
     """
     if dtype not in OUT_DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported: give one of {', '.join(OUT_DTYPES)}.")
     target = DTYPES[OUT_DTYPES[dtype]]
     fields = config_to_hf(config, dtype)
     tensors: dict[str, np.ndarray] = {}
-    for leaf, (name, source, _) in expected_leaves(config).items():
+    for leaf, (name, source, _) in expected_leaves(config, TEXT_PREFIX).items():
         values = getattr(params.layers, leaf[-1])[int(leaf[1])] if len(leaf) > 1 else getattr(params, leaf[0])
         tensors[name] = to_hf(np.asarray(values).astype(target), source)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / SINGLE, metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    _write_whole(out / SINGLE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    text = json.dumps(fields, indent=2) + "\n"
+    _write_whole(out / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
     return out
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file beside ``path`` and rename it, readable as any file (safetensors makes it private)."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(aside)
+        aside.chmod(0o644)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Collection
 
 import numpy as np
 
@@ -40,16 +41,48 @@ _LLAMA_LAYER = {
     "up": Source("mlp.up_proj.weight", 1),
     "down": Source("mlp.down_proj.weight", 1),
 }
-LAYER_NAMES: dict[str, dict[str, Source]] = {"llama": _LLAMA_LAYER}
-"""Family -> leaf of a layer -> its source, named relative to ``model.layers.i.``."""
+_QK_NORM = {"q_norm": Source("self_attn.q_norm.weight"), "k_norm": Source("self_attn.k_norm.weight")}
+_QWEN2_LAYER = _LLAMA_LAYER | {
+    "q_bias": Source("self_attn.q_proj.bias"),
+    "k_bias": Source("self_attn.k_proj.bias"),
+    "v_bias": Source("self_attn.v_proj.bias"),
+}
+# "post_attention" is Llama's name of the norm before the MLP. In Gemma it is what it says.
+_GEMMA2_LAYER = _LLAMA_LAYER | {
+    "post_attn_norm": Source("post_attention_layernorm.weight"),
+    "mlp_norm": Source("pre_feedforward_layernorm.weight"),
+    "post_mlp_norm": Source("post_feedforward_layernorm.weight"),
+}
+LAYER_NAMES: dict[str, dict[str, Source]] = {
+    "llama": _LLAMA_LAYER,
+    "qwen2": _QWEN2_LAYER,
+    "qwen3": _LLAMA_LAYER | _QK_NORM,
+    "gemma2": _GEMMA2_LAYER,
+    "gemma3_text": _GEMMA2_LAYER | _QK_NORM,
+    "gemma3": _GEMMA2_LAYER | _QK_NORM,
+}
+"""Family -> leaf of a layer -> its source, named relative to ``PREFIX.layers.i.``."""
 
 TOP_NAMES = {
-    "embed": Source("model.embed_tokens.weight", None),
-    "final_norm": Source("model.norm.weight"),
+    "embed": Source("embed_tokens.weight", None),
+    "final_norm": Source("norm.weight"),
     "unembed": Source("lm_head.weight", 1),
 }
-IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Tensors of old files that hold nothing: the frequencies follow from the config."""
+"""Leaf outside the layers -> its source: ``lm_head`` as it is or after "language_model.", the others after PREFIX."""
+
+TEXT_PREFIX = "model."
+"""What the names of a text model begin with in the files of transformers."""
+PREFIXES = {
+    "gemma3": ("language_model.model.", "model.language_model.", TEXT_PREFIX),
+    "gemma3_text": (TEXT_PREFIX, "language_model.model.", "model.language_model."),
+}
+"""Family -> other prefixes that its files have had, the usual one first: versions of transformers differ, and so do
+text models cut out of multimodal ones."""
+
+FREQUENCIES = r"(language_model\.)?model\.(language_model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+IGNORED = {"gemma3": rf"{FREQUENCIES}|(model\.)?(vision_tower|multi_modal_projector)\..+"}
+"""Family -> pattern of tensors that are left out knowingly: in every family the rotary frequencies of old files, which
+follow from the config, and the parts of a multimodal model that see."""
 
 Leaf = tuple[str, ...]
 """Path of a leaf in the checkpoint: ("embed",) or ("layers", "007", "q")."""
@@ -86,17 +119,41 @@ def _transposed(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(bits.T).view(values.dtype)
 
 
-def expected_leaves(config: ModelConfig) -> dict[Leaf, tuple[str, Source, tuple[int, ...]]]:
-    """Leaf -> (full Hugging Face name, source, our shape), for every leaf that the config asks for, in stream order."""
+def expected_leaves(
+    config: ModelConfig, prefix: str | None = None, head: str = TOP_NAMES["unembed"].name
+) -> dict[Leaf, tuple[str, Source, tuple[int, ...]]]:
+    """Leaf -> (full Hugging Face name, source, our shape), for every leaf that the config asks for, in stream order.
+
+    ``prefix`` and ``head`` are how this checkpoint calls its text model and its unembedding (default: the usual names).
+    """
+    prefix = _prefixes(config)[0] if prefix is None else prefix
     table = LAYER_NAMES[config.family]
     leaves: dict[Leaf, tuple[str, Source, tuple[int, ...]]] = {}
     for name, shape in top_shapes(config).items():
-        leaves[(name,)] = (TOP_NAMES[name].name, TOP_NAMES[name], shape)
+        source = TOP_NAMES[name]
+        leaves[(name,)] = (head if name == "unembed" else prefix + source.name, source, shape)
     for layer in range(config.n_layers):
         for name, shape in layer_shapes(config).items():
             source = table[name]
-            leaves[("layers", layer_key(layer), name)] = (f"model.layers.{layer}.{source.name}", source, shape)
+            leaves[("layers", layer_key(layer), name)] = (f"{prefix}layers.{layer}.{source.name}", source, shape)
     return leaves
+
+
+def _prefixes(config: ModelConfig) -> tuple[str, ...]:
+    return PREFIXES.get(config.family, (TEXT_PREFIX,))
+
+
+def _naming(names: Collection[str], config: ModelConfig) -> tuple[str, str]:
+    """(prefix of the text model, name of the unembedding) in a checkpoint that holds tensors called ``names``."""
+    prefixes, head = _prefixes(config), TOP_NAMES["unembed"].name
+    found = [prefix for prefix in prefixes if prefix + TOP_NAMES["embed"].name in names]
+    if len(found) > 1:
+        raise UserError(
+            f"The checkpoint holds several text models, at {' and '.join(found)}: which one is meant cannot be told."
+        )
+    # Where both heads are stored, one is left over and refused.
+    before = ("", "language_model.") if config.family in PREFIXES else ("",)
+    return (found or prefixes)[0], next((text + head for text in before if text + head in names), head)
 
 
 def assign(tensors: dict[str, Tensor], config: ModelConfig) -> tuple[dict[Leaf, Tensor], list[str]]:
@@ -105,7 +162,8 @@ def assign(tensors: dict[str, Tensor], config: ModelConfig) -> tuple[dict[Leaf, 
     Raises ``UserError`` naming the first tensors that are missing, unknown, of a wrong shape or of a dtype that cannot
     be converted. A stored ``lm_head`` of a tied model must equal the embedding (compared here, in blocks of rows).
     """
-    leaves = expected_leaves(config)
+    prefix, head = _naming(tensors, config)
+    leaves = expected_leaves(config, prefix, head)
     missing = [name for name, _, _ in leaves.values() if name not in tensors]
     if missing:
         raise UserError(
@@ -113,11 +171,11 @@ def assign(tensors: dict[str, Tensor], config: ModelConfig) -> tuple[dict[Leaf, 
             f"them {_some(missing)}. Is the download complete, and is config.json from the same model?"
         )
     wanted = {name for name, _, _ in leaves.values()}
-    ignored = sorted(name for name in tensors if name not in wanted and IGNORED.fullmatch(name))
+    pattern = IGNORED.get(config.family, FREQUENCIES)
+    ignored = sorted(name for name in tensors if name not in wanted and re.fullmatch(pattern, name))
     extra = sorted(set(tensors) - wanted - set(ignored))
-    head = TOP_NAMES["unembed"].name
     if config.tied_embeddings and head in extra:
-        _check_tied(tensors[head], tensors[TOP_NAMES["embed"].name])
+        _check_tied(tensors[head], tensors[prefix + TOP_NAMES["embed"].name])
         extra.remove(head)
         ignored.append(head)
     if extra:

@@ -7,22 +7,21 @@ heard of. Silently dropped fields (RoPE scaling, biases, windows) are the classi
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig, Rope
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.families import FAMILIES, LAYER_TYPES, Family, rope_to_hf
 
 HARMLESS = frozenset(
     """
-    architectures model_type transformers_version torch_dtype dtype vocab_size hidden_size intermediate_size
-    num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act max_position_embeddings rms_norm_eps
-    tie_word_embeddings rope_parameters rope_scaling rope_theta
-    initializer_range attention_dropout hidden_dropout embd_pdrop resid_pdrop use_cache
+    architectures model_type transformers_version torch_dtype dtype
+    initializer_range attention_dropout hidden_dropout embd_pdrop resid_pdrop use_cache cache_implementation
     bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id
     output_attentions output_hidden_states output_scores return_dict return_dict_in_generate torchscript
     use_bfloat16 tf_legacy_loss tokenizer_class prefix task_specific_params problem_type finetuning_task
@@ -34,7 +33,7 @@ HARMLESS = frozenset(
     unsloth_fixed unsloth_version
     """.split()
 )
-"""Fields that the mappings read, and fields about training, generation or bookkeeping that no number depends on."""
+"""Fields about training, generation or bookkeeping that no number depends on."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
@@ -52,6 +51,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, []),
     "partial_rotary_factor": (1, 1.0),
     "rope_interleaved": (False,),
+    "use_mrope": (False,),
     "sliding_window": (),
     "auto_map": (),
 }
@@ -109,146 +109,111 @@ def config_from_hf(directory: str | os.PathLike[str]) -> ModelConfig:
     Raises ``UserError`` for a family, an architecture, a RoPE type or a field that is not supported, by name.
     """
     directory = Path(directory)
+    where = f"{directory}/config.json"
     raw = read_json(directory / "config.json")
-    _check_family(raw, directory)
-    _check_fields(raw, directory)
-    _check_rope(raw.get("rope_scaling"), directory)
-    _check_rope(raw.get("rope_parameters"), directory)
+    family = _family(raw, where)
+    _check(raw, family, where)
     try:
         config = auto_config(directory)
     except Exception as error:  # transformers validates with many exception types; all mean a bad config.json
-        raise UserError(f"{directory}/config.json is not a valid {raw['model_type']} configuration: {error}") from error
-    _check_fields(config.to_dict(), directory)
+        raise UserError(f"{where} is not a valid {raw['model_type']} configuration: {error}") from error
+    _check(config.to_dict(), family, where)
     try:
-        return FAMILIES[raw["model_type"]][1](config, directory)
+        return family.from_hf(config, where)
     except UserError:
         raise
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{directory}/config.json describes no possible model: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{where} describes no possible model: {error}") from error
 
 
-def _check_family(raw: dict[str, Any], directory: Path) -> None:
-    supported = "; ".join(f"{name} ({', '.join(archs)})" for name, (archs, _) in FAMILIES.items())
+def _family(raw: dict[str, Any], where: str) -> Family:
+    supported = "; ".join(f"{name} ({', '.join(family.architectures)})" for name, family in FAMILIES.items())
     model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
     if model_type not in FAMILIES:
         given = f"model_type {model_type!r}" if model_type else "no model_type"
         named = f" and architectures {architectures}" if architectures else ""
-        raise UserError(f"{directory}/config.json has {given}{named}, which is not supported. Supported: {supported}.")
-    accepted = FAMILIES[model_type][0]
+        raise UserError(f"{where} has {given}{named}, which is not supported. Supported: {supported}.")
+    accepted = FAMILIES[model_type].architectures
     # A missing list is accepted: the tensor names decide, and every tensor must be accounted for.
     if architectures and architectures[0] not in accepted:
         raise UserError(
-            f"{directory}/config.json has architecture {architectures[0]!r}, which is not supported for model_type "
-            f"{model_type!r}: it must be {' or '.join(accepted)}. Supported: {supported}."
+            f"{where} has architecture {architectures[0]!r}, which is not supported for model_type {model_type!r}: it "
+            f"must be {' or '.join(accepted)}. Supported: {supported}."
         )
+    return FAMILIES[model_type]
 
 
-def _check_fields(fields: dict[str, Any], directory: Path) -> None:
+def _check(fields: dict[str, Any], family: Family, where: str) -> None:
+    """Refuse what ``family`` does not know, by name; for a model of several parts, also inside its text part."""
+    _check_fields(fields, family.reads, where)
+    if family.text is not None:
+        text = fields.get("text_config")
+        if not isinstance(text, dict) or text.get("model_type", family.text) != family.text:
+            raise UserError(f"{where} must hold a text_config of model_type {family.text!r}.")
+        return _check(text, FAMILIES[family.text], f"{where}, text_config,")
+    _check_rope(fields.get("rope_scaling"), where)
+    rope = fields.get("rope_parameters")
+    if family.rope_per_layer_type and isinstance(rope, dict):
+        if extra := set(rope) - set(LAYER_TYPES):
+            raise UserError(
+                f"{where} has {sorted(extra)} in rope_parameters, which must hold one object for each of {LAYER_TYPES}."
+            )
+        for parameters in rope.values():
+            _check_rope(parameters, where)
+        return
+    _check_rope(rope, where)
+
+
+def _check_fields(fields: dict[str, Any], reads: frozenset[str], where: str) -> None:
     for name, value in fields.items():
-        if value is None or name.startswith("_") or name in HARMLESS:
+        if value is None or name.startswith("_") or name in HARMLESS or name in reads:
             continue
         allowed = NEUTRAL.get(name)
         if allowed is None:
             raise UserError(
-                f"{directory}/config.json has the field {name!r} = {value!r}, which jaxsteer does not know, so the "
+                f"{where} has the field {name!r} = {value!r}, which jaxsteer does not know, so the "
                 f"model might compute something else than the checkpoint means. Remove the field if it changes no "
                 f"number; otherwise this model is not supported."
             )
         if not any(type(value) is type(good) and value == good for good in allowed):
             wanted = " or ".join(repr(good) for good in allowed) or "absent or null"
             raise UserError(
-                f"{directory}/config.json has {name!r} = {value!r}, which changes the numbers and is not supported: "
+                f"{where} has {name!r} = {value!r}, which changes the numbers and is not supported: "
                 f"it must be {wanted}."
             )
 
 
-def _check_rope(rope: Any, directory: Path) -> None:
+def _check_rope(rope: Any, where: str) -> None:
     """Refuse a rope type or a rope field that is not supported."""
     if rope is None:
         return
     if not isinstance(rope, dict):
-        raise UserError(f"{directory}/config.json: the RoPE settings must be an object or null, got {rope!r}.")
+        raise UserError(f"{where}: the RoPE settings must be an object or null, got {rope!r}.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_KEYS:
-        raise UserError(
-            f"{directory}/config.json has rope type {kind!r}, which is not supported. Supported: "
-            f"{', '.join(_ROPE_KEYS)}."
-        )
+        raise UserError(f"{where} has rope type {kind!r}, which is not supported. Supported: {', '.join(_ROPE_KEYS)}.")
     missing = [key for key in _ROPE_KEYS[kind] if rope.get(key) is None]
     if missing:
-        raise UserError(f"{directory}/config.json: rope type {kind!r} needs {', '.join(missing)}, which is missing.")
+        raise UserError(f"{where}: rope type {kind!r} needs {', '.join(missing)}, which is missing.")
     for key, value in rope.items():
         neutral = value is None or value in _ROPE_NEUTRAL.get(key, ())
         if not neutral and key not in _ROPE_KEYS[kind] and key not in _ROPE_IGNORED:
-            raise UserError(
-                f"{directory}/config.json: rope type {kind!r} has the field {key!r} = {value!r}, which is not "
-                f"supported."
-            )
-
-
-def rope_from_hf(parameters: dict[str, Any]) -> Rope:
-    """One rotary table from transformers' ``rope_parameters`` (already checked)."""
-    kind = parameters.get("rope_type", "default")
-    if kind == "default":
-        return Rope(theta=float(parameters["rope_theta"]))
-    rope = Rope(theta=float(parameters["rope_theta"]), kind=kind, factor=float(parameters["factor"]))
-    if kind == "linear":
-        return rope
-    return Rope(
-        theta=rope.theta,
-        kind="llama3",
-        factor=rope.factor,
-        low_freq_factor=float(parameters["low_freq_factor"]),
-        high_freq_factor=float(parameters["high_freq_factor"]),
-        original_max_positions=int(parameters["original_max_position_embeddings"]),
-    )
-
-
-def _llama(config: Any, directory: Path) -> ModelConfig:
-    if config.hidden_act != "silu":
-        raise UserError(f"{directory}/config.json has hidden_act {config.hidden_act!r}; Llama models have 'silu'.")
-    _check_rope(config.rope_parameters, directory)
-    d_head = config.head_dim or config.hidden_size // config.num_attention_heads
-    return ModelConfig(
-        family="llama",
-        vocab_size=config.vocab_size,
-        d_model=config.hidden_size,
-        n_layers=config.num_hidden_layers,
-        n_heads=config.num_attention_heads,
-        n_kv_heads=config.num_key_value_heads or config.num_attention_heads,
-        d_head=d_head,
-        d_mlp=config.intermediate_size,
-        max_positions=config.max_position_embeddings,
-        norm_eps=float(config.rms_norm_eps),
-        query_scale=1.0 / math.sqrt(d_head),
-        tied_embeddings=bool(config.tie_word_embeddings),
-        windows=(GLOBAL_WINDOW,) * config.num_hidden_layers,
-        ropes=(rope_from_hf(config.rope_parameters),),
-        rope_index=(0,) * config.num_hidden_layers,
-    )
-
-
-FAMILIES: dict[str, tuple[tuple[str, ...], Callable[[Any, Path], ModelConfig]]] = {
-    "llama": (("LlamaForCausalLM",), _llama),
-}
-"""``model_type`` -> (architectures that are accepted, mapping of the transformers config)."""
+            raise UserError(f"{where}: rope type {kind!r} has the field {key!r} = {value!r}, which is not supported.")
 
 
 def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The config.json of a Llama-shaped ``ModelConfig``: what ``config_from_hf`` maps back to the same config."""
-    if config.family != "llama":
-        raise UserError(f"Only the llama family can be written in Hugging Face format yet, not {config.family!r}.")
-    rope = config.ropes[0]
-    parameters: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
-    if rope.kind != "default":
-        parameters["factor"] = rope.factor
-    if rope.kind == "llama3":
-        parameters["low_freq_factor"] = rope.low_freq_factor
-        parameters["high_freq_factor"] = rope.high_freq_factor
-        parameters["original_max_position_embeddings"] = rope.original_max_positions
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    """The config.json of a model: what ``config_from_hf`` maps back to the same config.
+
+    A Gemma 3 that was read from a multimodal checkpoint is written as the text model that it is here. Raises
+    ``UserError`` for a config that its family's configuration cannot express.
+    """
+    model_type = "gemma3_text" if config.family == "gemma3" else config.family
+    if model_type not in FAMILIES:
+        raise UserError(f"Family {config.family!r} cannot be written. Supported: {', '.join(FAMILIES)}.")
+    family = FAMILIES[model_type]
+    fields: dict[str, Any] = {
+        "architectures": [family.architectures[0]],
+        "model_type": model_type,
         "dtype": dtype,
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -257,9 +222,18 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.d_head,
-        "hidden_act": "silu",
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_embeddings,
-        "rope_parameters": parameters,
+        "rope_parameters": rope_to_hf(config.ropes[0]),
+        **family.to_hf(config),
     }
+    with quiet_transformers():
+        from transformers import AutoConfig
+    try:
+        back = family.from_hf(AutoConfig.for_model(**copy.deepcopy(fields)), "config.json").to_json()
+    except Exception as error:  # as in config_from_hf
+        raise UserError(f"A {model_type} config.json cannot express this model: {error}") from error
+    if lost := [name for name, value in config.to_json().items() if name != "family" and back[name] != value]:
+        raise UserError(f"A {model_type} config.json cannot express this model's {', '.join(lost)}.")
+    return fields
