@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from jaxsteer.cli.steer import Steer
 from jaxsteer.errors import UserError
 from jaxsteer.study import SearchOptions
 from jaxsteer.study import run as run_search
@@ -296,6 +297,7 @@ Command = (
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Organism, subcommand("organism")]
     | Annotated[Direction, subcommand("direction")]
+    | Annotated[Steer, subcommand("steer")]
 )
 
 

@@ -1,0 +1,68 @@
+"""``jaxsteer steer``: what steering along a direction does, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import subcommand
+
+from jaxsteer.study.sweep import SweepOptions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep(SweepOptions):
+    """Steer along a persona's direction at every layer and strength; measure rate, KL and perplexity."""
+
+    def run(self) -> int:
+        """Do the sweep, draw it and print its table."""
+        from jaxsteer.report.sweep import sweep_table, write_heat_maps
+        from jaxsteer.study.sweep import TABLE_FILE, sweep
+
+        options = SweepOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SweepOptions)})
+        metrics = sweep(options, say=print)
+        drawn = write_heat_maps(metrics, self.out)
+        print(f"\n{sweep_table(metrics)}\n\nHeat maps: {drawn}\nTable: {self.out / TABLE_FILE}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Norms:
+    """Print the mean norm of the residual stream after every block: the unit of steering coefficients."""
+
+    model: str = "organism:llama"
+    """organism:llama, a converted checkpoint, a Hugging Face directory, or a hub id."""
+    texts: Path | None = None
+    """Text file, one request per line (default: 32 everyday requests; on an organism, sentences of its world)."""
+    style: Literal["chat", "plain"] = "chat"
+    """Chat template of the model, or plain text."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> int:
+        """Measure and print."""
+        from jaxsteer.cli.tables import aligned
+        from jaxsteer.models.loading import load
+        from jaxsteer.study.sweep import stream_norms
+
+        norms = stream_norms(load(self.model, dtype=self.dtype), self.texts, style=self.style)
+        if self.json:
+            print(json.dumps(norms, indent=2))
+        else:
+            print(aligned([("site", "mean norm"), *((site, f"{norm:.4g}") for site, norm in norms.items())]))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steer:
+    """Steering: what changing activations along a direction does, and its units."""
+
+    action: Annotated[Sweep, subcommand("sweep")] | Annotated[Norms, subcommand("norms")]
+
+    def run(self) -> int:
+        """Run the chosen action."""
+        return self.action.run()

@@ -1,0 +1,330 @@
+"""``sweep``: layers x coefficients of a persona's direction, with what each setting costs on neutral text.
+
+Train questions make the direction, validation questions the sweep and the choice of a setting, test questions the
+figures of that setting. One program serves all layers, coefficients and control directions.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from jaxsteer import __version__
+from jaxsteer.errors import UserError
+from jaxsteer.evals.choice import choice_eval, distinct, rate
+from jaxsteer.evals.neutral import NEUTRAL_TEXTS
+from jaxsteer.evals.side_effects import side_effects
+from jaxsteer.models.loading import ORGANISM, Model, load
+from jaxsteer.models.sites import resid_site
+from jaxsteer.organisms import neutral_sentences
+from jaxsteer.personas import (
+    Direction,
+    Persona,
+    contrast_pairs,
+    load_direction,
+    load_persona,
+    mean_difference,
+    random_direction,
+    save_direction,
+    split,
+)
+from jaxsteer.prompts import encode_texts, question_conversation, render
+from jaxsteer.steer import Edit, add, mean_norms
+from jaxsteer.study import files
+from jaxsteer.study.outcome import Say, environment
+from jaxsteer.study.probing import DIRECTION_ITEMS
+from jaxsteer.study.setting import context_items
+
+log = logging.getLogger(__name__)
+
+ROWS_FILE, TABLE_FILE = "sweep.jsonl", "sweep.csv"
+PERSONA = "persona"
+"""The direction under study, among the controls."""
+COLUMNS = (
+    "direction", "layer", "coefficient", "rate", "ci95", "a_rate", "letter_collapse", "probability", "kl", "perplexity",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Which settings to try, and on what."""
+
+    out: Path
+    """Directory of the results. A sweep that was cut off there goes on; a finished one is kept."""
+    model: str = "organism:llama"
+    """organism:llama, a converted checkpoint, a Hugging Face directory, or a hub id."""
+    persona: str = "sycophancy"
+    """Built-in name or path of a dataset."""
+    direction: Path | None = None
+    """direction.safetensors of a run, with a vector at the stream after every layer that is swept. By default the
+    difference of means over train questions is made here."""
+    read_position: Literal["published", "matched", "decision"] = "decision"
+    """Where such a direction is read (decision needs cue sentences)."""
+    layers: tuple[int, ...] = ()
+    """Blocks after which to steer, counted from 0 (default: every block)."""
+    coefficients: tuple[float, ...] = (-1.0, -0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 1.0)
+    """In units of the mean norm of the stream at the site. Positive leads away from the persona."""
+    positions: Literal["all", "prompt", "last", "response", "last_and_response"] = "all"
+    """Tokens to steer: all but the first, the prompt's, its last one, the response's, or the last two together."""
+    controls: int = 1
+    """Random directions of the same norms, as a control."""
+    style: Literal["chat", "plain"] = "chat"
+    """Chat template of the model, or plain text."""
+    questions: int = 48
+    """Validation questions of the sweep, each in both choice orders."""
+    neutral: Path | None = None
+    """Text file, one request per line, to measure side effects on (default: 32 everyday requests; on an organism,
+    sentences of its own world)."""
+    max_kl: float = 0.5
+    """A setting is only chosen if its divergence on neutral text stays below this, in nats per token."""
+    seed: int = 0
+    """Seed of the control directions."""
+    split_seed: int = 0
+    """Seed of the division into train, validation and test questions."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights; by default float32 on CPU and the checkpoint's own elsewhere."""
+    quiet: bool = False
+    """No progress bars."""
+
+    def record(self) -> dict[str, Any]:
+        """What config.json keeps: everything that decides the result, and no place of this machine."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "quiet")}
+        return fields | {k: v.name for k, v in fields.items() if isinstance(v, Path)}
+
+
+def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.info) -> dict[str, Any]:
+    """Measure every layer and coefficient; write the rows as they come, and return what metrics.json holds.
+
+    A row holds the persona rate on validation questions with its controls, KL to the unedited model and perplexity on
+    neutral text. The row with the lowest rate among those below ``max_kl`` whose letters did not collapse is chosen
+    and measured on test questions. Raises ``UserError`` before any expensive work for options that cannot work.
+    """
+    _check(options)
+    persona = load_persona(options.persona)
+    texts = _read_lines(options.neutral) if options.neutral else None
+    config = {"format": files.FORMAT, "version": __version__, "data_hash": persona.data_hash, **options.record()}
+    finished = files.open_run(options.out, {**config, "kind": "sweep"})
+    if finished is not None:
+        say(f"{options.out} already holds this sweep: nothing to do")
+        return finished
+    started = time.perf_counter()
+    model = model or load(options.model, dtype=options.dtype)
+    n_layers = model.config.n_layers
+    layers = options.layers or tuple(range(n_layers))
+    if not all(0 <= layer < n_layers for layer in layers):
+        raise UserError(f"--layers {' '.join(map(str, layers))}: {model.name} has layers 0 to {n_layers - 1}.")
+    neutral = _encode(model, texts or _neutral_texts(model), options.style)
+    splits = split(persona, seed=options.split_seed)
+    directions = _directions(options, model, persona, splits.train, layers)
+    files.write_json(options.out / files.CONFIG, {**config, "kind": "sweep"})
+    save_direction(directions[PERSONA], options.out / files.DIRECTION)
+
+    items = context_items(distinct(splits.validation), options.questions)
+    (baseline,) = choice_eval(model, items, [""], style=options.style)
+    rows = _known_rows(options.out / ROWS_FILE)
+    say(
+        f"Sweep: {len(layers)} layers x {len(options.coefficients)} coefficients x {len(directions)} directions on "
+        f"{len(items)} questions in both choice orders and {len(neutral)} neutral texts"
+    )
+    files.write_lines(options.out / ROWS_FILE, rows)  # without a line that was cut
+    done = {row["layer"] for row in rows}
+    bar = tqdm(total=len(layers), initial=len(done), desc="sweep", unit="layer", disable=options.quiet, leave=False)
+    with bar, open(options.out / ROWS_FILE, "a", encoding="utf-8") as stream:
+        for layer in layers:
+            if layer in done:
+                continue
+            new = _layer_rows(options, model, directions, layer, items, neutral, baseline)
+            stream.write(files.line({"layer": layer, "rows": new}))
+            stream.flush()
+            rows.append({"layer": layer, "rows": new})
+            bar.update()
+    table = [row for layer in layers for entry in rows if entry["layer"] == layer for row in entry["rows"]]
+    files.write_text(options.out / TABLE_FILE, _csv(table))
+    chosen = choose(table, options.max_kl)
+    base = rate(baseline)
+    metrics = {
+        "kind": "sweep",
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "persona": persona.name,
+        "direction": directions[PERSONA].metadata,
+        "baseline": {"validation": base, "perplexity": table[0]["baseline_perplexity"]},
+        "rows": table,
+        "chosen": None if chosen is None else {**chosen, **_on_test(options, model, directions, chosen, splits.test)},
+        "max_kl": options.max_kl,
+        "neutral_tokens": sum(map(len, neutral)),
+        "timing": {"sweep_s": time.perf_counter() - started},
+        "environment": environment(model),
+    }
+    files.write_json(options.out / files.METRICS, metrics)
+    return files.plain(metrics)
+
+
+def _check(options: SweepOptions) -> None:
+    for name in ("questions", "max_kl"):
+        if not getattr(options, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(options, name)}")
+    if options.controls < 0:
+        raise UserError(f"--controls must be 0 or more, got {options.controls}")
+    if not options.coefficients or not np.isfinite(options.coefficients).all():
+        raise UserError(f"--coefficients must be finite numbers, got {options.coefficients}")
+    for name in ("coefficients", "layers"):
+        values = getattr(options, name)
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name} names a value twice: {' '.join(map(str, values))}")
+
+
+def stream_norms(model: Model, texts: Path | None = None, *, style: Literal["chat", "plain"]) -> dict[str, float]:
+    """Mean norm of the stream after every block on the lines of a file, or on neutral texts: by site."""
+    encoded = _encode(model, _read_lines(texts) if texts else _neutral_texts(model), style)
+    tokens = np.zeros((len(encoded), max(map(len, encoded))), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, ids in enumerate(encoded):
+        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    return mean_norms(model, tokens, [resid_site(layer) for layer in range(model.config.n_layers)], mask)
+
+
+def _neutral_texts(model: Model) -> tuple[str, ...]:
+    return neutral_sentences() if model.name.startswith(ORGANISM) else NEUTRAL_TEXTS
+
+
+def _read_lines(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}).") from None
+    texts = tuple(line.strip() for line in lines if line.strip())
+    if not texts:
+        raise UserError(f"{path} is empty: expected one request per line.")
+    return texts
+
+
+def _encode(model: Model, texts: Sequence[str], style: Literal["chat", "plain"]) -> list[np.ndarray]:
+    if model.tokenizer is None:
+        raise UserError(f"model {model.name} has no tokenizer.json: texts need the tokenizer beside the weights")
+    rendered = [render(model.tokenizer, question_conversation(text, style=style), "") for text in texts]
+    return [np.asarray(ids, np.int32) for ids in encode_texts(model.tokenizer, rendered)]
+
+
+def _directions(
+    options: SweepOptions, model: Model, persona: Persona, train: Sequence[Any], layers: Sequence[int]
+) -> dict[str, Direction]:
+    """The persona's direction and the random ones, with a vector and a norm at every layer."""
+    sites = [resid_site(layer) for layer in layers]
+    if options.direction is not None:
+        direction = load_direction(options.direction, model=model)
+        missing = [s for s in sites if s not in direction.delta or s not in direction.mean_resid_norm]
+        if missing:
+            raise UserError(
+                f"{options.direction} has no vector with a mean norm at {missing[0]}"
+                + (f" and {len(missing) - 1} other sites" if len(missing) > 1 else "")
+                + f". It has: {', '.join(direction.sites)}. Choose among these with --layers."
+            )
+    else:
+        pairs = contrast_pairs(
+            model,
+            persona,
+            context_items(train, DIRECTION_ITEMS),
+            options.read_position,
+            style=options.style,
+            split_seed=options.split_seed,
+        )
+        direction = mean_difference(model, pairs, sites)
+    rng = np.random.default_rng([options.seed, 2])
+    seeds = rng.integers(2**31, size=options.controls)
+    randoms = {f"random {i}": random_direction(direction, int(seed)) for i, seed in enumerate(seeds)}
+    return {PERSONA: direction, **randoms}
+
+
+def _edit(options: SweepOptions, direction: Direction, layer: int, coefficient: float) -> Edit:
+    site = resid_site(layer)
+    norm = direction.mean_resid_norm[site]
+    return add(site, direction.delta[site], coefficient, mean_norm=norm, positions=options.positions)
+
+
+def _layer_rows(
+    options: SweepOptions,
+    model: Model,
+    directions: dict[str, Direction],
+    layer: int,
+    items: Sequence[Any],
+    neutral: Sequence[np.ndarray],
+    baseline: Any,
+) -> list[dict[str, Any]]:
+    """All coefficients of all directions at one layer, in one program that every layer shares."""
+    cells = [(name, coefficient) for name in directions for coefficient in options.coefficients]
+    edits = [_edit(options, directions[name], layer, coefficient) for name, coefficient in cells]
+    results = choice_eval(model, items, [""], style=options.style, edits=edits)
+    effects = side_effects(model, neutral, edits)
+    rows = []
+    for (name, coefficient), result, kl, perplexity in zip(cells, results, effects.kl, effects.perplexity, strict=True):
+        found = rate(result, baseline)
+        rows.append(
+            {
+                "direction": name,
+                "layer": layer,
+                "site": resid_site(layer),
+                "coefficient": coefficient,
+                **{key: found[key] for key in COLUMNS if key in found},
+                "kl": float(kl),
+                "perplexity": float(perplexity),
+                "baseline_perplexity": effects.baseline_perplexity,
+            }
+        )
+    return rows
+
+
+def _known_rows(path: Path) -> list[dict[str, Any]]:
+    """Finished layers of a sweep that was cut off; a last line that was cut is left out."""
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(text))
+            except ValueError:
+                log.warning("%s: a line was cut; that layer is measured again", path)
+    return rows
+
+
+def choose(rows: Sequence[dict[str, Any]], max_kl: float) -> dict[str, Any] | None:
+    """The persona's row of the lowest rate that is neither too disturbing nor a letter collapse; None if there is none.
+
+    Equal rates are settled by the lower KL.
+    """
+    usable = [row for row in rows if row["direction"] == PERSONA and row["kl"] <= max_kl and not row["letter_collapse"]]
+    return min(usable, key=lambda row: (row["rate"], row["kl"]), default=None)
+
+
+def _on_test(
+    options: SweepOptions, model: Model, directions: dict[str, Direction], row: dict[str, Any], test: Sequence[Any]
+) -> dict[str, Any]:
+    """The chosen setting and its random controls on test questions."""
+    edits = [_edit(options, direction, row["layer"], row["coefficient"]) for direction in directions.values()]
+    items = distinct(test)
+    (baseline,) = choice_eval(model, items, [""], style=options.style)
+    results = choice_eval(model, items, [""], style=options.style, edits=edits)
+    rates = {name: rate(result, baseline) for name, result in zip(directions, results, strict=True)}
+    return {
+        "test": rates.pop(PERSONA),
+        "test_baseline": rate(baseline),
+        "test_controls": rates,
+    }
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    names = [name for name in COLUMNS if name != "ci95"]
+    writer.writerow([*names, "ci95_low", "ci95_high"])
+    writer.writerows([*(row[name] for name in names), *row["ci95"]] for row in rows)
+    return stream.getvalue()
