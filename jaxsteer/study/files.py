@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
+from jaxsteer.files import write_text
 
 CONFIG, DIRECTION, PROGRESS = "config.json", "direction.safetensors", "progress.jsonl"
 PARETO, METRICS, CHOICES, REPORT = "pareto.jsonl", "metrics.json", "choices.json", "report.html"
@@ -28,21 +28,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under its final name only when it is complete."""
-    prefix = f".{path.name}."
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=prefix, delete=False, encoding="utf-8") as f:
-        try:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-            os.chmod(f.name, 0o644)
-            os.replace(f.name, path)
-        except BaseException:
-            os.unlink(f.name)
-            raise
 
 
 def write_json(path: Path, value: Any) -> None:
