@@ -100,6 +100,24 @@ def test_direction_show_and_probe(finished: Path, model_dir: Path, capsys: pytes
     assert out.count("decision") >= 3 and out.count("matched") >= 3 and "chosen: " in out
 
 
+def test_steer_sweep_and_norms(
+    finished: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "neutral.txt").write_text("The river and the mill.\nSome advice for a friend?\n")
+    argv = ["steer", "sweep", "--model", model_dir, "--persona", finished.parent / "mine.json", "--out", tmp_path / "s"]
+    argv += ["--layers", 1, "--coefficients", -1, 0, "--questions", 2, "--neutral", tmp_path / "neutral.txt", "--quiet"]
+    assert main([str(a) for a in argv]) == 0
+    out = capsys.readouterr().out
+    assert "persona rate" in out and "unsteered" in out
+    written = {p.name for p in (tmp_path / "s").iterdir()}
+    assert written == {
+        "config.json", "direction.safetensors", "heatmap.png", "metrics.json", "sweep.csv", "sweep.jsonl"
+    }  # fmt: skip
+    assert main(["steer", "norms", "--model", str(model_dir), "--texts", str(tmp_path / "neutral.txt"), "--json"]) == 0
+    norms = json.loads(capsys.readouterr().out)
+    assert list(norms) == [f"blocks.{i}.hook_resid_post" for i in range(len(norms))] and min(norms.values()) > 0
+
+
 def test_convert(model_dir: Path, tmp_path: Path) -> None:
     assert main(["convert", str(model_dir), str(tmp_path / "converted")]) == 0
     assert jaxsteer.load(tmp_path / "converted").config == jaxsteer.load(model_dir).config
