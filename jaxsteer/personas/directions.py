@@ -8,31 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from scipy.stats import rankdata
 
 from jaxsteer import __version__
 from jaxsteer.errors import UserError
 from jaxsteer.models.loading import Model
-from jaxsteer.models.sites import parse_site
 from jaxsteer.personas.pairs import Pairs
 from jaxsteer.personas.reading import BATCH, direction_sites, read_rows
+from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, save_vectors
 
-log = logging.getLogger(__name__)
-
-FORMAT = "jaxsteer.direction/1"
 SIGN = "matching→not matching"
 UNITS = "residual stream, raw difference of means"
-NORM_KEY = "mean_resid_norm/"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,85 +171,59 @@ def random_direction(direction: Direction, seed: int) -> Direction:
 
 def check_direction(direction: Direction, model: Model) -> None:
     """Refuse a direction that cannot belong to ``model`` (width, layers); warn when it comes from other weights."""
-    for site, vector in direction.delta.items():
-        parse_site(site, model.config.n_layers)
-        if vector.shape != (model.config.d_model,):
-            raise UserError(
-                f"the direction at {site} has shape {vector.shape}, but the residual stream of {model.name} has width "
-                f"{model.config.d_model}: it belongs to another model ({direction.metadata.get('model', 'unknown')})"
-            )
-    made_on = direction.metadata.get("fingerprint", "")
-    if made_on != model.fingerprint:
-        log.warning(
-            "this direction was made on %s (weights %.12s), not on the weights of %s (%.12s): it may mean nothing here",
-            direction.metadata.get("model", "an unknown model"), made_on or "unknown", model.name, model.fingerprint,
-        )  # fmt: skip
+    check_vectors(to_vectors(direction), model, any_weights=True)
+
+
+def to_vectors(direction: Direction) -> Vectors:
+    """The direction as steering vectors: to be added, which reduces the persona."""
+    return Vectors(
+        arrays=direction.delta,
+        mean_resid_norm=direction.mean_resid_norm,
+        read_position=direction.read_position,
+        metadata={
+            **{name: text for name, text in direction.metadata.items() if name not in _OWN},
+            "n_pairs": str(direction.n),
+            "diagnostics": json.dumps(direction.diagnostics),
+        },
+        model=direction.metadata.get("model", ""),
+        fingerprint=direction.metadata.get("fingerprint", ""),
+        sign=direction.metadata.get("sign", ""),
+    )
+
+
+_OWN = frozenset({"model", "fingerprint", "sign"})
+"""Metadata of a direction that vectors have as fields."""
 
 
 def save_direction(direction: Direction, path: str | os.PathLike[str]) -> Path:
-    """Write ``direction.safetensors`` (formats.md 3.7), whole or not at all. Returns the path."""
-    path = Path(path)
-    tensors = {site: np.ascontiguousarray(vector, np.float32) for site, vector in direction.delta.items()}
-    tensors |= {NORM_KEY + site: np.asarray(norm, np.float32) for site, norm in direction.mean_resid_norm.items()}
-    metadata = {
-        **direction.metadata,
-        "format": FORMAT,
-        "sites": json.dumps(list(direction.sites)),  # safetensors sorts tensors by name
-        "read_position": direction.read_position,
-        "n_pairs": str(direction.n),
-        "diagnostics": json.dumps(direction.diagnostics),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    return path
+    """Write ``direction.safetensors`` (``jaxsteer.steer.vectors``), whole or not at all. Returns the path."""
+    return save_vectors(to_vectors(direction), path)
 
 
 def load_direction(path: str | os.PathLike[str], *, model: Model | None = None) -> Direction:
     """Read a direction that ``save_direction`` wrote, and check it against ``model`` when one is given.
 
-    Raises ``UserError`` for a missing or damaged file, another format, and a direction of another width or depth than
-    the model's; a direction made on other weights is a logged warning.
+    Raises ``UserError`` for a missing or damaged file, another format, vectors that are no persona direction, and a
+    direction of another width or depth than the model's; a direction made on other weights is a logged warning.
     """
-    tensors, metadata = _read_file(Path(path))
-    if metadata.get("format") != FORMAT:
+    vectors = load_vectors(path, model=model, any_weights=True)
+    metadata = dict(vectors.metadata)
+    if vectors.operation != "add" or "n_pairs" not in metadata:
         raise UserError(
-            f"{path} is not a direction of jaxsteer: its metadata says format {metadata.get('format')!r}, "
-            f"expected {FORMAT!r}"
+            f"{path} holds vectors of another origin ({vectors.source_format or 'unknown'}, operation "
+            f"{vectors.operation}), not a persona direction, whose sign is {SIGN}: read it with "
+            f"jaxsteer.steer.load_vectors"
         )
     try:
-        sites = json.loads(metadata["sites"])
-        direction = Direction(
-            delta={site: tensors[site] for site in sites},
-            mean_resid_norm={site: float(tensors[NORM_KEY + site]) for site in sites if NORM_KEY + site in tensors},
-            n=int(metadata["n_pairs"]),
-            read_position=metadata["read_position"],
-            metadata={k: v for k, v in metadata.items() if k not in _FIELDS},
-            diagnostics=json.loads(metadata.get("diagnostics", "{}")),
-        )
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: its metadata and tensors do not fit together ({error!r})") from error
-    if model is not None:
-        check_direction(direction, model)
-    return direction
-
-
-_FIELDS = ("format", "sites", "n_pairs", "read_position", "diagnostics")
-
-
-def _read_file(path: Path) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
-    if not path.is_file():
-        raise UserError(f"there is no direction file {path}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+        n, diagnostics = int(metadata.pop("n_pairs")), json.loads(metadata.pop("diagnostics", "{}"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    own = {name: text for name in sorted(_OWN) if (text := getattr(vectors, name))}
+    return Direction(
+        delta=vectors.arrays,
+        mean_resid_norm=vectors.mean_resid_norm,
+        n=n,
+        read_position=vectors.read_position,
+        metadata={**metadata, **own},
+        diagnostics=diagnostics,
+    )

@@ -1,0 +1,264 @@
+"""Vector files: vectors by site, and all that is needed to steer by them without guessing (formats.md 3.7).
+
+One format serves persona directions, steering vectors and caps: a safetensors file whose tensors are named by site
+(``blocks.14.hook_resid_post``), with optional scalars ``mean_resid_norm/<site>``, and strings as metadata:
+
+    format              "jaxsteer.direction/1"
+    sites               JSON list, in order
+    operation           "add" (when it is missing), "ablate", "floor", "ceiling" or "clamp"
+    values              JSON: the projection of floor, ceiling and clamp by site, in units of the stream
+    coefficient         of add and ablate ("1" when it is missing)
+    coefficient_units   "vector" (when it is missing) or "mean_resid_norm"
+    sign                what going along the vector means
+    model, fingerprint  what it was made on: name, and hash of config and weights
+    read_position       the token at which it was read
+    source_format       the format it was imported from; missing in files of our own making
+    anything else       the recipe, as strings
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from jaxsteer.errors import UserError
+from jaxsteer.files import write_bytes
+from jaxsteer.models.loading import Model
+from jaxsteer.models.sites import parse_site
+from jaxsteer.steer import operations
+from jaxsteer.steer.edits import PATTERN, Edit, Edits, place_shape
+from jaxsteer.steer.selectors import Positions
+
+log = logging.getLogger(__name__)
+
+FORMAT = "jaxsteer.direction/1"
+NORM_KEY = "mean_resid_norm/"
+CAPS = ("floor", "ceiling", "clamp")
+"""Operations that need a value per site."""
+
+Operation = Literal["add", "ablate", "floor", "ceiling", "clamp"]
+Units = Literal["vector", "mean_resid_norm"]
+
+_OPTIONAL = {"coefficient": "1", "coefficient_units": "vector", "operation": "add", "values": "{}"}
+_TEXTS = ("sign", "model", "fingerprint", "read_position", "source_format")
+_RESERVED = frozenset({"format", "sites", *_OPTIONAL, *_TEXTS})
+_ANY_DEPTH = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vectors:
+    """Vectors by site and what they mean. Raises ``UserError`` when its parts do not fit together."""
+
+    arrays: dict[str, np.ndarray]
+    """float32 by site, as measured (not of norm 1): (D,), (I,) inside the MLP, (heads, H) at places with heads."""
+    operation: Operation = "add"
+    values: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Projection by site of floor, ceiling and clamp, in units of the stream."""
+    coefficient: float = 1.0
+    coefficient_units: Units = "vector"
+    """Whether the coefficient multiplies the vector as it is, or the mean norm of the stream along the unit vector."""
+    mean_resid_norm: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Mean norm of the stream by site, where it is known."""
+    sign: str = ""
+    model: str = ""
+    fingerprint: str = ""
+    read_position: str = ""
+    source_format: str = ""
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Everything else: recipe, convention of the indices, what was lost in an import."""
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit together."""
+        needed = set(self.arrays) if self.operation in CAPS else set()
+        if set(self.values) != needed:
+            raise UserError(
+                f"operation {self.operation} takes a value at {_listed(needed)}, but there are values at "
+                f"{_listed(self.values)}"
+            )
+        if clash := _RESERVED & self.metadata.keys():
+            raise UserError(f"metadata may not use the keys {_listed(clash)}: these are fields of their own")
+        for site, array in self.arrays.items():
+            if array.dtype != np.float32 or array.ndim not in (1, 2) or not array.size:
+                raise UserError(f"the vector at {site} must be float32 (D,) or (heads, H), got {_form(array)}")
+            if not np.isfinite(array).all():
+                raise UserError(f"the vector at {site} has NaN or infinite entries")
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites, in order."""
+        return tuple(self.arrays)
+
+    def at(self, sites: str | Sequence[str]) -> Vectors:
+        """The vectors at these sites only (names or aliases). Raises ``UserError`` for one that is not held."""
+        names = [canonical_site(site) for site in ([sites] if isinstance(sites, str) else sites)]
+        for name in names:
+            if name not in self.arrays:
+                raise UserError(f"there is no vector at {name}: the file has {_listed(self.arrays)}")
+        return dataclasses.replace(
+            self,
+            arrays={name: self.arrays[name] for name in names},
+            values={name: self.values[name] for name in names if name in self.values},
+            mean_resid_norm={name: self.mean_resid_norm[name] for name in names if name in self.mean_resid_norm},
+        )
+
+    def edits(self, *, coefficient: float | None = None, positions: Positions = "all") -> Edits:
+        """The operation of the file at every site of the file; choose sites with ``at`` before.
+
+        ``coefficient`` replaces that of the file, in the file's units. Raises ``UserError`` where the units are the
+        mean norm of the stream and the file does not hold it.
+        """
+        amount = self.coefficient if coefficient is None else coefficient
+        by_place: dict[str, list[str]] = {}
+        for site in self.arrays:
+            by_place.setdefault(parse_site(site, _ANY_DEPTH).place, []).append(site)
+        return Edits(tuple(self._edit(sites, amount, positions) for sites in by_place.values()))
+
+    def _edit(self, sites: list[str], amount: float, positions: Positions) -> Edit:
+        vectors = np.stack([self.arrays[site] for site in sites])
+        if self.operation == "add":
+            in_norms = self.coefficient_units == "mean_resid_norm"
+            norms = np.asarray([self.stream_norm(site) for site in sites]) if in_norms else None
+            return operations.add(sites, vectors, amount, positions=positions, mean_norm=norms)
+        if self.operation == "ablate":
+            return operations.ablate(sites, vectors, amount, positions=positions)
+        cap = {"floor": operations.floor, "ceiling": operations.ceiling, "clamp": operations.clamp}[self.operation]
+        return cap(sites, vectors, np.asarray([self.values[site] for site in sites]), positions=positions)
+
+    def stream_norm(self, site: str) -> float:
+        """Mean norm of the stream at a site. Raises ``UserError`` where the file does not hold it."""
+        if site not in self.mean_resid_norm:
+            raise UserError(
+                f"the coefficient is in units of the mean norm of the stream, which the file does not hold at {site}: "
+                f"measure it with jaxsteer.steer.mean_norms, or give coefficients in units of the vector"
+            )
+        return self.mean_resid_norm[site]
+
+
+def save_vectors(vectors: Vectors, path: str | os.PathLike[str]) -> Path:
+    """Write a vector file, whole or not at all; its directory is made. Returns the path."""
+    path = Path(path)
+    tensors = {site: np.ascontiguousarray(array, np.float32) for site, array in vectors.arrays.items()}
+    tensors |= {NORM_KEY + site: np.asarray(norm, np.float32) for site, norm in vectors.mean_resid_norm.items()}
+    written = {
+        "operation": vectors.operation,
+        "values": json.dumps(vectors.values),
+        "coefficient": repr(vectors.coefficient),
+        "coefficient_units": vectors.coefficient_units,
+        **{name: getattr(vectors, name) for name in _TEXTS},
+    }
+    metadata = {
+        **vectors.metadata,
+        "format": FORMAT,
+        "sites": json.dumps(list(vectors.sites)),  # safetensors sorts tensors by name
+        **{name: text for name, text in written.items() if text},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, save(tensors, metadata))
+    return path
+
+
+def load_vectors(path: str | os.PathLike[str], *, model: Model | None = None, any_weights: bool = False) -> Vectors:
+    """Read a vector file of ours (``import_vectors`` reads those of others), checked against ``model`` if given.
+
+    Raises ``UserError`` for a missing or damaged file, another format, and whatever ``check_vectors`` refuses.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no direction file {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata: dict[str, Any] = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not a vector file of jaxsteer: its metadata says format {metadata.get('format')!r}, expected "
+            f"{FORMAT!r}"
+        )
+    facts = _OPTIONAL | metadata
+    try:
+        sites = json.loads(facts["sites"])
+        vectors = Vectors(
+            arrays={site: tensors[site] for site in sites},
+            mean_resid_norm={site: float(tensors[NORM_KEY + site]) for site in sites if NORM_KEY + site in tensors},
+            operation=_one_of(facts["operation"], ("add", "ablate", *CAPS)),
+            values={str(site): float(value) for site, value in json.loads(facts["values"]).items()},
+            coefficient=float(facts["coefficient"]),
+            coefficient_units=_one_of(facts["coefficient_units"], ("vector", "mean_resid_norm")),
+            **{name: facts.get(name, "") for name in _TEXTS},
+            metadata={name: text for name, text in metadata.items() if name not in _RESERVED},
+        )
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        what = str(error) if isinstance(error, UserError) else repr(error)
+        raise UserError(f"{path} is damaged: its metadata and tensors do not fit together ({what})") from error
+    if model is not None:
+        check_vectors(vectors, model, any_weights=any_weights)
+    return vectors
+
+
+def check_vectors(vectors: Vectors, model: Model, *, any_weights: bool = False) -> None:
+    """Refuse vectors that do not belong to ``model``: of another shape, beyond its layers, made on other weights.
+
+    Other weights are a ``UserError`` unless ``any_weights``; then, and where the file does not say what it was made on,
+    they are a logged warning.
+    """
+    for site, array in vectors.arrays.items():
+        parsed = parse_site(site, model.config.n_layers)
+        shape = place_shape(model.config, parsed.place)
+        if parsed.place == PATTERN:
+            raise UserError(f"{site} holds probabilities, not vectors")
+        if array.shape != shape:
+            there = f"width {shape[0]}" if len(shape) == 1 else f"the shape {shape}"
+            raise UserError(
+                f"the vector at {site} has shape {array.shape}, but values there have {there} in {model.name}: it "
+                f"belongs to another model ({vectors.model or 'unknown'})"
+            )
+    if vectors.fingerprint == model.fingerprint:
+        return
+    if not vectors.fingerprint or any_weights:
+        log.warning(
+            "these vectors were made on %s (weights %.12s), not on the weights of %s (%.12s): they may mean nothing "
+            "here",
+            vectors.model or "an unknown model", vectors.fingerprint or "unknown", model.name, model.fingerprint,
+        )  # fmt: skip
+        return
+    raise UserError(
+        f"these vectors were made on {vectors.model or 'an unknown model'} (weights {vectors.fingerprint[:12]}), not "
+        f"on the weights of {model.name} ({model.fingerprint[:12]}). If they are meant for it all the same, say "
+        f"any_weights=True (--any-weights)"
+    )
+
+
+def canonical_site(name: str) -> str:
+    """The full name of a site without knowing the model. Raises ``UserError`` for one that counts from the end."""
+    site = parse_site(name, _ANY_DEPTH)
+    if site.layer >= _ANY_DEPTH // 2:
+        raise UserError(
+            f"site {name!r} counts from the last layer, whose number the file does not tell: give the layer"
+        )
+    return site.name
+
+
+def _one_of(text: str, known: Iterable[str]) -> Any:
+    if text not in known:
+        raise UserError(f"{text!r} is none of {', '.join(known)}")
+    return text
+
+
+def _listed(names: Iterable[str]) -> str:
+    given = sorted(names)
+    return ", ".join(given[:8]) + (f" … ({len(given)})" if len(given) > 8 else "") if given else "no site"
+
+
+def _form(array: np.ndarray) -> str:
+    return f"{array.dtype} {array.shape}"
