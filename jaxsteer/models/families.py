@@ -197,7 +197,8 @@ _GEMMA = COMMON | {
     "hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
     "sliding_window", "sliding_window_size", "layer_types",
 }  # fmt: skip
-_GEMMA3 = _GEMMA | {"sliding_window_pattern", "rope_local_base_freq"}
+# transformers' Gemma 3 attention never looks at its soft-cap: whether a checkpoint that sets one means it is unknown.
+_GEMMA3 = _GEMMA - {"attn_logit_softcapping"} | {"sliding_window_pattern", "rope_local_base_freq"}
 _MULTIMODAL = frozenset(
     """
     text_config vision_config tie_word_embeddings mm_tokens_per_image boi_token_index eoi_token_index image_token_index

@@ -52,6 +52,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, 1.0),
     "rope_interleaved": (False,),
     "use_mrope": (False,),
+    "attn_logit_softcapping": (),
     "sliding_window": (),
     "auto_map": (),
 }

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxsteer
+from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig, Rope
 from jaxsteer.models.loading import Model
-from jaxsteer.models.transformer import make_context, positions_of, run_layers, unembed
+from jaxsteer.models.transformer import make_context, positions_of, run_layers, scale_embeddings, unembed
 
-VARIANTS: dict[str, dict[str, object]] = {
+SLIDE, FULL = "sliding_attention", "full_attention"
+_GEMMA = dict(
+    intermediate_size=16,
+    head_dim=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    query_pre_attn_scalar=16,
+    sliding_window=6,
+)
+_GEMMA3 = _GEMMA | dict(
+    num_hidden_layers=7,
+    layer_types=[SLIDE, SLIDE, FULL, SLIDE, SLIDE, FULL, SLIDE],
+    rope_parameters={
+        SLIDE: dict(rope_type="default", rope_theta=30.0),
+        FULL: dict(rope_type="linear", rope_theta=1000.0, factor=2.0),
+    },
+)
+VARIANTS: dict[str, dict[str, Any]] = {
     "llama_mha_untied": dict(
-        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False, rms_norm_eps=1e-5
+        model_type="llama", num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False, rms_norm_eps=1e-5
     ),
     "llama_gqa_tied_llama3": dict(
+        model_type="llama",
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
         tie_word_embeddings=True,
-        rms_norm_eps=1e-6,
         rope_parameters=dict(
             rope_type="llama3",
             rope_theta=500.0,
@@ -30,52 +51,147 @@ VARIANTS: dict[str, dict[str, object]] = {
         ),
     ),
     "llama_mqa_linear": dict(
-        num_attention_heads=3,
+        model_type="llama",
+        num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
         tie_word_embeddings=False,
-        rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0),
+        rope_parameters=dict(rope_type="linear", rope_theta=100.0, factor=4.0),
     ),
+    "qwen2_tied": dict(model_type="qwen2", num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2_sliding": dict(
+        model_type="qwen2",
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=2,
+    ),
+    "qwen3_untied": dict(
+        model_type="qwen3", num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=False
+    ),
+    "qwen3_sliding_tied": dict(
+        model_type="qwen3",
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=[SLIDE, FULL, SLIDE, FULL, SLIDE],
+        tie_word_embeddings=True,
+    ),
+    "gemma2": _GEMMA
+    | dict(
+        model_type="gemma2",
+        num_hidden_layers=5,
+        attn_logit_softcapping=1.0,
+        final_logit_softcapping=3.0,
+        rope_parameters=dict(rope_type="default", rope_theta=100.0),
+    ),
+    "gemma3_text": _GEMMA3 | dict(model_type="gemma3_text", final_logit_softcapping=3.0),
+    "gemma3": _GEMMA3 | dict(model_type="gemma3"),
 }
-"""Name -> fields of LlamaConfig beyond the sizes that all share."""
-SIZES = dict(vocab_size=64, hidden_size=24, num_hidden_layers=3, intermediate_size=36, max_position_embeddings=64)
+"""Name -> ``model_type`` and fields of its configuration beyond the sizes that all share."""
+SIZES = dict(
+    vocab_size=48,
+    hidden_size=16,
+    num_hidden_layers=3,
+    intermediate_size=24,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-2,  # large, or nobody would notice another one
+)
+VISION = dict(
+    vision_config=dict(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    ),
+    mm_tokens_per_image=4,
+    image_token_index=47,
+    boi_token_index=46,
+    eoi_token_index=45,
+)
+"""What a multimodal Gemma 3 has beside its text model."""
 
 
-def check(model: Model, golden: dict[str, np.ndarray]) -> None:
-    """Logits and every hidden state within 1e-4, sites within 1e-4, the gradient within 1e-3 relative.
+_GEMMAS = ("gemma2", "gemma3_text", "gemma3")
+_SLIDING = ("qwen2_sliding", "qwen3_sliding_tied", *_GEMMAS)
+
+
+def _full(config: ModelConfig) -> tuple[int, ...]:
+    return (GLOBAL_WINDOW,) * config.n_layers
+
+
+DROPS: dict[str, tuple[tuple[str, ...], Callable[[ModelConfig], dict[str, Any]]]] = {
+    "attention soft-cap": (("gemma2",), lambda c: {"attn_softcap": None}),
+    "final soft-cap": (("gemma2", "gemma3_text"), lambda c: {"final_softcap": None}),
+    "windows": (_SLIDING, lambda c: {"windows": _full(c)}),
+    "windows one longer": (_SLIDING, lambda c: {"windows": tuple(min(w + 1, GLOBAL_WINDOW) for w in c.windows)}),
+    "windows one layer off": (_SLIDING, lambda c: {"windows": c.windows[1:] + c.windows[:1]}),
+    "q/k norms": (("qwen3_untied", "gemma3_text", "gemma3"), lambda c: {"qk_norm": False}),
+    "biases": (("qwen2_tied", "qwen2_sliding"), lambda c: {"qkv_bias": False}),
+    "embedding scale": (_GEMMAS, lambda c: {"embed_scale": False}),
+    "1 + w": (_GEMMAS, lambda c: {"norm_plus_one": False}),
+    "post norms": (_GEMMAS, lambda c: {"post_norms": False}),
+    "query scalar": (_GEMMAS, lambda c: {"query_scale": c.d_head**-0.5}),
+    "GeGLU": (_GEMMAS, lambda c: {"activation": "silu"}),
+    "RoPE by layer type": (("gemma3_text", "gemma3"), lambda c: {"rope_index": (0,) * c.n_layers}),
+    "RoPE scaling": (
+        ("llama_gqa_tied_llama3", "llama_mqa_linear", "gemma3_text"),
+        lambda c: {"ropes": tuple(Rope(theta=rope.theta) for rope in c.ropes)},
+    ),
+    "epsilon": (("llama_mqa_linear", "qwen2_tied", "qwen3_untied", *_GEMMAS), lambda c: {"norm_eps": 1e-5}),
+}
+"""What would go wrong -> (variants in which it must show, the fields of ``ModelConfig`` that do it)."""
+
+
+def check(model: Model, golden: dict[str, np.ndarray], *, gradient: bool = True) -> None:
+    """Logits, every hidden state and sites within 1e-4, the gradient (unless left out) within 1e-3 relative.
 
     ``golden``: tokens and mask [B, T] with padding on both sides; logits [B, T, V]; hidden [L + 1, B, T, D]; gradient
-    [B, T, D] of the loss below; "site:NAME" arrays of row 0.
+    [B, T, D] as ``logits_and_gradient`` says; "site:NAME" arrays of row 0.
     """
     tokens, mask = golden["tokens"], golden["mask"].astype(bool)
-    np.testing.assert_allclose(
-        np.asarray(jaxsteer.logits(model, tokens, mask))[mask], golden["logits"][mask], atol=1e-4, rtol=0
-    )
+    if gradient:
+        logits, found = logits_and_gradient(model, tokens, mask)
+        error = np.abs(found - golden["gradient"])[mask].max() / np.abs(golden["gradient"])[mask].max()
+        assert error < 1e-3, f"relative error of the gradient: {error}"
+    else:
+        logits = np.asarray(jaxsteer.logits(model, tokens, mask))
+    np.testing.assert_allclose(logits[mask], golden["logits"][mask], atol=1e-4, rtol=0)
     streams = ["hook_embed", *(f"blocks.{i}.hook_resid_post" for i in range(model.config.n_layers))]
     sites = {key.removeprefix("site:"): value for key, value in golden.items() if key.startswith("site:")}
     assert len(sites) > 5
-    found = jaxsteer.capture(model, tokens, list(dict.fromkeys([*streams, *sites])), mask)
+    seen = jaxsteer.capture(model, tokens, list(dict.fromkeys([*streams, *sites])), mask)
     for name, expected in zip(streams, golden["hidden"], strict=True):
-        np.testing.assert_allclose(np.asarray(found[name])[mask], expected[mask], atol=1e-4, rtol=0, err_msg=name)
+        np.testing.assert_allclose(np.asarray(seen[name])[mask], expected[mask], atol=1e-4, rtol=0, err_msg=name)
     for name, expected in sites.items():
         rows = (slice(None), mask[0]) if name.endswith("hook_pattern") else mask[0]
-        ours = np.asarray(found[name])[0]
+        ours = np.asarray(seen[name])[0]
         np.testing.assert_allclose(ours[rows], expected[rows], atol=1e-4, rtol=0, err_msg=name)
-    gradient = np.asarray(loss_gradient(model, tokens, mask))
-    error = np.abs(gradient - golden["gradient"])[mask].max() / np.abs(golden["gradient"])[mask].max()
-    assert error < 1e-3, f"relative error of the gradient: {error}"
 
 
-def loss_gradient(model: Model, tokens: np.ndarray, mask: np.ndarray) -> jax.Array:
-    """Gradient with respect to the embeddings of the mean cross-entropy of each next token, padding left out."""
+def logits_and_gradient(model: Model, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits, and the gradient of the mean cross-entropy of each next token with respect to the embeddings.
+
+    These are rows of the embedding table, before Gemma's multiplier. Padding is left out of the mean.
+    """
     params, config = model.params, model.config
 
-    def loss(x: jax.Array) -> jax.Array:
+    def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         context = make_context(config, positions_of(jnp.asarray(mask)), jnp.asarray(mask))
-        logits = unembed(params, config, run_layers(params, config, x, context, 0, config.n_layers))
+        x = run_layers(params, config, scale_embeddings(x, config), context, 0, config.n_layers)
+        logits = unembed(params, config, x)
         logp = jax.nn.log_softmax(logits[:, :-1])
         taken = jnp.take_along_axis(logp, jnp.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
         both = jnp.asarray(mask[:, 1:] & mask[:, :-1])
-        return -(taken * both).sum() / both.sum()
+        return -(taken * both).sum() / both.sum(), logits
 
-    return jax.jit(jax.grad(loss))(params.embed[jnp.asarray(tokens)])
+    gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(params.embed[jnp.asarray(tokens)])
+    return np.asarray(logits), np.asarray(gradient)
+
+
+def kl_per_token(theirs: np.ndarray, ours: np.ndarray) -> np.ndarray:
+    """KL(theirs || ours) in nats of logits [..., V]."""
+    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (theirs, ours))
+    return (np.exp(log_p) * (log_p - log_q)).sum(-1)

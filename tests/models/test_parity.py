@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import jaxsteer
-from tests.helpers.parity import VARIANTS, check
+from jaxsteer.models.hf import config_from_hf
+from tests.helpers.checkpoints import FAMILIES, family_config, hf_directory, random_model
+from tests.helpers.parity import VARIANTS, check, kl_per_token
 
 pytestmark = pytest.mark.parity
 pytest.importorskip("torch")
@@ -17,48 +20,79 @@ GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shard_size", ["5GB", "30KB"], ids=["one file", "sharded"])
-def test_a_saved_model_gives_the_same_numbers(variant: str, shard_size: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
+def test_a_saved_model_gives_the_same_numbers(variant: str, sharded: bool, tmp_path: Path) -> None:
     from tests.helpers.oracle import answers, build, save
 
     model = build(variant, seed=7)
-    save(model, tmp_path / "hf", max_shard_size=shard_size)
-    assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == (shard_size == "30KB")
-    check(jaxsteer.load(tmp_path / "hf", dtype="float32"), answers(model, length=40, seed=8))
+    save(model, tmp_path / "hf", max_shard_size="20KB" if sharded else "5GB")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == sharded
+    check(jaxsteer.load(tmp_path / "hf", dtype="float32"), answers(model, length=40, seed=8), gradient=not sharded)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16_is_as_close_as_bfloat16_is(variant: str, tmp_path: Path) -> None:
+    """Both in bfloat16, which is how checkpoints come. The promise is 0.02; logits of these networks are flatter."""
+    import torch
+
+    from tests.helpers.oracle import batch, build, save
+
+    model = build(variant, seed=7).to(torch.bfloat16)
+    save(model, tmp_path)
+    ours = jaxsteer.load(tmp_path, dtype="bfloat16")
+    assert ours.params.embed.dtype == "bfloat16"
+    tokens, mask = batch(model, 40, seed=8)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        theirs = model(tokens, attention_mask=mask, position_ids=positions).logits.float().numpy()
+    valid = mask.numpy().astype(bool)
+    kl = kl_per_token(theirs, np.asarray(jaxsteer.logits(ours, tokens.numpy(), valid)))[valid]
+    print(f"{variant}: KL per token, largest {kl.max():.1e}, mean {kl.mean():.1e}")
+    assert kl.max() < 0.01
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.", "model."])
+def test_layouts_of_gemma_3(prefix: str, tmp_path: Path) -> None:
+    """As transformers writes it, as it calls its tensors in memory, and the text model cut out."""
+    from tests.helpers.oracle import answers, build, renamed, save
+
+    model = build("gemma3", seed=7)
+    names = {"language_model.model.": prefix}
+    if prefix == "model.language_model.":
+        names |= {"vision_tower.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector."}
+    directory = renamed(save(model, tmp_path / "saved"), tmp_path / "hf", names)
+    if prefix == "model.":  # then config.json is that of the text model, whose vision tensors would be refused
+        directory = renamed(directory, tmp_path / "text", {"vision_tower.": None, "multi_modal_projector.": None})
+        model.config.get_text_config().architectures = ["Gemma3ForCausalLM"]
+        model.config.get_text_config().save_pretrained(directory)
+    assert config_from_hf(directory).family == ("gemma3_text" if prefix == "model." else "gemma3")
+    check(jaxsteer.load(directory, dtype="float32"), answers(model, seed=8), gradient=False)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_goldens_are_what_transformers_gives_now(variant: str) -> None:
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from tests.helpers.oracle import answers
 
-    # 1e-4 as for ours: torch's float32 answers differ by up to 4e-5 between the instruction sets of two machines (its
-    # sine and cosine do by an ulp, which three layers amplify). A dropped term is at 0.1, see below.
-    model = LlamaForCausalLM.from_pretrained(GOLDENS / variant, attn_implementation="eager").eval()
+    # 1e-4 as for ours: torch's float32 answers differ by some 1e-5 between the instruction sets of two machines (its
+    # sine and cosine do by an ulp, which the layers amplify). A dropped term is at 1e-2 at least: test_goldens.py.
+    # AutoModelForCausalLM opens the multimodal Gemma 3 as what it is (Gemma3ForCausalLM would leave it random).
+    model = AutoModelForCausalLM.from_pretrained(GOLDENS / variant, attn_implementation="eager").eval()
     golden = np.load(GOLDENS / variant / "golden.npz")
-    for name, value in answers(model).items():
+    for name, value in answers(model, length=golden["tokens"].shape[1]).items():
         np.testing.assert_allclose(value, golden[name], atol=1e-4, rtol=0, err_msg=name)
 
 
-def test_llama3_scaling_matters_in_these_tests(tmp_path: Path) -> None:
-    """The comparison would notice a dropped RoPE scaling: without it the logits are elsewhere."""
-    from tests.helpers.oracle import answers, build
-
-    scaled = build("llama_gqa_tied_llama3", seed=7)
-    plain = build("llama_gqa_tied_llama3", seed=7, rope_parameters=dict(rope_type="default", rope_theta=500.0))
-    difference = np.abs(answers(scaled)["logits"] - answers(plain)["logits"])[0]
-    assert difference.max() > 0.1
-
-
-def test_a_model_that_is_written_opens_in_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_is_written_opens_in_transformers(family: str, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tests.helpers.checkpoints import hf_directory, random_model, tiny_config
-
-    config = tiny_config()
-    model = AutoModelForCausalLM.from_pretrained(hf_directory(tmp_path, config), attn_implementation="eager")
+    config = family_config(family)
+    directory = hf_directory(tmp_path, config)
+    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    assert type(model).__name__ == json.loads((directory / "config.json").read_text())["architectures"][0]
     tokens = np.arange(40).reshape(2, 20)
     with torch.no_grad():
         theirs = model(torch.tensor(tokens)).logits.numpy()
