@@ -6,8 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -43,6 +42,7 @@ DTYPES: dict[str, np.dtype] = {
 _WIDTHS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _WIDTHS |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, **{name: dtype.itemsize for name, dtype in DTYPES.items()}}
 _MAX_HEADER = 100_000_000
+_BLOCK = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,13 +60,28 @@ class Tensor:
         """Size on disk in bytes."""
         return math.prod(self.shape) * _WIDTHS.get(self.dtype, 0)
 
-    def read(self) -> np.ndarray:
-        """The tensor's values, in its own dtype. Raises ``UserError`` if the file ends early."""
-        dtype, count = DTYPES[self.dtype], math.prod(self.shape)
-        values = np.fromfile(self.file, dtype=dtype, count=count, offset=self.offset)
-        if values.size != count:
-            raise UserError(f"{self.file} ended while tensor {self.name!r} was read. Download the file again.")
-        return values.reshape(self.shape)
+    def read(self, update: Callable[[memoryview], object] = lambda data: None) -> np.ndarray:
+        """The tensor's values, in its own dtype; ``update`` (of a digest) gets its bytes while they are in the cache.
+
+        Raises ``UserError`` naming file and tensor if the file ends early or cannot be read.
+        """
+        values = np.empty(self.shape, DTYPES[self.dtype])
+        data = values.reshape(-1).view(np.uint8).data
+        try:
+            with open(self.file, "rb", buffering=0) as stream:
+                stream.seek(self.offset)
+                done = 0
+                while done < self.nbytes:
+                    count = stream.readinto(data[done : done + _BLOCK])
+                    if not count:
+                        raise UserError(f"{self.file} ended while tensor {self.name!r} was read. Download it again.")
+                    update(data[done : done + count])
+                    done += count
+        except OSError as error:
+            raise UserError(
+                f"{self.file} could not be read at tensor {self.name!r} ({error.strerror or error})."
+            ) from error
+        return values
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -159,10 +174,20 @@ def read_headers(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def content_hash(directory: Path) -> str:
-    """sha256 over the names and contents of the files that make up the model in a Hugging Face directory."""
-    files = weight_files(directory) + [directory / name for name in SIDE_FILES if (directory / name).is_file()]
-    return combine_hashes((file.name, digest) for file, digest in zip(files, _hash_files(files), strict=True))
+def content_hash(directory: Path, tensors: Mapping[str, str]) -> str:
+    """sha256 over everything in a Hugging Face directory that conversion reads.
+
+    That is the side files, the headers of the weight files, and ``tensors``: name -> sha256 of the bytes, of every
+    tensor that is used. The latter come with reading the tensors, so that no byte is read twice.
+    """
+    headers = [(f"header of {file.name}", _header_digest(file)) for file in weight_files(directory)]
+    side = [(f"file {name}", _file_digest(directory / name)) for name in side_files(directory)]
+    return combine_hashes([*side, *headers, *((f"tensor {name}", digest) for name, digest in tensors.items())])
+
+
+def side_files(directory: Path) -> list[str]:
+    """Those of ``SIDE_FILES`` that the directory has."""
+    return [name for name in SIDE_FILES if (directory / name).is_file()]
 
 
 def combine_hashes(pairs: Iterable[tuple[str, str]]) -> str:
@@ -173,10 +198,20 @@ def combine_hashes(pairs: Iterable[tuple[str, str]]) -> str:
     return total.hexdigest()
 
 
-def _hash_files(files: list[Path]) -> list[str]:
-    def one(file: Path) -> str:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+def file_states(directory: Path) -> list[list[str | int]]:
+    """Name, size, times and inode of every file that conversion reads: equal lists mean that no file has changed."""
+    files = [*weight_files(directory), *(directory / name for name in side_files(directory))]
+    if (directory / INDEX).is_file():
+        files.append(directory / INDEX)
+    return [[f.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for f in files if (s := f.stat())]
 
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        return list(pool.map(one, files))
+
+def _file_digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _header_digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        length = stream.read(8)
+        return hashlib.sha256(length + stream.read(min(int.from_bytes(length, "little"), _MAX_HEADER))).hexdigest()

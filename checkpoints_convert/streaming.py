@@ -1,16 +1,17 @@
-"""Hugging Face safetensors -> Orbax v1 checkpoint, streamed by groups of layers.
+"""Hugging Face safetensors -> Orbax v1 checkpoints, streamed by groups of leaves.
 
-    OUT/weights/        Orbax v1: leaves "embed", "final_norm", "unembed" and, per layer, "layers/007/q" ...
-    OUT/jaxsteer.json   the record: config, dtype, source, hashes, what was ignored
+    OUT/weights/000/ ...      one Orbax v1 checkpoint per group of leaves: "embed", "layers/007/q" ...
+    OUT/weights/index.json    leaf -> its group, and the sha256 of its values
+    OUT/jaxsteer.json         the record: config, dtype, source, hashes, what was ignored
     OUT/tokenizer.json, config.json, ...   copied as they are
 
-Leaves are stored per layer and stacked on the device when they are loaded, so that conversion streams and a part of the
-layers can be loaded alone.
+Leaves are stored per layer and stacked on the device when they are loaded, so that a part of the layers can be loaded
+alone. One checkpoint per group, because each is written whole or not at all: parts that Orbax saves into one checkpoint
+are merged at the end, and a kill during the merge leaves something that can be neither finished nor read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import errno
 import hashlib
@@ -19,28 +20,64 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from checkpoints_convert.files import DTYPES, SIDE_FILES, Tensor, content_hash, read_headers
-from checkpoints_convert.names import Leaf, assign, expected_leaves, to_ours
+from checkpoints_convert.files import DTYPES, Tensor, content_hash, file_states, read_headers, side_files
+from checkpoints_convert.names import Leaf, Source, assign, expected_leaves, to_ours
+from checkpoints_convert.work import Work, discard, kept_or_discarded, locked, work_directory, write_whole
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import config_from_hf
+from jaxsteer.models.sharding import piece_axis, stored_shape
 
 log = logging.getLogger(__name__)
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Raised whenever the same source would give another checkpoint; part of the cache key."""
 RECORD = "jaxsteer.json"
 WEIGHTS = "weights"
-GROUP_BYTES = 512 << 20
-"""Layers are written in groups of at least this size (one layer, if a layer is larger)."""
+INDEX = "index.json"
+GROUP_BYTES = 256 << 20
+"""Leaves are written in groups of at most this size (one leaf, if a leaf is larger)."""
+THREADS = min(8, os.cpu_count() or 1)
+"""Tensors are read and hashed by so many threads."""
 OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class Job(NamedTuple):
+    """What is to be converted, after everything that can be wrong with the source has been checked."""
+
+    src: Path
+    config: ModelConfig
+    tensors: dict[Leaf, Tensor]
+    ignored: list[str]
+    dtype: str
+    groups: dict[str, list[Leaf]]
+    """Name of a group -> its leaves, in stream order."""
+
+    @property
+    def target(self) -> np.dtype:
+        """The dtype to store."""
+        return DTYPES[OUT_DTYPES[self.dtype]]
+
+    def size(self, group: str) -> int:
+        """Bytes of a group as it is stored."""
+        return sum(math.prod(self.tensors[leaf].shape) for leaf in self.groups[group]) * self.target.itemsize
+
+
+class Converted(NamedTuple):
+    """A tensor in the dtype to store, still as it lies in the file ([out, in])."""
+
+    values: np.ndarray
+    sha256: str
+    """Of ``values``, which is what the index records."""
+    source_sha256: str
+    """Of the bytes of the file."""
 
 
 def convert(
@@ -51,52 +88,139 @@ def convert(
     progress: bool = True,
     source: str | None = None,
     revision: str | None = None,
-    source_hash: str | None = None,
 ) -> Path:
     """Convert the Hugging Face directory ``src`` into the checkpoint directory ``out``, and return ``out``.
 
     ``dtype`` is "float32", "float16" or "bfloat16"; by default the dtype that holds most of the weights is kept
-    (float64 becomes float32). ``source`` and ``revision`` are recorded as the origin; ``source_hash`` is the content
-    hash of ``src`` where the caller knows it already. At most one group of layers is in memory.
+    (float64 becomes float32). ``source`` and ``revision`` are recorded as the origin.
 
     Everything that can be wrong with the source is checked before any weight is read, and ``out`` appears only when it
-    is complete. Raises ``UserError``, also when ``out`` exists or cannot be written.
+    is complete. A conversion that was killed, interrupted or stopped by a full disk goes on where it was when it is
+    called again; one that runs in another process already is waited for, and its result is used. About two groups of
+    leaves are in memory at a time (docs/checkpoints.md has the bound). Raises ``UserError``, also when ``out`` exists
+    or cannot be written.
     """
-    src, out = Path(src), Path(out)
+    src, out = Path(src), Path(os.path.abspath(out))
+    work = work_directory(out)
     if not src.is_dir():
         raise UserError(
             f"{src} is not a directory. Give the directory of a Hugging Face model (config.json, *.safetensors)."
         )
-    _check_output(out)
+    if not work.is_dir():  # else another process may be making ``out`` just now
+        _check_output(out)
     if dtype is not None and dtype not in OUT_DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported: give one of {', '.join(OUT_DTYPES)}.")
-    config = config_from_hf(src)
-    tensors, ignored = assign(read_headers(src), config)
-    target = dtype or _own_dtype(tensors)
-    width = DTYPES[OUT_DTYPES[target]].itemsize
-    with _workspace(out, needed=sum(math.prod(t.shape) * width for t in tensors.values())) as work:
-        record = {
-            "format": "jaxsteer-checkpoint",
-            "converter_version": CONVERTER_VERSION,
-            "source": source or str(src.name),
-            "revision": revision,
-            "source_hash": source_hash or content_hash(src),
-            "config": config.to_json(),
-            "dtype": target,
-            "ignored_tensors": ignored,
-            "fingerprint": _write_weights(work / WEIGHTS, config, tensors, target, progress=progress),
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        for name in SIDE_FILES:
-            if (src / name).is_file():
-                shutil.copyfile(src / name, work / name)
-        (work / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    job = plan(src, dtype)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with locked(work, lambda: log.warning("Another process is converting to %s; waiting for it.", out)) as waited:
+            if _is_full(out):
+                discard(work)
+                if waited and _is_result(out, job):
+                    return out
+                _check_output(out)
+            with kept_or_discarded(work, out, len(job.groups)):
+                _run(job, work, out, progress, source=source, revision=revision)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}. Choose another output place.") from error
     return out
 
 
+def plan(src: Path, dtype: str | None) -> Job:
+    """The job of converting ``src``, from its config.json and the headers of its files. Raises ``UserError``."""
+    config = config_from_hf(src)
+    tensors, ignored = assign(read_headers(src), config)
+    chosen = dtype or _own_dtype(tensors)
+    return Job(src, config, tensors, ignored, chosen, dict(_groups(config, DTYPES[OUT_DTYPES[chosen]].itemsize)))
+
+
+def _is_full(out: Path) -> bool:
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
 def _check_output(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if _is_full(out):
         raise UserError(f"The output {out} exists already. Choose another place, or remove it first.")
+
+
+def _is_result(out: Path, job: Job) -> bool:
+    """Whether a checkpoint that another process has made is what this job would make."""
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    wanted = {"converter_version": CONVERTER_VERSION, "dtype": job.dtype, "source_hash": source_hash(job)}
+    return wanted.items() <= record.items()
+
+
+def source_hash(job: Job) -> str:
+    """The content hash of the source, by reading it."""
+    digests = {tensor.name: hashlib.sha256() for tensor in job.tensors.values()}
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(lambda tensor: tensor.read(digests[tensor.name].update).size, job.tensors.values()):
+            pass
+    return content_hash(job.src, {name: digest.hexdigest() for name, digest in digests.items()})
+
+
+def _manifest(job: Job, states: list[list[str | int]]) -> dict[str, Any]:
+    """What must be equal for the finished groups of an earlier attempt to be parts of this conversion."""
+    return {
+        "converter_version": CONVERTER_VERSION,
+        "files": states,
+        "config": job.config.to_json(),
+        "dtype": job.dtype,
+        "groups": job.groups,
+    }
+
+
+def _run(job: Job, directory: Path, out: Path, progress: bool, *, source: str | None, revision: str | None) -> None:
+    """Do what is left of the job, and publish the result."""
+    states = file_states(job.src)
+    work = Work(directory, _manifest(job, states))
+    notes = {group: note for group in job.groups if (note := work.done(group)) is not None}
+    needed = sum(job.size(group) for group in job.groups if group not in notes)
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"No space left: {needed:,} bytes are still to be written and {free:,} are free")
+    weights = work.checkpoint / WEIGHTS
+    weights.mkdir(exist_ok=True)
+    for entry in weights.iterdir():  # parts of groups that were being written when the process ended
+        if entry.is_dir() and entry.name not in notes:
+            shutil.rmtree(entry)
+    if notes:
+        log.info("going on with the conversion to %s: %d of %d groups are done", out, len(notes), len(job.groups))
+    _write_groups(job, work, weights, notes, progress)
+    index = {
+        leaf: {"group": group, "sha256": sha} for group in job.groups for leaf, sha in notes[group]["leaves"].items()
+    }
+    write_whole(weights / INDEX, json.dumps(index, indent=0) + "\n")
+    for name in side_files(job.src):
+        shutil.copyfile(job.src / name, work.checkpoint / name)
+    sources = {name: digest for note in notes.values() for name, digest in note["tensors"].items()}
+    record = {
+        "format": "jaxsteer-checkpoint",
+        "converter_version": CONVERTER_VERSION,
+        "source": source or str(job.src.name),
+        "revision": revision,
+        "source_hash": content_hash(job.src, sources),
+        "config": job.config.to_json(),
+        "dtype": job.dtype,
+        "ignored_tensors": job.ignored,
+        "fingerprint": fingerprint(job.config, {leaf: entry["sha256"] for leaf, entry in index.items()}),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    write_whole(work.checkpoint / RECORD, json.dumps(record, indent=1) + "\n")
+    if file_states(job.src) != states:
+        raise UserError(f"The files in {job.src} changed while they were being converted. Convert again.")
+    work.publish(out)
+
+
+def fingerprint(config: ModelConfig, hashes: dict[str, str]) -> str:
+    """sha256 over config and weights, the latter given as leaf -> sha256 of its values."""
+    digest = hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode())
+    for leaf, sha in sorted(hashes.items()):
+        digest.update(f"\n{leaf} {sha}".encode())
+    return digest.hexdigest()
 
 
 def _own_dtype(tensors: dict[Leaf, Tensor]) -> str:
@@ -111,52 +235,90 @@ def _own_dtype(tensors: dict[Leaf, Tensor]) -> str:
     return chosen
 
 
-def _groups(config: ModelConfig, width: int) -> Iterator[list[Leaf]]:
-    """The leaves in stream order: first those outside the blocks, then groups of whole layers."""
-    leaves = expected_leaves(config)
+def _groups(config: ModelConfig, width: int) -> Iterator[tuple[str, list[Leaf]]]:
+    """The leaves in stream order, in groups that are as large as GROUP_BYTES allows."""
+    number, size = 0, 0
     group: list[Leaf] = []
-    size, last = 0, ""
-    for leaf, (_, _, shape) in leaves.items():
-        layer = leaf[1] if len(leaf) > 1 else ""
-        if layer != last and size >= GROUP_BYTES:
-            yield group
-            group, size = [], 0
+    for leaf, (_, _, shape) in expected_leaves(config).items():
+        nbytes = math.prod(shape) * width
+        if group and size + nbytes > GROUP_BYTES:
+            yield f"{number:03d}", group
+            number, group, size = number + 1, [], 0
         group.append(leaf)
-        size, last = size + math.prod(shape) * width, layer
-    yield group
+        size += nbytes
+    yield f"{number:03d}", group
 
 
-def _write_weights(path: Path, config: ModelConfig, tensors: dict[Leaf, Tensor], dtype: str, *, progress: bool) -> str:
-    """Stream all groups into the Orbax checkpoint ``path``; returns the fingerprint of config and weights."""
-    from orbax.checkpoint import v1 as ocp
+def _write_groups(job: Job, work: Work, weights: Path, notes: dict[str, dict[str, Any]], progress: bool) -> None:
+    """Write every group that has no note yet, and note it. The next group is read while one is being written."""
     from tqdm.auto import tqdm
 
-    leaves, target = expected_leaves(config), DTYPES[OUT_DTYPES[dtype]]
-    digest = hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode())
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    expected = expected_leaves(job.config)
+    todo = [group for group in job.groups if group not in notes]
+    total = sum(tensor.nbytes for tensor in job.tensors.values())
+    sizes = {group: sum(job.tensors[leaf].nbytes for leaf in leaves) for group, leaves in job.groups.items()}
+
+    with (
+        ThreadPoolExecutor(THREADS) as pool,
+        tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar,
+    ):
+        bar.update(sum(sizes[group] for group in notes))
+
+        def begin(group: str) -> list[Future[Converted]]:
+            return [pool.submit(read, job.tensors[leaf], job.target) for leaf in job.groups[group]]
+
+        ahead: list[Future[Converted]] | None = None
+        for position, group in enumerate(todo):
+            reading, ahead = ahead or begin(group), None
+            leaves = dict(zip(job.groups[group], [future.result() for future in reading], strict=True))
+            del reading
+            if position + 1 < len(todo) and job.size(group) <= GROUP_BYTES:  # a large leaf stays alone in memory
+                ahead = begin(todo[position + 1])
+            save(
+                weights / group, {leaf: stored(leaf, done.values, *expected[leaf][1:]) for leaf, done in leaves.items()}
+            )
+            notes[group] = {
+                "leaves": {"/".join(leaf): done.sha256 for leaf, done in leaves.items()},
+                "tensors": {job.tensors[leaf].name: done.source_sha256 for leaf, done in leaves.items()},
+            }
+            work.finish(group, weights / group, notes[group])
+            bar.update(sizes[group])
+
+
+def stored(leaf: Leaf, values: np.ndarray, source: Source, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of the file as the leaf that is stored, whose own shape is ``shape``: a view."""
+    return to_ours(values, stored_shape(leaf[-1], shape), source)
+
+
+def save(path: Path, leaves: dict[Leaf, np.ndarray]) -> None:
+    """Write one Orbax checkpoint. Matrices come as transposed views, which TensorStore copies chunk by chunk."""
+    from orbax.checkpoint import v1 as ocp
+
+    tree: dict[str, Any] = {}
+    for leaf, values in leaves.items():
+        node = tree
+        for key in leaf[:-1]:
+            node = node.setdefault(key, {})
+        node[leaf[-1]] = values
+
+    def chunks(keys: tuple[Any, ...], value: np.ndarray) -> Any:
+        axis = piece_axis(str(keys[-1].key), value.ndim)
+        return None if axis is None else ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(axis,))
+
     context = ocp.Context()
     context.array.saving.use_compression = False  # weights hardly compress, and writing takes six times as long
-    with context, tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar:
-        for group in _groups(config, target.itemsize):
-            tree: dict[str, Any] = {}
-            for leaf in group:
-                _, source, shape = leaves[leaf]
-                values = to_ours(_cast(tensors[leaf], target), shape, source)
-                digest.update("/".join(leaf).encode() + b"\0" + values.tobytes())
-                node = tree
-                for key in leaf[:-1]:
-                    node = node.setdefault(key, {})
-                node[leaf[-1]] = values
-                bar.update(tensors[leaf].nbytes)
-            ocp.partial.save(path, tree)
-        ocp.partial.finalize(path)
-    return digest.hexdigest()
+    context.array.saving.scoped_storage_options_creator = chunks
+    context.memory.deepcopy_host_arrays = False  # nobody changes them
+    with context:
+        ocp.save(path, tree)
 
 
-def _cast(tensor: Tensor, target: np.dtype) -> np.ndarray:
-    values = tensor.read()
+def read(tensor: Tensor, target: np.dtype) -> Converted:
+    """One tensor in dtype ``target``. Raises ``UserError`` where a value does not fit, and as ``Tensor.read`` does."""
+    digest = hashlib.sha256()
+    values = tensor.read(digest.update)
     if values.dtype == target:
-        return values
+        return Converted(values, digest.hexdigest(), digest.hexdigest())
     with np.errstate(over="ignore"):
         cast = values.astype(target)
     if np.isinf(cast.astype(np.float32)).any() and not np.isinf(values.astype(np.float64)).any():
@@ -164,57 +326,4 @@ def _cast(tensor: Tensor, target: np.dtype) -> np.ndarray:
             f"Tensor {tensor.name!r} in {tensor.file} has values beyond the range of {target.name}. Convert with "
             f"--dtype bfloat16 or float32."
         )
-    return cast
-
-
-@contextlib.contextmanager
-def _workspace(out: Path, *, needed: int) -> Iterator[Path]:
-    """A temporary directory beside ``out`` that becomes ``out`` when the block ends well, and goes otherwise."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < needed:
-            raise UserError(
-                f"Not enough space for {out}: the checkpoint takes {needed:,} bytes and {out.parent} has {free:,} free."
-            )
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.converting-", dir=out.parent))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}. Choose another output place.") from error
-    try:
-        os.chmod(work, 0o755)  # mkdtemp makes it private; a converted checkpoint is as readable as any directory
-        yield work
-        _sync(work)
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-        os.rename(work, out)
-    except BaseException as error:
-        shutil.rmtree(work, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise UserError(f"The output {out} appeared while it was being converted; it was left as it is.") from error
-        if _is_write_failure(error):
-            raise UserError(
-                f"{out} could not be written ({_first_line(error)}). Free some space or choose another "
-                f"output place; nothing was left there."
-            ) from error
-        raise
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _is_write_failure(error: BaseException) -> bool:
-    """Whether the disk is the cause. TensorStore reports a full disk as a ValueError, only its text tells."""
-    signs = ("No space left", "Disk quota exceeded", "File too large", "Read-only file system", "Permission denied")
-    return isinstance(error, OSError) or any(sign in str(error) for sign in signs)
-
-
-def _sync(directory: Path) -> None:
-    """Flush every file and directory to the disk, so that the rename cannot outlive the contents."""
-    for root, _, files in os.walk(directory):
-        for name in [*files, "."]:
-            handle = os.open(os.path.join(root, name), os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+    return Converted(cast, hashlib.sha256(cast.reshape(-1).view(np.uint8).data).hexdigest(), digest.hexdigest())

@@ -6,11 +6,10 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import os
 import re
+import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,14 @@ from jax.sharding import Mesh
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import quiet_transformers, read_json
-from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
-from jaxsteer.models.sharding import layer_shardings, stack_shardings, top_shardings
+from jaxsteer.models.params import Params
+from jaxsteer.models.restoring import restore
 
 log = logging.getLogger(__name__)
 
 ORGANISM = "organism:"
 HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "merges.txt")
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_STACK_BYTES = 1 << 30
-"""Leaves are restored and stacked in batches of about this size, so that only little exists twice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +47,13 @@ class Model:
     """Ids that end an answer, from the checkpoint's generation_config.json (the tokenizer's EOS is known to itself)."""
 
 
-def load(source: str | os.PathLike[str], *, dtype: str | jnp.dtype | None = None, mesh: Mesh | None = None) -> Model:
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | jnp.dtype | None = None,
+    mesh: Mesh | None = None,
+    layers: int | None = None,
+) -> Model:
     """Load a model.
 
     ``source`` is ``organism:NAME`` (a small model that ships with the package), a converted checkpoint directory, a
@@ -59,14 +62,19 @@ def load(source: str | os.PathLike[str], *, dtype: str | jnp.dtype | None = None
 
     ``dtype`` is the dtype of the weights on the device. By default float32 on CPU, where bfloat16 is emulated and
     slow, and the checkpoint's own elsewhere. With a ``mesh`` (axes "prompts" and "model", see
-    ``jaxsteer.make_mesh``) the weights are restored straight into their shardings.
+    ``jaxsteer.make_mesh``) the weights are restored straight into their shardings, and a process reads only what its
+    devices hold.
+
+    ``layers=k`` reads only the first k layers: a model that ends there, for work at sites below. Its residual streams
+    up to layer k are those of the whole model; its logits are what the final norm and the unembedding make of the last
+    of them. ``config.n_layers`` is k; the fingerprint stays that of the whole checkpoint.
 
     Raises ``UserError`` when the source cannot be found, is damaged or is not supported.
     """
     name = str(source)
     checkpoint = _checkpoint_of(name)
     record = read_record(checkpoint)
-    config = ModelConfig.from_json(record["config"])
+    config = _first(ModelConfig.from_json(record["config"]), layers)
     target = _dtype(dtype, record["dtype"])
     return Model(
         params=restore(checkpoint / "weights", config, dtype=target, mesh=mesh),
@@ -83,6 +91,17 @@ def _stop_tokens(checkpoint: Path) -> tuple[int, ...]:
     path = checkpoint / "generation_config.json"
     ids = read_json(path).get("eos_token_id") if path.is_file() else None
     return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)
+
+
+def _first(config: ModelConfig, layers: int | None) -> ModelConfig:
+    """The config of a model that ends at layer ``layers``."""
+    if layers is None:
+        return config
+    if not 1 <= layers <= config.n_layers:
+        raise UserError(f"layers={layers} cannot be loaded: the model has {config.n_layers} layers; give 1 to that.")
+    return dataclasses.replace(
+        config, n_layers=layers, windows=config.windows[:layers], rope_index=config.rope_index[:layers]
+    )
 
 
 def _dtype(asked: str | jnp.dtype | None, stored: str) -> jnp.dtype:
@@ -161,52 +180,55 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str, str]:
 def _converted(directory: Path, source: str, revision: str | None = None) -> Path:
     """The converted form of a Hugging Face directory in the cache; converts on first use.
 
-    The key is the hash of the contents, so a changed file is converted anew. Several processes may do this at once:
-    each writes its own temporary directory, the first rename wins, and the others use its result.
+    The key is the hash of the contents, so a changed file is converted anew. The contents are hashed while they are
+    converted; until then the place is named by the state of the files, and afterwards the hash is remembered under
+    that state. Several processes may do this at once: one converts, the others wait and use its result.
     """
+    from checkpoints_convert.files import file_states
     from checkpoints_convert.streaming import CONVERTER_VERSION, convert
+    from checkpoints_convert.work import discard, locked, write_whole
 
     directory = directory.resolve()
-    digest = _remembered_hash(directory)
-    out = cache_dir() / "checkpoints" / f"{digest[:32]}-v{CONVERTER_VERSION}"
-    if (out / "jaxsteer.json").is_file():
-        return out
-    log.info("converting %s into %s (first use only)", directory, out)
-    print(f"Converting {source} for first use (kept in {out})", file=sys.stderr, flush=True)
-    try:
-        convert(directory, out, progress=False, source=source, revision=revision, source_hash=digest)
-    except UserError:
-        if not (out / "jaxsteer.json").is_file():
-            raise
-    return out
+    state = json.dumps([str(directory), file_states(directory), CONVERTER_VERSION])
+    key = hashlib.sha256(state.encode()).hexdigest()[:32]
+    memo = cache_dir() / "hashes" / key
+    checkpoints = cache_dir() / "checkpoints"
 
+    def place(digest: str) -> Path:
+        return checkpoints / f"{digest[:32]}-v{CONVERTER_VERSION}"
 
-def _remembered_hash(directory: Path) -> str:
-    """The content hash of a model directory, computed again only when a file's size, time or name changed."""
-    from checkpoints_convert.files import SIDE_FILES, content_hash, read_headers, weight_files
+    def known() -> Path | None:
+        digest = memo.read_text(encoding="ascii") if memo.is_file() else ""
+        return place(digest) if digest and (place(digest) / "jaxsteer.json").is_file() else None
 
-    files = weight_files(directory) + [directory / name for name in SIDE_FILES if (directory / name).is_file()]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ino) for file in files]
-    memo = cache_dir() / "hashes" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    if found := known():
+        return found
     try:
-        digest = memo.read_text(encoding="ascii")
-        if re.fullmatch(r"[0-9a-f]{64}", digest):
-            return digest
-    except OSError:
-        pass
-    read_headers(directory)  # a truncated file is reported at once, not after hashing gigabytes
-    digest = content_hash(directory)
-    try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False, encoding="ascii") as stream:
-            stream.write(digest)
-        os.replace(stream.name, memo)
+        (cache_dir() / "locks").mkdir(parents=True, exist_ok=True)
+        memo.parent.mkdir(exist_ok=True)
+        checkpoints.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(
             f"The cache directory {cache_dir()} cannot be written ({error.strerror}). Set JAXSTEER_CACHE to a "
             f"directory that can, or convert the model yourself with `jaxsteer convert` and load the result."
         ) from error
-    return digest
+    waiting = f"Another process is converting {source}; waiting for it"
+    lock = cache_dir() / "locks" / key
+    with locked(lock, lambda: print(waiting, file=sys.stderr, flush=True)):
+        if found := known():
+            return found
+        fresh = checkpoints / f"new-{key}"
+        if not (fresh / "jaxsteer.json").is_file():
+            print(f"Converting {source} for first use (kept in {checkpoints})", file=sys.stderr, flush=True)
+            convert(directory, fresh, progress=False, source=source, revision=revision)
+        digest = read_record(fresh)["source_hash"]
+        write_whole(memo, digest)
+        if (place(digest) / "jaxsteer.json").is_file():  # the same contents at another path
+            shutil.rmtree(fresh)
+        else:
+            fresh.rename(place(digest))
+        discard(lock)
+        return place(digest)
 
 
 # Reading the checkpoint
@@ -233,55 +255,3 @@ def load_tokenizer(directory: Path) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for damaged files
         raise UserError(f"The tokenizer in {directory} cannot be read: {error}") from error
-
-
-def restore(path: Path, config: ModelConfig, *, dtype: jnp.dtype, mesh: Mesh | None) -> Params:
-    """The parameters in the Orbax checkpoint ``path``, cast to ``dtype``, on ``mesh`` or the default device.
-
-    Layers lie on disk one by one and are stacked on the device, a few kinds of leaf at a time.
-    """
-    outside, one_layer, all_layers = (f(config, mesh) for f in (top_shardings, layer_shardings, stack_shardings))
-    top = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=outside[name]) for name, shape in top_shapes(config).items()
-    }
-    loaded = _read(path, top)
-    stacked: dict[str, jax.Array] = {}
-    for names in _batches(config, dtype.itemsize):
-        wanted = {
-            name: jax.ShapeDtypeStruct(layer_shapes(config)[name], dtype, sharding=one_layer[name]) for name in names
-        }
-        layers = _read(path, {"layers": {f"{i:03d}": wanted for i in range(config.n_layers)}})["layers"]
-        stack = jax.jit(
-            lambda rows: jax.tree.map(lambda *leaf: jnp.stack(leaf), *rows),
-            out_shardings={name: all_layers[name] for name in names},
-        )
-        stacked |= stack([layers[f"{i:03d}"] for i in range(config.n_layers)])
-    return Params(layers=Layers(**stacked), **loaded)
-
-
-def _batches(config: ModelConfig, itemsize: int) -> list[list[str]]:
-    """Kinds of leaf in batches whose stacks take about ``_STACK_BYTES`` (one kind, where it is larger)."""
-    batches: list[list[str]] = []
-    size = _STACK_BYTES
-    for name, shape in layer_shapes(config).items():
-        nbytes = math.prod(shape) * config.n_layers * itemsize
-        if size + nbytes > _STACK_BYTES:
-            batches.append([])
-            size = 0
-        batches[-1].append(name)
-        size += nbytes
-    return batches
-
-
-def _read(path: Path, wanted: Any) -> Any:
-    """The leaves of ``wanted`` (a part of the checkpoint's tree), in their shardings and dtypes."""
-    from orbax.checkpoint import v1 as ocp
-
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    try:
-        with context:
-            return ocp.load(path.absolute(), wanted)
-    except Exception as error:  # Orbax and TensorStore raise many types for a damaged checkpoint
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"The checkpoint {path} cannot be read ({reason}). Convert the model again.") from error

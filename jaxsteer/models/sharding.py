@@ -14,6 +14,9 @@ from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import LAYER_SPECS, TOP_SPECS, Layers, Params, layer_shapes, top_shapes
 
 AXES = ("prompts", "model")
+_SPECS = TOP_SPECS | LAYER_SPECS
+_MAX_PIECES = 64
+_PIECE = 1 << 19
 
 
 def make_mesh(*, model: int = 1, prompts: int | None = None) -> Mesh:
@@ -47,6 +50,40 @@ def place(mesh: Mesh | None, spec: P, shape: tuple[int, ...]) -> jax.sharding.Sh
         fits = known and size % math.prod(mesh.shape[name] for name in names) == 0
         fitting.append(axis if fits else None)
     return NamedSharding(mesh, P(*fitting))
+
+
+def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which a converted checkpoint stores the leaf ``name`` of shape ``shape``.
+
+    The axis that "model" splits is stored as two, (pieces, rest), and every piece is a chunk of its own on the disk, so
+    that a process reads the pieces of its devices and nothing else. Pieces are a power of two, at most 64, of at least
+    2**19 values; a leaf too small for two pieces keeps its shape.
+    """
+    axis = _model_axis(name)
+    pieces = 1
+    if axis is not None:
+        size = math.prod(shape)
+        while pieces < _MAX_PIECES and shape[axis] % (2 * pieces) == 0 and size // (2 * pieces) >= _PIECE:
+            pieces *= 2
+    if axis is None or pieces == 1:
+        return shape
+    return *shape[:axis], pieces, shape[axis] // pieces, *shape[axis + 1 :]
+
+
+def piece_axis(name: str, stored_rank: int) -> int | None:
+    """The axis of pieces in a stored leaf with so many axes, or None if it is stored in one piece."""
+    return _model_axis(name) if stored_rank > len(_SPECS[name]) else None
+
+
+def stored_sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> jax.sharding.Sharding:
+    """Where the stored form of a leaf of shape ``shape`` goes on ``mesh``: its pieces are split over "model"."""
+    axis = _model_axis(name)
+    return place(mesh, P() if axis is None else P(*[None] * axis, "model"), stored_shape(name, shape))
+
+
+def _model_axis(name: str) -> int | None:
+    spec = tuple(_SPECS[name])
+    return spec.index("model") if "model" in spec else None
 
 
 def layer_shardings(config: ModelConfig, mesh: Mesh | None) -> dict[str, jax.sharding.Sharding]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,11 +18,12 @@ import numpy as np
 import pytest
 
 import jaxsteer
-from checkpoints_convert import convert
+from checkpoints_convert import convert, streaming
 from jaxsteer import UserError
-from jaxsteer.models import loading
+from jaxsteer.models import loading, restoring, sharding
+from jaxsteer.models.params import layer_shapes
 from jaxsteer.models.sharding import make_mesh, shard_params, shard_rows
-from tests.helpers.checkpoints import hf_directory, random_params, tiny_config
+from tests.helpers.checkpoints import family_config, hf_directory, random_params, tiny_config
 from tests.helpers.tiny import tiny_tokenizer
 
 CONFIG = tiny_config()
@@ -175,8 +178,14 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_damaged_checkpoints(tmp_path: Path) -> None:
     out = convert(hf_directory(tmp_path / "m", CONFIG), tmp_path / "out", progress=False)
-    shutil.rmtree(out / "weights" / "state")
+    shutil.rmtree(out / "weights" / "000" / "state")
     with pytest.raises(UserError, match="cannot be read.*Convert the model again"):
+        jaxsteer.load(out)
+    (out / "weights" / "index.json").write_text("{}")
+    with pytest.raises(UserError, match="lacks the leaf embed"):
+        jaxsteer.load(out)
+    (out / "weights" / "index.json").unlink()
+    with pytest.raises(UserError, match="no weights/index.json.*Convert the model again"):
         jaxsteer.load(out)
     (out / "jaxsteer.json").write_text("{}")
     with pytest.raises(UserError, match="not the record"):
@@ -191,13 +200,53 @@ def test_truncated_weights_are_reported_by_load(tmp_path: Path, cache: Path) -> 
         jaxsteer.load(directory)
 
 
-def test_batches_bound_what_is_held_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(loading, "_STACK_BYTES", 1)
-    assert all(len(batch) == 1 for batch in loading._batches(CONFIG, 4))
-    monkeypatch.setattr(loading, "_STACK_BYTES", 30_000)
-    assert sum(loading._batches(CONFIG, 4), []) == list(loading.layer_shapes(CONFIG))
-    out = convert(hf_directory(tmp_path / "m", CONFIG), tmp_path / "out", progress=False)
-    assert equal(jaxsteer.load(out).params, random_params(CONFIG))
+def test_batches_and_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = tiny_config(n_layers=4, vocab_size=68, norm_eps=2e-5)
+    monkeypatch.setattr(sharding, "_PIECE", 100)
+    assert sharding.stored_shape("q", (24, 4, 8)) == (24, 4, 1, 8)
+    assert sharding.stored_shape("gate", (24, 40)) == (24, 8, 5)
+    assert sharding.stored_shape("embed", (68, 24)) == (4, 17, 24)
+    assert sharding.stored_shape("attn_norm", (24,)) == (24,)
+    out = convert(hf_directory(tmp_path / "m", config), tmp_path / "out", progress=False)
+    whole = jaxsteer.load(out)
+    assert equal(whole.params, random_params(config))
+    layer = sum(math.prod(shape) for shape in layer_shapes(config).values()) * 4
+    for layers_at_once in (1, 3):
+        monkeypatch.setattr(restoring, "_BATCH_BYTES", layers_at_once * layer)
+        for mesh in (None, make_mesh(model=2), make_mesh(model=8)):
+            model = jaxsteer.load(out, mesh=mesh)
+            assert equal(model.params, whole.params)
+            assert jax.tree.all(
+                jax.tree.map(
+                    lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim),
+                    model.params,
+                    shard_params(whole.params, config, mesh),
+                )
+            )
+
+
+def test_only_the_first_layers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = family_config("gemma3", n_layers=3, tied_embeddings=False)
+    monkeypatch.setattr(streaming, "GROUP_BYTES", 1)
+    whole = jaxsteer.load(convert(hf_directory(tmp_path / "m", config), tmp_path / "out", progress=False))
+    index = json.loads((tmp_path / "out" / "weights" / "index.json").read_text())
+    for leaf, entry in index.items():
+        if leaf.startswith("layers/002/"):
+            shutil.rmtree(tmp_path / "out" / "weights" / entry["group"])
+    first = jaxsteer.load(tmp_path / "out", layers=2)
+    assert (first.config.n_layers, first.config.windows) == (2, config.windows[:2])
+    assert first.config.rope_index == config.rope_index[:2] and len(set(config.rope_index)) == 2
+    assert first.fingerprint == whole.fingerprint
+    assert equal(first.params.layers, jax.tree.map(lambda leaf: leaf[:2], whole.params.layers))
+    assert equal(first.params.unembed, whole.params.unembed)
+    site = "blocks.1.hook_resid_post"
+    ours, theirs = (jaxsteer.capture(model, TOKENS, [site])[site] for model in (first, whole))
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    with pytest.raises(UserError, match="cannot be read"):
+        jaxsteer.load(tmp_path / "out")
+    for layers in (0, 4):
+        with pytest.raises(UserError, match=f"layers={layers}.*has 3 layers"):
+            jaxsteer.load(tmp_path / "out", layers=layers)
 
 
 def test_public_names_exist_and_import_is_light() -> None:

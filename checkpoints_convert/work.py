@@ -1,0 +1,223 @@
+"""The work directory of a conversion: locked, resumable, and renamed to the final name when it is complete.
+
+    .OUT.converting/lock            held by the process that works here
+    .OUT.converting/manifest.json   what is being converted, and how: other work is not gone on with but replaced
+    .OUT.converting/done/003.json   group 003 is complete on the disk; what is known about it
+    .OUT.converting/checkpoint/     becomes OUT
+
+The name follows from that of the output, so that whatever a killed process left is found by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxsteer.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_LOCK = "lock"
+_MANIFEST = "manifest.json"
+_WRITE_FAILURES = (
+    "No space left",
+    "Disk quota exceeded",
+    "File too large",
+    "Read-only file system",
+    "Permission denied",
+)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def work_directory(out: Path) -> Path:
+    """Where the conversion to ``out`` does its work: beside it, so that a rename finishes it."""
+    return out.parent / f".{out.name}.converting"
+
+
+@contextlib.contextmanager
+def locked(directory: Path, waiting: Callable[[], object]) -> Iterator[bool]:
+    """Hold the lock of ``directory``, which is made if it is missing; True if another process had to be waited for.
+
+    The lock goes with the process that holds it, however that ends. ``waiting`` is called before a wait. The directory
+    may be removed by its holder (``discard``); whoever waits for it then makes it anew.
+    """
+    waited = False
+    while True:
+        try:
+            directory.mkdir(exist_ok=True)
+            handle = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            if not directory.parent.is_dir():
+                raise
+            continue  # its holder has just finished
+        try:
+            if not _try(handle, directory):
+                if not waited:
+                    waiting()
+                waited = True
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is_still(handle, directory / _LOCK):
+                yield waited
+                return
+        finally:
+            os.close(handle)
+
+
+def _try(handle: int, directory: Path) -> bool:
+    """Take the lock if it is free."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s is on a file system without locks: let no other process convert to it.", directory.parent)
+    return True
+
+
+def _is_still(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def discard(directory: Path) -> None:
+    """Remove a work directory whose lock is held, the lock last."""
+    _clear(directory)
+    with contextlib.suppress(OSError):
+        (directory / _LOCK).unlink()
+        directory.rmdir()  # unless another process has come in
+
+
+def _clear(directory: Path) -> None:
+    (directory / _MANIFEST).unlink(missing_ok=True)  # first: without it, what is left counts for nothing
+    for entry in directory.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != _LOCK:
+            entry.unlink(missing_ok=True)
+
+
+class Work:
+    """The groups that are finished in a work directory, whose lock is held."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        """Go on with what is in ``directory`` if it was begun with the same ``manifest``; else clear it."""
+        self.directory, self.checkpoint = directory, directory / "checkpoint"
+        text = json.dumps(manifest, sort_keys=True)
+        # A kill between the last two steps of ``publish`` leaves a manifest without a checkpoint.
+        if _text(directory / _MANIFEST) != text or not self.checkpoint.is_dir():
+            _clear(directory)
+            for part in (self.checkpoint, directory / "done"):
+                part.mkdir()
+            write_whole(directory / _MANIFEST, text)
+
+    def done(self, group: str) -> dict[str, Any] | None:
+        """What ``finish`` noted about a group, or None if it is not complete."""
+        text = _text(self._note(group))
+        return None if text is None else json.loads(text)
+
+    def finish(self, group: str, files: Path, note: dict[str, Any]) -> None:
+        """Declare a group complete, after its ``files`` have reached the disk."""
+        sync(files)
+        write_whole(self._note(group), json.dumps(note))
+
+    def _note(self, group: str) -> Path:
+        return self.directory / "done" / f"{group}.json"
+
+    def publish(self, out: Path) -> None:
+        """Make the finished checkpoint appear as ``out``, and remove what is left of the work."""
+        sync(self.checkpoint)
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        os.rename(self.checkpoint, out)
+        discard(self.directory)
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def kept_or_discarded(work: Path, out: Path, groups: int) -> Iterator[None]:
+    """What becomes of the work when the block does not end well.
+
+    Groups that are finished are kept where another attempt can go on (Ctrl-C, a full disk, a source that cannot be read
+    just now), and the user is told; after all other errors nothing is left. ``groups`` is how many there are in all.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        log.warning("The conversion to %s was interrupted. %s", out, _kept(work, groups))
+        raise
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):  # of reading: the source may come back
+            raise UserError(f"{error} {_kept(work, groups)}") from error.__cause__
+        discard(work)
+        raise
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            discard(work)
+            raise UserError(f"The output {out} appeared while it was being converted; it was left as it is.") from error
+        if _is_write_failure(error):
+            raise UserError(
+                f"{out} could not be written ({_first_line(error)}). Free some space or choose another output place. "
+                f"{_kept(work, groups)}"
+            ) from error
+        discard(work)
+        raise
+
+
+def _kept(work: Path, groups: int) -> str:
+    """Keep the finished groups, if there are any, and say so."""
+    finished = len(list((work / "done").glob("*.json")))
+    if not finished:
+        discard(work)
+        return "Nothing was left there."
+    return (
+        f"{finished} of {groups} groups of leaves are finished and kept in {work}: run the same conversion again to go "
+        f"on from there, or remove that directory."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_write_failure(error: BaseException) -> bool:
+    """Whether the disk is the cause. TensorStore reports a full disk as a ValueError, only its text tells."""
+    return isinstance(error, OSError) or any(sign in str(error) for sign in _WRITE_FAILURES)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it has either its old contents or all of the new ones, whatever happens."""
+    aside = path.with_name(f"{path.name}.tmp")
+    with open(aside, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(aside, path)
+
+
+def sync(directory: Path) -> None:
+    """Flush every file and directory to the disk, so that what follows cannot outlive the contents."""
+    for root, _, files in os.walk(directory):
+        for name in [*files, "."]:
+            handle = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)

@@ -1,0 +1,164 @@
+"""Parameters from a converted checkpoint: leaves lie on disk layer by layer and are stacked on the devices.
+
+What conversion writes (checkpoints_convert/streaming.py) is read here: ``weights/index.json`` says which of the Orbax
+checkpoints ``weights/000``, ``weights/001`` ... holds a leaf.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxsteer.errors import UserError
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.hf import read_json
+from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
+from jaxsteer.models.sharding import stack_shardings, stored_shape, stored_sharding, top_shardings
+
+_BATCH_BYTES = 256 << 20
+"""Layers are read in batches of about this size (one layer, if a layer is larger): so much exists twice."""
+
+Leaf = tuple[str, ...]
+"""Path of a leaf in the checkpoint: ("embed",) or ("layers", "007", "q")."""
+Row = dict[str, jax.Array]
+"""One layer as it is stored."""
+
+
+def restore(weights: Path, config: ModelConfig, *, dtype: jnp.dtype, mesh: Mesh | None) -> Params:
+    """The parameters in the directory ``weights``, cast to ``dtype``, on ``mesh`` or the default device.
+
+    Only the leaves of ``config`` are read, so a config with fewer layers reads only these; of a leaf that ``mesh``
+    splits, a process reads only what its devices hold. Beside the result, one batch of layers is in memory. Raises
+    ``UserError`` when the checkpoint is damaged.
+    """
+    index, programs = read_index(weights), _programs(config, mesh)
+    shapes, outer = layer_shapes(config), top_shapes(config)
+
+    def read(leaves: dict[Leaf, tuple[int, ...]]) -> dict[Leaf, jax.Array]:
+        wanted = {
+            leaf: jax.ShapeDtypeStruct(
+                stored_shape(leaf[-1], shape), dtype, sharding=stored_sharding(leaf[-1], shape, mesh)
+            )
+            for leaf, shape in leaves.items()
+        }
+        return read_leaves(weights, index, wanted)
+
+    def leaves_of(layers: range) -> dict[Leaf, tuple[int, ...]]:
+        return {("layers", f"{i:03d}", name): shape for i in layers for name, shape in shapes.items()}
+
+    def rows(found: dict[Leaf, jax.Array], layers: range) -> list[Row]:
+        return [{name: found.pop(("layers", f"{i:03d}", name)) for name in shapes} for i in layers]
+
+    every = range(config.n_layers)
+    per_layer = sum(map(math.prod, shapes.values())) * dtype.itemsize
+    if per_layer * config.n_layers + sum(map(math.prod, outer.values())) * dtype.itemsize <= _BATCH_BYTES:
+        found = read({(name,): shape for name, shape in outer.items()} | leaves_of(every))
+        top = {name: programs.top[name](found.pop((name,))) for name in outer}
+        return Params(layers=Layers(**programs.stack(rows(found, every))), **top)
+    top = {}
+    for name, shape in outer.items():
+        top[name] = programs.top[name](read({(name,): shape})[(name,)])
+    stacks, at_once = programs.empty(dtype), max(1, _BATCH_BYTES // per_layer)
+    for start in every[::at_once]:
+        layers = every[start : start + at_once]
+        stacks = programs.put(stacks, rows(read(leaves_of(layers)), layers), start)
+        jax.block_until_ready(stacks)  # or the next batch would be read while this one is still there
+    return Params(layers=Layers(**stacks), **top)
+
+
+class _Programs(NamedTuple):
+    top: dict[str, Callable[[jax.Array], jax.Array]]
+    """Leaf outside the layers -> from its stored form to its own."""
+    stack: Callable[[Sequence[Row]], Row]
+    empty: Callable[[jnp.dtype], Row]
+    put: Callable[[Row, Sequence[Row], int], Row]
+    """Writes layers into donated stacks, at and after an index."""
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(config: ModelConfig, mesh: Mesh | None) -> _Programs:
+    """The compiled steps of ``restore``; kept, so that loading a model again compiles nothing."""
+    shapes, outer = layer_shapes(config), top_shapes(config)
+    out, top_out = stack_shardings(config, mesh), top_shardings(config, mesh)
+
+    def top(name: str) -> Callable[[jax.Array], jax.Array]:
+        if stored_shape(name, outer[name]) == outer[name]:
+            return lambda values: values
+        return jax.jit(lambda values: values.reshape(outer[name]), out_shardings=top_out[name], donate_argnums=0)
+
+    @functools.partial(jax.jit, out_shardings=out)
+    def stack(rows: Sequence[Row]) -> Row:
+        return {name: jnp.stack([row[name].reshape(shape) for row in rows]) for name, shape in shapes.items()}
+
+    @functools.partial(jax.jit, out_shardings=out, static_argnums=0)
+    def empty(dtype: jnp.dtype) -> Row:
+        return {name: jnp.zeros((config.n_layers, *shape), dtype) for name, shape in shapes.items()}
+
+    @functools.partial(jax.jit, out_shardings=out, donate_argnums=0)
+    def put(stacks: Row, rows: Sequence[Row], start: int | jax.Array) -> Row:
+        stacks = dict(stacks)
+        for number, row in enumerate(rows):
+            for name, shape in shapes.items():
+                leaf = row[name].reshape(1, *shape)
+                stacks[name] = jax.lax.dynamic_update_slice_in_dim(stacks[name], leaf, start + number, 0)
+        return stacks
+
+    return _Programs({name: top(name) for name in outer}, stack, empty, put)
+
+
+# Reading from the disk
+
+
+def read_index(weights: Path) -> dict[str, dict[str, str]]:
+    """Leaf ("embed", "layers/007/q") -> the "group" that holds it and the "sha256" of its values."""
+    if not (weights / "index.json").is_file():
+        raise UserError(
+            f"The checkpoint {weights.parent} cannot be read: it has no weights/index.json. It is damaged, or an older "
+            f"version of jaxsteer wrote it. Convert the model again."
+        )
+    return read_json(weights / "index.json")
+
+
+def read_leaves(weights: Path, index: dict[str, dict[str, str]], wanted: dict[Leaf, Any]) -> dict[Leaf, Any]:
+    """Leaf -> its stored values, for every leaf of ``wanted``, as what stands there: a struct or ``np.ndarray``."""
+    groups: dict[str, dict[str, Any]] = {}
+    for leaf, form in wanted.items():
+        try:
+            node = groups.setdefault(index["/".join(leaf)]["group"], {})
+        except (KeyError, TypeError):
+            raise UserError(f"The checkpoint {weights} lacks the leaf {'/'.join(leaf)}. Convert again.") from None
+        for key in leaf[:-1]:
+            node = node.setdefault(key, {})
+        node[leaf[-1]] = form
+    found: dict[Leaf, Any] = {}
+    for group, tree in groups.items():
+        _flatten((), _load(weights / group, tree), found)
+    return {leaf: found[leaf] for leaf in wanted}
+
+
+def _flatten(path: Leaf, node: Any, out: dict[Leaf, Any]) -> None:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _flatten((*path, key), value, out)
+    else:
+        out[path] = node
+
+
+def _load(path: Path, wanted: dict[str, Any]) -> Any:
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            return ocp.load(path.absolute(), wanted)
+    except Exception as error:  # Orbax and TensorStore raise many types for a damaged checkpoint
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"The checkpoint {path} cannot be read ({reason}). Convert the model again.") from error
