@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from checkpoints_convert.files import DTYPES, SINGLE
 from checkpoints_convert.names import TEXT_PREFIX, expected_leaves, to_hf
 from checkpoints_convert.streaming import OUT_DTYPES
 from jaxsteer.errors import UserError
+from jaxsteer.files import write_bytes, write_text
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import config_to_hf
 from jaxsteer.models.params import Params
@@ -22,8 +22,8 @@ from jaxsteer.models.params import Params
 def write_hf(params: Params, config: ModelConfig, out: str | os.PathLike[str], *, dtype: str = "float32") -> Path:
     """Write a model that transformers (and ``jaxsteer.load``) can open into the directory ``out``; return it.
 
-    For models small enough for one file. The tokenizer is the caller's. Each file is written aside and renamed, so that
-    a crash leaves no part of one. Raises ``UserError`` for a config or a dtype that cannot be written.
+    For models small enough for one file. The tokenizer is the caller's. Each file is written
+    whole or not at all. Raises ``UserError`` for a config or a dtype that cannot be written.
     """
     if dtype not in OUT_DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported: give one of {', '.join(OUT_DTYPES)}.")
@@ -35,18 +35,6 @@ def write_hf(params: Params, config: ModelConfig, out: str | os.PathLike[str], *
         tensors[name] = to_hf(np.asarray(values).astype(target), source)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    _write_whole(out / SINGLE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    text = json.dumps(fields, indent=2) + "\n"
-    _write_whole(out / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_bytes(out / SINGLE, save(tensors, metadata={"format": "pt"}))
+    write_text(out / "config.json", json.dumps(fields, indent=2) + "\n")
     return out
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file beside ``path`` and rename it, readable as any file (safetensors makes it private)."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(aside)
-        aside.chmod(0o644)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig, Rope
 COMMON = frozenset(
     """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    hidden_act max_position_embeddings rms_norm_eps tie_word_embeddings rope_parameters rope_scaling rope_theta
+    max_position_embeddings rms_norm_eps tie_word_embeddings rope_parameters rope_scaling rope_theta
     """.split()
 )
 """Fields that the mapping of every text model reads. What a family reads beyond them stands in ``FAMILIES``."""
@@ -180,7 +180,9 @@ class Family(NamedTuple):
     architectures: tuple[str, ...]
     """Those that are accepted; the first one is written."""
     reads: frozenset[str]
-    """Every field that ``from_hf`` honours, or that transformers' model of this family never looks at."""
+    """Every field that ``from_hf`` honours."""
+    unread: frozenset[str]
+    """Fields of its files that look like numbers of the model, and that transformers never looks at either."""
     from_hf: Callable[[Any, str], ModelConfig]
     """Transformers' config object and the name of its file -> ``ModelConfig``."""
     to_hf: Callable[[ModelConfig], dict[str, Any]]
@@ -191,27 +193,38 @@ class Family(NamedTuple):
     """For a model of several parts: the ``model_type`` of its ``text_config``, whose fields count."""
 
 
-_QWEN = COMMON | {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
-# sliding_window_size and hidden_act stand in files on the hub beside the fields that transformers reads instead.
-_GEMMA = COMMON | {
-    "hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
-    "sliding_window", "sliding_window_size", "layer_types",
+_SILU = COMMON | {"hidden_act"}
+_QWEN = _SILU | {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
+_GEMMA3 = COMMON | {
+    "hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping",
+    "sliding_window", "sliding_window_pattern", "layer_types", "rope_local_base_freq",
 }  # fmt: skip
-# transformers' Gemma 3 attention never looks at its soft-cap: whether a checkpoint that sets one means it is unknown.
-_GEMMA3 = _GEMMA - {"attn_logit_softcapping"} | {"sliding_window_pattern", "rope_local_base_freq"}
-_MULTIMODAL = frozenset(
+# transformers' Gemma 3 attention never caps, so that what a checkpoint with this field means is unknown there.
+_GEMMA2 = _GEMMA3 - {"sliding_window_pattern", "rope_local_base_freq"} | {"attn_logit_softcapping"}
+_GEMMA_UNREAD = frozenset({"hidden_act", "sliding_window_size"})
+_VISION = frozenset(
     """
-    text_config vision_config tie_word_embeddings mm_tokens_per_image boi_token_index eoi_token_index image_token_index
-    boi_token_id eoi_token_id image_token_id
+    vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id
+    image_token_id
     """.split()
 )
+_NONE: frozenset[str] = frozenset()
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(("LlamaForCausalLM",), COMMON, _llama, _plain_to_hf),
-    "qwen2": Family(("Qwen2ForCausalLM",), _QWEN, _qwen2, _qwen_to_hf),
-    "qwen3": Family(("Qwen3ForCausalLM",), _QWEN, _qwen3, _qwen_to_hf),
-    "gemma2": Family(("Gemma2ForCausalLM",), _GEMMA, _gemma2, _gemma_to_hf),
-    "gemma3_text": Family(("Gemma3ForCausalLM",), _GEMMA3, _gemma3_text, _gemma3_to_hf, rope_per_layer_type=True),
-    "gemma3": Family(("Gemma3ForConditionalGeneration",), _MULTIMODAL, _gemma3, _gemma3_to_hf, text="gemma3_text"),
+    "llama": Family(("LlamaForCausalLM",), _SILU, _NONE, _llama, _plain_to_hf),
+    "qwen2": Family(("Qwen2ForCausalLM",), _QWEN, _NONE, _qwen2, _qwen_to_hf),
+    "qwen3": Family(("Qwen3ForCausalLM",), _QWEN, _NONE, _qwen3, _qwen_to_hf),
+    "gemma2": Family(("Gemma2ForCausalLM",), _GEMMA2, _GEMMA_UNREAD, _gemma2, _gemma_to_hf),
+    "gemma3_text": Family(
+        ("Gemma3ForCausalLM",), _GEMMA3, _GEMMA_UNREAD, _gemma3_text, _gemma3_to_hf, rope_per_layer_type=True
+    ),
+    "gemma3": Family(
+        ("Gemma3ForConditionalGeneration",),
+        frozenset({"text_config", "tie_word_embeddings"}),
+        _VISION,
+        _gemma3,
+        _gemma3_to_hf,
+        text="gemma3_text",
+    ),
 }
 """``model_type`` -> how it is read and written."""

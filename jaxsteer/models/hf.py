@@ -146,7 +146,7 @@ def _family(raw: dict[str, Any], where: str) -> Family:
 
 def _check(fields: dict[str, Any], family: Family, where: str) -> None:
     """Refuse what ``family`` does not know, by name; for a model of several parts, also inside its text part."""
-    _check_fields(fields, family.reads, where)
+    _check_fields(fields, family, where)
     if family.text is not None:
         text = fields.get("text_config")
         if not isinstance(text, dict) or text.get("model_type", family.text) != family.text:
@@ -165,9 +165,23 @@ def _check(fields: dict[str, Any], family: Family, where: str) -> None:
     _check_rope(rope, where)
 
 
-def _check_fields(fields: dict[str, Any], reads: frozenset[str], where: str) -> None:
+def _ignored(name: str, family: Family) -> bool:
+    return name.startswith("_") or name in HARMLESS or name in family.unread
+
+
+def ignored_fields(raw: dict[str, Any]) -> list[str]:
+    """Names of the fields of a config.json (of a supported family) that mapping it leaves aside."""
+    family = FAMILIES[raw["model_type"]]
+    names = [name for name, value in raw.items() if value is not None and _ignored(name, family)]
+    if family.text is not None:
+        text = FAMILIES[family.text]
+        names += [f"text_config.{name}" for name, value in raw["text_config"].items() if _ignored(name, text)]
+    return sorted(names)
+
+
+def _check_fields(fields: dict[str, Any], family: Family, where: str) -> None:
     for name, value in fields.items():
-        if value is None or name.startswith("_") or name in HARMLESS or name in reads:
+        if value is None or name in family.reads or _ignored(name, family):
             continue
         allowed = NEUTRAL.get(name)
         if allowed is None:
