@@ -2,5 +2,6 @@
 
 from checkpoints_convert.export import write_hf
 from checkpoints_convert.streaming import convert
+from checkpoints_convert.verify import report, verify
 
-__all__ = ["convert", "write_hf"]
+__all__ = ["convert", "report", "verify", "write_hf"]

@@ -1,4 +1,4 @@
-"""``python -m checkpoints_convert SRC OUT [--dtype bfloat16]``."""
+"""``python -m checkpoints_convert SRC OUT [--dtype bfloat16]``, or ``--verify [SRC] OUT``."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ import argparse
 import sys
 
 from checkpoints_convert.streaming import OUT_DTYPES, convert
+from checkpoints_convert.verify import report, verify
 from jaxsteer.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Convert as the command line says. Returns the exit code: 0, or 2 with one message for bad input."""
+    """Convert or verify as the command line says.
+
+    Returns the exit code: 0, 1 if a checkpoint is not what it should be, or 2 with one message for bad input.
+    """
     parser = argparse.ArgumentParser(prog="checkpoints_convert", description=__doc__)
-    parser.add_argument("src", metavar="SRC", help="Hugging Face model directory (safetensors)")
-    parser.add_argument("out", metavar="OUT", help="directory to create")
+    parser.add_argument("src", metavar="SRC", nargs="?", help="Hugging Face model directory (safetensors)")
+    parser.add_argument("out", metavar="OUT", help="directory to create, or to verify")
     parser.add_argument("--dtype", choices=list(OUT_DTYPES), help="dtype to store (default: the checkpoint's own)")
+    parser.add_argument("--verify", action="store_true", help="check OUT against SRC, or against its own hashes")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
+    if options.src is None and not options.verify:
+        parser.error("give SRC and OUT")
     try:
+        if options.verify:
+            return report(verify(options.out, options.src, progress=not options.quiet), options.out, options.src)
         convert(options.src, options.out, dtype=options.dtype, progress=not options.quiet)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

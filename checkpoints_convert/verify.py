@@ -1,0 +1,170 @@
+"""Is a converted checkpoint what its source says, bit for bit? Or at least what was written, by its own hashes?"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints_convert.files import DTYPES, content_hash, side_files
+from checkpoints_convert.names import Leaf, Source, expected_leaves, to_hf
+from checkpoints_convert.streaming import (
+    CONVERTER_VERSION,
+    OUT_DTYPES,
+    RECORD,
+    THREADS,
+    WEIGHTS,
+    Converted,
+    Job,
+    fingerprint,
+    plan,
+    read,
+    stored,
+)
+from jaxsteer.errors import UserError
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.hf import read_json
+from jaxsteer.models.restoring import read_index, read_leaves
+
+
+def verify(
+    out: str | os.PathLike[str], src: str | os.PathLike[str] | None = None, *, progress: bool = True
+) -> list[str]:
+    """The differences between the checkpoint directory ``out`` and what it should be; none if all is well.
+
+    Every leaf is read and compared with the sha256 that was recorded when it was written. With the Hugging Face
+    directory ``src`` every leaf is also made anew from it and compared bit for bit, and so are the config, the source's
+    hash and the files that travel. About three groups of leaves are in memory at a time. Raises ``UserError`` if
+    ``out`` is no checkpoint of this version or ``src`` is no model.
+    """
+    from tqdm.auto import tqdm
+
+    out = Path(out)
+    record = read_json(out / RECORD)
+    if record.get("format") != "jaxsteer-checkpoint" or record.get("converter_version") != CONVERTER_VERSION:
+        raise UserError(
+            f"{out} was not written by version {CONVERTER_VERSION} of the converter, the only one that this version of "
+            f"jaxsteer can verify. Convert the model again."
+        )
+    config, index = ModelConfig.from_json(record["config"]), read_index(out / WEIGHTS)
+    job = None if src is None else plan(Path(src), record["dtype"])
+    differences = _of_the_index(record, config, index)
+    if job is not None and job.config != config:
+        theirs = config.to_json()
+        changed = [name for name, value in job.config.to_json().items() if theirs[name] != value]
+        differences.append(f"config: the source differs in {', '.join(changed)}")
+        return differences  # the leaves are those of another model
+    digests: dict[str, str] = {}
+    total = sum(math.prod(shape) for _, _, shape in expected_leaves(config).values())
+    with tqdm(total=total, unit="weights", unit_scale=True, desc="verifying", disable=not progress) as bar:
+        for leaf, size, found, digest in _leaves(out / WEIGHTS, config, index, record["dtype"], job):
+            differences += [f"{'/'.join(leaf)}: {what}" for what in found]
+            if job is not None and digest is not None:
+                digests[job.tensors[leaf].name] = digest
+            bar.update(size)
+    return differences + ([] if job is None else _of_the_files(out, job, record, digests))
+
+
+def report(differences: list[str], out: Path | str, src: Path | str | None = None) -> int:
+    """Print what ``verify`` found; returns the exit code."""
+    against = f"{src}, bit for bit" if src is not None else "its own hashes"
+    if not differences:
+        print(f"{out} agrees with {against}")
+        return 0
+    print(f"{out} does not agree with {against}: {len(differences)} differences")
+    for difference in differences:
+        print(f"  {difference}")
+    return 1
+
+
+def _of_the_index(record: dict[str, Any], config: ModelConfig, index: dict[str, dict[str, str]]) -> list[str]:
+    wanted = {"/".join(leaf) for leaf in expected_leaves(config)}
+    differences = [f"{leaf}: not in the index" for leaf in sorted(wanted - index.keys())]
+    differences += [f"{leaf}: in the index, but not a leaf of this model" for leaf in sorted(index.keys() - wanted)]
+    if fingerprint(config, {leaf: entry["sha256"] for leaf, entry in index.items()}) != record["fingerprint"]:
+        differences.append(f"fingerprint: that in {RECORD} does not follow from the config and the index")
+    return differences
+
+
+def _of_the_files(out: Path, job: Job, record: dict[str, Any], digests: dict[str, str]) -> list[str]:
+    differences = []
+    if len(digests) == len(job.tensors) and content_hash(job.src, digests) != record["source_hash"]:
+        differences.append("source: its hash is not the recorded one (headers, side files or tensors have changed)")
+    if job.ignored != record["ignored_tensors"]:
+        differences.append("ignored tensors: the source has others than those recorded")
+    for name in sorted({*side_files(job.src), *side_files(out)}):
+        here, there = (path / name for path in (out, job.src))
+        if not here.is_file() or not there.is_file():
+            differences.append(f"{name}: only in the {'source' if there.is_file() else 'checkpoint'}")
+        elif here.read_bytes() != there.read_bytes():
+            differences.append(f"{name}: differs from the source's")
+    return differences
+
+
+def _leaves(
+    weights: Path, config: ModelConfig, index: dict[str, dict[str, str]], dtype: str, job: Job | None
+) -> Iterator[tuple[Leaf, int, list[str], str | None]]:
+    """(leaf, its size, its differences, sha256 of the source's tensor), group by group."""
+    expected, target = expected_leaves(config), DTYPES[OUT_DTYPES[dtype]]
+    groups: dict[str, list[Leaf]] = {}
+    for leaf in expected:
+        if "/".join(leaf) in index:
+            groups.setdefault(index["/".join(leaf)]["group"], []).append(leaf)
+
+    def check(leaf: Leaf, values: np.ndarray) -> tuple[list[str], str | None]:
+        _, source, shape = expected[leaf]
+        made = None if job is None else read(job.tensors[leaf], target)
+        found = _compare(leaf, values, made, index["/".join(leaf)]["sha256"], source, shape, target)
+        return found, None if made is None else made.source_sha256
+
+    def load(group: str) -> dict[Leaf, np.ndarray] | UserError:
+        try:
+            return read_leaves(weights, index, dict.fromkeys(groups[group], np.ndarray))
+        except UserError as error:
+            return error
+
+    # Orbax is called from one thread only, one group ahead of the comparison.
+    with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(THREADS) as pool:
+        names = list(groups)
+        ahead = loader.submit(load, names[0]) if names else None
+        for position, group in enumerate(names):
+            assert ahead is not None
+            loaded = ahead.result()
+            ahead = loader.submit(load, names[position + 1]) if position + 1 < len(names) else None
+            if isinstance(loaded, UserError):
+                for leaf in groups[group]:
+                    yield leaf, math.prod(expected[leaf][2]), [str(loaded)], None
+                continue
+            for leaf, (found, digest) in zip(loaded, pool.map(check, loaded, loaded.values()), strict=True):
+                yield leaf, math.prod(expected[leaf][2]), found, digest
+            del loaded
+
+
+def _compare(
+    leaf: Leaf,
+    values: np.ndarray,
+    made: Converted | None,
+    recorded: str,
+    source: Source,
+    shape: tuple[int, ...],
+    target: np.dtype,
+) -> list[str]:
+    """What is wrong with one stored leaf."""
+    if values.dtype != target or values.size != math.prod(shape):
+        return [f"stored as {values.dtype.name} {values.shape}, expected {target.name} {shape}"]
+    bits = np.dtype(f"u{target.itemsize}")
+    if made is None:
+        flat = to_hf(values.reshape(shape), source).reshape(-1).view(np.uint8)
+        digest = hashlib.sha256(flat.data).hexdigest()
+        return [] if digest == recorded else ["the weights on the disk are not those that were written (sha256)"]
+    wrong = int(np.count_nonzero(values.view(bits) != stored(leaf, made.values, source, shape).view(bits)))
+    differences = [f"{wrong:,} of {values.size:,} values differ from the source"] if wrong else []
+    if made.sha256 != recorded:
+        differences.append("the source gives another sha256 than was recorded")
+    return differences
