@@ -128,19 +128,27 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Convert a Hugging Face directory into a checkpoint that jaxsteer loads, layer by layer."""
+    """Convert a Hugging Face directory into a checkpoint that jaxsteer loads, layer by layer; or verify one."""
 
     src: Positional[Path]
     """Directory with config.json and *.safetensors."""
-    out: Positional[Path]
-    """Directory to make; it appears only when it is complete."""
+    out: Positional[Path | None] = None
+    """Directory to make; it appears only when it is complete. What was interrupted goes on when it is run again."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Of the stored weights (default: as they are)."""
+    verify: bool = False
+    """Compare OUT with SRC bit for bit instead (a single directory: with the hashes it recorded); exit status 1 if they
+    differ."""
 
     def run(self) -> int:
-        """Convert with a progress bar."""
-        from checkpoints_convert import convert
+        """Convert or verify, with a progress bar."""
+        from checkpoints_convert import convert, report, verify
 
+        if self.verify:
+            src, out = (None, self.src) if self.out is None else (self.src, self.out)
+            return report(verify(out, src), out, src)
+        if self.out is None:
+            raise UserError(f"no output was given: jaxsteer convert {self.src} OUT")
         print(f"Wrote {convert(self.src, self.out, dtype=self.dtype)}")
         return 0
 
