@@ -170,8 +170,8 @@ def _gemma_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
-    ropes = zip(LAYER_TYPES, config.ropes, strict=True)
-    return _gemma_to_hf(config) | {"rope_parameters": {kind: rope_to_hf(rope) for kind, rope in ropes}}
+    ropes = {kind: rope_to_hf(rope) for kind, rope in zip(LAYER_TYPES, config.ropes, strict=True)}
+    return _gemma_to_hf(config) | {"rope_parameters": ropes, "attn_logit_softcapping": None}
 
 
 class Family(NamedTuple):
