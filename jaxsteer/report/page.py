@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from jaxsteer.files import write_text
 from jaxsteer.report.plots import pareto_plot, progress_plots, rate_plot
 from jaxsteer.report.reading import (
     Run,
@@ -38,15 +37,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = read_run(run_dir)
     target = run.path / "report.html"
-    handle, aside = tempfile.mkstemp(dir=run.path, prefix=".report-", suffix=".html")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(render_page(run))
-        os.chmod(aside, 0o644)
-        os.replace(aside, target)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    write_text(target, render_page(run))
     return target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxsteer.files import write_bytes
 from jaxsteer.report.reading import percent
 
 
@@ -99,7 +101,7 @@ def write_heat_maps(metrics: Mapping[str, Any], out: Path) -> Path:
             figure.colorbar(image, ax=axis, fraction=0.05, format=shown)
     figure.suptitle(f"{metrics['persona']} on {metrics['model']}", fontsize=10)
     path = out / "heatmap.png"
-    aside = out / ".heatmap.png"
-    figure.savefig(aside, format="png", dpi=130)
-    aside.replace(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=130)
+    write_bytes(path, drawn.getvalue())
     return path
