@@ -309,3 +309,18 @@ class _Unpickler(pickle.Unpickler):
 def _short(value: object) -> str:
     text = value.name if type(value) is _Global else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def describe(value: Any) -> str:
+    """Keys, types and shapes of what ``read_torch`` returns, in a line: for the error where they fit nothing."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    if isinstance(value, dict):
+        inner = [f"{key!r}: {describe(v) if not isinstance(v, dict | list) else _many(v)}" for key, v in value.items()]
+        return "{" + ", ".join(inner[:8]) + (f", … {len(inner) - 8} more" if len(inner) > 8 else "") + "}"
+    return _many(value) if isinstance(value, list | tuple) else f"{type(value).__name__}"
+
+
+def _many(value: Any) -> str:
+    keys = f" of {', '.join(map(repr, list(value)[:3]))} …" if isinstance(value, dict) and value else ""
+    return f"{type(value).__name__} of length {len(value)}{keys}"

@@ -1,26 +1,39 @@
 """Steering: edits at the model's named places, which tokens they touch, and vector files."""
 
+from jaxsteer.steer.capping import Cap, read_capping
 from jaxsteer.steer.edits import Edit, Edits
+from jaxsteer.steer.gguf import read_control_vector, write_control_vector
+from jaxsteer.steer.imports import import_vectors
 from jaxsteer.steer.measure import count_positions, mean_norms
 from jaxsteer.steer.operations import ablate, ablate_everywhere, add, ceiling, clamp, floor, replace, scale
 from jaxsteer.steer.rows import stack_rows, take_rows
 from jaxsteer.steer.selectors import Selector, select
+from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, save_vectors
 
 __all__ = [
+    "Cap",
     "Edit",
     "Edits",
     "Selector",
+    "Vectors",
     "ablate",
     "ablate_everywhere",
     "add",
     "ceiling",
+    "check_vectors",
     "clamp",
     "count_positions",
     "floor",
+    "import_vectors",
+    "load_vectors",
     "mean_norms",
+    "read_capping",
+    "read_control_vector",
     "replace",
+    "save_vectors",
     "scale",
     "select",
     "stack_rows",
     "take_rows",
+    "write_control_vector",
 ]
