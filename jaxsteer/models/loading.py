@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from jaxsteer.models.restoring import restore
 log = logging.getLogger(__name__)
 
 ORGANISM = "organism:"
+RECORD = "jaxsteer.json"
+"""What a converted checkpoint says of itself."""
 HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "merges.txt")
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -126,13 +129,20 @@ def cache_dir() -> Path:
 
 def _checkpoint_of(source: str) -> Path:
     """The converted checkpoint of any source, made if it does not exist yet."""
+    directory, name, revision = locate(source)
+    return directory if (directory / RECORD).is_file() else _converted(directory, name, revision)
+
+
+def locate(source: str, patterns: Sequence[str] = HUB_PATTERNS) -> tuple[Path, str, str | None]:
+    """(directory, name, revision if from the hub) of any source, converted or in Hugging Face format.
+
+    Of a hub model, the files that ``patterns`` name are downloaded. Raises ``UserError`` for what is no model.
+    """
     if source.startswith(ORGANISM):
-        return _converted(_organism_dir(source.removeprefix(ORGANISM)), source=source)
+        return _organism_dir(source.removeprefix(ORGANISM)), source, None
     path = Path(source).expanduser()
-    if (path / "jaxsteer.json").is_file():
-        return path
-    if (path / "config.json").is_file():
-        return _converted(path, source=path.resolve().name)
+    if (path / RECORD).is_file() or (path / "config.json").is_file():
+        return path, path.resolve().name, None
     if path.exists():
         held = "a file" if path.is_file() else "a directory with neither jaxsteer.json nor config.json"
         raise UserError(
@@ -141,7 +151,7 @@ def _checkpoint_of(source: str) -> Path:
         )
     match = _HUB_ID.fullmatch(source)
     if match:
-        return _converted(*_download(match["repo"], match["revision"]))
+        return _download(match["repo"], match["revision"], patterns)
     raise UserError(
         f"Model {source!r} was not found. Tried: 'organism:NAME' (it does not start so), a local directory (there is "
         f"none at {path.absolute()}), a Hugging Face hub id (it is not of the form owner/name). Try 'organism:llama', "
@@ -157,7 +167,7 @@ def _organism_dir(name: str) -> Path:
     return root / name
 
 
-def _download(repo: str, revision: str | None) -> tuple[Path, str, str]:
+def _download(repo: str, revision: str | None, patterns: Sequence[str]) -> tuple[Path, str, str]:
     """(directory, hub id, resolved commit) of a hub model, from the hub's own cache if it is there."""
     import huggingface_hub
 
@@ -165,7 +175,7 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str, str]:
         # Sub-directories and "consolidated" files hold the same weights again in another format.
         path = Path(
             huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=list(HUB_PATTERNS), ignore_patterns=["*/*", "consolidated*"]
+                repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]
             )
         )
     except Exception as error:  # many types: offline, unknown repository or revision, gated, proxies
@@ -199,7 +209,7 @@ def _converted(directory: Path, source: str, revision: str | None = None) -> Pat
 
     def known() -> Path | None:
         digest = memo.read_text(encoding="ascii") if memo.is_file() else ""
-        return place(digest) if digest and (place(digest) / "jaxsteer.json").is_file() else None
+        return place(digest) if digest and (place(digest) / RECORD).is_file() else None
 
     if found := known():
         return found
@@ -218,12 +228,12 @@ def _converted(directory: Path, source: str, revision: str | None = None) -> Pat
         if found := known():
             return found
         fresh = checkpoints / f"new-{key}"
-        if not (fresh / "jaxsteer.json").is_file():
+        if not (fresh / RECORD).is_file():
             print(f"Converting {source} for first use (kept in {checkpoints})", file=sys.stderr, flush=True)
             convert(directory, fresh, progress=False, source=source, revision=revision)
         digest = read_record(fresh)["source_hash"]
         write_whole(memo, digest)
-        if (place(digest) / "jaxsteer.json").is_file():  # the same contents at another path
+        if (place(digest) / RECORD).is_file():  # the same contents at another path
             shutil.rmtree(fresh)
         else:
             fresh.rename(place(digest))
@@ -236,7 +246,7 @@ def _converted(directory: Path, source: str, revision: str | None = None) -> Pat
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
     """The metadata record of a converted checkpoint, with the keys that loading needs."""
-    record = read_json(checkpoint / "jaxsteer.json")
+    record = read_json(checkpoint / RECORD)
     if record.get("format") != "jaxsteer-checkpoint" or not {"config", "dtype", "fingerprint"} <= record.keys():
         raise UserError(f"{checkpoint}/jaxsteer.json is not the record of a converted checkpoint. Convert it again.")
     return record

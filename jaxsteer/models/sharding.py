@@ -6,7 +6,7 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsteer.errors import UserError
@@ -36,7 +36,7 @@ def make_mesh(*, model: int = 1, prompts: int | None = None) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def place(mesh: Mesh | None, spec: P, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+def place(mesh: Mesh | AbstractMesh | None, spec: P, shape: tuple[int, ...]) -> jax.sharding.Sharding:
     """The sharding of one array: ``spec`` on ``mesh``, replicated along every dimension that does not divide evenly.
 
     Few key/value heads over many devices is the common case of that. Without a mesh: the default device.
