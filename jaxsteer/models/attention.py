@@ -1,12 +1,13 @@
-"""Rotary embeddings and one einsum attention: GQA, per-layer window, soft-cap, padding, shared prefix.
+"""Rotary embeddings and one einsum attention: GQA, per-layer window, soft-cap, padding, shared prefix, cache.
 
-Letters: B rows, T queries, U keys of the prefix, C groups of rows that share one prefix (B = C * b),
-N query heads, K key/value heads, G = N / K, H head width, L layers.
+Letters: B rows, T queries, U keys of one segment, C groups of rows that share them (B = C * b), S keys of all segments,
+M slots of the cache, N query heads, K key/value heads, G = N / K, H head width, L layers.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +28,8 @@ class Prefix:
     Rows are group-major: row ``r`` of ``B`` belongs to group ``r // (B / C)``.
     """
 
-    k: Float[Array, "L C U K H"]
-    v: Float[Array, "L C U K H"]
+    k: Float[Array, "L C K H U"]
+    v: Float[Array, "L C K H U"]
     mask: Bool[Array, "C U"]
     positions: Int[Array, "C U"]
 
@@ -36,6 +37,24 @@ class Prefix:
     def length(self) -> Int[Array, " C"]:
         """Tokens of each group's prefix, padding not counted: the position of the next token."""
         return self.mask.sum(-1)
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the tokens that each row has decoded so far: slots 0 ... ``length - 1`` of M."""
+
+    k: Float[Array, "L B K H M"]
+    v: Float[Array, "L B K H M"]
+    length: Int[Array, ""]
+    """The same for all rows: padding stands before their prompts, never here."""
+
+
+Segment = tuple[Float[Array, "_ K H _"], Float[Array, "_ K H _"], Bool[Array, "_ _ _ _"]]
+"""Keys [C, K, H, U], values [C, K, H, U] and mask (of [C, b, T, U]) of one stretch of text, per group of rows.
+
+With C = B every row has its own. Time comes last because the two products of attention then read keys and values where
+they lie, which halves the time of a decoded token on CPU; elsewhere the compiler chooses layouts itself.
+"""
 
 
 def inverse_frequencies(rope: Rope, d_head: int) -> np.ndarray:
@@ -73,54 +92,60 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def _scores(equation: str, q: Array, k: Array, softcap: float | None, mask: Array) -> Array:
-    scores = jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
-    if softcap is not None:  # before the mask, as in transformers' eager path
-        scores = softcap * jnp.tanh(scores / softcap)
-    return jnp.where(mask, scores, MASKED)
-
-
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    segments: Sequence[Segment],
     *,
-    self_mask: Bool[Array, "b T T"],
-    prefix: tuple[Float[Array, "C U K H"], Float[Array, "C U K H"], Bool[Array, "C b2 T2 U"]] | None,
     scale: float,
     softcap: float | None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
-    """Softmax attention over the prefix (if any) and the rows' own keys, in float32.
+    """Softmax attention over all keys of all segments, in float32.
 
-    ``prefix`` is this layer's (keys, values, mask); it joins in one softmax with the rows' own scores. The two
-    parts are never merged through ``return_residual``, whose gradient is wrong (jax-notes 1.6).
-    Returns the head outputs ``z`` in the dtype of ``v`` and the attention pattern (S = U + T, prefix first).
+    The segments' scores join in one softmax. They are never merged through ``return_residual``, whose gradient is
+    wrong (jax-notes 1.6). Returns the head outputs ``z`` in the dtype of the values and the attention pattern
+    (S keys, the segments' one after the other).
     """
     b, t, n, h = q.shape
-    kv = k.shape[2]
-    g = n // kv
-    q = (q * scale).reshape(b, t, kv, g, h)
-    own = _scores("btkgh,bukh->bkgtu", q, k, softcap, self_mask[:, None, None])
-    peak = own.max(-1, keepdims=True)
-    if prefix is not None:
-        pk, pv, pmask = prefix
-        c = pk.shape[0]
-        grouped = q.reshape(c, b // c, t, kv, g, h)
-        past = _scores("cbtkgh,cukh->cbkgtu", grouped, pk, softcap, pmask[:, :, None, None])
-        past = past.reshape(b, kv, g, t, -1)
-        peak = jnp.maximum(peak, past.max(-1, keepdims=True))
+    kv = segments[0][0].shape[1]
+    q = (q * scale).reshape(b, t, kv, n // kv, h)
+    scores = [_scores(q, k, mask, softcap) for k, _, mask in segments]
+    peak = scores[0].max(-1, keepdims=True)
+    for more in scores[1:]:
+        peak = jnp.maximum(peak, more.max(-1, keepdims=True))
     peak = lax.stop_gradient(peak)
-    own = jnp.exp(own - peak)
-    total = own.sum(-1, keepdims=True)
-    if prefix is not None:
-        past = jnp.exp(past - peak)
-        total = total + past.sum(-1, keepdims=True)
-    own = (own / total).astype(v.dtype)
-    z = jnp.einsum("bkgtu,bukh->btkgh", own, v)
-    pattern = own
-    if prefix is not None:
-        past = (past / total).astype(v.dtype)
-        from_past = jnp.einsum("cbkgtu,cukh->cbtkgh", past.reshape(c, b // c, kv, g, t, -1), pv)
-        z = z + from_past.reshape(z.shape)
-        pattern = jnp.concatenate([past, own], axis=-1)
-    return z.reshape(b, t, n, h), pattern.reshape(b, n, t, -1)
+    exps = [jnp.exp(score - peak) for score in scores]
+    total = sum((exp.sum(-1, keepdims=True) for exp in exps[1:]), exps[0].sum(-1, keepdims=True))
+    parts = [(exp / total).astype(v.dtype) for exp, (_, v, _) in zip(exps, segments, strict=True)]
+    z = _weigh(parts[0], segments[0][1])
+    for part, (_, v, _) in zip(parts[1:], segments[1:], strict=True):
+        z = z + _weigh(part, v)
+    return z.reshape(b, t, n, h), jnp.concatenate(parts, axis=-1).reshape(b, n, t, -1)
+
+
+def apply_pattern(pattern: Float[Array, "B N T S"], segments: Sequence[Segment]) -> Float[Array, "B T N H"]:
+    """The head outputs of an attention pattern that was changed, laid out as ``attend`` returns it."""
+    b, n, t, _ = pattern.shape
+    kv = segments[0][1].shape[1]
+    z, start = jnp.zeros((), segments[0][1].dtype), 0
+    for _, v, _ in segments:
+        part = pattern[..., start : start + v.shape[-1]].astype(v.dtype)
+        z = z + _weigh(part.reshape(b, kv, n // kv, t, -1), v)
+        start += v.shape[-1]
+    return z.reshape(b, t, n, -1)
+
+
+def _scores(q: Array, k: Array, mask: Array, softcap: float | None) -> Float[Array, "B K G T U"]:
+    b, t, kv, g, h = q.shape
+    groups = k.shape[0]
+    grouped = q.reshape(groups, b // groups, t, kv, g, h)
+    scores = jnp.einsum("cbtkgh,ckhu->cbkgtu", grouped, k, preferred_element_type=jnp.float32)
+    if softcap is not None:  # before the mask, as in transformers' eager path
+        scores = softcap * jnp.tanh(scores / softcap)
+    return jnp.where(mask[:, :, None, None], scores, MASKED).reshape(b, kv, g, t, -1)
+
+
+def _weigh(pattern: Float[Array, "B K G T U"], v: Float[Array, "C K H U"]) -> Float[Array, "B T K G H"]:
+    b, kv, g, t, u = pattern.shape
+    groups = v.shape[0]
+    z = jnp.einsum("cbkgtu,ckhu->cbtkgh", pattern.reshape(groups, b // groups, kv, g, t, u), v)
+    return z.reshape(b, t, kv, g, -1)

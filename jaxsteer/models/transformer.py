@@ -10,6 +10,7 @@ editing means stop, edit, run on. Places inside a block are reached by ``tap(nam
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsteer.models.attention import Prefix, attend, rotary_tables, rotate
+from jaxsteer.models.attention import Cache, Prefix, Segment, apply_pattern, attend, rotary_tables, rotate
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Layers, Params
 from jaxsteer.models.taps import Intervention, Tap, make_where, no_tap, tap_of
@@ -25,7 +26,7 @@ from jaxsteer.models.taps import Intervention, Tap, make_where, no_tap, tap_of
 
 @struct.dataclass
 class Context:
-    """What every block of a forward pass shares: rotary tables, masks and the prefix's keys and values."""
+    """What every block of a forward pass shares: rotary tables, masks, and the keys and values of earlier text."""
 
     sin: Float[Array, "R B T h"]
     cos: Float[Array, "R B T h"]
@@ -33,6 +34,7 @@ class Context:
     distance: Int[Array, "T T"]
     prefix: Prefix | None
     prefix_distance: Int[Array, "C b T U"] | None
+    cache: Cache | None
     windows: Int[Array, " L"]
     rope_index: Int[Array, " L"]
 
@@ -42,11 +44,12 @@ def make_context(
     positions: Int[Array, "B T"],
     mask: Bool[Array, "B T"] | None = None,
     prefix: Prefix | None = None,
+    cache: Cache | None = None,
 ) -> Context:
     """The context of rows whose tokens stand at ``positions``; ``mask`` is False on padding (either side).
 
     Valid tokens of a row must be contiguous. ``B`` may be 1 when all rows share the same positions and there is
-    no prefix with per-group positions.
+    no prefix with per-group positions. Before the rows' own tokens come the prefix, then the cache.
     """
     t = positions.shape[1]
     sin, cos = rotary_tables(config.ropes, config.d_head, positions)
@@ -67,6 +70,7 @@ def make_context(
         distance=distance,
         prefix=prefix,
         prefix_distance=prefix_distance,
+        cache=cache,
         windows=jnp.asarray(config.windows, jnp.int32),
         rope_index=jnp.asarray(config.rope_index, jnp.int32),
     )
@@ -116,22 +120,12 @@ def _attention(
     table = context.rope_index[layer]
     q = rotate(q, context.sin[table], context.cos[table])
     k = rotate(k, context.sin[table], context.cos[table])
-    self_mask, window = context.self_mask, context.windows[layer]
-    if config.windowed:
-        self_mask = self_mask & (context.distance < window)
-    prefix = None
-    if context.prefix is not None:
-        pick = lambda a: lax.dynamic_index_in_dim(a, layer, 0, keepdims=False)  # noqa: E731
-        allowed = context.prefix.mask[:, None, None, :]
-        if context.prefix_distance is not None:
-            allowed = allowed & (context.prefix_distance < window)
-        prefix = (pick(context.prefix.k), pick(context.prefix.v), allowed)
-    z, pattern = attend(
-        q, k, v, self_mask=self_mask, prefix=prefix, scale=config.query_scale, softcap=config.attn_softcap
-    )
+    k, v = jnp.moveaxis(k, 1, -1), jnp.moveaxis(v, 1, -1)
+    segments = [*_past(config, context, layer), (k, v, _own_mask(config, context, layer))]
+    z, pattern = attend(q, segments, scale=config.query_scale, softcap=config.attn_softcap)
     tapped = tap("attn.hook_pattern", layer, pattern)
     if tapped is not pattern:  # an edited pattern replaces the fused product
-        z = _apply_pattern(tapped, v, prefix)
+        z = apply_pattern(tapped, segments)
     z = tap("attn.hook_z", layer, z)
     out = _dense(z.reshape(*z.shape[:2], -1), w.o.reshape(-1, config.d_model))
     if w.post_attn_norm is not None:
@@ -139,16 +133,30 @@ def _attention(
     return tap("hook_attn_out", layer, out), (k, v)
 
 
-def _apply_pattern(pattern: Array, v: Array, prefix: tuple[Array, Array, Array] | None) -> Array:
-    b, u, kv, h = v.shape
+def _own_mask(config: ModelConfig, context: Context, layer: Int[Array, ""]) -> Bool[Array, "b 1 T T"]:
+    mask = context.self_mask
+    if config.windowed:
+        mask = mask & (context.distance < context.windows[layer])
+    return mask[:, None]
+
+
+def _past(config: ModelConfig, context: Context, layer: Int[Array, ""]) -> Iterator[Segment]:
+    """This layer's keys and values of the text before the rows: the shared prefix, then each row's cache."""
+    window = context.windows[layer]
+    pick = lambda a: lax.dynamic_index_in_dim(a, layer, 0, keepdims=False)  # noqa: E731
+    prefix, cache = context.prefix, context.cache
     if prefix is not None:
-        values = prefix[1]
-        repeated = jnp.repeat(values, b // values.shape[0], axis=0)
-        v = jnp.concatenate([repeated, v], axis=1)
-    n = pattern.shape[1]
-    grouped = pattern.reshape(b, kv, n // kv, *pattern.shape[2:]).astype(v.dtype)
-    z = jnp.einsum("bkgtu,bukh->btkgh", grouped, v)
-    return z.reshape(b, -1, n, h)
+        allowed = prefix.mask[:, None, None, :]
+        if context.prefix_distance is not None:
+            allowed = allowed & (context.prefix_distance < window)
+        yield pick(prefix.k), pick(prefix.v), allowed
+    if cache is not None:
+        slots = jnp.arange(cache.k.shape[-1])
+        allowed = (slots < cache.length)[None]
+        if config.windowed:
+            steps = cache.length + jnp.arange(context.distance.shape[0])
+            allowed = allowed & (steps[:, None] - slots < window)
+        yield pick(cache.k), pick(cache.v), allowed[None, None]
 
 
 def _mlp(w: Layers, config: ModelConfig, x: Float[Array, "B T D"], layer: Int[Array, ""], tap: Tap) -> Array:
@@ -168,16 +176,23 @@ def block(
     context: Context,
     layer: Int[Array, ""],
     tap: Tap = no_tap,
-) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
+) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K H T"], Float[Array, "B K H T"]]]:
     """One transformer block with the weights ``w`` of layer ``layer`` (no layer axis).
 
     Returns the residual stream after the block and this layer's (rotated keys, values).
     """
     x = tap("hook_resid_pre", layer, x)
     attn_out, kv = _attention(w, config, rms_norm(x, w.attn_norm, config), context, layer, tap)
-    x = tap("hook_resid_mid", layer, x + attn_out)
+    x = tap("hook_resid_mid", layer, _rounded(x + attn_out))
     x = x + _mlp(w, config, rms_norm(x, w.mlp_norm, config), layer, tap)
     return tap("hook_resid_post", layer, x), kv
+
+
+def _rounded(x: Array) -> Array:
+    """x as its dtype can hold it, without which XLA may hand the norm a float32 sum that no tap can see."""
+    if x.dtype == jnp.float32:
+        return x
+    return lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, jnp.finfo(x.dtype).nmant)
 
 
 def layer_weights(params: Params, layer: int | Int[Array, ""]) -> Layers:
