@@ -17,7 +17,7 @@ from jaxsteer.models.loading import Model
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.sites import Site, parse_site
-from jaxsteer.models.taps import Intervention, Tap, check_intervention, make_where, tap_of
+from jaxsteer.models.taps import Intervention, Tap, checked, make_where, tap_of
 from jaxsteer.models.transformer import Context, block, embed, forward, layer_weights, make_context, positions_of
 
 Tokens = Int[np.ndarray, "B T"] | Int[Array, "B T"]
@@ -42,7 +42,7 @@ def logits(
     not fit the model or the rows.
     """
     inputs = _inputs(model, tokens, mask)
-    check_intervention(edits, model.config, tokens.shape[0])
+    edits = checked(edits, model.config, tokens.shape[0])
     return _logits(model.params, model.config, *inputs, edits, _lengths(model, prompt_length, tokens.shape[0]))
 
 
@@ -67,10 +67,10 @@ def capture(
     if isinstance(sites, str):
         raise UserError(f"sites must be a list of names, got the single string {sites!r}. Write [{sites!r}].")
     parsed = {name: parse_site(name, model.config.n_layers) for name in sites}
+    inputs = _inputs(model, tokens, mask)
+    edits = checked(edits, model.config, tokens.shape[0])
     if edits is None:
         parsed = {name: _as_stream(site) for name, site in parsed.items()}
-    inputs = _inputs(model, tokens, mask)
-    check_intervention(edits, model.config, tokens.shape[0])
     edited = (edits, _lengths(model, prompt_length, tokens.shape[0]))
     found = _capture(model.params, model.config, *inputs, *edited, sites=tuple(sorted(set(parsed.values()))))
     return {name: found[site.name] for name, site in parsed.items()}

@@ -66,21 +66,23 @@ def make_where(
     )
 
 
-def check_intervention(edits: Intervention | None, config: ModelConfig, rows: int | None) -> None:
-    """Refuse, before anything compiles, what is no intervention or does not fit the model or a batch of ``rows`` rows.
+def checked(edits: Intervention | None, config: ModelConfig, rows: int | None) -> Intervention | None:
+    """The edits to run, refused before anything compiles if they do not fit the model or a batch of ``rows`` rows.
 
-    An intervention may have a method ``check(config, rows)`` that raises ``UserError``; those of ``jaxsteer.steer`` do.
+    An intervention may have a method ``check(config, rows)`` that raises ``UserError``, and an attribute ``neutral``
+    that is true where it is known to change nothing (coefficient 0): it is then not run at all. Within another program
+    XLA fuses, and so rounds, other operations together; only the same program gives the same bits.
     """
     if edits is None:
-        return
+        return None
     if isinstance(edits, type) or not isinstance(edits, Intervention):
         raise UserError(
             f"edits must have a method tap(where) (see jaxsteer.steer), got {type(edits).__name__}. Several edits go "
             f"into jaxsteer.steer.Edits((first, second))."
         )
-    check = getattr(edits, "check", None)
-    if check is not None:
-        check(config, rows)
+    if hasattr(edits, "check"):
+        edits.check(config, rows)
+    return None if getattr(edits, "neutral", False) else edits
 
 
 def tap_of(edits: Intervention | None, where: Where) -> Tap:

@@ -10,6 +10,7 @@ of a subspace, T time, F features of the place (D; heads x H; I), N heads, H hea
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.taps import Intervention, Tap, Where, check_intervention
+from jaxsteer.models.taps import Intervention, Tap, Where, checked
 from jaxsteer.steer.selectors import Selector
 
 EVERY, OFF = -1, -2
@@ -61,6 +62,15 @@ class Edit:
         """Rows of the batch that the arrays are made for; None if they serve any number."""
         return _common_rows(leaf.shape[0] for leaf in jax.tree.leaves(self))
 
+    @property
+    def neutral(self) -> bool:
+        """Whether this is known to change nothing: coefficient 0, factor 1, or no layer. Not known inside jit."""
+        layers, amount = _known(self.layers), _known(self.amount)
+        if layers is None or amount is None:
+            return False
+        idle = {"add": 0.0, "add_keep_norm": 0.0, "ablate": 0.0, "scale": 1.0}.get(self.operation)
+        return bool(np.all((layers == OFF) | (amount == idle)))
+
     def touched(self, where: Where) -> Bool[Array, "B T"]:
         """True at positions that the edit reaches (in some layer), whatever its amount."""
         on = (self.layers != OFF).any(-1)
@@ -91,7 +101,8 @@ class Edit:
                 f"The vector for {self.place} has {self.vector.shape[-1]} components, but values there have the shape "
                 f"{list(size)} in this model: it belongs to another model or another place."
             )
-        highest, head = _largest(self.layers), _largest(self.head)
+        layers, heads = _known(self.layers), _known(self.head)
+        highest, head = (-1 if known is None else int(known.max()) for known in (layers, heads))
         if highest >= config.n_layers:
             raise UserError(
                 f"The edit at {self.place} names layer {highest}, but this model has layers 0 to {config.n_layers - 1}."
@@ -113,6 +124,11 @@ class Edits:
     def rows(self) -> int | None:
         """Rows of the batch that the arrays are made for; None if they serve any number."""
         return _common_rows(getattr(edit, "rows", None) or 1 for edit in self.edits)
+
+    @property
+    def neutral(self) -> bool:
+        """Whether none of the edits changes anything."""
+        return all(getattr(edit, "neutral", False) for edit in self.edits)
 
     def touched(self, where: Where) -> Bool[Array, "B T"]:
         """True at positions that any of the edits reaches."""
@@ -136,8 +152,11 @@ class Edits:
 
     def check(self, config: ModelConfig, rows: int | None = None) -> None:
         """Refuse what does not fit a model of this ``config``, or a batch of ``rows`` rows, with a ``UserError``."""
+        if not isinstance(self.edits, tuple | list):
+            raise UserError(f"Edits takes a tuple of edits, got {type(self.edits).__name__}: write Edits((edit,)).")
+        _refuse_crossed(tuple(self.edits))
         for edit in self.edits:
-            check_intervention(edit, config, rows)
+            checked(edit, config, rows)
         if rows is not None and self.rows not in (None, rows):
             raise UserError(f"The edits are made for {self.rows} rows, but the batch has {rows}.")
 
@@ -151,9 +170,28 @@ def place_shape(config: ModelConfig, place: str) -> tuple[int, ...]:
     return (n, -1) if place == PATTERN else heads.get(place, (config.d_model,))
 
 
-def _largest(array: Any) -> int:
-    """The largest entry, or -1 where it cannot be known yet (inside jit)."""
-    return -1 if isinstance(array, jax.core.Tracer) or not array.size else int(np.max(array))
+def _known(array: Any) -> np.ndarray | None:
+    """The entries, or None where they are not known: inside jit, or on other hosts."""
+    if isinstance(array, jax.core.Tracer) or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+        return None
+    return np.asarray(array)
+
+
+def _refuse_crossed(edits: tuple[Any, ...]) -> None:
+    """A floor above the ceiling on the same vector, in the same layers."""
+    caps = [edit for edit in edits if isinstance(edit, Edit) and edit.operation in ("floor", "ceiling")]
+    for low, high in itertools.product(caps, caps):
+        if (low.operation, high.operation, low.place) != ("floor", "ceiling", high.place):
+            continue
+        known = [[_known(a) for a in (edit.layers, edit.vector, edit.amount)] for edit in (low, high)]
+        if any(a is None for arrays in known for a in arrays):
+            continue
+        same = all(a.shape == b.shape and np.allclose(a, b) for a, b in zip(known[0][:2], known[1][:2]))
+        if same and (known[0][2] > known[1][2]).any():
+            raise UserError(
+                f"At {low.place} the floor {known[0][2].max():g} lies above the ceiling {known[1][2].min():g} on the "
+                f"same vector: exchange the two values."
+            )
 
 
 def _common_rows(sizes: Iterable[int]) -> int | None:
@@ -181,7 +219,10 @@ def _norm(h: Array) -> Array:
 
 def _add_keep_norm(h: Array, v: Array, a: Array) -> Array:
     moved = h + a * v
-    return moved * (_norm(h) / _norm(moved))
+    moved = moved * (_norm(h) / _norm(moved))
+    # The quotient of two equal norms need not be 1 to the last bit. Where nothing is added: the value of h, and the
+    # gradient of the formula.
+    return jnp.where(a == 0, lax.stop_gradient(h) + (moved - lax.stop_gradient(moved)), moved)
 
 
 OPERATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
