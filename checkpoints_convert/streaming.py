@@ -193,7 +193,8 @@ def _run(job: Job, directory: Path, out: Path, progress: bool, *, source: str | 
     index = {
         leaf: {"group": group, "sha256": sha} for group in job.groups for leaf, sha in notes[group]["leaves"].items()
     }
-    write_whole(weights / INDEX, json.dumps(index, indent=0) + "\n")
+    lines = (f"{json.dumps(leaf)}: {json.dumps(entry)}" for leaf, entry in index.items())
+    write_whole(weights / INDEX, "{\n" + ",\n".join(lines) + "\n}\n")
     for name in side_files(job.src):
         shutil.copyfile(job.src / name, work.checkpoint / name)
     sources = {name: digest for note in notes.values() for name, digest in note["tensors"].items()}
@@ -291,7 +292,10 @@ def stored(leaf: Leaf, values: np.ndarray, source: Source, shape: tuple[int, ...
 
 
 def save(path: Path, leaves: dict[Leaf, np.ndarray]) -> None:
-    """Write one Orbax checkpoint. Matrices come as transposed views, which TensorStore copies chunk by chunk."""
+    """Write one Orbax checkpoint. Matrices come as transposed views, which TensorStore copies chunk by chunk.
+
+    Zarr arrays in plain files: Orbax's database format (OCDBT) would hold a copy of the whole group while it is written.
+    """
     from orbax.checkpoint import v1 as ocp
 
     tree: dict[str, Any] = {}
@@ -306,11 +310,18 @@ def save(path: Path, leaves: dict[Leaf, np.ndarray]) -> None:
         return None if axis is None else ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(axis,))
 
     context = ocp.Context()
+    context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = False
     context.array.saving.use_compression = False  # weights hardly compress, and writing takes six times as long
     context.array.saving.scoped_storage_options_creator = chunks
     context.memory.deepcopy_host_arrays = False  # nobody changes them
+    logging.getLogger("absl").addFilter(_not_about_ocdbt)
     with context:
         ocp.save(path, tree)
+
+
+def _not_about_ocdbt(record: logging.LogRecord) -> bool:
+    """Orbax warns at every save in another format that there is no OCDBT part to merge."""
+    return "Skipping merge of OCDBT" not in str(record.msg)
 
 
 def read(tensor: Tensor, target: np.dtype) -> Converted:

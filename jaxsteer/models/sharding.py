@@ -15,7 +15,7 @@ from jaxsteer.models.params import LAYER_SPECS, TOP_SPECS, Layers, Params, layer
 
 AXES = ("prompts", "model")
 _SPECS = TOP_SPECS | LAYER_SPECS
-_MAX_PIECES = 64
+_MAX_PIECES = 32
 _PIECE = 1 << 19
 
 
@@ -56,7 +56,7 @@ def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in which a converted checkpoint stores the leaf ``name`` of shape ``shape``.
 
     The axis that "model" splits is stored as two, (pieces, rest), and every piece is a chunk of its own on the disk, so
-    that a process reads the pieces of its devices and nothing else. Pieces are a power of two, at most 64, of at least
+    that a process reads the pieces of its devices and nothing else. Pieces are a power of two, at most 32, of at least
     2**19 values; a leaf too small for two pieces keeps its shape.
     """
     axis = _model_axis(name)
