@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from jaxsteer.cli.inspect import Inspect
 from jaxsteer.cli.steer import Steer
+from jaxsteer.cli.vector import Vector
 from jaxsteer.errors import UserError
 from jaxsteer.study import SearchOptions
 from jaxsteer.study import run as run_search
@@ -302,10 +304,12 @@ Command = (
     Annotated[Demo, subcommand("demo")]
     | Annotated[Search, subcommand("search")]
     | Annotated[Eval, subcommand("eval")]
+    | Annotated[Inspect, subcommand("inspect")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Organism, subcommand("organism")]
     | Annotated[Direction, subcommand("direction")]
     | Annotated[Steer, subcommand("steer")]
+    | Annotated[Vector, subcommand("vector")]
 )
 
 

@@ -1,0 +1,150 @@
+"""``jaxsteer vector``: files of steering vectors, ours and those of other tools."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from tyro.conf import Positional, arg, subcommand
+
+from jaxsteer.errors import UserError
+from jaxsteer.steer import Vectors, import_vectors, load_vectors, save_vectors, write_control_vector
+from jaxsteer.steer.imports import Format
+from jaxsteer.study.files import plain
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A file of vectors, and what has to be said where it does not say it itself."""
+
+    file: Positional[Path]
+    """A vector file of jaxsteer, or of any tool in docs/vectors.md."""
+    format: Format | None = None
+    """Of the file, where its keys, shapes and name do not tell."""
+    site: str | None = None
+    """Site of a bare vector; elsewhere chooses one vector of several."""
+    name: str | None = None
+    """Chooses a capping experiment, the position of mean_diffs.pt, or the entry of a dict."""
+    sign: str | None = None
+    """What going along the vector means, in words."""
+
+    def read(self) -> Vectors:
+        """The vectors of the file."""
+        return import_vectors(self.file, format=self.format, site=self.site, name=self.name, sign=self.sign)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Show(_Source):
+    """Print what a vector file holds, or what its import would give: sites, norms, sign, model, recipe."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> int:
+        """Read and print."""
+        vectors = self.read()
+        if self.json:
+            print(json.dumps(plain(facts(vectors)), indent=2, ensure_ascii=False, allow_nan=False))
+        else:
+            print(vector_table(vectors))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Import(_Source):
+    """Turn another tool's vectors into a vector file of jaxsteer."""
+
+    out: Positional[Path]
+    """File to write (.safetensors); it must not exist."""
+
+    def run(self) -> int:
+        """Read, write and print what was written."""
+        _new(self.out)
+        vectors = self.read()
+        save_vectors(vectors, self.out)
+        print(f"{vector_table(vectors)}\n\nWrote {self.out}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write vectors as a GGUF control vector for llama.cpp, which adds at strength 1 what the file adds."""
+
+    file: Positional[Path]
+    """A vector file of jaxsteer."""
+    out: Positional[Path]
+    """File to write (.gguf); it must not exist."""
+    model_hint: str
+    """llama.cpp's name of the model's architecture: llama, qwen2, qwen3, gemma2, gemma3 ..."""
+    sites: Annotated[tuple[str, ...], arg(aliases=["--site"])] = ()
+    """Sites to write (default: all)."""
+    coefficient: float | None = None
+    """In place of the file's own, in the file's units."""
+
+    def run(self) -> int:
+        """Read, write and print what was written."""
+        _new(self.out)
+        vectors = load_vectors(self.file)
+        vectors = vectors.at(self.sites) if self.sites else vectors
+        if self.coefficient is not None:
+            vectors = dataclasses.replace(vectors, coefficient=self.coefficient)
+        write_control_vector(vectors, self.out, model_hint=self.model_hint)
+        print(f"Wrote {self.out}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vector:
+    """Files of steering vectors: look into them, import those of other tools, export for llama.cpp."""
+
+    action: (
+        Annotated[Show, subcommand("show")]
+        | Annotated[Import, subcommand("import")]
+        | Annotated[Export, subcommand("export")]
+    )
+
+    def run(self) -> int:
+        """Run the chosen action."""
+        return self.action.run()
+
+
+def facts(vectors: Vectors) -> dict[str, Any]:
+    """What a file holds without the numbers of its vectors, for JSON."""
+    rows = [
+        {
+            "site": site,
+            "shape": list(array.shape),
+            "norm": float(np.linalg.norm(array)),
+            "mean_resid_norm": vectors.mean_resid_norm.get(site),
+            "value": vectors.values.get(site),
+        }
+        for site, array in vectors.arrays.items()
+    ]
+    fields = ("operation", "coefficient", "coefficient_units", "sign", "model", "fingerprint", "read_position")
+    named = {name: getattr(vectors, name) for name in (*fields, "source_format")}
+    return {**named, "sites": rows, "metadata": vectors.metadata}
+
+
+def vector_table(vectors: Vectors) -> str:
+    """Sites with shapes and norms, then what the vectors are for and where they come from."""
+    from jaxsteer.cli.tables import aligned
+
+    known = facts(vectors)
+    rows, recipe = known.pop("sites"), known.pop("metadata")
+    table = [("site", "shape", "norm", "of stream norm", "value")]
+    for row in rows:
+        shape, stream, value = " x ".join(map(str, row["shape"])), row["mean_resid_norm"], row["value"]
+        share = f"{row['norm'] / stream:.3g}" if stream else "-"
+        table.append((row["site"], shape, f"{row['norm']:.4g}", share, "-" if value is None else f"{value:.4g}"))
+    notes = {**{name.replace("_", " "): text for name, text in known.items()}, **recipe}
+    return "\n".join([aligned(table), "", *(f"{name}: {text}" for name, text in notes.items() if text != "")])
+
+
+def _new(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists already: give a new file")
+    if not path.parent.is_dir():
+        raise UserError(f"the directory {path.parent} does not exist")
