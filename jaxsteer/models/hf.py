@@ -172,10 +172,11 @@ def _ignored(name: str, family: Family) -> bool:
 def ignored_fields(raw: dict[str, Any]) -> list[str]:
     """Names of the fields of a config.json (of a supported family) that mapping it leaves aside."""
     family = FAMILIES[raw["model_type"]]
-    names = [name for name, value in raw.items() if value is not None and _ignored(name, family)]
+    told = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version")
+    names = [n for n, value in raw.items() if value is not None and n not in told and _ignored(n, family)]
     if family.text is not None:
-        text = FAMILIES[family.text]
-        names += [f"text_config.{name}" for name, value in raw["text_config"].items() if _ignored(name, text)]
+        inside = {"model_type": family.text} | raw["text_config"]
+        names += [f"text_config.{name}" for name in ignored_fields(inside)]
     return sorted(names)
 
 

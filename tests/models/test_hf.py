@@ -439,7 +439,9 @@ def test_fields_that_are_left_aside_are_listed(tmp_path: Path) -> None:
     assert {"attention_dropout", "use_cache", "initializer_range"} <= set(ignored_fields(LLAMA_31))
     assert not {"rope_theta", "attention_bias", "pretraining_tp", "hidden_size"} & set(ignored_fields(LLAMA_31))
     assert {"hidden_act", "sliding_window_size", "_attn_implementation"} <= set(ignored_fields(GEMMA_2_27B))
-    assert {"vision_config", "text_config.model_type"} <= set(ignored_fields(GEMMA_3_4B))
+    assert {"vision_config", "mm_tokens_per_image"} <= set(ignored_fields(GEMMA_3_4B))
+    told = GEMMA_3_4B | {"text_config": {"use_cache": True, "head_dim": 256, "layer_types": None}}
+    assert [name for name in ignored_fields(told) if "text_config" in name] == ["text_config.use_cache"]
 
 
 @pytest.mark.parametrize(
