@@ -156,7 +156,8 @@ class _Archive:
 
     def refuse(self, why: str) -> NoReturn:
         """Raise the error of a file that is refused."""
-        raise UserError(f"{self.path} is refused: {why}. {TORCH_ADVICE}.")
+        shown = "".join(c if c.isprintable() else "?" for c in why[:400])  # names in the file may be of any length
+        raise UserError(f"{self.path} is refused: {shown}{'…' if len(why) > 400 else ''}. {TORCH_ADVICE}.")
 
     def read(self, name: str) -> bytes:
         """One entry, whole, its checksum compared."""

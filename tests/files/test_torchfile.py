@@ -330,6 +330,16 @@ def test_other_files_are_refused_with_advice(tmp_path, path):
     refused(path, "goes on after its end")
 
 
+def test_errors_stay_readable_whatever_the_file_says(path):
+    write_raw(path, b"\x80\x02" + GLOBAL("os", "\x1b[2J" + "x" * 10**5) + b".")
+    text = refused(path, "os.?[2Jxxx")
+    assert text.isprintable()
+    write_raw(path, b"\x80\x02N.", more={"../" + "y" * 10**4: b""})
+    refused(path, "../yyy")
+    write(path, View(NUMBERS, (10**4000,) * 30, (0,) * 30))
+    refused(path, "many times larger")
+
+
 def test_flipped_bytes_are_noticed(path):
     write(path, NUMBERS)
     raw = path.read_bytes()
