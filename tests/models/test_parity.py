@@ -27,7 +27,9 @@ def test_a_saved_model_gives_the_same_numbers(variant: str, sharded: bool, tmp_p
     model = build(variant, seed=7)
     save(model, tmp_path / "hf", max_shard_size="20KB" if sharded else "5GB")
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == sharded
-    check(jaxsteer.load(tmp_path / "hf", dtype="float32"), answers(model, length=40, seed=8), gradient=not sharded)
+    ours = jaxsteer.load(tmp_path / "hf", dtype="float32")
+    errors = check(ours, answers(model, length=40, seed=8), gradient=not sharded)
+    print(f"{variant}: largest errors", ", ".join(f"{what} {error:.1e}" for what, error in errors.items()))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
