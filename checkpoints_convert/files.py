@@ -60,13 +60,16 @@ class Tensor:
         """Size on disk in bytes."""
         return math.prod(self.shape) * _WIDTHS.get(self.dtype, 0)
 
-    def read(self, update: Callable[[memoryview], object] = lambda data: None) -> np.ndarray:
+    def read(
+        self, update: Callable[[memoryview], object] = lambda data: None, into: np.ndarray | None = None
+    ) -> np.ndarray:
         """The tensor's values, in its own dtype; ``update`` (of a digest) gets its bytes while they are in the cache.
 
-        Raises ``UserError`` naming file and tensor if the file ends early or cannot be read.
+        The values are a view of ``into`` where this is given: ``nbytes`` bytes, aligned. Raises ``UserError`` naming
+        file and tensor if the file ends early or cannot be read.
         """
-        values = np.empty(self.shape, DTYPES[self.dtype])
-        data = values.reshape(-1).view(np.uint8).data
+        memory = np.empty(self.nbytes, np.uint8) if into is None else into
+        data = memory.data
         try:
             with open(self.file, "rb", buffering=0) as stream:
                 stream.seek(self.offset)
@@ -81,7 +84,7 @@ class Tensor:
             raise UserError(
                 f"{self.file} could not be read at tensor {self.name!r} ({error.strerror or error})."
             ) from error
-        return values
+        return memory.view(DTYPES[self.dtype]).reshape(self.shape)
 
 
 def weight_files(directory: Path) -> list[Path]:

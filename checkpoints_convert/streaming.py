@@ -131,7 +131,7 @@ def plan(src: Path, dtype: str | None) -> Job:
     config = config_from_hf(src)
     tensors, ignored = assign(read_headers(src), config)
     chosen = dtype or _own_dtype(tensors)
-    return Job(src, config, tensors, ignored, chosen, dict(_groups(config, DTYPES[OUT_DTYPES[chosen]].itemsize)))
+    return Job(src, config, tensors, ignored, chosen, dict(_groups(tensors, DTYPES[OUT_DTYPES[chosen]].itemsize)))
 
 
 def _is_full(out: Path) -> bool:
@@ -213,7 +213,7 @@ def _run(job: Job, directory: Path, out: Path, progress: bool, *, source: str | 
     write_whole(work.checkpoint / RECORD, json.dumps(record, indent=1) + "\n")
     if file_states(job.src) != states:
         raise UserError(f"The files in {job.src} changed while they were being converted. Convert again.")
-    work.publish(out)
+    work.publish(weights, out)
 
 
 def fingerprint(config: ModelConfig, hashes: dict[str, str]) -> str:
@@ -236,12 +236,12 @@ def _own_dtype(tensors: dict[Leaf, Tensor]) -> str:
     return chosen
 
 
-def _groups(config: ModelConfig, width: int) -> Iterator[tuple[str, list[Leaf]]]:
-    """The leaves in stream order, in groups that are as large as GROUP_BYTES allows."""
+def _groups(tensors: dict[Leaf, Tensor], width: int) -> Iterator[tuple[str, list[Leaf]]]:
+    """The leaves in stream order, in groups that are as large as GROUP_BYTES allows, in the file and as stored."""
     number, size = 0, 0
     group: list[Leaf] = []
-    for leaf, (_, _, shape) in expected_leaves(config).items():
-        nbytes = math.prod(shape) * width
+    for leaf, tensor in tensors.items():
+        nbytes = max(tensor.nbytes, math.prod(tensor.shape) * width)
         if group and size + nbytes > GROUP_BYTES:
             yield f"{number:03d}", group
             number, group, size = number + 1, [], 0
@@ -256,34 +256,51 @@ def _write_groups(job: Job, work: Work, weights: Path, notes: dict[str, dict[str
 
     expected = expected_leaves(job.config)
     todo = [group for group in job.groups if group not in notes]
-    total = sum(tensor.nbytes for tensor in job.tensors.values())
     sizes = {group: sum(job.tensors[leaf].nbytes for leaf in leaves) for group, leaves in job.groups.items()}
+    small = {group for group, leaves in job.groups.items() if len(leaves) > 1 or sizes[group] <= GROUP_BYTES}
+    # Two groups take turns in the same memory: fresh memory is slow, above all in virtual machines.
+    room = max((_room(job, group) for group in small), default=0)
+    buffers = [np.empty(room, np.uint8) for _ in range(2)]
 
     with (
         ThreadPoolExecutor(THREADS) as pool,
-        tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar,
+        tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="converting", disable=not progress) as bar,
     ):
         bar.update(sum(sizes[group] for group in notes))
 
-        def begin(group: str) -> list[Future[Converted]]:
-            return [pool.submit(read, job.tensors[leaf], job.target) for leaf in job.groups[group]]
+        def begin(position: int) -> list[Future[Converted]]:
+            """Read a group; a leaf that is a large group alone gets memory of its own."""
+            group, reading, start = todo[position], [], 0
+            for leaf in job.groups[group]:
+                tensor = job.tensors[leaf]
+                into = buffers[position % 2][start : start + tensor.nbytes] if group in small else None
+                reading.append(pool.submit(read, tensor, job.target, into))
+                start += _aligned(tensor.nbytes)
+            return reading
 
         ahead: list[Future[Converted]] | None = None
         for position, group in enumerate(todo):
-            reading, ahead = ahead or begin(group), None
+            reading, ahead = ahead or begin(position), None
             leaves = dict(zip(job.groups[group], [future.result() for future in reading], strict=True))
             del reading
-            if position + 1 < len(todo) and job.size(group) <= GROUP_BYTES:  # a large leaf stays alone in memory
-                ahead = begin(todo[position + 1])
-            save(
-                weights / group, {leaf: stored(leaf, done.values, *expected[leaf][1:]) for leaf, done in leaves.items()}
-            )
+            if position + 1 < len(todo) and {group, todo[position + 1]} <= small:
+                ahead = begin(position + 1)
+            save(weights / group, {leaf: stored(leaf, one.values, *expected[leaf][1:]) for leaf, one in leaves.items()})
             notes[group] = {
-                "leaves": {"/".join(leaf): done.sha256 for leaf, done in leaves.items()},
-                "tensors": {job.tensors[leaf].name: done.source_sha256 for leaf, done in leaves.items()},
+                "leaves": {"/".join(leaf): one.sha256 for leaf, one in leaves.items()},
+                "tensors": {job.tensors[leaf].name: one.source_sha256 for leaf, one in leaves.items()},
             }
             work.finish(group, weights / group, notes[group])
             bar.update(sizes[group])
+            del leaves
+
+
+def _room(job: Job, group: str) -> int:
+    return sum(_aligned(job.tensors[leaf].nbytes) for leaf in job.groups[group])
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
 
 
 def stored(leaf: Leaf, values: np.ndarray, source: Source, shape: tuple[int, ...]) -> np.ndarray:
@@ -294,7 +311,7 @@ def stored(leaf: Leaf, values: np.ndarray, source: Source, shape: tuple[int, ...
 def save(path: Path, leaves: dict[Leaf, np.ndarray]) -> None:
     """Write one Orbax checkpoint. Matrices come as transposed views, which TensorStore copies chunk by chunk.
 
-    Zarr arrays in plain files: Orbax's database format (OCDBT) would hold a copy of the whole group while it is written.
+    Zarr arrays in plain files: Orbax's database format (OCDBT) holds a copy of the whole group while it is written.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -324,10 +341,13 @@ def _not_about_ocdbt(record: logging.LogRecord) -> bool:
     return "Skipping merge of OCDBT" not in str(record.msg)
 
 
-def read(tensor: Tensor, target: np.dtype) -> Converted:
-    """One tensor in dtype ``target``. Raises ``UserError`` where a value does not fit, and as ``Tensor.read`` does."""
+def read(tensor: Tensor, target: np.dtype, into: np.ndarray | None = None) -> Converted:
+    """One tensor in dtype ``target``. Raises ``UserError`` where a value does not fit, and as ``Tensor.read`` does.
+
+    What is read goes into the memory ``into``, where this is given.
+    """
     digest = hashlib.sha256()
-    values = tensor.read(digest.update)
+    values = tensor.read(digest.update, into)
     if values.dtype == target:
         return Converted(values, digest.hexdigest(), digest.hexdigest())
     with np.errstate(over="ignore"):

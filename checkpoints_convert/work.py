@@ -129,15 +129,19 @@ class Work:
 
     def finish(self, group: str, files: Path, note: dict[str, Any]) -> None:
         """Declare a group complete, after its ``files`` have reached the disk."""
-        sync(files)
+        sync(*files.rglob("*"), files)
         write_whole(self._note(group), json.dumps(note))
 
     def _note(self, group: str) -> Path:
         return self.directory / "done" / f"{group}.json"
 
-    def publish(self, out: Path) -> None:
-        """Make the finished checkpoint appear as ``out``, and remove what is left of the work."""
-        sync(self.checkpoint)
+    def publish(self, weights: Path, out: Path) -> None:
+        """Make the finished checkpoint appear as ``out``, and remove what is left of the work.
+
+        The files of groups are on the disk already (``finish``); ``weights`` is the directory that holds them.
+        """
+        for directory in (weights, self.checkpoint):
+            sync(*(path for path in directory.iterdir() if path.is_file()), directory)
         if out.is_dir() and not any(out.iterdir()):
             out.rmdir()
         os.rename(self.checkpoint, out)
@@ -212,12 +216,11 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def sync(directory: Path) -> None:
-    """Flush every file and directory to the disk, so that what follows cannot outlive the contents."""
-    for root, _, files in os.walk(directory):
-        for name in [*files, "."]:
-            handle = os.open(os.path.join(root, name), os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+def sync(*paths: Path) -> None:
+    """Flush files and directories to the disk, so that what follows cannot outlive the contents."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

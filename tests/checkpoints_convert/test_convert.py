@@ -80,7 +80,7 @@ def test_groups_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     source = hf_directory(tmp_path / "hf")
     whole = convert(source, tmp_path / "whole", progress=False)
     monkeypatch.setattr(module, "GROUP_BYTES", 1)
-    assert [len(leaves) for _, leaves in module._groups(CONFIG, 4)] == [1] * 30
+    assert [len(leaves) for leaves in module.plan(source, None).groups.values()] == [1] * 30
     parts = convert(source, tmp_path / "parts", progress=False)
     first, second = (json.loads((out / "jaxsteer.json").read_text())["fingerprint"] for out in (whole, parts))
     assert first == second

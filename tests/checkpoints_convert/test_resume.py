@@ -101,6 +101,7 @@ def test_killed_at_every_kind_of_moment(whole: Any, killer: Killer, tmp_path: Pa
         ("streaming.write_whole:1:after", GROUPS),
         ("streaming.write_whole:2:before", GROUPS),  # no record
         ("work.sync:1:after", GROUPS),
+        ("work.sync:2:after", GROUPS),
     ):
         assert killer(out=out, point=point)["status"] == -9, point
         assert not out.exists(), point
@@ -199,10 +200,10 @@ def test_a_disk_that_fills_up(
 
 
 def test_a_source_that_cannot_be_read_just_now(source: Path, whole: Any, tmp_path: Path, small_groups: None) -> None:
-    def failing(tensor: files.Tensor, update: Any) -> np.ndarray:
+    def failing(tensor: files.Tensor, update: Any, into: Any = None) -> np.ndarray:
         if "layers.2" in tensor.name:
             raise UserError(f"{tensor.name} could not be read") from OSError(errno.EIO, "Input/output error")
-        return original(tensor, update)
+        return original(tensor, update, into)
 
     original = files.Tensor.read
     with pytest.MonkeyPatch.context() as patch:
