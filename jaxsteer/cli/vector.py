@@ -27,7 +27,7 @@ class _Source:
     site: str | None = None
     """Site of a bare vector; elsewhere chooses one vector of several."""
     name: str | None = None
-    """Chooses a capping experiment, the position of mean_diffs.pt, or the entry of a dict."""
+    """Chooses a capping experiment, the position of mean_diffs.pt, the model in a folder, or the entry of a dict."""
     sign: str | None = None
     """What going along the vector means, in words."""
 

@@ -76,6 +76,8 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
             start = file.read(len(_LEGACY))
             if start == _LEGACY:
                 raise UserError(f"{path} was written by torch before 1.6, which cannot be read safely. {TORCH_ADVICE}.")
+            if start.startswith(b"version https:"):
+                raise UserError(f"{path} is a pointer of Git LFS, not the file itself: fetch that with git lfs pull")
             if not start.startswith(b"PK"):
                 raise UserError(
                     f"{path} is not a file of torch: those are ZIP files, and this one begins with {start!r}"

@@ -51,7 +51,8 @@ def import_vectors(
 
     The format is told by keys and shapes, then by file names; ``format`` decides where they do not. ``site`` says
     where a bare vector belongs, and chooses one of several vectors elsewhere. ``name`` chooses the experiment of a
-    capping configuration, the position (-1, -2 ...) of mean_diffs.pt, or the entry of a dict. ``sign`` says what going
+    capping configuration, the position (-1, -2 ...) of mean_diffs.pt, the model in a folder of CAA, or the entry of a
+    dict. ``sign`` says what going
     along the vector means. Raises ``UserError`` for a file that cannot be read, that fits no format (with its keys and
     shapes) or several.
     """
@@ -383,19 +384,23 @@ def _folder(ask: _Ask) -> Vectors:
         inner = dataclasses.replace(ask, path=path / "direction.pt", format="refusal_direction")
         return _torch(inner, read_torch(inner.path))
     matches = {p: m for p in sorted(path.iterdir()) if (m := _CAA_FILE.fullmatch(p.name))}
-    models = {m.group(2) for m in matches.values()}
+    matches = {p: m for p, m in matches.items() if ask.name in (None, m.group(2))}
+    models = {str(m.group(2)) for m in matches.values()}
     if not matches or ask.format not in (None, "caa"):
         names = ", ".join(sorted(p.name for p in path.iterdir())[:8])
         raise UserError(f"this folder fits no known format: it holds {names or 'nothing'}. Name one file")
     if len(models) > 1 or len({int(m.group(1)) for m in matches.values()}) < len(matches):
-        raise UserError(f"this folder holds vectors of several models ({', '.join(map(str, models))}): name one file")
+        raise UserError(
+            f"this folder holds vectors of several models: choose one with --name: {', '.join(sorted(models))}"
+        )
     by_layer = {}
     for file, match in matches.items():
         array = read_torch(file)
         if not isinstance(array, np.ndarray) or array.ndim != 1:
             raise UserError(f"{file.name} holds {describe(array)}; expected one tensor [D]")
         by_layer[int(match.group(1))] = array
-    return _caa_vectors(ask, {resid_site(i): by_layer[i] for i in sorted(by_layer)}, models.pop())
+    arrays = {resid_site(i): by_layer[i] for i in sorted(by_layer)}
+    return _caa_vectors(dataclasses.replace(ask, name=None), arrays, models.pop())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -321,6 +321,8 @@ def test_other_files_are_refused_with_advice(tmp_path, path):
     refused(path, "not a file of torch")
     path.write_bytes(b"")
     refused(path, "not a file of torch")
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    refused(path, "Git LFS", "git lfs pull")
     path.unlink()
     refused(path, "there is no file")
     refused(tmp_path, "cannot be read")

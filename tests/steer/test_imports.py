@@ -177,8 +177,12 @@ def test_caa_by_file_and_by_folder(tmp_path):
     one = import_vectors(folder / "vec_layer_3_Llama-2-7b-chat-hf.pt")
     assert one.sites == (post(3),) and "towards the behaviour" in one.sign
     save(tmp_path, "normalized_vectors/sycophancy/vec_layer_1_other.pt", rows(L)[1])
-    with pytest.raises(UserError, match="several models"):
+    with pytest.raises(UserError, match="several models.*--name: Llama-2-7b-chat-hf, other"):
         import_vectors(folder)
+    assert import_vectors(folder, name="Llama-2-7b-chat-hf").sites == (post(1), post(3))
+    assert import_vectors(folder, name="other").sites == (post(1),)
+    with pytest.raises(UserError, match="fits no known format"):
+        import_vectors(folder, name="absent")
     with pytest.raises(UserError, match="fits no known format: it holds back.safetensors, normalized_vectors"):
         import_vectors(tmp_path)
 
