@@ -84,10 +84,11 @@ class Edit:
         b = where.tokens.shape[0]
         if self.rows not in (None, b):
             raise UserError(f"This edit is made for {self.rows} rows, but the batch has {b}.")
-        selected = self.selector.touched(where)
+        edit: Edit = jax.tree.map(jnp.asarray, self)
+        selected = edit.selector.touched(where)
 
         def tap(place: str, layer: Int[Array, ""] | int, value: Array) -> Array:
-            return _apply(self, where, selected, layer, value) if place == self.place else value
+            return _apply(edit, where, selected, layer, value) if place == edit.place else value
 
         return tap
 
@@ -183,7 +184,7 @@ def _refuse_crossed(edits: tuple[Any, ...]) -> None:
     for low, high in itertools.product(caps, caps):
         if (low.operation, high.operation, low.place) != ("floor", "ceiling", high.place):
             continue
-        known = [[_known(a) for a in (edit.layers, edit.vector, edit.amount)] for edit in (low, high)]
+        known: list[list[Any]] = [[_known(a) for a in (edit.layers, edit.vector, edit.amount)] for edit in (low, high)]
         if any(a is None for arrays in known for a in arrays):
             continue
         same = all(a.shape == b.shape and np.allclose(a, b) for a, b in zip(known[0][:2], known[1][:2]))

@@ -29,6 +29,8 @@ from jaxsteer.models.sites import Site, parse_site
 from jaxsteer.steer.edits import EVERY, HEADS, PATTERN, Edit, Edits
 from jaxsteer.steer.selectors import Positions, select
 
+Numbers = ArrayLike | Sequence[Any]
+"""One number, an array, or lists of numbers."""
 Sites = str | Site | Sequence[str | Site]
 _EVERY_SITE = "blocks.*."
 _ANY_DEPTH = 1 << 20  # a site is checked against the model's depth when the edit is used
@@ -36,11 +38,11 @@ _ANY_DEPTH = 1 << 20  # a site is checked against the model's depth when the edi
 
 def add(
     site: Sites,
-    vector: ArrayLike,
-    coefficient: ArrayLike = 1.0,
+    vector: Numbers,
+    coefficient: Numbers = 1.0,
     *,
     positions: Positions = "all",
-    mean_norm: ArrayLike | None = None,
+    mean_norm: Numbers | None = None,
     keep_norm: bool = False,
     head: int | None = None,
 ) -> Edit:
@@ -67,8 +69,8 @@ def add(
 
 def ablate(
     site: Sites,
-    vector: ArrayLike,
-    coefficient: ArrayLike = 1.0,
+    vector: Numbers,
+    coefficient: Numbers = 1.0,
     *,
     positions: Positions = "all",
     head: int | None = None,
@@ -98,7 +100,7 @@ def ablate_everywhere(vector: ArrayLike, *, positions: Positions = slice(0, None
 
 
 def floor(
-    site: Sites, vector: ArrayLike, value: ArrayLike, *, positions: Positions = "all", head: int | None = None
+    site: Sites, vector: Numbers, value: Numbers, *, positions: Positions = "all", head: int | None = None
 ) -> Edit:
     """Cap from below: h - min(h . u - value, 0) u, u = vector / |vector|, so that h . u never falls below ``value``.
 
@@ -110,14 +112,14 @@ def floor(
 
 
 def ceiling(
-    site: Sites, vector: ArrayLike, value: ArrayLike, *, positions: Positions = "all", head: int | None = None
+    site: Sites, vector: Numbers, value: Numbers, *, positions: Positions = "all", head: int | None = None
 ) -> Edit:
     """Cap from above: h - max(h . u - value, 0) u: the projection never rises above ``value``. See ``floor``."""
     return _along("ceiling", site, vector, value, positions, head)
 
 
 def clamp(
-    site: Sites, vector: ArrayLike, value: ArrayLike, *, positions: Positions = "all", head: int | None = None
+    site: Sites, vector: Numbers, value: Numbers, *, positions: Positions = "all", head: int | None = None
 ) -> Edit:
     """Set the projection: h + (value - h . u) u, u = vector / |vector|, so that h . u equals ``value``.
 
@@ -126,7 +128,7 @@ def clamp(
     return _along("clamp", site, vector, value, positions, head)
 
 
-def scale(site: Sites, factor: ArrayLike, *, positions: Positions = "all", head: int | None = None) -> Edit:
+def scale(site: Sites, factor: Numbers, *, positions: Positions = "all", head: int | None = None) -> Edit:
     """Scale the whole value: factor * h (2410.04962, whose alpha is factor - 1). 1 changes nothing, 0 is zero ablation.
 
     In ``attn.hook_pattern`` the positions select queries; the weights are not normalised again.
@@ -137,9 +139,9 @@ def scale(site: Sites, factor: ArrayLike, *, positions: Positions = "all", head:
 
 def replace(
     site: str | Site,
-    value: ArrayLike,
+    value: Numbers,
     *,
-    mask: ArrayLike | None = None,
+    mask: Numbers | None = None,
     positions: Positions = slice(0, None),
     head: int | None = None,
 ) -> Edit:
@@ -178,7 +180,7 @@ def replace(
 
 
 def _along(
-    operation: str, site: Sites, vector: ArrayLike, value: ArrayLike, positions: Positions, head: int | None
+    operation: str, site: Sites, vector: Numbers, value: Numbers, positions: Positions, head: int | None
 ) -> Edit:
     place, layers, many = _sites(site)
     vectors = _unit(_vectors(place, vector, layers, many, head))
@@ -232,7 +234,7 @@ def _dims(place: str, head: int | None) -> int:
     return 2 if place in (*HEADS, PATTERN) and head is None else 1
 
 
-def _array(given: ArrayLike, name: str) -> Any:
+def _array(given: Numbers, name: str) -> Any:
     """float32; NumPy and finite, except for tracers and arrays that live on other hosts."""
     if isinstance(given, jax.Array) and (isinstance(given, jax.core.Tracer) or not given.is_fully_addressable):
         return given.astype(jnp.float32)
@@ -242,7 +244,7 @@ def _array(given: ArrayLike, name: str) -> Any:
     return array
 
 
-def _numbers(given: ArrayLike, layers: int, name: str) -> Any:
+def _numbers(given: Numbers, layers: int, name: str) -> Any:
     """[1, M], from one number or M of them."""
     array = _array(given, name)
     if array.shape not in ((), (layers,)):
@@ -254,7 +256,7 @@ def _numbers(given: ArrayLike, layers: int, name: str) -> Any:
 
 
 def _vectors(
-    place: str, given: ArrayLike, layers: list[int], many: bool, head: int | None, *, subspace: bool = False
+    place: str, given: Numbers, layers: list[int], many: bool, head: int | None, *, subspace: bool = False
 ) -> Any:
     """[1, M, k, F] from one vector, one for each of M sites, or a subspace of k."""
     if place == PATTERN:
