@@ -1,10 +1,11 @@
-"""``python -m checkpoints_convert SRC OUT [--dtype bfloat16]``, or ``--verify [SRC] OUT``."""
+"""``python -m checkpoints_convert SRC OUT [--dtype bfloat16]``, ``--verify [SRC] OUT``, or ``sae SRC OUT``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
+from checkpoints_convert import sae
 from checkpoints_convert.streaming import OUT_DTYPES, convert
 from checkpoints_convert.verify import report, verify
 from jaxsteer.errors import UserError
@@ -15,6 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns the exit code: 0, 1 if a checkpoint is not what it should be, or 2 with one message for bad input.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["sae"]:
+        return sae.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="checkpoints_convert", description=__doc__)
     parser.add_argument("src", metavar="SRC", nargs="?", help="Hugging Face model directory (safetensors)")
     parser.add_argument("out", metavar="OUT", help="directory to create, or to verify")

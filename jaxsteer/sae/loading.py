@@ -1,0 +1,190 @@
+"""``load_sae``: an SAE in any known layout, from a folder, a file or the hub, straight into its shardings."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from checkpoints_convert.sae import read_sae, write_sae
+from checkpoints_convert.sae_files import Asked
+from checkpoints_convert.sae_form import Dictionary, Matrix
+from jaxsteer.errors import UserError
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.loading import Model
+from jaxsteer.models.sharding import place
+from jaxsteer.models.sites import parse_site
+from jaxsteer.sae.dictionary import SAE, SPECS
+
+log = logging.getLogger(__name__)
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Health(NamedTuple):
+    """Latents that cannot be used."""
+
+    dead: int
+    """Decoder rows of zeros: these latents never write anything."""
+    non_finite: int
+    """Latents with a NaN or an infinity among their weights."""
+
+
+def load_sae(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | jnp.dtype | None = None,
+    mesh: Mesh | None = None,
+    site: str | None = None,
+    model: str | None = None,
+    k: int | None = None,
+    norm_scaling_factor: float | None = None,
+    use_threshold: bool = False,
+    unit_decoder: bool | None = None,
+) -> SAE:
+    """Load a sparse autoencoder or transcoder, in canonical form (docs/saes.md).
+
+    ``source`` is a folder, a file, or a hub id with a folder or file: ``owner/name:folder``,
+    ``owner/name@revision:folder``. The layout is recognised by its tensors. ``dtype`` is that of the matrices, float32
+    by default; biases and thresholds are always float32. With a ``mesh`` the latents are split over its axis "model",
+    and every device reads its own.
+
+    What a file does not say has to be given, and wins over the file where both say it: ``site`` (a name of
+    ``jaxsteer.parse_site``), ``model`` (a hub id), ``k`` (active latents of top-k), ``norm_scaling_factor`` (of SAELens
+    releases with inputs scaled to a fixed average norm). ``use_threshold`` reads an ``AutoEncoderTopK`` of
+    dictionary_learning by its stored threshold instead of top-k. ``unit_decoder`` scales decoder rows to norm 1, which
+    changes the units of the latents; by default as the layout's own library does.
+
+    Dead latents are logged, non-finite ones with a warning. Raises ``UserError`` for a source that is not found, not
+    known, ambiguous, damaged, or that says too little; the message lists what was found and what is known.
+    """
+    target = _dtype(dtype)
+    asked = Asked(model=model, site=site, k=k, norm_scaling_factor=norm_scaling_factor, use_threshold=use_threshold)
+    sae = to_device(read_sae(source, unit_decoder_rows=unit_decoder, asked=asked), dtype=target, mesh=mesh)
+    health = check_health(sae)
+    if health.non_finite:
+        log.warning(
+            "%d of %d latents of the SAE %s have NaN or infinite weights", health.non_finite, sae.n_latents, source
+        )
+    if health.dead:
+        log.info("%d of %d latents of the SAE %s have decoder rows of zeros", health.dead, sae.n_latents, source)
+    return sae
+
+
+def save_sae(sae: SAE, out: str | os.PathLike[str], *, dtype: str = "float32") -> None:
+    """Write the folder ``out`` in SAELens' layout, whole or not at all; ``load_sae`` gives the same SAE again.
+
+    The file holds the canonical form: scales and subtractions in the config are folded. ``dtype`` is that of the
+    matrices. What SAELens cannot express is logged with a warning. Raises ``UserError`` if ``out`` exists.
+    """
+    lost = write_sae(to_host(sae), out, dtype=dtype)
+    if lost:
+        log.warning("SAELens will refuse %s, because it cannot express %s", out, "; ".join(lost))
+
+
+def to_device(d: Dictionary, *, dtype: jnp.dtype, mesh: Mesh | None = None) -> SAE:
+    """The pytree of an SAE on the host. Matrices are read and rounded piece by piece, each device its own."""
+    leaves = {}
+    for name, spec in SPECS.items():
+        value = getattr(d, name)
+        if value is None:
+            continue
+        sharding = place(mesh, spec, value.shape)
+        if isinstance(value, Matrix):
+            leaves[name] = jax.make_array_from_callback(value.shape, sharding, _reader(value, dtype))
+        else:
+            leaves[name] = jax.device_put(np.asarray(value, np.float32), sharding)
+    return SAE(config=d.config, **leaves)
+
+
+def _reader(matrix: Matrix, dtype: jnp.dtype) -> Any:
+    return lambda index: matrix.read(index[0], index[1], dtype)
+
+
+def to_host(sae: SAE) -> Dictionary:
+    """The opposite of ``to_device``."""
+    leaves = {name: np.asarray(leaf) for name in SPECS if (leaf := getattr(sae, name)) is not None}
+    arrays: dict[str, Any] = {k: Matrix(v) if v.ndim == 2 else v.astype(np.float64) for k, v in leaves.items()}
+    return Dictionary(config=sae.config, **arrays)
+
+
+def check_health(sae: SAE) -> Health:
+    """Count the latents that cannot be used."""
+    dead, non_finite = _health(sae)
+    return Health(int(dead), int(non_finite))
+
+
+@jax.jit
+def _health(sae: SAE) -> tuple[jax.Array, jax.Array]:
+    dead = jnp.all(sae.W_dec == 0, axis=1)
+    finite = jnp.all(jnp.isfinite(sae.W_dec), axis=1) & jnp.all(jnp.isfinite(sae.W_enc), axis=0)
+    for vector in (sae.b_enc, sae.b_mag, sae.mag_scale):
+        finite &= True if vector is None else jnp.isfinite(vector)
+    if sae.threshold is not None:  # an infinite threshold is how a latent is switched off
+        finite &= ~jnp.isnan(sae.threshold)
+    return dead.sum(), (~finite).sum()
+
+
+def check_sae(sae: SAE, model: Model, site: str | None = None) -> None:
+    """Make sure that ``sae`` reads what ``model`` has at ``site`` (by default, at the SAE's own site).
+
+    Another width raises ``UserError`` with both numbers, and so does a site that the model does not have. Another
+    model or site, or one that the SAE does not name, is a warning: latents then may mean nothing.
+    """
+    own = sae.config.site_in
+    name = site or own
+    if name is None:
+        raise UserError(
+            "This SAE does not say which site it belongs to. Give site=, for example 'blocks.2.hook_resid_post'."
+        )
+    place_of = parse_site(name, model.config.n_layers)
+    width = site_width(model.config, place_of.place)
+    if width != sae.d_in:
+        raise UserError(
+            f"The SAE reads activations of width {sae.d_in} ({own} of {sae.config.model or 'an unknown model'}), and "
+            f"{place_of.name} of {model.name} has width {width}. It belongs to another model or site."
+        )
+    if own is not None and own != place_of.name:
+        log.warning("this SAE was trained at %s and is used at %s: it may mean nothing there", own, place_of.name)
+    if not same_model(sae.config.model, model.name):
+        log.warning(
+            "this SAE was trained on %s and is used on %s: its latents may mean something else, or nothing",
+            sae.config.model or "a model that its files do not name",
+            model.name,
+        )
+
+
+def site_width(config: ModelConfig, place_name: str) -> int:
+    """Width of the activations at a place, heads joined. Raises ``UserError`` for attention patterns."""
+    if place_name in ("attn.hook_q", "attn.hook_z"):
+        return config.n_heads * config.d_head
+    if place_name in ("attn.hook_k", "attn.hook_v"):
+        return config.n_kv_heads * config.d_head
+    if place_name in ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"):
+        return config.d_mlp
+    if place_name == "attn.hook_pattern":
+        raise UserError("An attention pattern has no fixed width, so that no SAE reads it.")
+    return config.d_model
+
+
+def same_model(one: str | None, other: str) -> bool:
+    """Whether two names may mean the same model: owners count only where both name one."""
+    if one is None:
+        return False
+    a, b = (name.lower().split("@")[0].rstrip("/") for name in (one, other))
+    return a == b if "/" in a and "/" in b else a.rpartition("/")[2] == b.rpartition("/")[2]
+
+
+def _dtype(asked: str | jnp.dtype | None) -> jnp.dtype:
+    try:
+        dtype = jnp.dtype("float32" if asked is None else asked)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in _DTYPES:
+        raise UserError(f"dtype {asked!r} is not supported: give 'float32', 'bfloat16' or 'float16'.")
+    return dtype
