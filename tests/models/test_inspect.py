@@ -7,6 +7,7 @@ import math
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import pytest
 import jaxsteer
 from checkpoints_convert import convert
 from jaxsteer import UserError
+from jaxsteer.models.hf import config_to_hf
 from jaxsteer.models.inspect import attention_kinds, describe, memory, parameters, site_shapes
 from jaxsteer.models.sharding import make_mesh, shard_params
 from tests.helpers.checkpoints import FAMILIES, WINDOW, family_config, hf_directory, random_model, random_params
@@ -80,6 +82,22 @@ def test_config_json_alone_is_enough(tmp_path: Path) -> None:
         assert (about.config, about.dtype, about.converted) == (family_config("gemma2"), "bfloat16", False)
     assert about.name == "alone"
     assert "transformers_version" not in about.ignored_fields
+
+
+def test_of_a_hub_model_only_its_config_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def snapshot_download(repo: str, **options: object) -> str:
+        asked.update(options, repo=repo)
+        commit = tmp_path / "0123abc"
+        commit.mkdir()
+        (commit / "config.json").write_text(json.dumps(config_to_hf(family_config("qwen3"))))
+        return str(commit)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    about = describe("owner/name@main")
+    assert (asked["repo"], asked["revision"], asked["allow_patterns"]) == ("owner/name", "main", ["config.json"])
+    assert (about.name, about.revision, about.config) == ("owner/name", "0123abc", family_config("qwen3"))
 
 
 def test_a_converted_checkpoint_tells_what_was_left_out(tmp_path: Path) -> None:
