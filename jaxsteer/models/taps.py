@@ -10,7 +10,7 @@ Letters: B rows, T time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import struct
@@ -66,7 +66,7 @@ def make_where(
     )
 
 
-def checked(edits: Intervention | None, config: ModelConfig, rows: int | None) -> Intervention | None:
+def checked(edits: Any, config: ModelConfig, rows: int | None) -> Intervention | None:
     """The edits to run, refused before anything compiles if they do not fit the model or a batch of ``rows`` rows.
 
     An intervention may have a method ``check(config, rows)`` that raises ``UserError``, and an attribute ``neutral``

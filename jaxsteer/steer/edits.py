@@ -142,6 +142,7 @@ class Edits:
 
     def tap(self, where: Where) -> Tap:
         """The taps of all edits, one after the other."""
+        _ = self.rows  # which refuses those that differ
         taps = [edit.tap(where) for edit in self.edits]
 
         def tap(place: str, layer: Int[Array, ""] | int, value: Array) -> Array:

@@ -56,12 +56,15 @@ class Selector:
         return where.valid & (inside | named)
 
 
-Positions = str | int | slice | Sequence[int] | np.ndarray | Selector
+Positions = str | int | slice | Sequence[int] | np.ndarray | Array | Selector
 """What ``select`` accepts."""
 
 
 def select(
-    positions: Positions | None = None, *, tokens: Sequence[int] | np.ndarray = (), include_first: bool | None = None
+    positions: Positions | None = None,
+    *,
+    tokens: Sequence[int] | np.ndarray | Array = (),
+    include_first: bool | None = None,
 ) -> Selector:
     """The tokens at ``positions``, and those whose id is among ``tokens``.
 
