@@ -33,7 +33,7 @@ from checkpoints_convert.work import Work, discard, kept_or_discarded, locked, w
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import config_from_hf
-from jaxsteer.models.sharding import piece_axis, stored_shape
+from jaxsteer.models.sharding import STORED_TRANSPOSED, piece_axis, stored_shape
 
 log = logging.getLogger(__name__)
 
@@ -305,7 +305,8 @@ def _aligned(nbytes: int) -> int:
 
 def stored(leaf: Leaf, values: np.ndarray, source: Source, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor of the file as the leaf that is stored, whose own shape is ``shape``: a view."""
-    return to_ours(values, stored_shape(leaf[-1], shape), source)
+    form = stored_shape(leaf[-1], shape)
+    return values.reshape(form) if leaf[-1] in STORED_TRANSPOSED else to_ours(values, form, source)
 
 
 def save(path: Path, leaves: dict[Leaf, np.ndarray]) -> None:

@@ -31,6 +31,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import read_json
 from jaxsteer.models.restoring import read_index, read_leaves
+from jaxsteer.models.sharding import STORED_TRANSPOSED
 
 
 def verify(
@@ -160,7 +161,8 @@ def _compare(
         return [f"stored as {values.dtype.name} {values.shape}, expected {target.name} {shape}"]
     bits = np.dtype(f"u{target.itemsize}")
     if made is None:
-        flat = to_hf(values.reshape(shape), source).reshape(-1).view(np.uint8)
+        as_file = values if leaf[-1] in STORED_TRANSPOSED else to_hf(values.reshape(shape), source)
+        flat = as_file.reshape(-1).view(np.uint8)
         digest = hashlib.sha256(flat.data).hexdigest()
         return [] if digest == recorded else ["the weights on the disk are not those that were written (sha256)"]
     wrong = int(np.count_nonzero(values.view(bits) != stored(leaf, made.values, source, shape).view(bits)))

@@ -20,10 +20,18 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import read_json
 from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
-from jaxsteer.models.sharding import stack_shardings, stored_shape, stored_sharding, top_shardings
+from jaxsteer.models.sharding import (
+    STORED_TRANSPOSED,
+    from_stored,
+    stack_shardings,
+    stored_shape,
+    stored_sharding,
+    top_shardings,
+)
 
 _BATCH_BYTES = 256 << 20
 """Layers are read in batches of about this size (one layer, if a layer is larger): so much exists twice."""
+_READ_BYTES = 128 << 20
 
 Leaf = tuple[str, ...]
 """Path of a leaf in the checkpoint: ("embed",) or ("layers", "007", "q")."""
@@ -89,13 +97,16 @@ def _programs(config: ModelConfig, mesh: Mesh | None) -> _Programs:
     out, top_out = stack_shardings(config, mesh), top_shardings(config, mesh)
 
     def top(name: str) -> Callable[[jax.Array], jax.Array]:
-        if stored_shape(name, outer[name]) == outer[name]:
+        shape = outer[name]
+        if name not in STORED_TRANSPOSED and stored_shape(name, shape) == shape:
             return lambda values: values
-        return jax.jit(lambda values: values.reshape(outer[name]), out_shardings=top_out[name], donate_argnums=0)
+        return jax.jit(lambda values: from_stored(name, shape, values), out_shardings=top_out[name], donate_argnums=0)
 
     @functools.partial(jax.jit, out_shardings=out)
     def stack(rows: Sequence[Row]) -> Row:
-        return {name: jnp.stack([row[name].reshape(shape) for row in rows]) for name, shape in shapes.items()}
+        return {
+            name: jnp.stack([from_stored(name, shape, row[name]) for row in rows]) for name, shape in shapes.items()
+        }
 
     @functools.partial(jax.jit, out_shardings=out, static_argnums=0)
     def empty(dtype: jnp.dtype) -> Row:
@@ -106,8 +117,8 @@ def _programs(config: ModelConfig, mesh: Mesh | None) -> _Programs:
         stacks = dict(stacks)
         for number, row in enumerate(rows):
             for name, shape in shapes.items():
-                leaf = row[name].reshape(1, *shape)
-                stacks[name] = jax.lax.dynamic_update_slice_in_dim(stacks[name], leaf, start + number, 0)
+                leaf = from_stored(name, shape, row[name])
+                stacks[name] = jax.lax.dynamic_update_index_in_dim(stacks[name], leaf, start + number, 0)
         return stacks
 
     return _Programs({name: top(name) for name in outer}, stack, empty, put)
@@ -156,6 +167,9 @@ def _load(path: Path, wanted: dict[str, Any]) -> Any:
 
     context = ocp.Context()
     context.pytree.loading.partial_load = True
+    # The chunks of this many bytes of leaves are in memory at a time; a single leaf must fit.
+    sizes = [4 * leaf.size for leaf in jax.tree.leaves(wanted) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    context.memory.read_concurrent_bytes = max([_READ_BYTES, *(size + 1 for size in sizes)])
     try:
         with context:
             return ocp.load(path.absolute(), wanted)

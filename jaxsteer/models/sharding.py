@@ -15,6 +15,7 @@ from jaxsteer.models.params import LAYER_SPECS, TOP_SPECS, Layers, Params, layer
 
 AXES = ("prompts", "model")
 _SPECS = TOP_SPECS | LAYER_SPECS
+STORED_TRANSPOSED = ("unembed",)
 _MAX_PIECES = 32
 _PIECE = 1 << 19
 
@@ -57,9 +58,11 @@ def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
     The axis that "model" splits is stored as two, (pieces, rest), and every piece is a chunk of its own on the disk, so
     that a process reads the pieces of its devices and nothing else. Pieces are a power of two, at most 32, of at least
-    2**19 values; a leaf too small for two pieces keeps its shape.
+    2**19 values; a leaf too small for two pieces is not split. "unembed" is stored transposed, [V, D], as it lies in
+    Hugging Face files: it is the largest leaf, and pieces cut across its rows would be copied in memory to write them.
     """
-    axis = _model_axis(name)
+    axis = _stored_axis(name)
+    shape = shape[::-1] if name in STORED_TRANSPOSED else shape
     pieces = 1
     if axis is not None:
         size = math.prod(shape)
@@ -72,17 +75,22 @@ def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def piece_axis(name: str, stored_rank: int) -> int | None:
     """The axis of pieces in a stored leaf with so many axes, or None if it is stored in one piece."""
-    return _model_axis(name) if stored_rank > len(_SPECS[name]) else None
+    return _stored_axis(name) if stored_rank > len(_SPECS[name]) else None
 
 
 def stored_sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> jax.sharding.Sharding:
     """Where the stored form of a leaf of shape ``shape`` goes on ``mesh``: its pieces are split over "model"."""
-    axis = _model_axis(name)
+    axis = _stored_axis(name)
     return place(mesh, P() if axis is None else P(*[None] * axis, "model"), stored_shape(name, shape))
 
 
-def _model_axis(name: str) -> int | None:
-    spec = tuple(_SPECS[name])
+def from_stored(name: str, shape: tuple[int, ...], values: jax.Array) -> jax.Array:
+    """The leaf ``name`` of shape ``shape`` from its stored form."""
+    return values.reshape(shape[::-1]).T if name in STORED_TRANSPOSED else values.reshape(shape)
+
+
+def _stored_axis(name: str) -> int | None:
+    spec = tuple(_SPECS[name])[:: -1 if name in STORED_TRANSPOSED else 1]
     return spec.index("model") if "model" in spec else None
 
 

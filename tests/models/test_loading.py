@@ -205,7 +205,7 @@ def test_batches_and_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(sharding, "_PIECE", 100)
     assert sharding.stored_shape("q", (24, 4, 8)) == (24, 4, 1, 8)
     assert sharding.stored_shape("gate", (24, 40)) == (24, 8, 5)
-    assert sharding.stored_shape("embed", (68, 24)) == (4, 17, 24)
+    assert sharding.stored_shape("embed", (68, 24)) == (4, 17, 24) == sharding.stored_shape("unembed", (24, 68))
     assert sharding.stored_shape("attn_norm", (24,)) == (24,)
     out = convert(hf_directory(tmp_path / "m", config), tmp_path / "out", progress=False)
     whole = jaxsteer.load(out)
