@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxsteer.models.sharding import make_mesh as make_mesh
     from jaxsteer.models.sites import parse_site as parse_site
     from jaxsteer.models.sites import resid_site as resid_site
+    from jaxsteer.prompts.generate import generate as generate
     from jaxsteer.sae import load_sae as load_sae
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ _PUBLIC = {
     "Params": "jaxsteer.models.params",
     "UserError": "jaxsteer.errors",
     "capture": "jaxsteer.models.capture",
+    "generate": "jaxsteer.prompts.generate",
     "load": "jaxsteer.models.loading",
     "load_sae": "jaxsteer.sae",
     "logits": "jaxsteer.models.capture",

@@ -2,7 +2,7 @@
 
 A prompt's keys and values are a ``Prefix``: rows that continue the same prompt share one copy. What the rows decode
 goes into a ``Cache``, written in place. The number of tokens of a call is data, so that streaming in small pieces and
-decoding to the end are one compiled program; texts of alike length share it too (``bucket``).
+decoding to the end are one compiled program; prompts of alike length share it too (``bucket``).
 
 Letters: B rows, P distinct prompts, C groups of rows that share a prompt (B = C * b), U prompt length (left-padded),
 M slots for new tokens, L layers, K key/value heads, H head width, V vocabulary.
@@ -10,44 +10,34 @@ M slots for new tokens, L layers, K key/value heads, H head width, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsteer.errors import UserError
 from jaxsteer.models.attention import Cache, Prefix
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.loading import Model
 from jaxsteer.models.params import Params
-from jaxsteer.models.sharding import place
+from jaxsteer.models.sampling import Sampling, choose
+from jaxsteer.models.sharding import place, shard_rows
 from jaxsteer.models.taps import Intervention, make_where, tap_of
 from jaxsteer.models.transformer import block, embed, layer_weights, make_context, positions_of, prefill, unembed
 
 NO_TOKEN = -1
 """Stands in results where a row had ended already."""
 _CACHE_SPEC = P(None, "prompts", "model", None, None)
-
-
-@struct.dataclass
-class Sampling:
-    """How the next token is chosen. All of it is data: no value leads to another program."""
-
-    key: Array
-    """Folded with (row, number of the token), so that a row's tokens do not depend on what is decoded beside it."""
-    temperature: Float[Array, ""]
-    """0: the likeliest token (the first of equal ones). Otherwise logits are divided by it."""
-    top_k: Int[Array, ""]
-    """Only the k likeliest tokens (and those equal to the last of them); 0: all."""
-    top_p: Float[Array, ""]
-    """Only the likeliest tokens that together reach this probability, after ``top_k``; 1: all."""
-    vocab: Int[Array, ""]
-    """Tokens of the tokenizer; rows of the embedding table at and after it are padding and are never chosen."""
-    stop: Int[Array, " S"]
-    """Ids that end a row (filled up with -1)."""
+_FIRST_SLOTS = 16
 
 
 @struct.dataclass
@@ -63,36 +53,6 @@ class State:
     done: Bool[Array, " B"]
     rows: Int[Array, " B"]
     """Number of the row in the whole call, for its random numbers."""
-
-
-def choose(
-    logits: Float[Array, "B V"], sampling: Sampling, rows: Int[Array, " B"], step: Int[Array, ""]
-) -> Int[Array, " B"]:
-    """The next token of every row; ``step`` counts the tokens decoded before it."""
-    logits = jnp.where(jnp.arange(logits.shape[1]) < sampling.vocab, logits, -jnp.inf)
-
-    def draw(logits: Array) -> Array:
-        scaled = logits / sampling.temperature
-        limited = (sampling.top_k > 0) | (sampling.top_p < 1)
-        scaled = lax.cond(limited, partial(_restrict, sampling=sampling), lambda x: x, scaled)
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(sampling.key, row), step))(rows)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-        return jnp.argmax(scaled + noise, axis=-1)
-
-    likeliest = partial(jnp.argmax, axis=-1)
-    return lax.cond(sampling.temperature > 0, draw, likeliest, logits).astype(jnp.int32)
-
-
-def _restrict(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits with -inf wherever top-k and then top-p exclude a token."""
-    size = logits.shape[1]
-    falling = jnp.sort(logits, axis=-1, descending=True)
-    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, size), size)
-    falling = jnp.where(falling >= jnp.take(falling, k[None] - 1, axis=1), falling, -jnp.inf)
-    p = jax.nn.softmax(falling, axis=-1)
-    kept = (jnp.cumsum(p, axis=-1) - p < sampling.top_p) | (sampling.top_p >= 1)
-    least = jnp.where(kept, falling, jnp.inf).min(-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
 
 
 @partial(jax.jit, static_argnames=("config", "slots", "mesh"))
@@ -120,9 +80,7 @@ def start(
         logits = pick(logits, axis=0)
     logits = jnp.repeat(logits, len(rows) // len(groups), axis=0)
     shape = (config.n_layers, len(rows), config.n_kv_heads, config.d_head, slots)
-    empty = jnp.zeros(shape, prefix.k.dtype)
-    if mesh is not None:
-        empty = lax.with_sharding_constraint(empty, place(mesh, _CACHE_SPEC, shape))
+    empty = _laid_out(jnp.zeros(shape, prefix.k.dtype), mesh)
     none = jnp.zeros_like(rows)
     state = State(
         cache=Cache(k=empty, v=empty, length=jnp.int32(-1)),
@@ -141,8 +99,9 @@ def _append(state: State, sampling: Sampling, logits: Float[Array, "B V"]) -> St
     token = choose(logits, sampling, state.rows, step)
     length = state.length + ~state.done
     stopped = (token[:, None] == sampling.stop).any(-1)
-    return state.replace(
-        cache=state.cache.replace(length=step),
+    return dataclasses.replace(
+        state,
+        cache=dataclasses.replace(state.cache, length=step),
         tokens=lax.dynamic_update_slice(state.tokens, jnp.where(state.done, 0, token)[:, None], (0, step)),
         length=length,
         done=state.done | stopped | (length >= state.limit),
@@ -159,7 +118,7 @@ def decode(
     edits: Intervention | None,
     steps: Int[Array, ""],
 ) -> State:
-    """Up to ``steps`` more tokens for every row; ends early when all rows are done."""
+    """Up to ``steps`` more tokens for every row; ends early when all rows are done or the cache is full."""
     prompt_length = jnp.repeat(prefix.length, len(state.rows) // prefix.mask.shape[0])
 
     def forward(state: State) -> tuple[Array, Cache]:
@@ -175,11 +134,187 @@ def decode(
         # The cache is written once per token and not layer by layer: what the scan only reads is never copied.
         x, (k, v) = lax.scan(step, embed(params, config, token, tap), jnp.arange(config.n_layers))
         write = lambda whole, new: lax.dynamic_update_slice_in_dim(whole, new, cache.length, axis=4)  # noqa: E731
-        return unembed(params, config, x[:, 0]), cache.replace(k=write(cache.k, k), v=write(cache.v, v))
+        return unembed(params, config, x[:, 0]), dataclasses.replace(cache, k=write(cache.k, k), v=write(cache.v, v))
 
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
         left, state = carry
         logits, cache = forward(state)
-        return left - 1, _append(state.replace(cache=cache), sampling, logits)
+        return left - 1, _append(dataclasses.replace(state, cache=cache), sampling, logits)
 
-    return lax.while_loop(lambda carry: (carry[0] > 0) & ~carry[1].done.all(), body, (steps, state))[1]
+    def more(carry: tuple[Array, State]) -> Array:
+        left, state = carry
+        return (left > 0) & ~state.done.all() & (state.cache.length < state.tokens.shape[1] - 1)
+
+    return lax.while_loop(more, body, (steps, state))[1]
+
+
+@partial(jax.jit, static_argnames=("slots", "mesh"))
+def grow(state: State, *, slots: int, mesh: Mesh | None = None) -> State:
+    """The same rows with room for ``slots`` tokens. A token costs time in proportion to the room that there is."""
+    more = slots - state.tokens.shape[1]
+    wider = lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)])  # noqa: E731
+    cache = dataclasses.replace(
+        state.cache, k=_laid_out(wider(state.cache.k), mesh), v=_laid_out(wider(state.cache.v), mesh)
+    )
+    return dataclasses.replace(state, cache=cache, tokens=wider(state.tokens))
+
+
+def _laid_out(cache: Float[Array, "L B K H M"], mesh: Mesh | None) -> Float[Array, "L B K H M"]:
+    return cache if mesh is None else lax.with_sharding_constraint(cache, place(mesh, _CACHE_SPEC, cache.shape))
+
+
+# Many prompts
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a batch of rows has decoded so far."""
+
+    rows: Int[np.ndarray, " B"]
+    """Which rows of the call these are: row ``i * samples + j`` is sample j of prompt i."""
+    tokens: Int[np.ndarray, "B M"]
+    """``NO_TOKEN`` after a row's end."""
+    length: Int[np.ndarray, " B"]
+    done: Bool[np.ndarray, " B"]
+    """Whoever iterates may set an entry: that row then gets no more tokens."""
+
+
+def bucket(n: int) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, 128 ... that is at least ``n``: sizes that programs are compiled for."""
+    size = 16
+    while size < n:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def generate_tokens(
+    model: Model,
+    prompts: Sequence[Int[np.ndarray, " _"]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    samples: int = 1,
+    edits: Intervention | None = None,
+    every: int | None = None,
+    batch: int = 64,
+) -> Iterator[Progress]:
+    """Continue prompts of token ids; yields each batch of rows every ``every`` tokens and when it is done.
+
+    Equal prompts (and the samples of one) are run once. At most ``batch`` rows are decoded at a time, those with
+    prompts of alike length together; neither this nor ``every`` changes a token. Edits whose arrays differ per row say
+    so by an attribute ``rows``: then all rows are decoded at once, in their order, each with its own prompt. Raises
+    ``UserError``, before any work, for what does not fit the model.
+    """
+    _check(model, prompts, max_new_tokens=max_new_tokens, samples=samples, batch=batch)
+    count, own = len(prompts) * samples, getattr(edits, "rows", None)
+    if own is not None and own != count:
+        raise UserError(f"The edits are made for {own} rows; {len(prompts)} prompts x {samples} samples are {count}.")
+    plans = _plan(prompts, samples, batch) if own is None else [_every_row(count, samples)]
+    return (
+        progress
+        for plan in plans
+        for progress in _decode_batch(model, prompts, plan, sampling, max_new_tokens, edits, every)
+    )
+
+
+def _check(model: Model, prompts: Sequence[np.ndarray], **counts: int) -> None:
+    vocab, longest = model.config.vocab_size, model.config.max_positions - 1
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}.")
+    for i, ids in enumerate(prompts):
+        if not 1 <= len(ids) <= longest:
+            raise UserError(
+                f"Prompt {i} has {len(ids)} tokens. This model's positions end at {longest + 1}, so a prompt may have "
+                f"1 to {longest} tokens if at least one is to follow."
+            )
+        if min(ids) < 0 or max(ids) >= vocab:
+            raise UserError(
+                f"Prompt {i} holds token ids from {min(ids)} to {max(ids)}; they must lie in 0 ... {vocab - 1}. Do "
+                f"they come from this model's tokenizer?"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """One batch: its prompts, which of them each group continues, the rows of each group."""
+
+    prompts: list[int]
+    groups: list[int]
+    rows: list[list[int]]
+
+
+def _every_row(count: int, samples: int) -> _Plan:
+    return _Plan([row // samples for row in range(count)], list(range(count)), [[row] for row in range(count)])
+
+
+def _plan(prompts: Sequence[np.ndarray], samples: int, batch: int) -> list[_Plan]:
+    """Batches of at most ``batch`` rows. All groups have one size, which divides the number of rows of every prompt."""
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for i, ids in enumerate(prompts):
+        rows.setdefault(tuple(map(int, ids)), []).extend(range(i * samples, (i + 1) * samples))
+    common = math.gcd(*map(len, rows.values()))
+    size = max((d for d in range(1, min(common, batch) + 1) if common % d == 0), default=1)
+    groups = [
+        (members[0] // samples, members[i : i + size])
+        for _, members in sorted(rows.items(), key=lambda item: len(item[0]))
+        for i in range(0, len(members), size)
+    ]
+    plans = []
+    for i in range(0, len(groups), batch // size):
+        held = groups[i : i + batch // size]
+        distinct = list(dict.fromkeys(prompt for prompt, _ in held))
+        plans.append(_Plan(distinct, [distinct.index(prompt) for prompt, _ in held], [group for _, group in held]))
+    return plans
+
+
+def _decode_batch(
+    model: Model,
+    prompts: Sequence[np.ndarray],
+    plan: _Plan,
+    sampling: Sampling,
+    max_new_tokens: int,
+    edits: Intervention | None,
+    every: int | None,
+) -> Iterator[Progress]:
+    params, config, mesh = model.params, model.config, model.mesh
+    tokens, mask = _pad_left([prompts[i] for i in plan.prompts])
+    groups, rows = np.asarray(plan.groups, np.int32), np.asarray(plan.rows, np.int32)
+    limit = np.minimum(config.max_positions - mask.sum(-1)[groups], max_new_tokens).repeat(rows.shape[1])
+    most, kept = int(limit.max()), rows.size
+    if mesh is not None and getattr(edits, "rows", None) is None:  # rows that end at once fill up the devices
+        devices = mesh.shape.get("prompts", 1)
+        spare = -len(groups) % (devices // math.gcd(devices, rows.shape[1]))
+        groups, rows = np.pad(groups, (0, spare)), np.pad(rows, [(0, spare), (0, 0)])
+        limit = np.pad(limit, (0, rows.size - kept))
+
+    def seen(state: State) -> Progress:
+        tokens, length, done = jax.device_get((state.tokens[:kept], state.length[:kept], state.done[:kept]))
+        tokens = np.where(np.arange(tokens.shape[1]) < length[:, None], tokens, NO_TOKEN)
+        return Progress(rows.ravel()[:kept], tokens, length, np.array(done))
+
+    arrays = (shard_rows(mesh, a) for a in (tokens, mask, groups, rows.ravel(), limit.astype(np.int32)))
+    prefix, state = start(params, config, *arrays, sampling, edits, slots=_FIRST_SLOTS, mesh=mesh)
+    progress = seen(state)
+    while not progress.done.all():
+        if every is not None:
+            yield progress
+            done = np.pad(progress.done, (0, rows.size - kept), constant_values=True)
+            state = dataclasses.replace(state, done=shard_rows(mesh, done))
+        goal = int(progress.length.max()) + (every or most)
+        while not progress.done.all() and (length := int(progress.length.max())) < goal:
+            if length == state.tokens.shape[1]:
+                state = grow(state, slots=bucket(length + 1), mesh=mesh)
+            state = decode(params, config, prefix, state, sampling, edits, np.int32(goal - length))
+            progress = seen(state)
+    yield progress
+
+
+def _pad_left(prompts: Sequence[np.ndarray]) -> tuple[Int[np.ndarray, "P U"], Bool[np.ndarray, "P U"]]:
+    """Tokens and mask, as long as the bucket of the longest prompt."""
+    lengths = np.asarray([len(ids) for ids in prompts])
+    width = bucket(int(lengths.max()))
+    mask = np.arange(width) >= width - lengths[:, None]
+    tokens = np.zeros(mask.shape, np.int32)
+    tokens[mask] = np.concatenate(prompts)
+    return tokens, mask

@@ -189,7 +189,7 @@ def block(
 
 
 def _rounded(x: Array) -> Array:
-    """x as its dtype can hold it, without which XLA may hand the norm a float32 sum that no tap can see."""
+    """X as its dtype can hold it, without which XLA may hand the norm a float32 sum that no tap can see."""
     if x.dtype == jnp.float32:
         return x
     return lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, jnp.finfo(x.dtype).nmant)

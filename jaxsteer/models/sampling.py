@@ -1,0 +1,115 @@
+"""Choosing the next token: temperature, top-k, top-p, and random numbers that belong to a row and not to a batch.
+
+Letters: B rows, V vocabulary, S stop tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsteer.errors import UserError
+from jaxsteer.models.loading import Model
+
+
+@struct.dataclass
+class Sampling:
+    """How the next token is chosen. Data, all but ``vocab``: no value leads to another program."""
+
+    key: Array
+    """Folded with (row, number of the token), so that a row's tokens do not depend on what is decoded beside it."""
+    temperature: Float[Array, ""]
+    """0: the likeliest token (the first of equal ones). Otherwise logits are divided by it."""
+    top_k: Int[Array, ""]
+    """Only the k likeliest tokens (and those equal to the last of them); 0: all."""
+    top_p: Float[Array, ""]
+    """Only the likeliest tokens that together reach this probability, after ``top_k``; 1: all."""
+    stop: Int[Array, " S"]
+    """Ids that end a row (filled up with -1)."""
+    vocab: int = struct.field(pytree_node=False)
+    """Tokens of the tokenizer; rows of the embedding table at and after it are padding and are never chosen."""
+
+
+def make_sampling(
+    model: Model,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop: Collection[int] = (),
+    seed: int = 0,
+) -> Sampling:
+    """The settings as a pytree. Raises ``UserError`` for values that mean nothing."""
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature must be 0 (always the likeliest token) or larger, got {temperature}.")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is a probability: give a value above 0 and at most 1 (1: all tokens), got {top_p}.")
+    if top_k < 0:
+        raise UserError(f"top_k is a number of tokens (0: all of them), got {top_k}.")
+    known = model.config.vocab_size if model.tokenizer is None else len(model.tokenizer)
+    ids = np.full(-(-max(len(stop), 1) // 8) * 8, -1, np.int32)  # in eights: no program for every number of them
+    ids[: len(stop)] = sorted(stop)
+    return Sampling(
+        key=jax.random.key(seed),
+        temperature=jnp.float32(temperature),
+        top_k=jnp.int32(top_k),
+        top_p=jnp.float32(top_p),
+        stop=jnp.asarray(ids),
+        vocab=min(known, model.config.vocab_size),
+    )
+
+
+def choose(
+    logits: Float[Array, "B V"], sampling: Sampling, rows: Int[Array, " B"], step: Int[Array, ""]
+) -> Int[Array, " B"]:
+    """The next token of every row; ``step`` counts the tokens decoded before it."""
+    if sampling.vocab < logits.shape[1]:
+        logits = jnp.where(jnp.arange(logits.shape[1]) < sampling.vocab, logits, -jnp.inf)
+
+    def draw(logits: Array) -> Array:
+        scaled = logits / sampling.temperature
+        limited = (sampling.top_k > 0) | (sampling.top_p < 1)
+        scaled = lax.cond(limited, partial(_restrict, sampling=sampling), lambda x: x, scaled)
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(sampling.key, row), step))(rows)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+        return jnp.argmax(scaled + noise, axis=-1)
+
+    likeliest = partial(jnp.argmax, axis=-1)
+    return lax.cond(sampling.temperature > 0, draw, likeliest, logits).astype(jnp.int32)
+
+
+def _restrict(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Logits with -inf wherever top-k and then top-p exclude a token."""
+    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, logits.shape[1]), logits.shape[1])
+    logits = _keep_largest(logits, lambda kept: kept.sum(-1) >= k)
+    p = jax.nn.softmax(logits, axis=-1)
+    return _keep_largest(logits, lambda kept: jnp.where(kept, p, 0).sum(-1) >= sampling.top_p)
+
+
+def _keep_largest(
+    logits: Float[Array, "B V"], enough: Callable[[Bool[Array, "B V"]], Bool[Array, " B"]]
+) -> Float[Array, "B V"]:
+    """-inf at all but the largest values of each row, as few as are ``enough`` (all where nothing is).
+
+    Bisection over the bits of the threshold: exact after 32 passes, and far cheaper than sorting a vocabulary on CPU.
+    """
+    bits = lax.bitcast_convert_type(logits, jnp.int32)
+    order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)  # integers in the order of the floats
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, which (low + high) / 2 would overflow
+        holds = enough(order >= middle[:, None])
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    ends = jnp.iinfo(jnp.int32)
+    low = jnp.full(len(logits), ends.min, jnp.int32)
+    low, _ = lax.fori_loop(0, 32, halve, (low, jnp.full_like(low, ends.max)))
+    return jnp.where(order >= low[:, None], logits, -jnp.inf)

@@ -1,0 +1,239 @@
+"""``generate``: texts that a model writes after conversations, texts or token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerBase
+
+from jaxsteer.errors import UserError
+from jaxsteer.models.generation import NO_TOKEN, Progress, generate_tokens
+from jaxsteer.models.loading import Model
+from jaxsteer.models.sampling import make_sampling
+from jaxsteer.models.taps import Intervention
+from jaxsteer.prompts.conversation import Message, apply_template, encode_texts
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | np.ndarray
+"""A plain text, the turns of a conversation, or token ids."""
+ROLES = ("system", "user", "assistant")
+_CHUNK = 16
+"""Tokens between two looks for stop strings."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What was generated. Row ``i * samples + j`` is sample j of prompt i."""
+
+    tokens: Int[np.ndarray, "B M"]
+    """int32; a row's stop token or stop string is included, ``-1`` fills up after it."""
+    texts: tuple[str, ...]
+    """Without special tokens, stop token and stop string."""
+    finish: tuple[Literal["stop", "length"], ...]
+    """Why each row ended: a stop token or string, or no room (``max_new_tokens``, the model's positions)."""
+    prompt_length: Int[np.ndarray, " B"]
+    """Tokens of each row's prompt."""
+    seconds: float
+    """Wall time of the call, compilation included."""
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " B"]:
+        """Tokens of each row."""
+        return (self.tokens != NO_TOKEN).sum(-1)
+
+
+def generate(
+    model: Model,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop: Sequence[str | int] = (),
+    seed: int = 0,
+    samples: int = 1,
+    edits: Intervention | None = None,
+    batch: int = 64,
+) -> Generation:
+    """Continue prompts: greedily at ``temperature`` 0, by sampling otherwise.
+
+    ``prompts`` is one prompt or a list of them. A prompt is a conversation (a list of ``{"role", "content"}``: the
+    model's chat template is applied and it answers as assistant), a string (continued as it stands, no template), or
+    token ids (taken as they are, BOS included). ``samples`` continuations are drawn of each.
+
+    Rows end at the stop tokens of the checkpoint's generation config, the tokenizer's EOS, and whatever ``stop`` names:
+    ids, or strings that end a row when its text contains one. ``top_k`` and then ``top_p`` restrict the tokens as in
+    transformers; 0 and 1 mean no restriction. ``edits`` act on the prompt and on every token that is decoded (see
+    ``jaxsteer.steer``); an intervention with an attribute ``rows`` holds one edit per row.
+
+    Row r's tokens depend on the seed, on r and on its prompt, not on the rows beside it. At most ``batch`` rows are
+    decoded at a time, equal prompts being run once. With a mesh, rows are spread over "prompts". Raises ``UserError``
+    for prompts that do not fit, or that the model's template refuses, before anything is computed.
+    """
+    started = time.perf_counter()
+    ids = prompt_ids(model, prompts)
+    strings, stop_ids = _stops(model, stop)
+    sampling = make_sampling(model, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop_ids, seed=seed)
+    every = _CHUNK if strings else None
+    steps = generate_tokens(
+        model, ids, sampling, max_new_tokens=max_new_tokens, samples=samples, edits=edits, every=every, batch=batch
+    )
+    rows: dict[int, np.ndarray] = {}
+    cut: dict[int, int] = {}
+    for progress in steps:
+        if strings:
+            _stop_at_strings(model, progress, strings, cut)
+        rows |= {int(row): tokens for row, tokens in zip(progress.rows, progress.tokens, strict=True)}
+    count = len(ids) * samples
+    kept = [rows[row][: cut.get(row)] for row in range(count)]
+    kept = [tokens[tokens != NO_TOKEN].astype(np.int32) for tokens in kept]
+    tokens = np.full((count, max((len(row) for row in kept), default=0)), NO_TOKEN, np.int32)
+    for row, made in enumerate(kept):
+        tokens[row, : len(made)] = made
+    ended = [row in cut or (len(made) > 0 and int(made[-1]) in stop_ids) for row, made in enumerate(kept)]
+    return Generation(
+        tokens=tokens,
+        texts=tuple(_text(model, made, strings, stop_ids) for made in kept),
+        finish=tuple("stop" if stopped else "length" for stopped in ended),
+        prompt_length=np.repeat([len(row) for row in ids], samples).astype(np.int32),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def stream(
+    model: Model,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop: Sequence[str | int] = (),
+    seed: int = 0,
+    edits: Intervention | None = None,
+    every: int = 2,
+) -> Iterator[str]:
+    """The text that ``generate`` would write after one prompt, in pieces, a look at the device every ``every`` tokens.
+
+    A piece ends where a character is complete, and nothing is given out that may turn out to begin a stop string.
+    Errors are raised by the call itself, before the first piece.
+    """
+    ids = prompt_ids(model, prompt)
+    if len(ids) != 1:
+        raise UserError(f"stream continues one prompt, got {len(ids)}. Use jaxsteer.generate for several.")
+    strings, stop_ids = _stops(model, stop)
+    sampling = make_sampling(model, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop_ids, seed=seed)
+    steps = generate_tokens(model, ids, sampling, max_new_tokens=max_new_tokens, edits=edits, every=every)
+    return _pieces(model, steps, strings, stop_ids)
+
+
+def _pieces(model: Model, steps: Iterator[Progress], strings: Sequence[str], stop_ids: set[int]) -> Iterator[str]:
+    given = ""
+    for progress in steps:
+        cut: dict[int, int] = {}
+        _stop_at_strings(model, progress, strings, cut)
+        made = progress.tokens[0]
+        text = _text(model, made[made != NO_TOKEN], strings, stop_ids)
+        if not progress.done[0]:
+            text = text[: _safe_length(text, strings)]
+        if len(text) > len(given) and text.startswith(given):
+            yield text[len(given) :]
+            given = text
+
+
+def _safe_length(text: str, strings: Sequence[str]) -> int:
+    """How much of an unfinished text will not change: no half characters, no possible beginning of a stop string."""
+    end = len(text.rstrip("\ufffd"))
+    starts = [n for string in strings for n in range(1, len(string)) if text[:end].endswith(string[:n])]
+    return end - max(starts, default=0)
+
+
+# Prompts
+
+
+def prompt_ids(model: Model, prompts: Prompt | Sequence[Prompt]) -> list[Int[np.ndarray, " _"]]:
+    """Token ids of every prompt; one prompt alone counts as a list of one. Raises ``UserError`` for anything else."""
+    one = isinstance(prompts, str) or (isinstance(prompts, np.ndarray) and prompts.ndim == 1)
+    one = one or (len(prompts) > 0 and isinstance(prompts[0], Mapping | int | np.integer))
+    several: Sequence[Any] = [prompts] if one else list(prompts)
+    if not several:
+        raise UserError("No prompt was given: pass a conversation, a text, token ids, or a list of them.")
+    out: list[np.ndarray] = []
+    for i, prompt in enumerate(several):
+        if isinstance(prompt, str):
+            out += encode_texts(_tokenizer(model), [prompt])
+        elif len(prompt) and isinstance(prompt[0], Mapping):
+            out += encode_texts(_tokenizer(model), [apply_template(_tokenizer(model), _turns(i, prompt))])
+        else:
+            ids = np.asarray(prompt)
+            if ids.ndim != 1 or ids.dtype.kind not in "iu":
+                raise UserError(
+                    f"Prompt {i} is neither a text, nor a list of messages, nor a list of token ids: {prompt!r:.80}"
+                )
+            out.append(ids.astype(np.int32))
+    return out
+
+
+def _turns(i: int, messages: Sequence[Any]) -> list[Message]:
+    for message in messages:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise UserError(f"Prompt {i}: every message needs the keys 'role' and 'content', got {message!r:.80}")
+        if message["role"] not in ROLES:
+            raise UserError(f"Prompt {i}: unknown role {message['role']!r}. Expected {', '.join(ROLES)}.")
+        if not isinstance(message["content"], str):
+            raise UserError(f"Prompt {i}: the content of a message must be text, got {message['content']!r:.80}")
+    return [dict(message) for message in messages]
+
+
+def _tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    if model.tokenizer is None:
+        raise UserError(f"{model.name} came without tokenizer.json, so that it can continue token ids only.")
+    return model.tokenizer
+
+
+# Ends
+
+
+def _stops(model: Model, stop: Sequence[str | int]) -> tuple[list[str], set[int]]:
+    """Stop strings, and all ids that end a row."""
+    if isinstance(stop, str):
+        raise UserError(f"stop must be a list of texts or ids, got the single string {stop!r}. Write [{stop!r}].")
+    strings = [text for text in stop if isinstance(text, str)]
+    if "" in strings:
+        raise UserError("An empty stop string would end every text at once.")
+    if strings:
+        _tokenizer(model)
+    ids = {int(i) for i in stop if not isinstance(i, str)} | set(model.stop_tokens)
+    if model.tokenizer is not None and model.tokenizer.eos_token_id is not None:
+        ids.add(model.tokenizer.eos_token_id)
+    return strings, ids
+
+
+def _stop_at_strings(model: Model, progress: Progress, strings: Sequence[str], cut: dict[int, int]) -> None:
+    """End the rows whose text holds a stop string; ``cut[row]`` becomes the number of tokens that complete it."""
+    for slot, row in enumerate(map(int, progress.rows)):
+        made = progress.tokens[slot][: progress.length[slot]]
+        if row in cut or not any(text in _decode(model, made) for text in strings):
+            continue
+        low, high = 0, len(made)  # the shortest beginning that holds one, so that no chunk size shows
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = any(text in _decode(model, made[:middle]) for text in strings)
+            low, high = (low, middle) if found else (middle, high)
+        cut[row], progress.done[slot] = high, True
+
+
+def _text(model: Model, tokens: np.ndarray, strings: Sequence[str], stop_ids: set[int]) -> str:
+    if model.tokenizer is None:
+        return ""
+    text = _decode(model, tokens[:-1] if len(tokens) and int(tokens[-1]) in stop_ids else tokens)
+    return text[: min((text.find(string) for string in strings if string in text), default=len(text))]
+
+
+def _decode(model: Model, tokens: np.ndarray) -> str:
+    return model.tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
