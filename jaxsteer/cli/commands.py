@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from jaxsteer.cli.chat import Chat
+from jaxsteer.cli.generate import Generate
 from jaxsteer.cli.inspect import Inspect
 from jaxsteer.cli.steer import Steer
 from jaxsteer.cli.vector import Vector
@@ -304,6 +306,8 @@ Command = (
     Annotated[Demo, subcommand("demo")]
     | Annotated[Search, subcommand("search")]
     | Annotated[Eval, subcommand("eval")]
+    | Annotated[Generate, subcommand("generate")]
+    | Annotated[Chat, subcommand("chat")]
     | Annotated[Inspect, subcommand("inspect")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Organism, subcommand("organism")]

@@ -1,0 +1,121 @@
+"""``jaxsteer generate``: continue prompts from the command line or a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from jaxsteer.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+    temperature: float = 1.0
+    """0: always the likeliest token."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together reach this probability."""
+    top_k: int = 0
+    """Only the k likeliest tokens (0: all)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, beside the model's own stop tokens."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of ``jaxsteer.generate``."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(Decoding)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Decoding):
+    """Let a model answer prompts, or continue texts."""
+
+    prompts: Positional[tuple[str, ...]] = ()
+    """What the user says, one answer each."""
+    file: Annotated[Path | None, arg(aliases=["-f"])] = None
+    """More prompts: *.jsonl, each line a text, a list of messages, or an object with "messages" or "prompt"; any other
+    file, one prompt per line."""
+    model: str = "organism:llama"
+    """organism:llama, a converted checkpoint, a Hugging Face directory, or a hub id."""
+    system: str = ""
+    """System message before every prompt that is no list of messages."""
+    plain: bool = False
+    """Continue the texts as they stand, without chat template."""
+    samples: int = 1
+    """Answers per prompt."""
+    batch: int = 64
+    """Rows decoded at a time."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights."""
+    json: bool = False
+    """Print one JSON object per answer instead of text."""
+
+    def run(self) -> int:
+        """Generate and print."""
+        if self.plain and self.system:
+            raise UserError("plain text has no system message: leave out --plain or --system")
+        asked = [*self.prompts, *(_read(self.file) if self.file else ())]
+        if not asked:
+            raise UserError("no prompt was given: write one after the command, or use --file")
+        prompts = [self._prompt(prompt) for prompt in asked]
+        from jaxsteer.models.loading import load
+        from jaxsteer.prompts.generate import generate
+
+        model = load(self.model, dtype=self.dtype)
+        # What steers the model will be made here: an intervention, passed on as ``edits``.
+        made = generate(model, prompts, samples=self.samples, batch=self.batch, **self.settings())
+        for row, text in enumerate(made.texts):
+            prompt = asked[row // self.samples]
+            if self.json:
+                line = {"prompt": prompt, "sample": row % self.samples, "text": text, "finish": made.finish[row]}
+                print(json.dumps(line | {"tokens": int(made.lengths[row])}, ensure_ascii=False))
+            else:
+                head = prompt if isinstance(prompt, str) else prompt[-1].get("content", "")
+                print(f"{head}{text}\n" if self.plain else f"> {head}\n{text.strip()}\n")
+        new = int(made.lengths.sum())
+        print(f"{new} tokens in {made.seconds:.1f} s, compilation included", file=sys.stderr)
+        return 0
+
+    def _prompt(self, prompt: Any) -> Any:
+        if self.plain or not isinstance(prompt, str):
+            return prompt
+        return as_messages(prompt, self.system)
+
+
+def as_messages(text: str, system: str = "") -> list[dict[str, str]]:
+    """One user turn, after the system message if there is one."""
+    head = [{"role": "system", "content": system}] if system else []
+    return [*head, {"role": "user", "content": text}]
+
+
+def _read(path: Path) -> list[Any]:
+    """The prompts of a file."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the prompts in {path} cannot be read: {error}") from error
+    if path.suffix != ".jsonl":
+        return list(lines)
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is not JSON: {error}") from error
+        if isinstance(value, dict):
+            value = value.get("messages", value.get("prompt"))
+        if not isinstance(value, str) and not (isinstance(value, list) and value and isinstance(value[0], dict)):
+            raise UserError(
+                f'{path}, line {number}: expected a text, a list of messages, or an object with "messages" or "prompt"'
+            )
+        prompts.append(value)
+    return prompts
