@@ -24,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", help="directory to create, or to verify")
     parser.add_argument("--dtype", choices=list(OUT_DTYPES), help="dtype to store (default: the checkpoint's own)")
     parser.add_argument("--verify", action="store_true", help="check OUT against SRC, or against its own hashes")
+    parser.add_argument("--source", help="origin to record (default: the name of SRC)")
+    parser.add_argument("--revision", help="revision to record")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
     if options.src is None and not options.verify:
@@ -31,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.verify:
             return report(verify(options.out, options.src, progress=not options.quiet), options.out, options.src)
-        convert(options.src, options.out, dtype=options.dtype, progress=not options.quiet)
+        origin = {"source": options.source, "revision": options.revision}
+        convert(options.src, options.out, dtype=options.dtype, progress=not options.quiet, **origin)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxsteer.errors import UserError
@@ -179,16 +181,51 @@ def _download(repo: str, revision: str | None, patterns: Sequence[str]) -> tuple
             )
         )
     except Exception as error:  # many types: offline, unknown repository or revision, gated, proxies
+        if isinstance(error, huggingface_hub.errors.GatedRepoError):
+            raise UserError(
+                f"Model {repo!r} is gated: accept its terms on its page on the Hugging Face hub, then log in (`hf auth "
+                f"login`) or set HF_TOKEN to a token of that account."
+            ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        pinned = f" --revision {revision}" if revision else ""
         raise UserError(
             f"Model {repo!r} is neither a local directory nor obtainable from the Hugging Face hub ({reason}). Without "
-            f"network, download it elsewhere (`hf download {repo} --local-dir DIR`) and pass that directory."
+            f"network, download it elsewhere (`hf download {repo}{pinned} --local-dir DIR`) and pass that directory."
         ) from error
     return path, repo, path.name
 
 
 def _converted(directory: Path, source: str, revision: str | None = None) -> Path:
     """The converted form of a Hugging Face directory in the cache; converts on first use.
+
+    Where several processes run one program (``jax.distributed``), the first converts and tells the others the place.
+    """
+    if jax.process_count() == 1:
+        return _converted_here(directory, source, revision)
+    from jax.experimental import multihost_utils
+
+    found, failure = b"", None
+    if jax.process_index() == 0:
+        try:
+            found = _converted_here(directory, source, revision).name.encode()
+        except UserError as error:
+            failure = error
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(found.ljust(128, b"\0"), np.uint8))
+    name = bytes(np.asarray(told)).rstrip(b"\0").decode()
+    if failure is not None:
+        raise failure
+    out = cache_dir() / "checkpoints" / name
+    if not name or not (out / "jaxsteer.json").is_file():
+        why = f"process 0 has it in {out}, which is not there for this one" if name else "process 0 failed, see there"
+        raise UserError(
+            f"{source} could not be converted for all processes: {why}. Set JAXSTEER_CACHE to a directory that all of "
+            f"them share, or give each the result of `jaxsteer convert`."
+        )
+    return out
+
+
+def _converted_here(directory: Path, source: str, revision: str | None) -> Path:
+    """The converted form of a Hugging Face directory, made by this process if it does not exist yet.
 
     The key is the hash of the contents, so a changed file is converted anew. The contents are hashed while they are
     converted; until then the place is named by the state of the files, and afterwards the hash is remembered under
@@ -230,7 +267,10 @@ def _converted(directory: Path, source: str, revision: str | None = None) -> Pat
         fresh = checkpoints / f"new-{key}"
         if not (fresh / RECORD).is_file():
             print(f"Converting {source} for first use (kept in {checkpoints})", file=sys.stderr, flush=True)
-            convert(directory, fresh, progress=False, source=source, revision=revision)
+            if jax.process_count() == 1:
+                convert(directory, fresh, progress=False, source=source, revision=revision)
+            else:
+                _convert_apart(directory, fresh, source, revision)
         digest = read_record(fresh)["source_hash"]
         write_whole(memo, digest)
         if (place(digest) / RECORD).is_file():  # the same contents at another path
@@ -239,6 +279,19 @@ def _converted(directory: Path, source: str, revision: str | None = None) -> Pat
             fresh.rename(place(digest))
         discard(lock)
         return place(digest)
+
+
+def _convert_apart(directory: Path, out: Path, source: str, revision: str | None) -> None:
+    """Convert in a process of its own: where several run one program, Orbax saves only with all of them together."""
+    command = [sys.executable, "-m", "checkpoints_convert", str(directory), str(out), "--quiet", "--source", source]
+    done = subprocess.run(
+        command + ([] if revision is None else ["--revision", revision]),
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise UserError(done.stderr.strip().rpartition("error: ")[2] or f"{' '.join(command)} failed.")
 
 
 # Reading the checkpoint

@@ -1,6 +1,7 @@
 """The commands themselves, on a tiny random model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,18 @@ def test_steer_sweep_and_norms(
 def test_convert(model_dir: Path, tmp_path: Path) -> None:
     assert main(["convert", str(model_dir), str(tmp_path / "converted")]) == 0
     assert jaxsteer.load(tmp_path / "converted").config == jaxsteer.load(model_dir).config
+
+
+def test_verify(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, out = shutil.copytree(model_dir, tmp_path / "source"), tmp_path / "out"
+    assert main(["convert", str(source), str(out)]) == 0
+    assert main(["convert", "--verify", str(source), str(out)]) == 0
+    assert main(["convert", "--verify", str(out)]) == 0
+    assert capsys.readouterr().out.count("agrees with") == 2
+    (source / "generation_config.json").write_text("{}")
+    assert main(["convert", "--verify", str(source), str(out)]) == 1
+    assert "generation_config.json" in capsys.readouterr().out
+    assert main(["convert", str(source)]) == 2
 
 
 def test_organism_check_fails_on_an_untrained_model(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.utils import filter_repo_objects
 
 import jaxsteer
 from checkpoints_convert import convert, streaming
@@ -143,7 +147,11 @@ def test_sources_that_are_no_model(tmp_path: Path, cache: Path) -> None:
         (tmp_path / "file", "is a file"),
         (tmp_path / "absent", "was not found.*Tried.*local directory"),
         ("no such model", "was not found.*Tried"),
-        ("somebody/some-model", "neither a local directory nor obtainable.*pass that directory"),
+        (
+            "somebody/some-model",
+            "neither.*nor obtainable.*some-model --local-dir DIR.*pass that directory",
+        ),
+        ("somebody/some-model@v2", "some-model --revision v2 --local-dir DIR"),
     ):
         with pytest.raises(UserError, match="(?s)" + says):
             jaxsteer.load(source)
@@ -163,10 +171,24 @@ def test_a_hub_id_is_downloaded_and_its_commit_recorded(
     model = jaxsteer.load("owner/some-model@v1.0")
     assert model.name == "owner/some-model@v1.0" and equal(model.params, random_params(CONFIG))
     assert asked["repo"] == "owner/some-model" and asked["revision"] == "v1.0"
-    assert "*.safetensors" in asked["allow_patterns"]
+    wanted = {"model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"}
+    wanted |= {"tokenizer.json", "chat_template.jinja", "generation_config.json"}
+    others = {"pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors", "onnx/config.json"}
+    others |= {"gguf/model.gguf", "model.gguf", "fp16/model.safetensors", "flax_model.msgpack"}
+    patterns = {"allow_patterns": asked["allow_patterns"], "ignore_patterns": asked["ignore_patterns"]}
+    assert set(filter_repo_objects(sorted(wanted | others), **patterns)) == wanted
     (checkpoint,) = (cache / "checkpoints").iterdir()
     record = loading.read_record(checkpoint)
     assert (record["source"], record["revision"]) == ("owner/some-model", "c0ffee")
+
+
+def test_a_gated_model(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(repo: str, **options: object) -> str:
+        raise GatedRepoError.__new__(GatedRepoError)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(UserError, match="is gated: accept its terms.*HF_TOKEN"):
+        jaxsteer.load("owner/gated-model")
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +230,8 @@ def test_batches_and_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     assert sharding.stored_shape("embed", (68, 24)) == (4, 17, 24) == sharding.stored_shape("unembed", (24, 68))
     assert sharding.stored_shape("attn_norm", (24,)) == (24,)
     out = convert(hf_directory(tmp_path / "m", config), tmp_path / "out", progress=False)
+    for leaf, chunk in (("layers.000.gate", [24, 1, 5]), ("embed", [1, 17, 24]), ("final_norm", [24])):
+        assert json.loads((out / "weights" / "000" / "state" / leaf / ".zarray").read_text())["chunks"] == chunk
     whole = jaxsteer.load(out)
     assert equal(whole.params, random_params(config))
     layer = sum(math.prod(shape) for shape in layer_shapes(config).values()) * 4
@@ -223,6 +247,51 @@ def test_batches_and_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
                     shard_params(whole.params, config, mesh),
                 )
             )
+
+
+PROCESS = """
+import os, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 1)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[1]))
+import jaxsteer
+from jaxsteer.models import loading
+first = jaxsteer.load(sys.argv[3], mesh=jaxsteer.make_mesh(model=2))  # converts
+def read():
+    return int(open("/proc/self/io").read().split()[1])
+before = read()
+params = loading.load(sys.argv[3], mesh=jaxsteer.make_mesh(model=2)).params
+jax.block_until_ready(params)
+print(read() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_convert_once_and_read_half_each(tmp_path: Path) -> None:
+    config = tiny_config(d_model=256, n_layers=2, d_mlp=8192, n_heads=32, n_kv_heads=16, d_head=128)
+    directory = hf_directory(tmp_path / "m", config)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    environment = os.environ | {"JAXSTEER_CACHE": str(tmp_path / "cache")}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(number), address, str(directory)],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    for process in processes:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        read, size = map(int, said.splitlines()[-1].split())
+        assert size > 60e6 and size / 2 < read < 0.6 * size
+    assert len(list((tmp_path / "cache" / "checkpoints").iterdir())) == 1
 
 
 def test_only_the_first_layers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
