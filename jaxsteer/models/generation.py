@@ -37,7 +37,8 @@ from jaxsteer.models.transformer import block, embed, layer_weights, make_contex
 NO_TOKEN = -1
 """Stands in results where a row had ended already."""
 _CACHE_SPEC = P(None, "prompts", "model", None, None)
-_FIRST_SLOTS = 16
+_FIRST_SLOTS = 64
+"""Room that decoding starts with; it doubles as often as rows need it."""
 
 
 @struct.dataclass
@@ -294,7 +295,7 @@ def _decode_batch(
         return Progress(rows.ravel()[:kept], tokens, length, np.array(done))
 
     arrays = (shard_rows(mesh, a) for a in (tokens, mask, groups, rows.ravel(), limit.astype(np.int32)))
-    prefix, state = start(params, config, *arrays, sampling, edits, slots=_FIRST_SLOTS, mesh=mesh)
+    prefix, state = start(params, config, *arrays, sampling, edits, slots=min(_FIRST_SLOTS, bucket(most)), mesh=mesh)
     progress = seen(state)
     while not progress.done.all():
         if every is not None:
@@ -304,7 +305,7 @@ def _decode_batch(
         goal = int(progress.length.max()) + (every or most)
         while not progress.done.all() and (length := int(progress.length.max())) < goal:
             if length == state.tokens.shape[1]:
-                state = grow(state, slots=bucket(length + 1), mesh=mesh)
+                state = grow(state, slots=2 * length, mesh=mesh)
             state = decode(params, config, prefix, state, sampling, edits, np.int32(goal - length))
             progress = seen(state)
     yield progress

@@ -103,7 +103,7 @@ def _keep_largest(
     bits = lax.bitcast_convert_type(logits, jnp.int32)
     order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)  # integers in the order of the floats
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array | int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low & high) + ((low ^ high) >> 1)  # their mean, which (low + high) / 2 would overflow
         holds = enough(order >= middle[:, None])
