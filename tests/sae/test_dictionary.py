@@ -247,6 +247,8 @@ def test_thresholds_are_compared_in_float32_whatever_the_weights(x: jax.Array):
         f = encode(half, given)
         assert f.dtype == jnp.float32
         np.testing.assert_array_equal(f, p)
+    fine = ones.astype(jnp.float32).at[:, 1].set(0.0).at[:, 0].set(p)  # an input that bfloat16 cannot hold
+    np.testing.assert_array_equal(encode(half, fine), p)
     assert decode(half, encode(half, ones)).dtype == jnp.float32
     products = [e for e in equations(jax.make_jaxpr(encode)(base, x).jaxpr) if e.primitive.name == "dot_general"]
     assert products and all("HIGHEST" in str(e.params["precision"]) for e in products)
