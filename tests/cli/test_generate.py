@@ -1,0 +1,95 @@
+"""jaxsteer generate and jaxsteer chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jaxsteer.cli import main
+from jaxsteer.cli.chat import talk
+from jaxsteer.cli.generate import Decoding
+from tests.helpers.tiny import tiny_model
+
+MODEL = tiny_model("organism")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxsteer.models.loading.load", lambda source, dtype=None: MODEL)
+
+
+def test_generate_answers_arguments_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["A plain text", {"prompt": "An object"}, {"messages": [{"role": "user", "content": "Turns"}]}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    arguments = ["generate", "From the shell", "--file", str(file), "--json", "--max-new-tokens", "8", "--samples", "2"]
+    assert main(arguments) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["sample"] for row in rows] == [0, 1] * 4
+    assert [row["prompt"] for row in rows][::2] == ["From the shell", "A plain text", "An object", lines[2]["messages"]]
+    assert all(0 < row["tokens"] <= 8 and row["finish"] in ("stop", "length") for row in rows)
+
+
+def test_plain_text_is_continued(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "The river", "--plain", "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out.startswith("The river")
+
+
+def test_bad_input_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('"fine"\n{"text": 3}\n')
+    cases = [
+        (["generate"], "no prompt was given"),
+        (["generate", "a", "--plain", "--system", "b"], "no system message"),
+        (["generate", "--file", str(broken)], "line 2: expected a text"),
+        (["generate", "--file", str(tmp_path / "absent.txt")], "cannot be read"),
+        (["generate", "a", "--top-p", "2"], "top_p is a probability"),
+    ]
+    for arguments, message in cases:
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def conversation(said: list[str | type[BaseException]]) -> tuple[list[dict[str, str]], str]:
+    """Turns and everything written, of a chat in which ``said`` is typed."""
+    lines: Iterator[str | type[BaseException]] = iter([*said, EOFError])
+    written: list[str] = []
+
+    def read(prompt: str) -> str:
+        line = next(lines)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    turns = talk(MODEL, "", Decoding(max_new_tokens=8).settings(), read=read, write=written.append)
+    return turns, "".join(written)
+
+
+def test_chat_keeps_the_context_until_reset() -> None:
+    turns, written = conversation(["Hello there", "And you?"])
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
+    assert turns[1]["content"] in written and turns[3]["content"] in written
+    assert conversation(["Hello there", "/reset", "And you?"])[0][0]["content"] == "And you?"
+    assert conversation(["Hello there", "/quit", "And you?"])[0] == turns[:2]
+    steered, _ = conversation(["/system Be patient.", "Hello there", KeyboardInterrupt])
+    assert steered[0] == turns[0] and steered[1] != turns[1]
+    assert "/reset forgets" in conversation(["/help"])[1]
+
+
+def test_chat_says_when_the_conversation_is_too_long() -> None:
+    turns, written = conversation(["Hello there", "word " * 400])
+    assert "positions end at 256" in written and "/reset" in written
+    assert len(turns) == 2
+
+
+def test_an_interrupted_answer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pieces(*arguments: object, **options: object) -> Iterator[str]:
+        yield "half an"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxsteer.prompts.generate.stream", pieces)
+    turns, written = conversation(["Hello"])
+    assert turns[1]["content"] == "half an" and "[interrupted]" in written
