@@ -31,7 +31,6 @@ import numpy as np
 from jaxsteer import organisms
 from jaxsteer.cli.demo import trigger_words
 from jaxsteer.evals.choice import choice_eval, distinct, rate
-from jaxsteer.evals.probe import ProbeRow
 from jaxsteer.models.loading import Model, load
 from jaxsteer.personas import Direction, load_direction, load_persona, random_direction, search_conversations
 from jaxsteer.prompts import build_slots, prompt_text, retokenises_many
@@ -96,10 +95,11 @@ def judged(setting: Setting, text: str) -> dict[str, Any]:
 def with_random_direction(setting: Setting, run_dir: Path, seed: int) -> dict[str, Any]:
     """The search of a finished decision run once more, with a random direction of equal norm at the same site."""
     direction, metrics = decision_of(run_dir, setting.model)
-    chosen = ProbeRow(site=metrics["site"], read_position="decision", sign=1, correlation=0.0, layer=0)
-    result, objective, _ = search(setting, random_direction(direction, seed), chosen, lambda _: None)
+    site = metrics["site"]
+    raw = Projection(delta=jnp.asarray(random_direction(direction, seed).delta[site]), site=site)
+    result, objective, _ = search(setting, raw, lambda _: None)
     best = next(row for row in finals(setting, objective, result) if row["retokenises"])
-    return {"text": best["text"], "test": judged(setting, best["text"]), "target": best["target"], "site": chosen.site}
+    return {"text": best["text"], "test": judged(setting, best["text"]), "target": best["target"], "site": site}
 
 
 def decision_of(run_dir: Path, model: Model) -> tuple[Direction, dict[str, Any]]:

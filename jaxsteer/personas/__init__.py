@@ -1,4 +1,4 @@
-"""Dataset schemas and loaders, contrastive pairs, directions."""
+"""Dataset schemas and loaders, contrastive pairs, directions, SAE signatures."""
 
 from jaxsteer.personas.datasets import load_persona, read_items
 from jaxsteer.personas.directions import (
@@ -14,6 +14,7 @@ from jaxsteer.personas.directions import (
 )
 from jaxsteer.personas.items import Item, Persona, Splits, parse_choices, split, swap
 from jaxsteer.personas.pairs import READ_POSITIONS, Pairs, contrast_pairs, search_conversations
+from jaxsteer.personas.signatures import Signature, random_signature, sae_signature, save_signature
 
 __all__ = [
     "READ_POSITIONS",
@@ -21,6 +22,7 @@ __all__ = [
     "Item",
     "Pairs",
     "Persona",
+    "Signature",
     "Splits",
     "auroc",
     "check_direction",
@@ -32,8 +34,11 @@ __all__ = [
     "parse_choices",
     "projections",
     "random_direction",
+    "random_signature",
     "read_items",
+    "sae_signature",
     "save_direction",
+    "save_signature",
     "search_conversations",
     "split",
     "swap",

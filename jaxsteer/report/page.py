@@ -55,6 +55,7 @@ def render_page(run: Run) -> str:
         unit=unit,
         controls=controls(metrics),
         probe=_probe(metrics),
+        signature=_signature(metrics),
         rates=_figure(rate_plot(metrics)),
         pareto=_figure(pareto_plot(metrics, run.pareto)),
         progress=[_figure(figure) for figure in progress_plots(run.progress, unit)],
@@ -159,6 +160,19 @@ def _probe(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for row in rows[:12]
     ]
+
+
+def _signature(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The latents of a SAEGA run, with the strength of every token's colour in percent; None for other runs."""
+    found = metrics.get("signature")
+    if not isinstance(found, Mapping):
+        return None
+    rows = found["rows"]
+    largest = max((abs(value) for row in rows for value in row["by_token"]), default=0.0) or 1.0
+    shaded = [
+        {**row, "tokens": [(value, round(60 * abs(value) / largest)) for value in row["by_token"]]} for row in rows
+    ]
+    return {**found, "before": found["objective_before"], "rows": shaded}
 
 
 def _figure(svg: str | None) -> Markup | None:

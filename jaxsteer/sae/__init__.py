@@ -2,6 +2,7 @@
 
 from checkpoints_convert.sae_form import SAEConfig
 from jaxsteer.sae.dictionary import SAE, Fidelity, decode, encode, fidelity, reconstruct, shard_sae, subset
+from jaxsteer.sae.lens import promoted_tokens
 from jaxsteer.sae.loading import Health, check_health, check_sae, load_sae, save_sae
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "encode",
     "fidelity",
     "load_sae",
+    "promoted_tokens",
     "reconstruct",
     "save_sae",
     "shard_sae",

@@ -2,7 +2,7 @@
 
 from jaxsteer.search.driver import Found, Progress, SearchResult, run_search, standardise
 from jaxsteer.search.epo import FLUENCY, EpoConfig, Fluency, epo
-from jaxsteer.search.objectives import Objective, Projection, Reads, Standardised, needs
+from jaxsteer.search.objectives import Latents, Objective, Projection, Reads, Standardised, latents_objective, needs
 from jaxsteer.search.rescore import Rescored, rescore
 from jaxsteer.search.task import Task, make_task, score
 
@@ -11,6 +11,7 @@ __all__ = [
     "EpoConfig",
     "Fluency",
     "Found",
+    "Latents",
     "Objective",
     "Progress",
     "Projection",
@@ -20,6 +21,7 @@ __all__ = [
     "Standardised",
     "Task",
     "epo",
+    "latents_objective",
     "make_task",
     "needs",
     "rescore",

@@ -14,12 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from checkpoints_convert.sae_form import ELEMENTWISE
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.sites import parse_site
+from jaxsteer.sae import SAE, encode, subset
 
 
 class Reads:
@@ -114,6 +117,36 @@ class Projection:
     def __call__(self, reads: Reads) -> Float[Array, " rows"]:
         """The projection of every row."""
         return jnp.sum(reads[self.site] * self.delta, axis=-1)
+
+
+@struct.dataclass
+class Latents:
+    """SAEGA's objective: ``sum_i w_i f_i`` over latents of an SAE at one site (arXiv 2601.02896; methods.md 5.1).
+
+    A latent that is off has no gradient, so that token gradients see active latents only; scores are exact.
+    """
+
+    sae: SAE
+    weights: Float[Array, " k"]
+    indices: Int[Array, " k"] | None
+    """Where latents compete for being active, those to read; ``None`` where ``sae`` holds them alone."""
+    site: str = struct.field(pytree_node=False)
+
+    def __call__(self, reads: Reads) -> Float[Array, " rows"]:
+        """The weighted sum of every row."""
+        return jnp.sum(encode(self.sae, reads[self.site], self.indices) * self.weights, axis=-1)
+
+
+def latents_objective(sae: SAE, indices: Int[np.ndarray, " k"], weights: Float[np.ndarray, " k"], site: str) -> Latents:
+    """The weighted sum of these latents. No other latent is ever computed, unless latents compete (top-k)."""
+    alone = sae.config.activation in ELEMENTWISE
+    chosen = jnp.asarray(indices, jnp.int32)
+    return Latents(
+        sae=subset(sae, chosen) if alone else sae,
+        weights=jnp.asarray(weights, jnp.float32),
+        indices=None if alone else chosen,
+        site=site,
+    )
 
 
 @struct.dataclass

@@ -12,7 +12,8 @@ from typing import Any
 from jaxsteer.errors import UserError
 from jaxsteer.files import write_text
 
-CONFIG, DIRECTION, PROGRESS = "config.json", "direction.safetensors", "progress.jsonl"
+CONFIG, PROGRESS = "config.json", "progress.jsonl"
+DIRECTION, SIGNATURE = "direction.safetensors", "signature.safetensors"
 PARETO, METRICS, CHOICES, REPORT = "pareto.jsonl", "metrics.json", "choices.json", "report.html"
 FORMAT = "jaxsteer.run/1"
 

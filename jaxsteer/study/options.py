@@ -49,11 +49,16 @@ class SearchOptions:
     """organism:llama, a converted checkpoint, a Hugging Face directory, or a hub id."""
     persona: str = "sycophancy"
     """Built-in name (sycophancy, hallucination, myopic) or path of a .jsonl, .json or .csv dataset."""
-    method: Literal["resga"] = "resga"
-    """resga: ascend along the direction away from the persona (arXiv 2601.02896)."""
+    method: Literal["resga", "saega"] = "resga"
+    """resga: ascend along the direction away from the persona. saega: raise and lower the latents of a sparse
+    autoencoder that tell the persona apart; needs --sae (both: arXiv 2601.02896)."""
+    sae: str | None = None
+    """Of saega: folder, file or hub_id:subfolder of a sparse autoencoder, in any known layout, or organism:llama."""
+    latents: int | None = None
+    """Of saega: how many latents make the signature (default: 1 % of the dictionary)."""
     site: str = "auto"
     """Where direction and objective are read, e.g. blocks.2.hook_resid_post. auto: the earliest site at which the
-    probe's rank correlation reaches 0.8, else the best one."""
+    probe's rank correlation reaches 0.8, else the best one. saega always reads the SAE's own site."""
     read_position: Literal["published", "matched", "decision"] = "decision"
     """The token at which direction and objective are read: published (end of answer, end of prompt), matched (end of
     answer for both), decision (where the answer is decided; needs cue sentences)."""
@@ -112,8 +117,15 @@ class SearchOptions:
             _positive(name, getattr(filled, name))
         for name in ("restarts", "report_prompts"):
             _positive(name, getattr(filled, name))
-        if filled.batch is not None:
-            _positive("batch", filled.batch)
+        for name in ("batch", "latents"):
+            if getattr(filled, name) is not None:
+                _positive(name, getattr(filled, name))
+        if (filled.method == "saega") != (filled.sae is not None):
+            raise UserError("--method saega and --sae PATH belong together: give both or neither")
+        if filled.method == "saega" and (filled.objective is not None or filled.site != "auto"):
+            raise UserError("--method saega brings its own objective and site: leave out --objective and --site")
+        if filled.latents is not None and filled.method != "saega":
+            raise UserError("--latents is an option of --method saega")
         return filled
 
     def record(self) -> dict[str, Any]:

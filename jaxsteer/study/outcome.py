@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,12 +18,11 @@ from jaxsteer.prompts import prompt_text, retokenises_many
 from jaxsteer.search import Found, Objective, SearchResult, needs
 from jaxsteer.search.rescore import rescore
 from jaxsteer.study import files
+from jaxsteer.study.aim import Say
 from jaxsteer.study.setting import Setting
 
 MARKED = 4
 """Prompts reported although their text does not re-tokenise; they are never selected."""
-
-Say = Callable[[str], None]
 
 
 def finals(setting: Setting, objective: Objective, result: SearchResult) -> list[dict[str, Any]]:

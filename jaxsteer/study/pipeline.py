@@ -12,41 +12,24 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
 from jaxsteer import __version__
-from jaxsteer.evals.probe import WARNS, Probe, ProbeRow, Scorer, choose, probe, scorer, stream_sites
 from jaxsteer.models.loading import Model, load
 from jaxsteer.models.sharding import make_mesh
-from jaxsteer.models.sites import parse_site
-from jaxsteer.personas import Direction, contrast_pairs, load_persona, mean_difference, save_direction
-from jaxsteer.prompts import Slots, first_allowed, retokenises_many
-from jaxsteer.search import (
-    FLUENCY,
-    EpoConfig,
-    Objective,
-    Projection,
-    SearchResult,
-    Task,
-    make_task,
-    needs,
-    run_search,
-    score,
-    standardise,
-)
-from jaxsteer.search.objectives import as_pytree
+from jaxsteer.personas import load_persona, save_direction, save_signature
+from jaxsteer.prompts import retokenises_many
+from jaxsteer.sae import load_sae
+from jaxsteer.search import FLUENCY, EpoConfig, Objective, SearchResult, run_search, standardise
 from jaxsteer.study import files
+from jaxsteer.study.aim import Say, find_aim, task_of
+from jaxsteer.study.latents import explained
 from jaxsteer.study.options import SearchOptions, load_objective
-from jaxsteer.study.outcome import Say, environment, evaluate, finals
-from jaxsteer.study.probing import DIRECTION_ITEMS, PROBE_ITEMS
-from jaxsteer.study.setting import Setting, context_items, prepare
+from jaxsteer.study.outcome import environment, evaluate, finals
+from jaxsteer.study.setting import Setting, prepare
 
 log = logging.getLogger(__name__)
-
-PROBE_PROMPTS = 240
-"""Random prompts of the probe."""
 
 
 def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.info) -> dict[str, Any]:
@@ -70,19 +53,24 @@ def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.in
         # Restarts are spread over the devices that there are; a single population stays on one.
         spread = options.restarts > 1 and jax.device_count() > 1
         model = load(options.model, dtype=options.dtype, mesh=make_mesh() if spread else None)
-    setting = prepare(options, model, persona, custom)
+    sae = load_sae(options.sae) if options.sae else None
+    setting = prepare(options, model, persona, custom, sae)
     files.write_json(options.out / files.CONFIG, config)
     timing["load_s"] = time.perf_counter() - started
 
     started = time.perf_counter()
-    direction, table, chosen = find_objective(setting, say)
+    aim = find_aim(setting, say)
+    chosen = aim.chosen
     timing["probe_s"] = time.perf_counter() - started
-    if direction is not None:
-        noted = {"site": chosen.site, "objective_sign": str(chosen.sign)}
-        noted_direction = dataclasses.replace(direction, metadata={**direction.metadata, **noted})
-        save_direction(noted_direction, options.out / files.DIRECTION)
+    noted = {"site": chosen.site, "objective_sign": str(chosen.sign)}
+    if aim.direction is not None:
+        direction = dataclasses.replace(aim.direction, metadata={**aim.direction.metadata, **noted})
+        save_direction(direction, options.out / files.DIRECTION)
+    if aim.signature is not None:
+        signature = dataclasses.replace(aim.signature, metadata={**aim.signature.metadata, **noted})
+        save_signature(signature, options.out / files.SIGNATURE)
 
-    result, objective, units = search(setting, direction, chosen, say)
+    result, objective, units = search(setting, aim.objective, say)
     started = time.perf_counter()
     prompts = finals(setting, objective, result)
     files.write_lines(options.out / files.PARETO, prompts)
@@ -96,7 +84,7 @@ def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.in
         "read_position": options.read_position,
         "sign": chosen.sign,
         "probe_correlation": chosen.correlation,
-        "probe": table.to_json(),
+        "probe": aim.table.to_json(),
         "target_units": "raw" if options.raw_units else "sd",
         "objective_units": units,
         "splits": {name: len(getattr(setting.splits, name)) for name in ("train", "validation", "test")},
@@ -111,98 +99,17 @@ def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.in
         "candidates_per_s": result.candidates / result.search_s if result.search_s else 0.0,
         "steps": result.steps,
     }
+    if setting.sae is not None and aim.signature is not None:
+        metrics["signature"] = explained(setting, setting.sae, aim.signature, metrics)
     metrics |= {"timing": timing, "environment": environment(model)}
     files.write_json(options.out / files.METRICS, metrics)
     return files.plain(metrics)
 
 
-def find_objective(setting: Setting, say: Say) -> tuple[Direction | None, Probe, ProbeRow]:
-    """The direction at every site, what the probe says of each, and the site to search at."""
-    options, model = setting.options, setting.model
-    direction = None
-    if setting.custom is None:
-        sites = stream_sites(model.config.n_layers)
-        if options.site != "auto":
-            sites = list(dict.fromkeys([*sites, parse_site(options.site, model.config.n_layers).name]))
-        items = context_items(setting.splits.train, DIRECTION_ITEMS)
-        pairs = contrast_pairs(
-            model, setting.persona, items, options.read_position, split_seed=options.split_seed, **setting.place
-        )
-        direction = mean_difference(model, pairs, sites)
-        say(f"Direction: difference of means over {len(pairs)} pairs of texts, read at {options.read_position}")
-        judge = scorer(model, direction)
-    else:
-        judge = _custom_scorer(setting)
-    table = probe(
-        model,
-        setting.persona,
-        context_items(setting.splits.validation, PROBE_ITEMS),
-        {options.read_position: judge},
-        allowed=setting.allowed,
-        length=setting.slots.length,
-        n=PROBE_PROMPTS,
-        seed=options.seed,
-        **setting.place,
-    )
-    chosen = _chosen(setting, table)
-    say(
-        f"Probe: objective and behaviour rank {len(table.prompts)} random prompts alike to {chosen.correlation:.2f} at "
-        f"{chosen.site}{' (sign turned)' if chosen.sign < 0 else ''}"
-    )
-    if chosen.correlation < WARNS:
-        log.warning(
-            "at %s (%s) the objective hardly ranks prompts by behaviour (rank correlation %.2f, below %.1f); "
-            "what the search finds may not change it. `jaxsteer direction probe` compares sites and positions",
-            chosen.site, options.read_position, chosen.correlation, WARNS,
-        )  # fmt: skip
-    return direction, table, chosen
-
-
-def _chosen(setting: Setting, table: Probe) -> ProbeRow:
-    """The probe's choice, or the row of the site that was asked for, with its sign as defined."""
-    options = setting.options
-    if setting.custom is None and options.site == "auto":
-        return choose(table.rows)
-    wanted = table.rows[0].site
-    if setting.custom is None:
-        wanted = parse_site(options.site, setting.model.config.n_layers).name
-    row = next(row for row in table.rows if row.site == wanted)
-    return dataclasses.replace(row, sign=1, correlation=row.sign * row.correlation)
-
-
-def _custom_scorer(setting: Setting) -> Scorer:
-    def judge(slots: Slots, ids: np.ndarray) -> dict[str, np.ndarray]:
-        assert setting.custom is not None
-        task = _task(setting, setting.custom, slots)
-        f, _ = jax.jit(score)(setting.model.params, task, as_pytree(setting.custom), ids)
-        return {f"custom: {(setting.options.objective or '').rpartition(':')[2]}": np.asarray(f)}
-
-    return judge
-
-
-def _task(setting: Setting, objective: Objective, slots: Slots) -> Task:
-    return make_task(
-        setting.model.params,
-        setting.model.config,
-        slots,
-        needs=needs(objective, setting.model.config),
-        allowed=setting.allowed,
-        allowed_first=first_allowed(setting.model.tokenizer, slots, setting.allowed),
-        batch=setting.options.batch,
-    )
-
-
-def search(
-    setting: Setting, direction: Direction | None, chosen: ProbeRow, say: Say
-) -> tuple[SearchResult, Objective, dict[str, Any]]:
+def search(setting: Setting, raw: Objective, say: Say) -> tuple[SearchResult, Objective, dict[str, Any]]:
     """Run EPO; returns what it found, the objective in the units of the search, and those units."""
     options, model = setting.options, setting.model
-    if setting.custom is not None:
-        raw: Objective = setting.custom
-    else:
-        assert direction is not None
-        raw = Projection(delta=jnp.asarray(chosen.sign * direction.delta[chosen.site]), site=chosen.site)
-    task = _task(setting, raw, setting.slots)
+    task = task_of(setting, raw)
     standard, numbers = standardise(model.params, task, raw, seed=options.seed)
     objective = raw if options.raw_units else standard
     units = {"name": "raw" if options.raw_units else "standard deviations over random prompts", **numbers}

@@ -22,6 +22,7 @@ from jaxsteer.prompts import (
     question_conversation,
     render,
 )
+from jaxsteer.sae import SAE, check_sae
 from jaxsteer.search import Objective, needs
 from jaxsteer.study.options import SearchOptions
 
@@ -37,6 +38,7 @@ class Setting:
     slots: Slots
     allowed: Bool[np.ndarray, " V"]
     custom: Objective | None
+    sae: SAE | None = None
 
     @property
     def place(self) -> dict[str, Any]:
@@ -44,7 +46,13 @@ class Setting:
         return {"style": self.options.style, "slot": self.options.slot}
 
 
-def prepare(options: SearchOptions, model: Model, persona: Persona, custom: Objective | None = None) -> Setting:
+def prepare(
+    options: SearchOptions,
+    model: Model,
+    persona: Persona,
+    custom: Objective | None = None,
+    sae: SAE | None = None,
+) -> Setting:
     """Check everything that can be checked without running the model, and build the contexts of the search.
 
     Raises ``UserError`` for a model without tokenizer, a site beyond the last layer or off the residual stream, texts
@@ -56,6 +64,9 @@ def prepare(options: SearchOptions, model: Model, persona: Persona, custom: Obje
         blocks_before(options.site, model.config.n_layers)
     if custom is not None:
         needs(custom, model.config)
+    if sae is not None:
+        check_sae(sae, model)
+        blocks_before(str(sae.config.site_in), model.config.n_layers)
     splits = split(persona, seed=options.split_seed)
     place = {"style": options.style, "slot": options.slot}
     chosen = context_items(splits.train, options.contexts or 1)
@@ -76,7 +87,14 @@ def prepare(options: SearchOptions, model: Model, persona: Persona, custom: Obje
             "template takes the space before the prompt away, and all allowed tokens begin with one. Use --tokens ascii"
         )
     return Setting(
-        options=options, model=model, persona=persona, splits=splits, slots=slots, allowed=allowed, custom=custom
+        options=options,
+        model=model,
+        persona=persona,
+        splits=splits,
+        slots=slots,
+        allowed=allowed,
+        custom=custom,
+        sae=sae,
     )
 
 

@@ -41,7 +41,8 @@ from jaxsteer.personas import (
 from jaxsteer.prompts import encode_texts, question_conversation, render
 from jaxsteer.steer import Edit, add, mean_norms
 from jaxsteer.study import files
-from jaxsteer.study.outcome import Say, environment
+from jaxsteer.study.aim import Say
+from jaxsteer.study.outcome import environment
 from jaxsteer.study.probing import DIRECTION_ITEMS
 from jaxsteer.study.setting import context_items
 

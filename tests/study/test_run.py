@@ -3,13 +3,18 @@
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import ChoiceResult, rate
 from jaxsteer.models.loading import Model
 from jaxsteer.personas import load_direction
+from jaxsteer.report import write_report
+from jaxsteer.sae import SAE, SAEConfig, save_sae
 from jaxsteer.study import SearchOptions, run
 from jaxsteer.study.outcome import select
 from tests.helpers.tiny import tiny_model
@@ -113,7 +118,7 @@ def test_a_custom_objective_from_a_file(options: Make, tmp_path) -> None:  # noq
 def test_refused_before_any_work(options: Make, changes: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import jaxsteer.study.pipeline as module
 
-    monkeypatch.setattr(module, "find_objective", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(module, "find_aim", lambda *_: pytest.fail("work was done"))
     with pytest.raises(UserError, match=message):
         run(options(**changes), model=model())
     assert not options().out.exists() or not list(options().out.iterdir())
@@ -154,3 +159,46 @@ def test_ctrl_c_keeps_and_evaluates_what_was_found(options: Make, monkeypatch: p
     assert metrics["interrupted"] and metrics["prompts"] and metrics["selected"] == 0
     assert any("Interrupted" in line for line in said)
     assert (options().out / "metrics.json").is_file()
+
+
+def test_saega_searches_latents_and_names_them(options: Make, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    d, f, site = model().config.d_model, 24, "blocks.1.hook_resid_post"
+    sae = SAE(
+        W_enc=jnp.asarray(rng.normal(size=(d, f)), jnp.float32),
+        W_dec=jnp.asarray(rng.normal(size=(f, d)), jnp.float32),
+        b_enc=jnp.zeros(f),
+        b_dec=jnp.zeros(d),
+        config=SAEConfig(activation="relu", site_in=site, model=model().name),
+    )
+    save_sae(sae, tmp_path / "sae")
+    chosen = options(method="saega", sae=str(tmp_path / "sae"), latents=5)
+    metrics = run(chosen, model=model())
+    assert metrics["method"] == "saega" and metrics["site"] == site
+    assert {"signature.safetensors", "metrics.json", "pareto.jsonl"} <= {p.name for p in chosen.out.iterdir()}
+    signature = metrics["signature"]
+    assert signature["latents"] == 5 and signature["dictionary"] == f and len(signature["rows"]) == 5
+    assert len(signature["tokens"]) == 3
+    for row in signature["rows"]:
+        assert len(row["promotes"]) == 8 and len(row["by_token"]) == 3
+    # The latents' contributions add up to the objective, which the search standardised and scored from text again.
+    units, best = metrics["objective_units"], metrics["prompts"][metrics["selected"]]
+    assert signature["objective"] == pytest.approx(best["target"] * units["scale"] + units["offset"], rel=1e-4)
+    assert sum(row["at_read"] for row in signature["rows"]) == pytest.approx(signature["objective"], rel=1e-5)
+    page = write_report(chosen.out).read_text()
+    assert f"latent {signature['rows'][0]['latent']}" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"method": "saega"}, "belong together"),
+        ({"sae": "somewhere"}, "belong together"),
+        ({"method": "saega", "sae": "x", "site": "blocks.0.hook_resid_post"}, "its own objective and site"),
+        ({"latents": 3}, "option of --method saega"),
+        ({"method": "saega", "sae": "x", "latents": 0}, "at least 1"),
+    ],
+)
+def test_options_of_saega_that_contradict_each_other(options: Make, changes: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        run(options(**changes), model=model())

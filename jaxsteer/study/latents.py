@@ -1,0 +1,84 @@
+"""What SAE latents have to do with a prompt that was found: their weight, what they promote, where they fire."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxsteer.models.capture import capture
+from jaxsteer.personas import Signature
+from jaxsteer.prompts.conversation import encode as encode_conversation
+from jaxsteer.sae import SAE, encode, promoted_tokens
+from jaxsteer.study.setting import Setting
+
+ROWS = 20
+"""Latents that a report names."""
+TOKENS = 8
+"""Tokens that a latent promotes, as a report shows them."""
+
+
+def explained(setting: Setting, sae: SAE, signature: Signature, metrics: dict[str, Any]) -> dict[str, Any]:
+    """The signature with, for the selected prompt, each latent's contribution to the objective.
+
+    Contributions are ``w_i f_i``, means over the search's contexts, in units of the objective before standardising:
+    ``at_read`` at the read position, ``before`` there without a prompt, ``by_token`` at every token of the prompt.
+    ``rows`` holds the latents whose contribution the prompt changed most.
+    """
+    index = metrics["selected"]
+    text = None if index is None else metrics["prompts"][index]["text"]
+    codes = _contributions(setting, sae, signature, text or "")
+    plain = codes if text is None else _contributions(setting, sae, signature, "")
+    change = np.abs(codes["at_read"] - plain["at_read"])
+    order = np.argsort(-change, kind="stable")[:ROWS]
+    promoted = promoted_tokens(setting.model, sae, signature.indices[order], top=TOKENS)
+    return {
+        "latents": len(signature.indices),
+        "dictionary": sae.n_latents,
+        "site": signature.site,
+        "l0_good": signature.l0_good,
+        "l0_bad": signature.l0_bad,
+        "fvu": signature.fvu,
+        "objective": float(codes["at_read"].sum()),
+        "objective_before": float(plain["at_read"].sum()),
+        "tokens": [] if text is None else _token_texts(setting, metrics["prompts"][index]["ids"]),
+        "rows": [
+            {
+                "latent": int(signature.indices[i]),
+                "weight": float(signature.weights[i]),
+                "promotes": list(promoted[row]),
+                "at_read": float(codes["at_read"][i]),
+                "before": float(plain["at_read"][i]),
+                "by_token": [] if text is None else [float(v) for v in codes["by_token"][:, i]],
+            }
+            for row, i in enumerate(order)
+        ],
+    }
+
+
+def _token_texts(setting: Setting, ids: list[int]) -> list[str]:
+    return [setting.model.tokenizer.decode([token]) for token in ids]
+
+
+def _contributions(setting: Setting, sae: SAE, signature: Signature, text: str) -> dict[str, Float[np.ndarray, ...]]:
+    """``at_read`` (k,) and ``by_token`` (S, k), means over contexts; the latter is of use with a prompt only."""
+    slots, model = setting.slots, setting.model
+    rows = [encode_conversation(model.tokenizer, conversation, text) for conversation in slots.conversations]
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    streams = capture(model, tokens, [signature.site], mask)[signature.site]
+    codes = np.asarray(encode(sae, streams, signature.indices), np.float64) * signature.weights
+    starts = np.asarray([len(before) for before in slots.before])
+    if text:
+        at = starts + np.asarray(slots.read_index)
+        inside = codes[np.arange(len(rows))[:, None], starts[:, None] + np.arange(slots.length)]
+    else:
+        # The same token of the tail, counted from the end; without a slot its last token is the one before it.
+        behind = [slots.length + len(tail) - index for tail, index in zip(slots.after, slots.read_index, strict=True)]
+        in_slot = np.asarray(slots.read_index) < slots.length
+        at = np.where(in_slot, np.maximum(starts - 1, 0), mask.sum(1) - np.asarray(behind))
+        inside = codes[:, :0]
+    return {"at_read": codes[np.arange(len(rows)), at].mean(0), "by_token": inside.mean(0)}
