@@ -39,7 +39,7 @@ def saelens(found: Found) -> Dictionary:
     metadata = metadata if isinstance(metadata, dict) else {}
     if isinstance(metadata.get("jaxsteer"), dict):
         return _ours(found, metadata["jaxsteer"])
-    old = metadata.get("sae_lens_version") is None and "metadata" not in config
+    old = "metadata" not in config
     if old:
         config = _modern(found, config)
         metadata = config
@@ -56,6 +56,8 @@ def saelens(found: Found) -> Dictionary:
     out = metadata.get("hook_name_out")
     if out and canonical_site(out) != where["site_in"]:
         where["site_out"] = canonical_site(out)
+    head = metadata.get("hook_head_index")
+    notes = () if head is None else (f"trained on head {head} of its site alone",)
     selection: dict[str, Any] = {"k": found.asked.k or config.get("k")} if activation in ("topk", "abstopk") else {}
     if activation == "matching_pursuit":
         selection = {
@@ -70,9 +72,10 @@ def saelens(found: Found) -> Dictionary:
             restore_norm=not transcoder,
             input_scale=scale,
             output_scale=scale,
-            subtract_b_dec=bool(config.get("apply_b_dec_to_input", old)) and not transcoder,
+            subtract_b_dec=bool(config.get("apply_b_dec_to_input", True)) and not transcoder,
             trained_with_bos=metadata.get("prepend_bos"),
             format="SAELens before 6" if old else "SAELens",
+            notes=notes,
             **selection,
             **where,
         ),

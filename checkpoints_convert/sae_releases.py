@@ -36,7 +36,7 @@ def site_and_model(found: Found, site: str | None, model: str | None) -> dict[st
     site = found.asked.site or site
     if site is None:
         found.ask("site", "at which site it was trained", "'blocks.12.hook_resid_post'")
-    if "-" in site.split(".hook")[0].split("attn")[0]:
+    if re.search(r"[.\[_L]-\d", site):
         raise UserError(f"The site {site!r} counts from the last layer. An SAE belongs to one layer: count from 0.")
     return {"site_in": canonical_site(site), "model": found.asked.model or model}
 
