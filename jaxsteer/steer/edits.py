@@ -207,6 +207,8 @@ def _common_rows(sizes: Iterable[int]) -> int | None:
 
 
 def _project(h: Array, v: Array) -> Array:
+    if v.shape[1] == 1:
+        return (h * v).sum(-1, keepdims=True)
     # Highest: on TPU and recent GPUs a float32 product would else be taken in bfloat16 or TF32.
     return jnp.matmul(h, jnp.swapaxes(v, -1, -2), precision=lax.Precision.HIGHEST)
 

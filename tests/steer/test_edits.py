@@ -203,6 +203,7 @@ def test_padding_on_either_side_changes_nothing() -> None:
     assert steer.count_positions(edit, TOKENS).tolist() == [T - 1, T - 1]
     found = jaxsteer.capture(MODEL, TOKENS, [site], edits=edit)[site]
     np.testing.assert_array_equal(found[:, : T - 1], values[:, 3 : T + 2])
+    np.testing.assert_allclose(found[:, T - 1], jaxsteer.capture(MODEL, TOKENS, [site])[site][:, T - 1], atol=1e-5)
 
 
 def test_a_text_cut_short_is_edited_as_the_whole_text_is() -> None:
