@@ -33,11 +33,12 @@ from checkpoints_convert.work import Work, discard, kept_or_discarded, locked, w
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import config_from_hf
+from jaxsteer.models.restoring import orbax
 from jaxsteer.models.sharding import STORED_TRANSPOSED, piece_axis, stored_shape
 
 log = logging.getLogger(__name__)
 
-CONVERTER_VERSION = 2
+CONVERTER_VERSION = 3
 """Raised whenever the same source would give another checkpoint; part of the cache key."""
 RECORD = "jaxsteer.json"
 WEIGHTS = "weights"
@@ -314,8 +315,7 @@ def save(path: Path, leaves: dict[Leaf, np.ndarray]) -> None:
 
     Zarr arrays in plain files: Orbax's database format (OCDBT) holds a copy of the whole group while it is written.
     """
-    from orbax.checkpoint import v1 as ocp
-
+    ocp = orbax()
     tree: dict[str, Any] = {}
     for leaf, values in leaves.items():
         node = tree
@@ -332,14 +332,8 @@ def save(path: Path, leaves: dict[Leaf, np.ndarray]) -> None:
     context.array.saving.use_compression = False  # weights hardly compress, and writing takes six times as long
     context.array.saving.scoped_storage_options_creator = chunks
     context.memory.deepcopy_host_arrays = False  # nobody changes them
-    logging.getLogger("absl").addFilter(_not_about_ocdbt)
     with context:
         ocp.save(path, tree)
-
-
-def _not_about_ocdbt(record: logging.LogRecord) -> bool:
-    """Orbax warns at every save in another format that there is no OCDBT part to merge."""
-    return "Skipping merge of OCDBT" not in str(record.msg)
 
 
 def read(tensor: Tensor, target: np.dtype, into: np.ndarray | None = None) -> Converted:

@@ -117,30 +117,30 @@ def _leaves(
         if "/".join(leaf) in index:
             groups.setdefault(index["/".join(leaf)]["group"], []).append(leaf)
 
-    def check(leaf: Leaf, values: np.ndarray) -> tuple[list[str], str | None]:
+    def check(leaf: Leaf, values: np.ndarray | UserError) -> tuple[list[str], str | None]:
+        if isinstance(values, UserError):
+            return [str(values)], None
         _, source, shape = expected[leaf]
         made = None if job is None else read(job.tensors[leaf], target)
         found = _compare(leaf, values, made, index["/".join(leaf)]["sha256"], source, shape, target)
         return found, None if made is None else made.source_sha256
 
-    def load(group: str) -> dict[Leaf, np.ndarray] | UserError:
+    def load(leaves: list[Leaf]) -> dict[Leaf, np.ndarray | UserError]:
         try:
-            return read_leaves(weights, index, dict.fromkeys(groups[group], np.ndarray))
+            return read_leaves(weights, index, dict.fromkeys(leaves, np.ndarray))
         except UserError as error:
-            return error
+            if len(leaves) == 1:
+                return {leaves[0]: error}
+            return {leaf: load([leaf])[leaf] for leaf in leaves}  # which of them it is
 
     # Orbax is called from one thread only, one group ahead of the comparison.
     with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(THREADS) as pool:
         names = list(groups)
-        ahead = loader.submit(load, names[0]) if names else None
-        for position, group in enumerate(names):
+        ahead = loader.submit(load, groups[names[0]]) if names else None
+        for position in range(len(names)):
             assert ahead is not None
             loaded = ahead.result()
-            ahead = loader.submit(load, names[position + 1]) if position + 1 < len(names) else None
-            if isinstance(loaded, UserError):
-                for leaf in groups[group]:
-                    yield leaf, math.prod(expected[leaf][2]), [str(loaded)], None
-                continue
+            ahead = loader.submit(load, groups[names[position + 1]]) if position + 1 < len(names) else None
             for leaf, (found, digest) in zip(loaded, pool.map(check, loaded, loaded.values()), strict=True):
                 yield leaf, math.prod(expected[leaf][2]), found, digest
             del loaded

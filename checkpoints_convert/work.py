@@ -16,6 +16,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,7 +179,7 @@ def kept_or_discarded(work: Path, out: Path, groups: int) -> Iterator[None]:
             raise UserError(f"The output {out} appeared while it was being converted; it was left as it is.") from error
         if _is_write_failure(error):
             raise UserError(
-                f"{out} could not be written ({_first_line(error)}). Free some space or choose another output place. "
+                f"{out} could not be written ({_cause(error)}). Free some space or choose another output place. "
                 f"{_kept(work, groups)}"
             ) from error
         discard(work)
@@ -197,8 +198,12 @@ def _kept(work: Path, groups: int) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _cause(error: BaseException) -> str:
+    """What stopped the writing, and of which leaf, out of TensorStore's long messages too."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    leaf = re.search(r"/state/([^/\"]+)/", text)
+    sign = next((sign for sign in _WRITE_FAILURES if sign in text), None)
+    return f"{sign} at {leaf[1]}" if leaf and sign else text
 
 
 def _is_write_failure(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ checkpoints ``weights/000``, ``weights/001`` ... holds a leaf.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -162,9 +163,20 @@ def _flatten(path: Leaf, node: Any, out: dict[Leaf, Any]) -> None:
         out[path] = node
 
 
-def _load(path: Path, wanted: dict[str, Any]) -> Any:
-    from orbax.checkpoint import v1 as ocp
+def orbax() -> Any:
+    """The module ``orbax.checkpoint.v1``, which logs no more what it also raises, or that OCDBT is not used."""
+    from orbax.checkpoint import v1
 
+    logging.getLogger("absl").addFilter(_worth_saying)
+    return v1
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return not any(text in str(record.msg) for text in ("Skipping merge of OCDBT", "raised an exception"))
+
+
+def _load(path: Path, wanted: dict[str, Any]) -> Any:
+    ocp = orbax()
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     # The chunks of this many bytes of leaves are in memory at a time; a single leaf must fit.
@@ -174,5 +186,8 @@ def _load(path: Path, wanted: dict[str, Any]) -> Any:
         with context:
             return ocp.load(path.absolute(), wanted)
     except Exception as error:  # Orbax and TensorStore raise many types for a damaged checkpoint
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise UserError(f"The checkpoint {path} cannot be read ({reason}). Convert the model again.") from error

@@ -94,6 +94,9 @@ def test_a_checkpoint_that_was_damaged(tmp_path: Path) -> None:
     assert verify(out, progress=False) == [
         "layers/000/down: the weights on the disk are not those that were written (sha256)"
     ]
+    (group / "state" / "layers.000.down" / "0.0").unlink()
+    (found,) = verify(out, source, progress=False)
+    assert found.startswith("layers/000/down: ") and "cannot be read (NOT_FOUND" in found
     shutil.rmtree(group)
     found = verify(out, progress=False)
     assert len(found) == len(names) and all("cannot be read" in line for line in found)
@@ -109,5 +112,5 @@ def test_what_cannot_be_verified(tmp_path: Path) -> None:
         verify(source, progress=False)
     record = json.loads((out / "jaxsteer.json").read_text())
     (out / "jaxsteer.json").write_text(json.dumps(record | {"converter_version": 1}))
-    with pytest.raises(UserError, match="version 2 of the converter.*Convert the model again"):
+    with pytest.raises(UserError, match="version 3 of the converter.*Convert the model again"):
         verify(out, progress=False)

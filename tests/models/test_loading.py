@@ -235,18 +235,17 @@ def test_batches_and_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     whole = jaxsteer.load(out)
     assert equal(whole.params, random_params(config))
     layer = sum(math.prod(shape) for shape in layer_shapes(config).values()) * 4
-    for layers_at_once in (1, 3):
+    for layers_at_once, mesh in ((1, None), (3, make_mesh(model=2)), (1, make_mesh(model=8))):
         monkeypatch.setattr(restoring, "_BATCH_BYTES", layers_at_once * layer)
-        for mesh in (None, make_mesh(model=2), make_mesh(model=8)):
-            model = jaxsteer.load(out, mesh=mesh)
-            assert equal(model.params, whole.params)
-            assert jax.tree.all(
-                jax.tree.map(
-                    lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim),
-                    model.params,
-                    shard_params(whole.params, config, mesh),
-                )
+        model = jaxsteer.load(out, mesh=mesh)
+        assert equal(model.params, whole.params)
+        assert jax.tree.all(
+            jax.tree.map(
+                lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim),
+                model.params,
+                shard_params(whole.params, config, mesh),
             )
+        )
 
 
 PROCESS = """
@@ -308,9 +307,6 @@ def test_only_the_first_layers_are_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert first.fingerprint == whole.fingerprint
     assert equal(first.params.layers, jax.tree.map(lambda leaf: leaf[:2], whole.params.layers))
     assert equal(first.params.unembed, whole.params.unembed)
-    site = "blocks.1.hook_resid_post"
-    ours, theirs = (jaxsteer.capture(model, TOKENS, [site])[site] for model in (first, whole))
-    np.testing.assert_allclose(ours, theirs, atol=1e-6)
     with pytest.raises(UserError, match="cannot be read"):
         jaxsteer.load(tmp_path / "out")
     for layers in (0, 4):
