@@ -69,8 +69,9 @@ def equations(jaxpr: Any) -> Iterator[Any]:
     """Everything that a jaxpr computes, inner jaxprs included."""
     for equation in jaxpr.eqns:
         yield equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
+        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+                yield from equations(inner)
 
 
 def widths(jaxpr: Any) -> set[int]:

@@ -99,6 +99,13 @@ def test_arguments_win_over_the_file(tmp_path: Path):
     assert (config.site_in, config.model) == ("blocks.3.hook_resid_post", "my/model")
 
 
+def test_an_sae_of_one_head_says_so_and_bos_is_recorded(tmp_path: Path):
+    cfg = saelens_cfg("standard", metadata=METADATA | {"hook_name": "blocks.2.attn.hook_z", "hook_head_index": 3})
+    config = load_sae(folder(tmp_path / "head", FOUR, "sae_weights.safetensors", {"cfg.json": cfg})).config
+    assert config.notes[0] == "trained on head 3 of its site alone" and config.trained_with_bos is True
+    assert config.notes[1:] == ("subtraction of b_dec from the input folded into b_enc",)
+
+
 def test_a_site_that_jaxsteer_lacks_is_kept_by_its_name(tmp_path: Path):
     path = tmp_path / "gemma-scope-2b-pt-transcoders/layer_4/width_16k/average_l0_30"
     folder(path, FOUR | {"threshold": W["threshold"]}, "params.npz", {})
