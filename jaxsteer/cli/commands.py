@@ -16,6 +16,7 @@ from jaxsteer.cli.chat import Chat
 from jaxsteer.cli.generate import Generate
 from jaxsteer.cli.inspect import Inspect
 from jaxsteer.cli.steer import Steer
+from jaxsteer.cli.steering import Steering
 from jaxsteer.cli.vector import Vector
 from jaxsteer.errors import UserError
 from jaxsteer.study import SearchOptions
@@ -65,8 +66,8 @@ class Demo:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval:
-    """Measure prompt texts on a persona's questions: rate with interval, letter and order controls, flips."""
+class Eval(Steering):
+    """Measure prompts, steering or both on a persona's questions: rate with interval, controls and flips."""
 
     prompts: Annotated[tuple[str, ...], arg(aliases=["-p"])] = ()
     """Prompt texts; the zero-shot baseline is always measured too."""
@@ -97,15 +98,22 @@ class Eval:
         from jaxsteer.personas import load_persona, split
 
         asked = self._from_run() if self.from_run is not None else self
-        if not asked.prompts:
-            raise UserError("no prompt was given: use --prompts TEXT ..., or --from-run DIR")
+        if not asked.prompts and asked.steer is None:
+            raise UserError("nothing to measure: use --prompts TEXT ..., --from-run DIR, or --steer FILE")
         persona = load_persona(asked.persona)
         items = persona.items if asked.split == "all" else getattr(split(persona, seed=asked.split_seed), asked.split)
         items = distinct(items)
         model = load(asked.model, dtype=asked.dtype)
-        results = choice_eval(model, items, ["", *asked.prompts], style=asked.style, slot=asked.slot)
+        edits = asked.edits(model)
+        texts = ["", *asked.prompts]
+        results = choice_eval(model, items, texts, style=asked.style, slot=asked.slot)
+        if edits is not None:  # beside the unsteered baseline: steering alone, and with every prompt
+            results = results[:1] + choice_eval(model, items, texts, style=asked.style, slot=asked.slot, edits=[edits])
         rates = [rate(results[0]), *(rate(result, results[0]) for result in results[1:])]
-        rows = [{"prompt": result.prompt, **r} for result, r in zip(results, rates, strict=True)]
+        rows = [
+            {"prompt": result.prompt, "steered": edits is not None and i > 0, **r}
+            for i, (result, r) in enumerate(zip(results, rates, strict=True))
+        ]
         if asked.json:
             _print_json(
                 {"model": model.name, "persona": persona.name, "split": asked.split, "style": asked.style,

@@ -33,7 +33,7 @@ def eval_table(rows: Sequence[dict[str, Any]]) -> str:
         auroc = row["auroc"]
         table.append(
             (
-                ascii_safe(row["prompt"]) or "(no prompt)",
+                ("steered: " if row.get("steered") else "") + (ascii_safe(row["prompt"]) or "(no prompt)"),
                 percent(row["rate"]),
                 f"{100 * row['ci95'][0]:.1f} - {100 * row['ci95'][1]:.1f}",
                 str(row["n"]),

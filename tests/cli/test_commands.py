@@ -101,6 +101,25 @@ def test_direction_show_and_probe(finished: Path, model_dir: Path, capsys: pytes
     assert out.count("decision") >= 3 and out.count("matched") >= 3 and "chosen: " in out
 
 
+def test_eval_under_steering(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    argv = ["eval", "--model", config["model"], "--persona", config["persona"], "--json", "-p", " be patient"]
+    argv += ["--steer", str(finished / "direction.safetensors"), "--units", "mean_resid_norm", "--coefficient"]
+    found = {}
+    for coefficient in ("0", "4"):
+        assert main([*argv, coefficient]) == 0
+        found[coefficient] = json.loads(capsys.readouterr().out)
+    plain, pushed = found["0"], found["4"]
+    assert [row["steered"] for row in plain["prompts"]] == [True, True] and plain["baseline"]["steered"] is False
+    unsteered = plain["baseline"]["probability"]  # computed in other groups of rows: equal up to rounding
+    assert plain["prompts"][0]["probability"] == pytest.approx(unsteered, abs=1e-6)
+    assert abs(pushed["prompts"][0]["probability"] - unsteered) > 1e-4
+    assert main([*argv, "1", "--steer-sites", "blocks.9.hook_resid_post"]) == 2
+    assert "there is no vector at" in capsys.readouterr().err
+    assert main(["eval", "--coefficient", "1", "-p", "x"]) == 2
+    assert "give --steer FILE" in capsys.readouterr().err
+
+
 def test_steer_sweep_and_norms(
     finished: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

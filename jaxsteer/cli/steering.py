@@ -1,0 +1,47 @@
+"""The options of every command that can steer a model by a vector file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jaxsteer.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxsteer.models.loading import Model
+    from jaxsteer.steer import Edits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steering:
+    """Steer the model by the vectors of a file."""
+
+    steer: Path | None = None
+    """Vector file: direction.safetensors of a run, or what `jaxsteer vector import` wrote."""
+    steer_sites: tuple[str, ...] = ()
+    """Sites to steer at, among those of the file (default: the one that its run chose, else all)."""
+    coefficient: float | None = None
+    """Strength (default: the file's). Positive leads where the file says; for a persona's direction, away from it."""
+    units: Literal["vector", "mean_resid_norm"] | None = None
+    """Of the coefficient: times the vector as it is, or mean norms of the stream along it (default: the file's)."""
+    positions: Literal["all", "prompt", "last", "response", "last_and_response"] = "all"
+    """Tokens to steer: all but the first, the prompt's, its last one, the response's, or the last two together."""
+    any_weights: bool = False
+    """Use the vectors although they were made on other weights."""
+
+    def edits(self, model: Model) -> Edits | None:
+        """What the options ask for, or None. Raises ``UserError`` for a file or sites that do not fit the model."""
+        if self.steer is None:
+            for name in ("steer_sites", "coefficient", "units"):
+                if getattr(self, name):
+                    raise UserError(f"--{name.replace('_', '-')} says how to steer: give --steer FILE with it")
+            return None
+        from jaxsteer.steer import load_vectors
+
+        vectors = load_vectors(self.steer, model=model, any_weights=self.any_weights)
+        chosen = self.steer_sites or ((vectors.metadata["site"],) if "site" in vectors.metadata else vectors.sites)
+        vectors = vectors.at(chosen)
+        if self.units is not None:
+            vectors = dataclasses.replace(vectors, coefficient_units=self.units)
+        return vectors.edits(coefficient=self.coefficient, positions=self.positions)
