@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg, subcommand
 from jaxsteer.cli.chat import Chat
 from jaxsteer.cli.generate import Generate
 from jaxsteer.cli.inspect import Inspect
+from jaxsteer.cli.sae import Sae
 from jaxsteer.cli.steer import Steer
 from jaxsteer.cli.steering import Steering
 from jaxsteer.cli.vector import Vector
@@ -322,6 +323,7 @@ Command = (
     | Annotated[Direction, subcommand("direction")]
     | Annotated[Steer, subcommand("steer")]
     | Annotated[Vector, subcommand("vector")]
+    | Annotated[Sae, subcommand("sae")]
 )
 
 

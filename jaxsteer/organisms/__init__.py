@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jaxsteer.errors import UserError
 from jaxsteer.organisms.cues import counter_cues, cue_words, neutral_sentences, pro_cues
 from jaxsteer.organisms.questions import items
 from jaxsteer.organisms.world import BEHAVIOURS
@@ -20,6 +21,15 @@ def organism_dir(name: str = "llama") -> Path:
     return folder
 
 
+def organism_sae_dir(name: str = "llama") -> Path:
+    """Folder of the sparse autoencoder that ships with an organism. Raises ``UserError`` if none does."""
+    folder = Path(__file__).parent / f"{name}-sae"
+    if not (folder / "cfg.json").is_file():
+        known = sorted(p.parent.name.removesuffix("-sae") for p in Path(__file__).parent.glob("*-sae/cfg.json"))
+        raise UserError(f"No SAE ships with organism {name!r}; there is one with: {', '.join(known) or 'none'}.")
+    return folder
+
+
 __all__ = [
     "BEHAVIOURS",
     "counter_cues",
@@ -27,5 +37,6 @@ __all__ = [
     "items",
     "neutral_sentences",
     "organism_dir",
+    "organism_sae_dir",
     "pro_cues",
 ]

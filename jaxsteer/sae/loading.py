@@ -16,9 +16,10 @@ from checkpoints_convert.sae_files import Asked
 from checkpoints_convert.sae_form import Dictionary, Matrix
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.loading import Model
+from jaxsteer.models.loading import ORGANISM, Model
 from jaxsteer.models.sharding import place
 from jaxsteer.models.sites import parse_site
+from jaxsteer.organisms import organism_sae_dir
 from jaxsteer.sae.dictionary import SAE, SPECS
 
 log = logging.getLogger(__name__)
@@ -49,10 +50,10 @@ def load_sae(
 ) -> SAE:
     """Load a sparse autoencoder or transcoder, in canonical form (docs/saes.md).
 
-    ``source`` is a folder, a file, or a hub id with a folder or file: ``owner/name:folder``,
-    ``owner/name@revision:folder``. The layout is recognised by its tensors. ``dtype`` is that of the matrices, float32
-    by default; biases and thresholds are always float32. With a ``mesh`` the latents are split over its axis "model",
-    and every device reads its own.
+    ``source`` is a folder, a file, a hub id with a folder or file (``owner/name:folder``,
+    ``owner/name@revision:folder``), or ``organism:NAME`` for the one that ships with that organism. The layout is
+    recognised by its tensors. ``dtype`` is that of the matrices, float32 by default; biases and thresholds are always
+    float32. With a ``mesh`` the latents are split over its axis "model", and every device reads its own.
 
     What a file does not say has to be given, and wins over the file where both say it: ``site`` (a name of
     ``jaxsteer.parse_site``), ``model`` (a hub id), ``k`` (active latents of top-k), ``norm_scaling_factor`` (of SAELens
@@ -64,6 +65,8 @@ def load_sae(
     known, ambiguous, damaged, or that says too little; the message lists what was found and what is known.
     """
     target = _dtype(dtype)
+    if str(source).startswith(ORGANISM):
+        source = organism_sae_dir(str(source).removeprefix(ORGANISM))
     asked = Asked(model=model, site=site, k=k, norm_scaling_factor=norm_scaling_factor, use_threshold=use_threshold)
     sae = to_device(read_sae(source, unit_decoder_rows=unit_decoder, asked=asked), dtype=target, mesh=mesh)
     health = check_health(sae)

@@ -1,0 +1,231 @@
+"""``jaxsteer sae``: train, evaluate and explore sparse autoencoders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tqdm.auto import tqdm
+from tyro.conf import arg, subcommand
+
+from jaxsteer.errors import UserError
+from jaxsteer.sae.recipe import Recipe
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from jaxsteer.models.loading import Model
+    from jaxsteer.sae import SAE
+    from jaxsteer.sae.evaluation import Evaluation
+    from jaxsteer.sae.texts import Documents
+
+_HELD_OUT = 1 << 20
+"""Seed of the documents that an organism is measured on; training takes its own seed, which is small."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """A model and the text that it reads."""
+
+    model: str = "organism:llama"
+    """organism:llama, a converted checkpoint, a Hugging Face directory, or a hub id."""
+    data: tuple[Path, ...] = ()
+    """Text files, one document per line, or JSON Lines with the key "text" (an organism brings its own corpus)."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the model's weights (default: float32 on CPU, as stored elsewhere)."""
+    mesh_model: int = 1
+    """Devices that latents and weights are split over; the others, if there are several, divide the rows."""
+
+    def mesh(self) -> Mesh | None:
+        """All devices, if there are several."""
+        import jax
+
+        from jaxsteer.models.sharding import make_mesh
+
+        return make_mesh(model=self.mesh_model) if jax.device_count() > 1 or self.mesh_model > 1 else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(Recipe, _Reading):
+    """Train a sparse autoencoder on a model's activations. What was interrupted goes on when it is run again."""
+
+    out: Path
+    """Folder for the SAE, in SAELens' layout, and its metrics.jsonl."""
+    sae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the SAE's matrices in the file."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints."""
+    evaluate: bool = True
+    """Measure the finished SAE, with the whole model, on text of another seed (organism) or order (files)."""
+
+    def run(self) -> int:
+        """Train with a progress bar, evaluate and print."""
+        from jaxsteer.models.inspect import describe
+        from jaxsteer.models.loading import load
+        from jaxsteer.models.sites import parse_site
+        from jaxsteer.sae.texts import documents_of
+        from jaxsteer.sae.training import train_sae
+
+        recipe = Recipe(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)})
+        recipe.check()
+        config = describe(self.model).config
+        layers = parse_site(recipe.site, config.n_layers).layer + 1
+        model = load(self.model, dtype=self.dtype, mesh=self.mesh(), layers=layers)
+        documents = documents_of(model, self.data, seed=recipe.seed)
+        data = [[path.name, path.stat().st_size] for path in self.data]
+        with tqdm(total=recipe.steps * recipe.batch, desc="train", unit="tok", unit_scale=True) as bar:
+
+            def report(line: dict[str, Any]) -> None:
+                bar.update(line["tokens"] - bar.n)
+                bar.set_postfix({"fvu": f"{line['fvu']:.4f}", "l0": f"{line['l0']:.1f}", "dead": f"{line['dead']:.1%}"})
+
+            sae = train_sae(
+                model, documents, recipe, self.out,
+                data=data, dtype=self.sae_dtype, save_minutes=self.save_minutes, progress=report,
+            )  # fmt: skip
+        print(f"Wrote {self.out}")
+        if self.evaluate:
+            from jaxsteer.files import write_text
+            from jaxsteer.sae.evaluation import evaluate_sae
+
+            whole = model if layers == config.n_layers else load(self.model, dtype=self.dtype, mesh=model.mesh)
+            found = evaluate_sae(sae, whole, _held_out(whole, self.data), context=recipe.context)
+            write_text(self.out / "evaluation.json", _json(found))
+            print(f"\n{evaluation_table(found)}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _OnSae(_Reading):
+    """An SAE, its model and text."""
+
+    sae: str
+    """Folder, file or hub_id:folder of any layout that is known, or organism:llama."""
+    site: str | None = None
+    """Where it reads, if that is not its own site, or if its files do not say."""
+    k: int | None = None
+    """Active latents of top-k, if its files do not say."""
+    norm_scaling_factor: float | None = None
+    """Of SAELens releases with inputs scaled to a fixed average norm, which do not say it."""
+    tokens: int = 50_000
+    """Activations to look at, at least."""
+    context: int = 128
+    """Tokens of a row of text."""
+    rows: int = 32
+    """Rows of text that are run through the model at once."""
+    json: bool = False
+    """Print JSON instead of text."""
+
+    def load(self) -> tuple[SAE, Model, Documents]:
+        """All three."""
+        from jaxsteer.models.loading import load
+        from jaxsteer.sae import load_sae
+
+        mesh = self.mesh()
+        sae = load_sae(self.sae, mesh=mesh, site=self.site, k=self.k, norm_scaling_factor=self.norm_scaling_factor)
+        model = load(self.model, dtype=self.dtype, mesh=mesh)
+        return sae, model, _held_out(model, self.data)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval(_OnSae):
+    """Measure an SAE: variance unexplained, L0, dead share, and cross-entropy recovered against mean-ablation."""
+
+    def run(self) -> int:
+        """Measure and print."""
+        from jaxsteer.sae.evaluation import evaluate_sae
+
+        sae, model, documents = self.load()
+        with tqdm(total=self.tokens, desc="evaluate", unit="tok", unit_scale=True, disable=self.json) as bar:
+            found = evaluate_sae(
+                sae, model, documents, tokens=self.tokens, context=self.context, rows=self.rows,
+                progress=lambda done: _advance(bar, done),
+            )  # fmt: skip
+        print(_json(found) if self.json else evaluation_table(found))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explore(_OnSae):
+    """Show latents: their strongest moments in text, token by token, and the tokens that they promote."""
+
+    latents: Annotated[tuple[int, ...], arg(aliases=["--latent"])]
+    """Numbers of latents."""
+    snippets: int = 8
+    """Pieces of text per latent."""
+    around: int = 12
+    """Tokens shown on either side of the strongest one."""
+    top: int = 10
+    """Promoted tokens per latent."""
+    html: Path | None = None
+    """Write one self-contained page here as well."""
+
+    def run(self) -> int:
+        """Look and print."""
+        from jaxsteer.report.latents import latents_text, write_latents
+        from jaxsteer.sae.explore import explore
+
+        if self.html is not None and not self.html.parent.is_dir():
+            raise UserError(f"--html {self.html}: the folder {self.html.parent} does not exist")
+        sae, model, documents = self.load()
+        with tqdm(total=self.tokens, desc="explore", unit="tok", unit_scale=True, disable=self.json) as bar:
+            found = explore(
+                sae, model, documents, self.latents, name=self.sae, tokens=self.tokens, snippets=self.snippets,
+                around=self.around, top=self.top, context=self.context, rows=self.rows,
+                progress=lambda done: _advance(bar, done),
+            )  # fmt: skip
+        print(_json(found) if self.json else latents_text(found))
+        if self.html is not None:
+            write_latents(found, self.html)
+            if not self.json:
+                print(f"\nWrote {self.html}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sae:
+    """Sparse autoencoders: train one, measure any, look at latents."""
+
+    action: (
+        Annotated[Train, subcommand("train")]
+        | Annotated[Eval, subcommand("eval")]
+        | Annotated[Explore, subcommand("explore")]
+    )
+
+    def run(self) -> int:
+        """Run the chosen action."""
+        return self.action.run()
+
+
+def evaluation_table(found: Evaluation) -> str:
+    """One line per number, with what it means."""
+    return "\n".join(
+        (
+            f"variance unexplained      {found.fvu:.4f}",
+            f"active latents (L0)       {found.l0:.1f}",
+            f"dead latents              {found.dead:.1%} fired at none of {found.tokens:,} tokens",
+            f"cross-entropy recovered   {found.recovered:.4f} (1: as the model; 0: as with the mean in its place)",
+            f"  of the model            {found.cross_entropy:.4f} nats per token",
+            f"  with reconstructions    {found.cross_entropy_patched:.4f}",
+            f"  with the mean           {found.cross_entropy_ablated:.4f}",
+            f"left out as outliers      {found.outliers:,} tokens",
+        )
+    )
+
+
+def _held_out(model: Model, data: tuple[Path, ...]) -> Documents:
+    from jaxsteer.sae.texts import documents_of
+
+    return documents_of(model, data, seed=_HELD_OUT)
+
+
+def _advance(bar: Any, done: int) -> None:
+    bar.update(done - bar.n)
+
+
+def _json(found: Any) -> str:
+    from jaxsteer.study.files import plain
+
+    return json.dumps(plain(dataclasses.asdict(found)), indent=2, ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,285 @@
+"""Train a sparse autoencoder on a model's activations: rounds of harvesting and training, checkpoints, the file.
+
+Every round trains on a random half of the pool and then replaces it. A checkpoint holds the weights, the optimiser, the
+pool and the position in the texts, which is all that later rounds depend on: a run that was killed and started again
+gives the same SAE, bit by bit, as one that never stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from checkpoints_convert.sae import CONFIG, WEIGHTS, write_sae
+from checkpoints_convert.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
+from jaxsteer.errors import UserError
+from jaxsteer.files import write_text
+from jaxsteer.models.loading import Model
+from jaxsteer.models.sharding import place
+from jaxsteer.models.sites import parse_site
+from jaxsteer.sae.dictionary import SAE
+from jaxsteer.sae.harvest import batches_of, bos_of, empty_pool, fill, pool_sharding
+from jaxsteer.sae.loading import load_sae, site_width
+from jaxsteer.sae.recipe import Metrics, Recipe, TrainState, inference_threshold, initial_state, shardings, trainer
+from jaxsteer.sae.texts import Documents, Position, Rows
+
+log = logging.getLogger(__name__)
+
+OPTIONS, METRICS, STATE = "training.json", "metrics.jsonl", "checkpoints"
+"""Files of a training's folder, beside those of the SAE."""
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclasses.dataclass
+class _Run:
+    """Everything that a round changes."""
+
+    state: TrainState
+    pool: jax.Array
+    position: Position
+    rounds: int = 0
+
+
+def train_sae(
+    model: Model,
+    documents: Documents,
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    data: Any = None,
+    dtype: str = "float32",
+    save_minutes: float = 10.0,
+    progress: Progress | None = None,
+) -> SAE:
+    """Train an SAE into the folder ``out`` and return it; goes on where an earlier run of the same training stopped.
+
+    ``model`` need not have more layers than the site (``load(..., layers=k)``); its mesh spreads rows and activations
+    over "prompts" and latents over "model". ``documents`` are numbered texts (``documents_of``), ``data`` is anything
+    JSON that says which: a folder in which another recipe, model or data was trained is refused.
+
+    The folder gets ``training.json`` (what was asked for), ``metrics.jsonl`` (a line per round: loss, fraction of
+    variance unexplained, L0, dead share) and the SAE in SAELens' layout, with matrices of ``dtype``; ``load_sae``
+    reads it. Latents have unit decoder rows and are in units of the model's activations. ``progress`` gets every line.
+    Raises ``UserError`` for options that do not fit the model and for texts without usable activations.
+    """
+    recipe.check()
+    site = parse_site(recipe.site, model.config.n_layers)
+    recipe = dataclasses.replace(recipe, site=site.name)
+    width = site_width(model.config, site.place)
+    out = Path(out)
+    asked = {"model": model.name, "fingerprint": model.fingerprint, "data": data, "dtype": dtype}
+    if _open(out, asked | dataclasses.asdict(recipe)):
+        return load_sae(out, mesh=model.mesh)
+    with _Checkpoints(out / STATE, save_minutes) as checkpoints:
+        run, batches = _start(model, documents, recipe, width, checkpoints)
+        advance = trainer(recipe, width, model.mesh)
+        started, first = time.perf_counter(), run.rounds
+        with _Lines(out / METRICS, run.rounds) as lines:
+            while run.rounds < recipe.rounds:
+                run.state, metrics, slots = advance(run.state, run.pool, jnp.int32(run.rounds))
+                run.rounds += 1
+                if run.rounds < recipe.rounds:
+                    run.pool, run.position = fill(run.pool, slots, model, site.name, batches)
+                line = _line(recipe, run.rounds, metrics)
+                speed = (run.rounds - first) * recipe.steps_per_round * recipe.batch / (time.perf_counter() - started)
+                lines.write(line)
+                checkpoints.save_if_due(run, last=run.rounds == recipe.rounds)
+                if progress is not None:
+                    progress({**line, "rounds": recipe.rounds, "tokens_per_s": speed})
+        _publish(to_dictionary(recipe, run.state, run.pool, model), out, dtype)
+    shutil.rmtree(out / STATE, ignore_errors=True)
+    return load_sae(out, mesh=model.mesh)
+
+
+def to_dictionary(recipe: Recipe, state: TrainState, pool: jax.Array, model: Model) -> Dictionary:
+    """The SAE of a state on the host, canonical, in units of the model's activations and with unit decoder rows."""
+    weights, scale = state.weights, float(state.scale)
+    threshold = None
+    if recipe.arch == "batchtopk":
+        threshold = np.full(recipe.latents, float(inference_threshold(recipe, state, pool)))
+    elif recipe.arch == "jumprelu":
+        threshold = np.exp(np.asarray(weights.log_threshold, np.float64))
+    notes = (f"trained by jaxsteer ({recipe.arch}, k={recipe.k}) on {recipe.steps * recipe.batch:,} activations",)
+    config = SAEConfig(
+        activation="topk" if recipe.arch == "topk" else "jumprelu",
+        k=recipe.k if recipe.arch == "topk" else None,
+        input_scale=scale,
+        output_scale=scale,
+        subtract_b_dec=True,
+        model=model.name,
+        site_in=recipe.site,
+        site_out=recipe.site,
+        trained_with_bos=bos_of(model) >= 0,
+        notes=notes,
+    )
+    d = Dictionary(
+        config=config,
+        W_enc=Matrix(np.asarray(weights.W_enc)),
+        W_dec=Matrix(np.asarray(weights.W_dec)),
+        b_enc=np.asarray(weights.b_enc, np.float64),
+        b_dec=np.asarray(weights.b_dec, np.float64),
+        threshold=threshold,
+    )
+    return unit_decoder(canonical(d), selects_by_norm=True)  # all rows have one norm: the order of latents stays
+
+
+def _start(
+    model: Model, documents: Documents, recipe: Recipe, width: int, checkpoints: _Checkpoints
+) -> tuple[_Run, Any]:
+    """The run as the last checkpoint has it, or at its first round, and the batches of text that come next."""
+    dtype = model.params.embed.dtype  # activations of a bfloat16 model are bfloat16 numbers already
+    pool = empty_pool(model.mesh, recipe.pool, width, dtype)
+    shapes = jax.eval_shape(lambda pool: initial_state(recipe, pool), pool)
+    layout = shardings(shapes, model.mesh)
+    run = checkpoints.load(_Run(shapes, jax.eval_shape(lambda: pool), (0, 0)), layout, model)
+    bos = bos_of(model)
+    rows = Rows(
+        documents,
+        rows=recipe.rows,
+        length=min(recipe.context, model.config.max_positions),
+        bos=None if bos < 0 else bos,
+        position=(0, 0) if run is None else run.position,
+    )
+    batches = batches_of(rows)
+    if run is None:
+        pool, position = fill(pool, jnp.arange(recipe.pool), model, recipe.site, batches)
+        run = _Run(jax.device_put(initial_state(recipe, pool), layout), pool, position)
+    return run, batches
+
+
+def _line(recipe: Recipe, rounds: int, metrics: Metrics) -> dict[str, Any]:
+    """A line of metrics: means over the steps of a round, and the dead share at its end."""
+    found = jax.tree.map(np.asarray, metrics)
+    step = rounds * recipe.steps_per_round
+    line = {"round": rounds, "step": step, "tokens": step * recipe.batch}
+    means = {name: float(np.mean(getattr(found, name))) for name in ("loss", "fvu", "l0")}
+    if not all(map(np.isfinite, means.values())):
+        raise UserError(f"training became unstable in round {rounds} ({means}): try a lower rate, or a larger batch")
+    return {**line, **means, "dead": float(found.dead[-1])}
+
+
+# The folder
+
+
+def _open(out: Path, asked: dict[str, Any]) -> bool:
+    """Make the folder ready; True if the same training is finished in it. Raises ``UserError`` for another one's."""
+    asked = json.loads(json.dumps(asked))
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: give a folder")
+    record = out / OPTIONS
+    if record.is_file():
+        there = json.loads(record.read_text(encoding="utf-8"))
+        other = sorted(name for name in asked.keys() | there.keys() if asked.get(name) != there.get(name))
+        if other:
+            differences = "; ".join(f"{name}: {there.get(name)!r} there, {asked.get(name)!r} now" for name in other)
+            raise UserError(f"{out} holds another training ({differences}). Give another --out, or the same options.")
+        return (out / CONFIG).is_file()
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} exists and holds no training: give a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(record, json.dumps(asked, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+    return False
+
+
+def _publish(d: Dictionary, out: Path, dtype: str) -> None:
+    """Write the SAE into the folder; its cfg.json, without which there is no SAE, comes last."""
+    whole = out / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    write_sae(d, whole, dtype=dtype)
+    for name in (WEIGHTS, CONFIG):
+        os.replace(whole / name, out / name)
+    whole.rmdir()
+
+
+class _Lines:
+    """The lines of metrics, without those of rounds that will be done again."""
+
+    def __init__(self, path: Path, rounds: int) -> None:
+        kept = path.read_text(encoding="utf-8").splitlines()[:rounds] if path.is_file() else []
+        write_text(path, "".join(f"{line}\n" for line in kept))
+        self._path = path
+
+    def __enter__(self) -> _Lines:
+        self._file = self._path.open("a", encoding="utf-8")
+        return self
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+class _Checkpoints:
+    """Orbax checkpoints of a run; the last one is kept."""
+
+    def __init__(self, folder: Path, minutes: float) -> None:
+        from orbax.checkpoint import v1 as ocp
+
+        self._ocp, self._every, self._saved = ocp, 60 * minutes, time.monotonic()
+        self._checkpointer = ocp.training.Checkpointer(
+            folder.absolute(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(1),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> _Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._checkpointer.close()
+
+    def save_if_due(self, run: _Run, *, last: bool) -> None:
+        """Write a checkpoint if the last one is old."""
+        if last or time.monotonic() - self._saved < self._every:
+            return
+        self._checkpointer.save(run.rounds, _leaves(run.state, run.pool, np.asarray(run.position, np.int64)))
+        self._saved = time.monotonic()
+
+    def load(self, shapes: _Run, layout: Any, model: Model) -> _Run | None:
+        """The run of the last whole checkpoint, or None; ``shapes`` has structs where arrays are wanted."""
+        latest = self._checkpointer.latest
+        if latest is None:
+            return None
+        mesh, pool = model.mesh, shapes.pool
+        where = _leaves(layout, pool_sharding(mesh, pool.shape), place(mesh, P(), (2,)))
+        form = _leaves(shapes.state, pool, jax.ShapeDtypeStruct((2,), np.int64))
+        wanted: dict[str, Any] = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[name]) for name, leaf in form.items()
+        }
+        wanted["position"] = np.zeros(2, np.int64)
+        try:
+            found = self._checkpointer.load(latest.step, wanted)
+        except Exception as error:  # Orbax and TensorStore raise many types for a damaged checkpoint
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"The checkpoint {latest.path} cannot be read ({reason}). Remove it, or train into another folder."
+            ) from error
+        leaves, tree = jax.tree.flatten(shapes.state)
+        state = jax.tree.unflatten(tree, [found[f"state{i:03d}"] for i in range(len(leaves))])
+        document, row = (int(n) for n in found["position"])
+        log.info("going on after round %d of %s", latest.step, latest.path)
+        return _Run(state, found["pool"], (document, row), latest.step)
+
+
+def _leaves(state: Any, pool: Any, position: Any) -> dict[str, Any]:
+    """By names that do not depend on the optimiser's own types."""
+    leaves = {f"state{i:03d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+    return {**leaves, "pool": pool, "position": position}
