@@ -31,7 +31,7 @@ from jaxsteer.models.loading import Model
 from jaxsteer.models.params import Params
 from jaxsteer.models.sampling import Sampling, choose
 from jaxsteer.models.sharding import place, shard_rows
-from jaxsteer.models.taps import Intervention, make_where, tap_of
+from jaxsteer.models.taps import Intervention, checked, make_where, tap_of
 from jaxsteer.models.transformer import block, embed, layer_weights, make_context, positions_of, prefill, unembed
 
 NO_TOKEN = -1
@@ -210,6 +210,7 @@ def generate_tokens(
     count, own = len(prompts) * samples, getattr(edits, "rows", None)
     if own is not None and own != count:
         raise UserError(f"The edits are made for {own} rows; {len(prompts)} prompts x {samples} samples are {count}.")
+    edits = checked(edits, model.config, own)
     plans = _plan(prompts, samples, batch) if own is None else [_every_row(count, samples)]
     return (
         progress

@@ -14,7 +14,9 @@ from flax import struct
 
 import jaxsteer
 from jaxsteer import steer
+from jaxsteer.models.generation import generate_tokens
 from jaxsteer.models.loading import Model
+from jaxsteer.models.sampling import make_sampling
 from jaxsteer.models.sites import BLOCK_PLACES
 from jaxsteer.models.taps import Tap, Where, make_where
 from jaxsteer.models.transformer import forward
@@ -350,3 +352,19 @@ def test_bfloat16_streams_are_edited_in_float32() -> None:
     expected = wide - (wide @ unit)[..., None] * unit
     assert found.dtype == jnp.bfloat16 and np.array_equal(found[:, 0], value[:, 0])
     np.testing.assert_allclose(found[:, 1:].astype(np.float32), expected[:, 1:], rtol=2**-8)
+
+
+def test_generation_follows_the_edited_logits(compile_counter: Any) -> None:
+    selections = ["response", "last_and_response"]
+    table = steer.stack_rows([steer.add("blocks.1.hook_resid_mid", 3 * VECTOR, positions=p) for p in selections])
+    prompts, sampling = [TOKENS[0, :5], TOKENS[1, :3]], make_sampling(LLAMA, temperature=0.0)
+    *_, last = generate_tokens(LLAMA, prompts, sampling, max_new_tokens=5, edits=table)
+    for row, (prompt, tokens) in enumerate(zip(prompts, last.tokens[:, :5])):
+        text = np.concatenate([prompt, tokens])[None]
+        length, alone = np.asarray([len(prompt)]), steer.take_rows(table, np.asarray([row]))
+        logits = jaxsteer.logits(LLAMA, text, edits=alone, prompt_length=length)
+        assert np.asarray(logits)[0, len(prompt) - 1 : -1].argmax(-1).tolist() == tokens.tolist()
+    wide = steer.add("blocks.1.mlp.hook_post", VECTOR)
+    with compile_counter() as count, pytest.raises(jaxsteer.UserError, match="24 components"):
+        generate_tokens(LLAMA, prompts, sampling, max_new_tokens=5, edits=wide)
+    assert not count.total()
