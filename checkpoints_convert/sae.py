@@ -279,6 +279,7 @@ def write_sae(d: Dictionary, out: str | os.PathLike[str], *, dtype: str = "float
         for name in (WEIGHTS, CONFIG):
             with open(temporary / name, "rb") as file:
                 os.fsync(file.fileno())
+            os.chmod(temporary / name, 0o644)  # safetensors writes for the owner alone
         os.chmod(temporary, 0o755)
         os.replace(temporary, out)
     except OSError as error:

@@ -364,7 +364,8 @@ def trainer(recipe: Recipe, width: int, mesh: Mesh | None) -> Any:
     """
     shapes = jax.eval_shape(lambda: initial_state(recipe, jnp.zeros((recipe.pool, width))))
     out = shardings(shapes, mesh)
-    rows = place(mesh, P("prompts", None), (recipe.batch, width))
+    # From columns to rows by way of rows over all devices: one exchange between all, then one along "model".
+    layouts = [place(mesh, spec, (recipe.batch, width)) for spec in (P(("prompts", "model"), None), P("prompts", None))]
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(out, None, None))
     def advance(state: TrainState, pool: Array, round: Array) -> tuple[TrainState, Metrics, Array]:
@@ -372,7 +373,9 @@ def trainer(recipe: Recipe, width: int, mesh: Mesh | None) -> Any:
         slots = jax.random.permutation(key, recipe.pool)[: recipe.pool // 2]
 
         def one(state: TrainState, chosen: Array) -> tuple[TrainState, Metrics]:
-            x = lax.with_sharding_constraint(pool[chosen], rows)
+            x = pool[chosen]
+            for layout in layouts:
+                x = lax.with_sharding_constraint(x, layout)
             return train_step(recipe, state, x)
 
         state, metrics = lax.scan(one, state, slots.reshape(-1, recipe.batch))
