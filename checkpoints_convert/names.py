@@ -102,13 +102,8 @@ def hf_shape(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
     return math.prod(shape[source.in_axes :]), math.prod(shape[: source.in_axes])
 
 
-def to_ours(values: np.ndarray, shape: tuple[int, ...], source: Source) -> np.ndarray:
-    """A tensor of the file as a leaf of ours: a view, because axes are only swapped and split."""
-    return (values.T if source.in_axes else values).reshape(shape)
-
-
 def to_hf(values: np.ndarray, source: Source) -> np.ndarray:
-    """A leaf of ours as a tensor of the file: the inverse of ``to_ours``."""
+    """A leaf of ours as a tensor of the file."""
     shape = hf_shape(values.shape, source)
     return _transposed(values.reshape(shape[::-1])) if source.in_axes else values.reshape(shape)
 

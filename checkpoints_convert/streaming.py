@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import gc
 import hashlib
 import json
 import logging
@@ -28,17 +29,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from checkpoints_convert.files import DTYPES, Tensor, content_hash, file_states, read_headers, side_files
-from checkpoints_convert.names import Leaf, Source, assign, expected_leaves, to_ours
+from checkpoints_convert.names import Leaf, assign, expected_leaves
 from checkpoints_convert.work import Work, discard, kept_or_discarded, locked, work_directory, write_whole
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import config_from_hf
 from jaxsteer.models.restoring import orbax
-from jaxsteer.models.sharding import STORED_TRANSPOSED, piece_axis, stored_shape
+from jaxsteer.models.sharding import piece_axis, stored_shape
 
 log = logging.getLogger(__name__)
 
-CONVERTER_VERSION = 3
+CONVERTER_VERSION = 4
 """Raised whenever the same source would give another checkpoint; part of the cache key."""
 RECORD = "jaxsteer.json"
 WEIGHTS = "weights"
@@ -255,7 +256,7 @@ def _write_groups(job: Job, work: Work, weights: Path, notes: dict[str, dict[str
     """Write every group that has no note yet, and note it. The next group is read while one is being written."""
     from tqdm.auto import tqdm
 
-    expected = expected_leaves(job.config)
+    forms = {leaf: stored_shape(leaf[-1], shape) for leaf, (_, _, shape) in expected_leaves(job.config).items()}
     todo = [group for group in job.groups if group not in notes]
     sizes = {group: sum(job.tensors[leaf].nbytes for leaf in leaves) for group, leaves in job.groups.items()}
     small = {group for group, leaves in job.groups.items() if len(leaves) > 1 or sizes[group] <= GROUP_BYTES}
@@ -286,7 +287,7 @@ def _write_groups(job: Job, work: Work, weights: Path, notes: dict[str, dict[str
             del reading
             if position + 1 < len(todo) and {group, todo[position + 1]} <= small:
                 ahead = begin(position + 1)
-            save(weights / group, {leaf: stored(leaf, one.values, *expected[leaf][1:]) for leaf, one in leaves.items()})
+            save(weights / group, {leaf: one.values.reshape(forms[leaf]) for leaf, one in leaves.items()})
             notes[group] = {
                 "leaves": {"/".join(leaf): one.sha256 for leaf, one in leaves.items()},
                 "tensors": {job.tensors[leaf].name: one.source_sha256 for leaf, one in leaves.items()},
@@ -294,6 +295,8 @@ def _write_groups(job: Job, work: Work, weights: Path, notes: dict[str, dict[str
             work.finish(group, weights / group, notes[group])
             bar.update(sizes[group])
             del leaves
+            if group not in small:
+                gc.collect()  # Orbax's references to the leaf are in cycles
 
 
 def _room(job: Job, group: str) -> int:
@@ -304,14 +307,8 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
 
 
-def stored(leaf: Leaf, values: np.ndarray, source: Source, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of the file as the leaf that is stored, whose own shape is ``shape``: a view."""
-    form = stored_shape(leaf[-1], shape)
-    return values.reshape(form) if leaf[-1] in STORED_TRANSPOSED else to_ours(values, form, source)
-
-
 def save(path: Path, leaves: dict[Leaf, np.ndarray]) -> None:
-    """Write one Orbax checkpoint. Matrices come as transposed views, which TensorStore copies chunk by chunk.
+    """Write one Orbax checkpoint of leaves in the shapes of ``stored_shape``.
 
     Zarr arrays in plain files: Orbax's database format (OCDBT) holds a copy of the whole group while it is written.
     """

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints_convert.files import DTYPES, content_hash, side_files
-from checkpoints_convert.names import Leaf, Source, expected_leaves, to_hf
+from checkpoints_convert.names import Leaf, expected_leaves
 from checkpoints_convert.streaming import (
     CONVERTER_VERSION,
     OUT_DTYPES,
@@ -30,7 +30,6 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import read_json
 from jaxsteer.models.restoring import read_index, read_leaves
-from jaxsteer.models.sharding import STORED_TRANSPOSED
 
 
 def verify(
@@ -120,9 +119,8 @@ def _leaves(
     def check(leaf: Leaf, values: np.ndarray | UserError) -> tuple[list[str], str | None]:
         if isinstance(values, UserError):
             return [str(values)], None
-        _, source, shape = expected[leaf]
         made = None if job is None else read(job.tensors[leaf], target)
-        found = _compare(leaf, values, made, index["/".join(leaf)]["sha256"], source, shape, target)
+        found = _compare(values, made, index["/".join(leaf)]["sha256"], expected[leaf][2], target)
         return found, None if made is None else made.source_sha256
 
     def load(leaves: list[Leaf]) -> dict[Leaf, np.ndarray | UserError]:
@@ -147,36 +145,17 @@ def _leaves(
 
 
 def _compare(
-    leaf: Leaf,
-    values: np.ndarray,
-    made: Converted | None,
-    recorded: str,
-    source: Source,
-    shape: tuple[int, ...],
-    target: np.dtype,
+    values: np.ndarray, made: Converted | None, recorded: str, shape: tuple[int, ...], target: np.dtype
 ) -> list[str]:
-    """What is wrong with one stored leaf."""
+    """What is wrong with one stored leaf, whose own shape is ``shape``."""
     if values.dtype != target or values.size != math.prod(shape):
         return [f"stored as {values.dtype.name} {values.shape}, expected {target.name} {shape}"]
-    turned = bool(source.in_axes) and leaf[-1] not in STORED_TRANSPOSED
     if made is None:
-        as_file = to_hf(values.reshape(shape), source) if turned else values
-        digest = hashlib.sha256(as_file.reshape(-1).view(np.uint8).data).hexdigest()
+        digest = hashlib.sha256(values.reshape(-1).view(np.uint8).data).hexdigest()
         return [] if digest == recorded else ["the weights on the disk are not those that were written (sha256)"]
-    wrong = _differing(values, made.values, turned)
+    bits = np.dtype(f"u{target.itemsize}")
+    wrong = int(np.count_nonzero(values.reshape(-1).view(bits) != made.values.reshape(-1).view(bits)))
     differences = [f"{wrong:,} of {values.size:,} values differ from the source"] if wrong else []
     if made.sha256 != recorded:
         differences.append("the source gives another sha256 than was recorded")
     return differences
-
-
-def _differing(values: np.ndarray, made: np.ndarray, turned: bool) -> int:
-    """How many values of a stored leaf and of the tensor of the file differ in any bit.
-
-    In blocks of rows of the file: a transposed matrix compared at once would miss the cache at every value.
-    """
-    bits = np.dtype(f"u{made.dtype.itemsize}")
-    theirs = made.view(bits).reshape(made.shape[0] if made.ndim else 1, -1)
-    ours = values.view(bits).reshape(theirs.shape[::-1]).T if turned else values.view(bits).reshape(theirs.shape)
-    blocks = range(0, theirs.shape[0], 64)
-    return sum(int(np.count_nonzero(ours[i : i + 64].T != theirs[i : i + 64].T)) for i in blocks)

@@ -22,7 +22,7 @@ from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import read_json
 from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
 from jaxsteer.models.sharding import (
-    STORED_TRANSPOSED,
+    IN_AXES,
     from_stored,
     stack_shardings,
     stored_shape,
@@ -69,23 +69,34 @@ def restore(weights: Path, config: ModelConfig, *, dtype: jnp.dtype, mesh: Mesh 
     per_layer = sum(map(math.prod, shapes.values())) * dtype.itemsize
     if per_layer * config.n_layers + sum(map(math.prod, outer.values())) * dtype.itemsize <= _BATCH_BYTES:
         found = read({(name,): shape for name, shape in outer.items()} | leaves_of(every))
-        top = {name: programs.top[name](found.pop((name,))) for name in outer}
-        return Params(layers=Layers(**programs.stack(rows(found, every))), **top)
+        top, layers = programs.whole({name: found.pop((name,)) for name in outer}, rows(found, every))
+        return Params(layers=Layers(**layers), **top)
     top = {}
     for name, shape in outer.items():
-        top[name] = programs.top[name](read({(name,): shape})[(name,)])
+        values = read({(name,): shape})[(name,)]
+        top[name] = jax.block_until_ready(programs.top[name](values))
+        _free([values])
     stacks, at_once = programs.empty(dtype), max(1, _BATCH_BYTES // per_layer)
     for start in every[::at_once]:
-        layers = every[start : start + at_once]
-        stacks = programs.put(stacks, rows(read(leaves_of(layers)), layers), start)
-        jax.block_until_ready(stacks)  # or the next batch would be read while this one is still there
+        numbers = every[start : start + at_once]
+        batch = rows(read(leaves_of(numbers)), numbers)
+        stacks = jax.block_until_ready(programs.put(stacks, batch, start))
+        _free(batch)
     return Params(layers=Layers(**stacks), **top)
 
 
+def _free(values: Any) -> None:
+    """Give the memory of arrays back now: Orbax's references to them last until the garbage collector runs."""
+    for leaf in jax.tree.leaves(values):
+        if not leaf.is_deleted():  # as donated arrays are
+            leaf.delete()
+
+
 class _Programs(NamedTuple):
+    whole: Callable[[dict[str, jax.Array], Sequence[Row]], tuple[dict[str, jax.Array], Row]]
+    """All leaves, those outside the layers first, from their stored forms."""
     top: dict[str, Callable[[jax.Array], jax.Array]]
-    """Leaf outside the layers -> from its stored form to its own."""
-    stack: Callable[[Sequence[Row]], Row]
+    """One leaf outside the layers."""
     empty: Callable[[jnp.dtype], Row]
     put: Callable[[Row, Sequence[Row], int], Row]
     """Writes layers into donated stacks, at and after an index."""
@@ -98,16 +109,17 @@ def _programs(config: ModelConfig, mesh: Mesh | None) -> _Programs:
     out, top_out = stack_shardings(config, mesh), top_shardings(config, mesh)
 
     def top(name: str) -> Callable[[jax.Array], jax.Array]:
-        shape = outer[name]
-        if name not in STORED_TRANSPOSED and stored_shape(name, shape) == shape:
-            return lambda values: values
-        return jax.jit(lambda values: from_stored(name, shape, values), out_shardings=top_out[name], donate_argnums=0)
+        donated = () if name in IN_AXES else (0,)  # what is transposed needs memory of its own
+        return jax.jit(
+            lambda values: from_stored(name, outer[name], values), out_shardings=top_out[name], donate_argnums=donated
+        )
 
-    @functools.partial(jax.jit, out_shardings=out)
-    def stack(rows: Sequence[Row]) -> Row:
-        return {
+    @functools.partial(jax.jit, out_shardings=(top_out, out))
+    def whole(values: dict[str, jax.Array], rows: Sequence[Row]) -> tuple[dict[str, jax.Array], Row]:
+        stacks = {
             name: jnp.stack([from_stored(name, shape, row[name]) for row in rows]) for name, shape in shapes.items()
         }
+        return {name: from_stored(name, outer[name], values[name]) for name in outer}, stacks
 
     @functools.partial(jax.jit, out_shardings=out, static_argnums=0)
     def empty(dtype: jnp.dtype) -> Row:
@@ -122,7 +134,7 @@ def _programs(config: ModelConfig, mesh: Mesh | None) -> _Programs:
                 stacks[name] = jax.lax.dynamic_update_index_in_dim(stacks[name], leaf, start + number, 0)
         return stacks
 
-    return _Programs({name: top(name) for name in outer}, stack, empty, put)
+    return _Programs(whole, {name: top(name) for name in outer}, empty, put)
 
 
 # Reading from the disk

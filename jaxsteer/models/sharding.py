@@ -15,7 +15,8 @@ from jaxsteer.models.params import LAYER_SPECS, TOP_SPECS, Layers, Params, layer
 
 AXES = ("prompts", "model")
 _SPECS = TOP_SPECS | LAYER_SPECS
-STORED_TRANSPOSED = ("unembed",)
+IN_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "unembed": 1}
+"""Matrices -> how many of their axes are inputs. Files hold them as [out, in], everything else flat or as it is."""
 _MAX_PIECES = 32
 _PIECE = 1 << 19
 
@@ -56,42 +57,56 @@ def place(mesh: Mesh | AbstractMesh | None, spec: P, shape: tuple[int, ...]) -> 
 def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in which a converted checkpoint stores the leaf ``name`` of shape ``shape``.
 
-    The axis that "model" splits is stored as two, (pieces, rest), and every piece is a chunk of its own on the disk, so
-    that a process reads the pieces of its devices and nothing else. Pieces are a power of two, at most 32, of at least
-    2**19 values; a leaf too small for two pieces is not split. "unembed" is stored transposed, [V, D], as it lies in
-    Hugging Face files: it is the largest leaf, and pieces cut across its rows would be copied in memory to write them.
+    It is stored as it lies in Hugging Face files, matrices as [out, in], so that conversion copies and only loading
+    transposes, on the devices. The axis that "model" splits is stored as two, (pieces, rest), and every piece is a
+    chunk of its own on the disk: a process reads the pieces of its devices and nothing else. Pieces are a power of two,
+    at most 32, of at least 2**19 values; a leaf too small for two pieces is not split.
     """
-    axis = _stored_axis(name)
-    shape = shape[::-1] if name in STORED_TRANSPOSED else shape
-    pieces = 1
-    if axis is not None:
-        size = math.prod(shape)
-        while pieces < _MAX_PIECES and shape[axis] % (2 * pieces) == 0 and size // (2 * pieces) >= _PIECE:
-            pieces *= 2
-    if axis is None or pieces == 1:
-        return shape
-    return *shape[:axis], pieces, shape[axis] // pieces, *shape[axis + 1 :]
-
-
-def piece_axis(name: str, stored_rank: int) -> int | None:
-    """The axis of pieces in a stored leaf with so many axes, or None if it is stored in one piece."""
-    return _stored_axis(name) if stored_rank > len(_SPECS[name]) else None
-
-
-def stored_sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> jax.sharding.Sharding:
-    """Where the stored form of a leaf of shape ``shape`` goes on ``mesh``: its pieces are split over "model"."""
-    axis = _stored_axis(name)
-    return place(mesh, P() if axis is None else P(*[None] * axis, "model"), stored_shape(name, shape))
+    form = _file_shape(name, shape)
+    split, axis = _model_axis(name), _stored_axis(name)
+    if split is None or axis is None:
+        return form
+    pieces, size = 1, math.prod(shape)
+    while pieces < _MAX_PIECES and shape[split] % (2 * pieces) == 0 and size // (2 * pieces) >= _PIECE:
+        pieces *= 2
+    return form if pieces == 1 else (*form[:axis], pieces, form[axis] // pieces, *form[axis + 1 :])
 
 
 def from_stored(name: str, shape: tuple[int, ...], values: jax.Array) -> jax.Array:
     """The leaf ``name`` of shape ``shape`` from its stored form."""
-    return values.reshape(shape[::-1]).T if name in STORED_TRANSPOSED else values.reshape(shape)
+    if name in IN_AXES:
+        return values.reshape(_file_shape(name, shape)).T.reshape(shape)
+    return values.reshape(shape)
+
+
+def piece_axis(name: str, stored_rank: int) -> int | None:
+    """The axis of pieces in a stored leaf with so many axes, or None if it is stored in one piece."""
+    return _stored_axis(name) if stored_rank > (2 if name in IN_AXES or name == "embed" else 1) else None
+
+
+def stored_sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> jax.sharding.Sharding:
+    """Where the stored form of a leaf of shape ``shape`` goes on ``mesh``: its pieces are split over "model"."""
+    form = stored_shape(name, shape)
+    axis = piece_axis(name, len(form))
+    return place(mesh, P() if axis is None else P(*[None] * axis, "model"), form)
+
+
+def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if name in IN_AXES:
+        return math.prod(shape[IN_AXES[name] :]), math.prod(shape[: IN_AXES[name]])
+    return shape if name == "embed" else (math.prod(shape),)
+
+
+def _model_axis(name: str) -> int | None:
+    """The axis of a leaf that "model" splits."""
+    spec = tuple(_SPECS[name])
+    return spec.index("model") if "model" in spec else None
 
 
 def _stored_axis(name: str) -> int | None:
-    spec = tuple(_SPECS[name])[:: -1 if name in STORED_TRANSPOSED else 1]
-    return spec.index("model") if "model" in spec else None
+    """The same axis in the file: the first of the inputs or of the outputs, whose axes the file has flat."""
+    axis = _model_axis(name)
+    return axis if axis is None or name not in IN_AXES else int(axis < IN_AXES[name])
 
 
 def layer_shardings(config: ModelConfig, mesh: Mesh | None) -> dict[str, jax.sharding.Sharding]:

@@ -17,7 +17,9 @@ import checkpoints_convert.streaming as module
 from checkpoints_convert import convert, write_hf
 from checkpoints_convert.__main__ import main
 from checkpoints_convert.files import read_headers
+from checkpoints_convert.names import LAYER_NAMES, TOP_NAMES
 from jaxsteer import UserError, load
+from jaxsteer.models.sharding import IN_AXES
 from tests.helpers.checkpoints import hf_directory, random_params, tiny_config
 
 CONFIG = tiny_config()
@@ -74,6 +76,12 @@ def test_shards_give_what_one_file_gives(tmp_path: Path) -> None:
     first, second = (json.loads((out / "jaxsteer.json").read_text()) for out in (one, many))
     assert first["fingerprint"] == second["fingerprint"]
     assert first["source_hash"] != second["source_hash"]  # of the files
+
+
+def test_models_and_names_agree_on_how_matrices_lie() -> None:
+    for table in (*LAYER_NAMES.values(), TOP_NAMES):
+        for name, source in table.items():
+            assert IN_AXES.get(name, 0) == (source.in_axes or 0)
 
 
 def test_groups_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

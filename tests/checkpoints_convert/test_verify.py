@@ -112,5 +112,5 @@ def test_what_cannot_be_verified(tmp_path: Path) -> None:
         verify(source, progress=False)
     record = json.loads((out / "jaxsteer.json").read_text())
     (out / "jaxsteer.json").write_text(json.dumps(record | {"converter_version": 1}))
-    with pytest.raises(UserError, match="version 3 of the converter.*Convert the model again"):
+    with pytest.raises(UserError, match="version 4 of the converter.*Convert the model again"):
         verify(out, progress=False)

@@ -225,12 +225,14 @@ def test_truncated_weights_are_reported_by_load(tmp_path: Path, cache: Path) -> 
 def test_batches_and_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = tiny_config(n_layers=4, vocab_size=68, norm_eps=2e-5)
     monkeypatch.setattr(sharding, "_PIECE", 100)
-    assert sharding.stored_shape("q", (24, 4, 8)) == (24, 4, 1, 8)
-    assert sharding.stored_shape("gate", (24, 40)) == (24, 8, 5)
+    assert sharding.stored_shape("q", (24, 4, 8)) == (4, 8, 24)
+    assert sharding.stored_shape("o", (4, 8, 24)) == (24, 4, 8)
+    assert sharding.stored_shape("gate", (24, 40)) == (8, 5, 24)
+    assert sharding.stored_shape("down", (40, 24)) == (24, 8, 5)
     assert sharding.stored_shape("embed", (68, 24)) == (4, 17, 24) == sharding.stored_shape("unembed", (24, 68))
     assert sharding.stored_shape("attn_norm", (24,)) == (24,)
     out = convert(hf_directory(tmp_path / "m", config), tmp_path / "out", progress=False)
-    for leaf, chunk in (("layers.000.gate", [24, 1, 5]), ("embed", [1, 17, 24]), ("final_norm", [24])):
+    for leaf, chunk in (("layers.000.down", [24, 1, 5]), ("embed", [1, 17, 24]), ("final_norm", [24])):
         assert json.loads((out / "weights" / "000" / "state" / leaf / ".zarray").read_text())["chunks"] == chunk
     whole = jaxsteer.load(out)
     assert equal(whole.params, random_params(config))
