@@ -107,7 +107,7 @@ def test_bad_prompts_are_refused_with_advice() -> None:
     with pytest.raises(jaxsteer.UserError, match=r"Write \['end'\]"):
         generate(MODEL, "a", stop="end")
     with pytest.raises(jaxsteer.UserError, match="continues one prompt, got 2"):
-        stream(MODEL, ["a", "b"])
+        stream(MODEL, np.zeros((2, 3), np.int32))
     with pytest.raises(jaxsteer.UserError, match="positions end at"):
         stream(MODEL, "a " * 300)  # at once, not with the first piece
 
