@@ -14,7 +14,7 @@ from jaxsteer.personas.directions import (
 )
 from jaxsteer.personas.items import Item, Persona, Splits, parse_choices, split, swap
 from jaxsteer.personas.pairs import READ_POSITIONS, Pairs, contrast_pairs, search_conversations
-from jaxsteer.personas.signatures import Signature, random_signature, sae_signature, save_signature
+from jaxsteer.personas.signatures import Signature, load_signature, random_signature, sae_signature, save_signature
 
 __all__ = [
     "READ_POSITIONS",
@@ -30,6 +30,7 @@ __all__ = [
     "diagnose",
     "load_direction",
     "load_persona",
+    "load_signature",
     "mean_difference",
     "parse_choices",
     "projections",

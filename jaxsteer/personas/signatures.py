@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jaxsteer import __version__
@@ -160,3 +161,28 @@ def save_signature(signature: Signature, path: str | os.PathLike[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, save(tensors, metadata))
     return path
+
+
+def load_signature(path: str | os.PathLike[str]) -> Signature:
+    """Read what ``save_signature`` wrote. Raises ``UserError`` for a missing, damaged or other file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no signature file {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+    if metadata.pop("format", None) != FORMAT:
+        raise UserError(f"{path} is not a signature of jaxsteer: its metadata does not say {FORMAT!r}")
+    try:
+        return Signature(
+            site=metadata.pop("site"),
+            read_position=metadata.pop("read_position"),
+            **json.loads(metadata.pop("numbers")),
+            **{name: tensors[name] for name in ("indices", "weights", "delta")},
+            metadata=metadata,
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: its metadata and tensors do not fit together ({error!r})") from error

@@ -62,13 +62,13 @@ def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.in
     aim = find_aim(setting, say)
     chosen = aim.chosen
     timing["probe_s"] = time.perf_counter() - started
-    noted = {"site": chosen.site, "objective_sign": str(chosen.sign)}
+    sign = {"objective_sign": str(chosen.sign)}
     if aim.direction is not None:
-        direction = dataclasses.replace(aim.direction, metadata={**aim.direction.metadata, **noted})
-        save_direction(direction, options.out / files.DIRECTION)
+        metadata = {**aim.direction.metadata, "site": chosen.site, **sign}
+        save_direction(dataclasses.replace(aim.direction, metadata=metadata), options.out / files.DIRECTION)
     if aim.signature is not None:
-        signature = dataclasses.replace(aim.signature, metadata={**aim.signature.metadata, **noted})
-        save_signature(signature, options.out / files.SIGNATURE)
+        metadata = {**aim.signature.metadata, **sign}
+        save_signature(dataclasses.replace(aim.signature, metadata=metadata), options.out / files.SIGNATURE)
 
     result, objective, units = search(setting, aim.objective, say)
     started = time.perf_counter()

@@ -1,17 +1,16 @@
 """SAE signatures against float64 NumPy, their controls, and the objective that they make."""
 
-import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
 
 import jaxsteer
 from jaxsteer.errors import UserError
 from jaxsteer.models.loading import Model
-from jaxsteer.personas import Pairs, random_signature, sae_signature, save_signature
+from jaxsteer.personas import Pairs, load_signature, random_signature, sae_signature, save_signature
 from jaxsteer.sae import SAE, SAEConfig, encode, promoted_tokens
 from jaxsteer.search import Reads, latents_objective, needs
 from tests.helpers.tiny import tiny_model
@@ -92,19 +91,22 @@ def test_zeros_are_no_part_of_a_signature() -> None:
         sae_signature(model(), sae.replace(threshold=jnp.full(LATENTS, jnp.inf)), make_pairs())
 
 
-def test_controls_and_files(tmp_path: object) -> None:
+def test_controls_and_files(tmp_path: Path) -> None:
     found = sae_signature(model(), make_sae(), make_pairs(), latents=6)
     control = random_signature(found, 3)
     assert not set(control.indices) & set(found.indices) and list(control.weights) == list(found.weights)
     assert list(random_signature(found, 3).indices) == list(control.indices)
     with pytest.raises(UserError, match="use fewer latents"):
         random_signature(found.keep(30), 0)
-    path = save_signature(found, tmp_path / "signature.safetensors")  # type: ignore[operator]
-    with safe_open(path, framework="numpy") as file:
-        assert list(file.get_tensor("indices")) == list(found.indices)
-        metadata = file.metadata()
-    assert metadata["format"] == "jaxsteer.signature/1" and metadata["site"] == SITE
-    assert json.loads(metadata["numbers"])["fvu"] == pytest.approx(found.fvu)
+    path = save_signature(found, tmp_path / "signature.safetensors")
+    again = load_signature(path)
+    for name, value in vars(found).items():
+        np.testing.assert_array_equal(getattr(again, name), value, err_msg=name)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match="not a readable"):
+        load_signature(path)
+    with pytest.raises(UserError, match="there is no signature"):
+        load_signature(path.with_name("none"))
 
 
 def test_an_sae_of_another_place_is_refused() -> None:
