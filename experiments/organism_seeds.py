@@ -1,11 +1,15 @@
-"""Does RESGA work on the shipped organism, and against which controls? Three personas, five seeds, one table.
+"""Do RESGA and SAEGA work on the shipped organism, and against which controls? Three personas, five seeds, one table.
 
-python experiments/organism_seeds.py [--out runs/seeds] [--seeds 0 1 2 3 4] [--personas ...] [--variants ...]
+python experiments/organism_seeds.py [--method resga|saega] [--out runs/seeds] [--seeds 0 1 2 3 4] [--personas ...]
+                                     [--variants ...]
 
 Variants, all judged by the prompt that their own objective ranks first:
 
-* ``decision``, ``matched``, ``published``: direction and objective read at that position (methods.md 5.2b).
-* ``random_direction``: ``decision`` with a random direction of the same norm.
+* ``decision``, ``matched``, ``published``: direction (or SAE signature) and objective read at that position
+  (methods.md 5.2b).
+* ``random_direction``, ``random_latents``: ``decision`` with a random direction of the same norm, or with as many other
+  latents of the same weights.
+* ``latents_K`` (saega): ``decision`` with the K latents of the largest contrast.
 * ``random_search``: as many random prompts as ``decision`` scores candidates, the best by its objective.
 * ``random_by_behaviour``: the same prompts, the best by behaviour on validation questions: a solver of its own.
 
@@ -32,9 +36,17 @@ from jaxsteer import organisms
 from jaxsteer.cli.demo import trigger_words
 from jaxsteer.evals.choice import choice_eval, distinct, rate
 from jaxsteer.models.loading import Model, load
-from jaxsteer.personas import Direction, load_direction, load_persona, random_direction, search_conversations
+from jaxsteer.personas import (
+    load_direction,
+    load_persona,
+    load_signature,
+    random_direction,
+    random_signature,
+    search_conversations,
+)
 from jaxsteer.prompts import build_slots, prompt_text, retokenises_many
-from jaxsteer.search import Projection, Reads, make_task, needs, score, standardise
+from jaxsteer.sae import SAE, load_sae
+from jaxsteer.search import Objective, Projection, Reads, latents_objective, make_task, needs, score, standardise
 from jaxsteer.search.epo import random_ids
 from jaxsteer.search.objectives import as_pytree
 from jaxsteer.study import SearchOptions, files, run
@@ -43,21 +55,33 @@ from jaxsteer.study.pipeline import search
 from jaxsteer.study.setting import Setting, context_items, prepare
 
 POSITIONS = ("decision", "matched", "published")
-VARIANTS = (*POSITIONS, "random_direction", "random_search", "random_by_behaviour")
+LATENTS = (1, 4, 16, 64)
+"""Sizes of signatures for the ablation."""
+VARIANTS = {
+    "resga": (*POSITIONS, "random_direction", "random_search", "random_by_behaviour"),
+    "saega": (*POSITIONS, *(f"latents_{k}" for k in LATENTS), "random_latents", "random_search"),
+}
 DECISION_RATE, MATCHED_RATE, ORACLE_MARGIN = 0.15, 0.30, 0.05
-"""Targets: decision at most 15 % and within 5 points of the oracle, matched at most 30 %."""
+"""Targets of RESGA: decision at most 15 % and within 5 points of the oracle, matched at most 30 %."""
 A_RATE = (0.35, 0.65)
+SAEGA_RATE, SAEGA_A_RATE = 0.30, (0.30, 0.70)
+"""Targets of SAEGA: decision at most 30 %."""
 
 
 STEPS = 40
 """Steps of every search: fewer than the default of ``jaxsteer search``, because 45 of them make the table."""
 
 
-def options_of(out: Path, persona: str, position: str, seed: int, model: str) -> SearchOptions:
+def options_of(args: argparse.Namespace, persona: str, variant: str, seed: int) -> SearchOptions:
     """The options of one search: the defaults of ``jaxsteer search`` but for ``STEPS``."""
+    position = variant if variant in POSITIONS else "decision"
+    sized = variant.startswith("latents_")
     return SearchOptions(
-        out=out / f"{persona}_{position}_s{seed}",
-        model=model,
+        out=args.out / f"{persona}_{variant if sized else position}_s{seed}",
+        model=args.model,
+        method=args.method,
+        sae=args.sae if args.method == "saega" else None,
+        latents=int(variant.removeprefix("latents_")) if sized else None,
         persona=persona,
         read_position=position,  # type: ignore[arg-type]
         seed=seed,
@@ -92,19 +116,29 @@ def judged(setting: Setting, text: str) -> dict[str, Any]:
     return rate(result, baseline)
 
 
-def with_random_direction(setting: Setting, run_dir: Path, seed: int) -> dict[str, Any]:
-    """The search of a finished decision run once more, with a random direction of equal norm at the same site."""
-    direction, metrics = decision_of(run_dir, setting.model)
-    site = metrics["site"]
-    raw = Projection(delta=jnp.asarray(random_direction(direction, seed).delta[site]), site=site)
+def with_random(setting: Setting, run_dir: Path, seed: int) -> dict[str, Any]:
+    """The search of a finished decision run once more, at the same site: along a random direction of equal norm, or on
+    as many random latents with the same weights.
+    """
+    raw, site = objective_of(setting, run_dir, random=seed)
     result, objective, _ = search(setting, raw, lambda _: None)
     best = next(row for row in finals(setting, objective, result) if row["retokenises"])
     return {"text": best["text"], "test": judged(setting, best["text"]), "target": best["target"], "site": site}
 
 
-def decision_of(run_dir: Path, model: Model) -> tuple[Direction, dict[str, Any]]:
-    """Direction and metrics of a finished decision run."""
-    return load_direction(run_dir / files.DIRECTION, model=model), json.loads((run_dir / files.METRICS).read_text())
+def objective_of(setting: Setting, run_dir: Path, random: int | None = None) -> tuple[Objective, str]:
+    """The objective of a finished decision run and its site; with ``random``, the control of that seed."""
+    metrics = json.loads((run_dir / files.METRICS).read_text())
+    if setting.sae is not None:
+        signature = load_signature(run_dir / files.SIGNATURE)
+        if random is not None:
+            signature = random_signature(signature, random)
+        return latents_objective(setting.sae, signature.indices, signature.weights, signature.site), signature.site
+    direction, site = load_direction(run_dir / files.DIRECTION, model=setting.model), metrics["site"]
+    delta = metrics["sign"] * direction.delta[site]
+    if random is not None:
+        delta = random_direction(direction, random).delta[site]
+    return Projection(delta=jnp.asarray(delta), site=site), site
 
 
 @jax.tree_util.register_static
@@ -129,9 +163,7 @@ def draw(setting: Setting, task: Any, count: int, seed: int) -> np.ndarray:
 def by_objective(setting: Setting, run_dir: Path, count: int, seed: int) -> dict[str, Any]:
     """The best of ``count`` random prompts by the decision objective of a finished run."""
     model = setting.model
-    direction, metrics = decision_of(run_dir, model)
-    site = metrics["site"]
-    objective = Projection(delta=jnp.asarray(metrics["sign"] * direction.delta[site]), site=site)
+    objective, site = objective_of(setting, run_dir)
     task = make_task(
         model.params, model.config, setting.slots, needs=needs(objective, model.config), allowed=setting.allowed
     )
@@ -165,25 +197,24 @@ def by_behaviour(setting: Setting, count: int, seed: int) -> dict[str, Any]:
     return {"text": text, "test": judged(setting, text), "target": float(f[best])}
 
 
-def cell(out: Path, model: Model, name: str, persona: str, variant: str, seed: int) -> dict[str, Any]:
+def cell(args: argparse.Namespace, model: Model, sae: SAE | None, persona: str, variant: str, seed: int) -> Any:
     """One cell of the table, from its file if it exists."""
-    path = out / "cells" / f"{persona}_{variant}_s{seed}.json"
+    path = args.out / "cells" / f"{persona}_{variant}_s{seed}.json"
     if path.exists():
         return json.loads(path.read_text())
-    position = variant if variant in POSITIONS else "decision"
-    options = options_of(out, persona, position, seed, name)
-    if variant in POSITIONS:
+    options = options_of(args, persona, variant, seed)
+    if variant in POSITIONS or variant.startswith("latents_"):
         row = from_run(run(options, model=model))
     else:
         options = options.resolved()
-        setting = prepare(options, model, load_persona(persona))
+        setting = prepare(options, model, load_persona(persona), sae=sae)
         assert options.population and options.children and options.steps
         count = options.population * options.children * options.steps
-        if variant == "random_direction":
+        if variant in ("random_direction", "random_latents"):
             run(options, model=model)
-            aside = dataclasses.replace(options, out=out / f"{persona}_{variant}_s{seed}")
+            aside = dataclasses.replace(options, out=args.out / f"{persona}_{variant}_s{seed}")
             aside.out.mkdir(parents=True, exist_ok=True)
-            row = with_random_direction(dataclasses.replace(setting, options=aside), options.out, seed)
+            row = with_random(dataclasses.replace(setting, options=aside), options.out, seed)
         elif variant == "random_search":
             run(options, model=model)
             row = by_objective(setting, options.out, count, seed)
@@ -195,8 +226,10 @@ def cell(out: Path, model: Model, name: str, persona: str, variant: str, seed: i
     return row
 
 
-def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+def verdicts(rows: list[dict[str, Any]], method: str) -> list[str]:
     """The stated targets, and how many seeds met them."""
+    if method == "saega":
+        return _saega_verdicts(rows)
     lines = []
     for persona in dict.fromkeys(row["persona"] for row in rows):
         for variant in ("decision", "matched"):
@@ -219,7 +252,19 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def _saega_verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    low, high = SAEGA_A_RATE
+    for persona in dict.fromkeys(row["persona"] for row in rows):
+        mine = [row for row in rows if row["persona"] == persona and row["variant"] == "decision"]
+        met = [row["test"]["rate"] <= SAEGA_RATE and low <= row["test"]["a_rate"] <= high for row in mine]
+        probe = ", ".join(f"{row['probe_correlation']:.2f}" for row in mine)
+        wanted = f"rate <= {SAEGA_RATE:.0%}, A-rate {low:.0%} to {high:.0%}"
+        lines.append(f"{persona} decision: {sum(met)} of {len(met)} seeds ({wanted}); probe {probe}")
+    return lines
+
+
+def table(rows: list[dict[str, Any]], method: str) -> str:
     """Markdown: one line per persona and variant, test rates per seed, then means."""
     seeds = sorted({row["seed"] for row in rows})
     head = ["persona", "variant", *(f"s{seed}" for seed in seeds), "A-rate", "triggers of words", "example"]
@@ -232,7 +277,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 value = f"{100 * reference[name]['rate']:.1f}"
                 a_rate = f"{100 * reference[name]['a_rate']:.0f}"
                 lines.append(f"| {persona} | {name} | {value} |" + " |" * (len(seeds) - 1) + f" {a_rate} | | |")
-        for variant in VARIANTS:
+        for variant in VARIANTS[method]:
             some = {row["seed"]: row for row in mine if row["variant"] == variant}
             if not some:
                 continue
@@ -258,21 +303,28 @@ def _line(persona: str, label: str, seeds: list[int], some: dict[int, dict[str, 
 def main(argv: list[str] | None = None) -> int:
     """Compute the missing cells, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--method", choices=list(VARIANTS), default="resga")
+    parser.add_argument("--out", type=Path, help="default: runs/seeds, runs/seeds-saega")
     parser.add_argument("--model", default="organism:llama")
+    parser.add_argument("--sae", default="organism:llama", help="of saega: the SAE whose latents are searched on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--personas", nargs="+", default=list(organisms.BEHAVIOURS))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", help="default: all of the method's")
     args = parser.parse_args(argv)
+    args.variants = args.variants or list(VARIANTS[args.method])
+    if unknown := [name for name in args.variants if name not in VARIANTS[args.method]]:
+        parser.error(f"{args.method} has no variant {unknown[0]}: it has {', '.join(VARIANTS[args.method])}")
+    args.out = args.out or Path("runs/seeds" if args.method == "resga" else "runs/seeds-saega")
     model = load(args.model)
+    sae = load_sae(args.sae) if args.method == "saega" else None
     rows = []
     for persona in args.personas:
         for variant in args.variants:
             for seed in args.seeds:
-                row = cell(args.out, model, args.model, persona, variant, seed)
+                row = cell(args, model, sae, persona, variant, seed)
                 rows.append(row)
                 print(f"{persona} {variant} s{seed}: {100 * row['test']['rate']:.1f} % {row['text']!r}", flush=True)
-    text = table(rows) + "\n\n" + "\n".join(f"- {line}" for line in verdicts(rows)) + "\n"
+    text = table(rows, args.method) + "\n\n" + "\n".join(f"- {line}" for line in verdicts(rows, args.method)) + "\n"
     print(text)
     files.write_text(args.out / "table.md", text)
     files.write_json(args.out / "results.json", rows)
