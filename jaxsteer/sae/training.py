@@ -20,17 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from checkpoints_convert.sae import CONFIG, WEIGHTS, write_sae
 from checkpoints_convert.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
 from jaxsteer.errors import UserError
 from jaxsteer.files import write_text
 from jaxsteer.models.loading import Model
-from jaxsteer.models.sharding import place
 from jaxsteer.models.sites import parse_site
 from jaxsteer.sae.dictionary import SAE
-from jaxsteer.sae.harvest import batches_of, bos_of, empty_pool, fill, pool_sharding
+from jaxsteer.sae.harvest import batches_of, bos_of, empty_pool, fill
 from jaxsteer.sae.loading import load_sae, site_width
 from jaxsteer.sae.recipe import Metrics, Recipe, TrainState, inference_threshold, initial_state, shardings, trainer
 from jaxsteer.sae.texts import Documents, Position, Rows
@@ -144,7 +142,7 @@ def _start(
     pool = empty_pool(model.mesh, recipe.pool, width, dtype)
     shapes = jax.eval_shape(lambda pool: initial_state(recipe, pool), pool)
     layout = shardings(shapes, model.mesh)
-    run = checkpoints.load(_Run(shapes, jax.eval_shape(lambda: pool), (0, 0)), layout, model)
+    run = checkpoints.load(shapes, layout, pool)
     bos = bos_of(model)
     rows = Rows(
         documents,
@@ -253,18 +251,17 @@ class _Checkpoints:
         self._checkpointer.save(run.rounds, _leaves(run.state, run.pool, np.asarray(run.position, np.int64)))
         self._saved = time.monotonic()
 
-    def load(self, shapes: _Run, layout: Any, model: Model) -> _Run | None:
-        """The run of the last whole checkpoint, or None; ``shapes`` has structs where arrays are wanted."""
+    def load(self, shapes: Any, layout: Any, pool: jax.Array) -> _Run | None:
+        """The run of the last whole checkpoint, or None.
+
+        ``shapes`` and ``layout`` are those of the state; ``pool`` is one as it shall be.
+        """
         latest = self._checkpointer.latest
         if latest is None:
             return None
-        mesh, pool = model.mesh, shapes.pool
-        where = _leaves(layout, pool_sharding(mesh, pool.shape), place(mesh, P(), (2,)))
-        form = _leaves(shapes.state, pool, jax.ShapeDtypeStruct((2,), np.int64))
-        wanted: dict[str, Any] = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[name]) for name, leaf in form.items()
-        }
-        wanted["position"] = np.zeros(2, np.int64)
+        struct = jax.ShapeDtypeStruct
+        state = jax.tree.map(lambda leaf, sharding: struct(leaf.shape, leaf.dtype, sharding=sharding), shapes, layout)
+        wanted = _leaves(state, struct(pool.shape, pool.dtype, sharding=pool.sharding), np.zeros(2, np.int64))
         try:
             found = self._checkpointer.load(latest.step, wanted)
         except Exception as error:  # Orbax and TensorStore raise many types for a damaged checkpoint
@@ -272,7 +269,7 @@ class _Checkpoints:
             raise UserError(
                 f"The checkpoint {latest.path} cannot be read ({reason}). Remove it, or train into another folder."
             ) from error
-        leaves, tree = jax.tree.flatten(shapes.state)
+        leaves, tree = jax.tree.flatten(shapes)
         state = jax.tree.unflatten(tree, [found[f"state{i:03d}"] for i in range(len(leaves))])
         document, row = (int(n) for n in found["position"])
         log.info("going on after round %d of %s", latest.step, latest.path)
