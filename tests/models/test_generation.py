@@ -123,7 +123,7 @@ def test_one_program_for_all_settings(compile_counter: type) -> None:
     assert {"start", "decode", "grow"}.isdisjoint(count.names())
 
 
-@pytest.mark.parametrize("model_axis", [1, 2])
+@pytest.mark.parametrize("model_axis", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_eight_devices_give_the_same_tokens(model_axis: int) -> None:
     alone = gemma()
     mesh = make_mesh(model=model_axis)
