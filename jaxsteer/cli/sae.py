@@ -165,7 +165,7 @@ class Explore(_OnSae):
     def run(self) -> int:
         """Look and print."""
         from jaxsteer.report.latents import latents_text, write_latents
-        from jaxsteer.sae.explore import explore
+        from jaxsteer.sae.exploration import explore
 
         if self.html is not None and not self.html.parent.is_dir():
             raise UserError(f"--html {self.html}: the folder {self.html.parent} does not exist")

@@ -9,7 +9,7 @@ import jinja2
 
 from jaxsteer.files import write_text
 from jaxsteer.report.reading import visible
-from jaxsteer.sae.explore import Exploration, LatentReport, Snippet
+from jaxsteer.sae.exploration import Exploration, LatentReport, Snippet
 
 
 def latents_text(found: Exploration) -> str:

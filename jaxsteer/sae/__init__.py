@@ -1,19 +1,30 @@
-"""Sparse autoencoders: one pytree for every layout that is out there, encode, decode, load and save."""
+"""Sparse autoencoders: one pytree for every layout that is out there; train, evaluate and explore them."""
 
 from checkpoints_convert.sae_form import SAEConfig
 from jaxsteer.sae.dictionary import SAE, Fidelity, decode, encode, fidelity, reconstruct, shard_sae, subset
+from jaxsteer.sae.evaluation import Evaluation, evaluate_sae
+from jaxsteer.sae.exploration import Exploration, explore
 from jaxsteer.sae.lens import promoted_tokens
 from jaxsteer.sae.loading import Health, check_health, check_sae, load_sae, save_sae
+from jaxsteer.sae.recipe import Recipe
+from jaxsteer.sae.texts import documents_of
+from jaxsteer.sae.training import train_sae
 
 __all__ = [
     "SAE",
+    "Evaluation",
+    "Exploration",
     "Fidelity",
     "Health",
+    "Recipe",
     "SAEConfig",
     "check_health",
     "check_sae",
     "decode",
+    "documents_of",
     "encode",
+    "evaluate_sae",
+    "explore",
     "fidelity",
     "load_sae",
     "promoted_tokens",
@@ -21,4 +32,5 @@ __all__ = [
     "save_sae",
     "shard_sae",
     "subset",
+    "train_sae",
 ]

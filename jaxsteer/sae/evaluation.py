@@ -127,9 +127,7 @@ def evaluate_sae(
     source = parse_site(site or sae.config.site_in or "", model.config.n_layers)
     target = source if site else parse_site(sae.config.site_out or source.name, model.config.n_layers)
     if source.layer != target.layer:
-        raise UserError(
-            f"The SAE reads {source.name} and writes {target.name}: only within one layer can it be patched."
-        )
+        raise UserError(f"The SAE reads {source.name} and writes {target.name}: patching needs both in one layer.")
     length = min(context, model.config.max_positions)
     shards = 1 if model.mesh is None else model.mesh.shape["prompts"]
     fitting = max(1, LOGITS // (length * model.config.vocab_size))

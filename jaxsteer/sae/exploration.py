@@ -90,9 +90,7 @@ def explore(
     """
     check_sae(sae, model, site)
     if not latents or min(latents) < 0 or max(latents) >= sae.n_latents:
-        raise UserError(
-            f"latents {list(latents)}: give numbers from 0 to {sae.n_latents - 1}, the latents of this SAE."
-        )
+        raise UserError(f"latents {list(latents)}: this SAE has the latents 0 to {sae.n_latents - 1}.")
     place = parse_site(site or sae.config.site_in or "", model.config.n_layers)
     target = parse_site(sae.config.site_out or place.name, model.config.n_layers)
     bos = bos_of(model)
