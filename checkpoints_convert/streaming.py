@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import datetime
 import errno
-import gc
 import hashlib
 import json
 import logging
@@ -260,9 +259,10 @@ def _write_groups(job: Job, work: Work, weights: Path, notes: dict[str, dict[str
     todo = [group for group in job.groups if group not in notes]
     sizes = {group: sum(job.tensors[leaf].nbytes for leaf in leaves) for group, leaves in job.groups.items()}
     small = {group for group, leaves in job.groups.items() if len(leaves) > 1 or sizes[group] <= GROUP_BYTES}
-    # Two groups take turns in the same memory: fresh memory is slow, above all in virtual machines.
+    # Two groups take turns in the same memory, and so does a large leaf alone: fresh memory is slow, above all in
+    # virtual machines.
     room = max((_room(job, group) for group in small), default=0)
-    buffers = [np.empty(room, np.uint8) for _ in range(2)]
+    memory = np.empty(max([2 * room, *(_room(job, group) for group in todo)]), np.uint8) if todo else None
 
     with (
         ThreadPoolExecutor(THREADS) as pool,
@@ -271,12 +271,12 @@ def _write_groups(job: Job, work: Work, weights: Path, notes: dict[str, dict[str
         bar.update(sum(sizes[group] for group in notes))
 
         def begin(position: int) -> list[Future[Converted]]:
-            """Read a group; a leaf that is a large group alone gets memory of its own."""
-            group, reading, start = todo[position], [], 0
+            assert memory is not None
+            group, reading = todo[position], []
+            start = room * (position % 2) if group in small else 0
             for leaf in job.groups[group]:
                 tensor = job.tensors[leaf]
-                into = buffers[position % 2][start : start + tensor.nbytes] if group in small else None
-                reading.append(pool.submit(read, tensor, job.target, into))
+                reading.append(pool.submit(read, tensor, job.target, memory[start : start + tensor.nbytes]))
                 start += _aligned(tensor.nbytes)
             return reading
 
@@ -295,8 +295,6 @@ def _write_groups(job: Job, work: Work, weights: Path, notes: dict[str, dict[str
             work.finish(group, weights / group, notes[group])
             bar.update(sizes[group])
             del leaves
-            if group not in small:
-                gc.collect()  # Orbax's references to the leaf are in cycles
 
 
 def _room(job: Job, group: str) -> int:
