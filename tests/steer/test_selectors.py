@@ -54,7 +54,7 @@ choices = st.one_of(
 touched = jax.jit(lambda selector, where: selector.touched(where))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(choices, st.lists(st.integers(0, 5), max_size=2), st.sampled_from([None, None, True, False]), st.integers(0, 99))
 def test_every_token_against_the_definition(positions: Any, tokens: list[int], first: bool | None, seed: int) -> None:
     rng = np.random.default_rng(seed)
