@@ -97,7 +97,7 @@ def convert(
 
     Everything that can be wrong with the source is checked before any weight is read, and ``out`` appears only when it
     is complete. A conversion that was killed, interrupted or stopped by a full disk goes on where it was when it is
-    called again; one that runs in another process already is waited for, and its result is used. About two groups of
+    called again; one that runs in another process already is waited for, and its result is used. About three groups of
     leaves are in memory at a time (docs/checkpoints.md has the bound). Raises ``UserError``, also when ``out`` exists
     or cannot be written.
     """
