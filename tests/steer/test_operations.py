@@ -177,6 +177,10 @@ def test_rows_of_other_sizes_are_filled_with_nothing() -> None:
     np.testing.assert_allclose(swapped[1], apply(rows[0], value)[1], atol=1e-6)
     assert steer.take_rows(rows[0], np.asarray([1, 0])).rows is None
     assert steer.stack_rows([None, None]).edits == ()
+    add, floor = steer.add(SITE, vector, -1.0), steer.floor(SITE, vector, 1.0)
+    orders: list[Any] = [Edits((add, floor, add)), Edits((floor, add, floor))]  # one kind twice in a row of the batch
+    alone = np.stack([apply(row, value)[i] for i, row in enumerate(orders)])
+    np.testing.assert_allclose(apply(steer.stack_rows(orders), value), alone, atol=1e-5)
 
 
 def test_constructors_work_inside_jit() -> None:
