@@ -178,7 +178,7 @@ def test_rows_of_other_sizes_are_filled_with_nothing() -> None:
     assert steer.take_rows(rows[0], np.asarray([1, 0])).rows is None
     assert steer.stack_rows([None, None]).edits == ()
     add, floor = steer.add(SITE, vector, -1.0), steer.floor(SITE, vector, 1.0)
-    orders: list[Any] = [Edits((add, add, floor)), Edits((floor, add, floor))]  # one kind twice in a row of the batch
+    orders: list[Any] = [Edits((floor, add, add)), Edits((floor, add, floor))]  # one kind twice in a row of the batch
     alone = np.stack([apply(row, value)[i] for i, row in enumerate(orders)])
     np.testing.assert_allclose(apply(steer.stack_rows(orders), value), alone, atol=1e-5)
 
