@@ -28,7 +28,7 @@ from flax import struct
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.sharding import place
@@ -221,9 +221,12 @@ above.defvjp(_above_forward, _above_backward)
 
 
 def losses(
-    recipe: Recipe, weights: Weights, x: Float[Array, "b D"], dead: Array
+    recipe: Recipe, weights: Weights, x: Float[Array, "b D"], dead: Bool[Array, " F"] | None
 ) -> tuple[Float[Array, ""], tuple[Float[Array, "b F"], Float[Array, "b D"]]]:
-    """The loss of scaled activations, and the latents and the error that it comes from. ``dead`` [F] is boolean."""
+    """The loss of scaled activations, and the latents and the error that it comes from.
+
+    ``dead`` says which latents the auxiliary loss is for; without it there is none.
+    """
     width = x.shape[-1]
     r = jax.nn.relu((x - weights.b_dec) @ weights.W_enc + weights.b_enc)
     penalty: Array | float = 0.0
@@ -239,13 +242,9 @@ def losses(
         penalty = recipe.l0_weight * (l0 / recipe.k - 1) ** 2
     error = x - (f @ weights.W_dec + weights.b_dec)
     loss = jnp.mean(error**2) + penalty
-    if recipe.aux_weight:
-        rest = lax.stop_gradient(error)
-        loss += recipe.aux_weight * lax.cond(
-            dead.any(),
-            lambda: _auxiliary(recipe, weights.W_dec, jnp.where(dead, r, 0.0), rest),
-            lambda: jnp.zeros(()),
-        )
+    if dead is not None and recipe.aux_weight:
+        r = jnp.where(dead, r, 0.0)
+        loss += recipe.aux_weight * _auxiliary(recipe, weights.W_dec, r, lax.stop_gradient(error))
     return loss, (f, error)
 
 
@@ -271,7 +270,13 @@ def train_step(recipe: Recipe, state: TrainState, x: Float[Array, "b D"]) -> tup
     """One step on activations as they come from the pool."""
     x = x.astype(jnp.float32) * state.scale
     dead = state.idle > recipe.patience
-    (loss, (f, error)), grads = jax.value_and_grad(losses, argnums=1, has_aux=True)(recipe, state.weights, x, dead)
+    differentiate = jax.value_and_grad(losses, argnums=1, has_aux=True)
+    # Two programs, so that the usual one, without dead latents, does not carry zeros for the auxiliary loss.
+    (loss, (f, error)), grads = lax.cond(
+        dead.any() & (recipe.aux_weight > 0),
+        lambda: differentiate(recipe, state.weights, x, dead),
+        lambda: differentiate(recipe, state.weights, x, None),
+    )
     # The part of the gradient along a decoder row would only change its norm, which is held at 1.
     along = jnp.sum(grads.W_dec * state.weights.W_dec, -1, keepdims=True)
     grads = dataclasses.replace(grads, W_dec=grads.W_dec - along * state.weights.W_dec)
