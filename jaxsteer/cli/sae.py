@@ -57,8 +57,9 @@ class Train(Recipe, _Reading):
     """Of the SAE's matrices in the file."""
     save_minutes: float = 10.0
     """Minutes between checkpoints."""
-    evaluate: bool = True
-    """Measure the finished SAE, with the whole model, on text of another seed (organism) or order (files)."""
+    evaluate: int = 50_000
+    """Activations to measure the finished SAE on, with the whole model and text of another seed (organism) or in
+    another order (files); 0 for none."""
 
     def run(self) -> int:
         """Train with a progress bar, evaluate and print."""
@@ -91,7 +92,8 @@ class Train(Recipe, _Reading):
             from jaxsteer.sae.evaluation import evaluate_sae
 
             whole = model if layers == config.n_layers else load(self.model, dtype=self.dtype, mesh=model.mesh)
-            found = evaluate_sae(sae, whole, _held_out(whole, self.data), context=recipe.context)
+            held_out = _held_out(whole, self.data)
+            found = evaluate_sae(sae, whole, held_out, tokens=self.evaluate, context=recipe.context)
             write_text(self.out / "evaluation.json", _json(found))
             print(f"\n{evaluation_table(found)}")
         return 0

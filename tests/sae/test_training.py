@@ -186,15 +186,16 @@ def test_a_finished_run_is_not_done_again_and_another_is_refused(model: Model, t
         run(model, texts, texts.parent)
 
 
-def test_a_mesh_of_eight_trains_the_same_sae(model: Model, texts: Path, tmp_path: Path):
+def test_a_mesh_of_eight_trains_the_same_sae_in_one_program(
+    model: Model, texts: Path, finished: Path, tmp_path: Path, compile_counter: Any
+):
     mesh = make_mesh(model=2)
     params = shard_params(model.params, model.config, mesh)
     spread = Model(params, model.config, model.tokenizer, model.name, model.fingerprint, mesh)
-    recipe = Recipe(**{**RECIPE.__dict__, "arch": "topk", "tokens": 256})
-    saes = [
-        train_sae(m, documents_of(m, [texts]), recipe, tmp_path / name, save_minutes=0.0)
-        for m, name in ((model, "one"), (spread, "eight"))
-    ]
-    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
-        np.testing.assert_allclose(getattr(saes[0], name), getattr(saes[1], name), rtol=2e-3, atol=2e-4, err_msg=name)
-    assert saes[1].W_enc.sharding.spec[-1] == "model"
+    with compile_counter() as count:
+        eight = run(spread, texts, tmp_path / "eight", save_minutes=10.0)
+    assert count["advance"] == 1 and RECIPE.rounds > 1
+    one = load_sae(finished)
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
+        np.testing.assert_allclose(getattr(one, name), getattr(eight, name), rtol=2e-3, atol=2e-4, err_msg=name)
+    assert eight.W_enc.sharding.spec[-1] == "model"
