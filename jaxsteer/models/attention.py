@@ -41,12 +41,14 @@ class Prefix:
 
 @struct.dataclass
 class Cache:
-    """Keys and values of the tokens that each row has decoded so far: slots 0 ... ``length - 1`` of M."""
+    """Keys and values of the tokens of each row: slots ``start`` ... ``length - 1`` of M, one after the other."""
 
     k: Float[Array, "L B K H M"]
     v: Float[Array, "L B K H M"]
+    start: Int[Array, " B"]
+    """Slots before it hold the padding of the row's prompt; 0 where the prompt is a ``Prefix``."""
     length: Int[Array, ""]
-    """The same for all rows: padding stands before their prompts, never here."""
+    """The same for all rows: padding stands before their prompts, never behind."""
 
 
 Segment = tuple[Float[Array, "_ K H _"], Float[Array, "_ K H _"], Bool[Array, "_ _ _ _"]]

@@ -1,7 +1,8 @@
 """Decoding: prompts are run once, then one token after the other, entirely on the device.
 
-A prompt's keys and values are a ``Prefix``: rows that continue the same prompt share one copy. What the rows decode
-goes into a ``Cache``, written in place. The number of tokens of a call is data, so that streaming in small pieces and
+What the rows decode goes into a ``Cache``, written in place. Rows that continue the same prompt share one copy of its
+keys and values, a ``Prefix``; where every row has a prompt of its own, the prompts are the beginning of the cache. The
+number of tokens of a call is data, so that streaming in small pieces and
 decoding to the end are one compiled program; prompts of alike length share it too (``bucket``).
 
 Letters: B rows, P distinct prompts, C groups of rows that share a prompt (B = C * b), U prompt length (left-padded),
@@ -49,6 +50,9 @@ class State:
     tokens: Int[Array, "B M"]
     """Those decoded so far, what ended the row included; the last one has not been run yet."""
     length: Int[Array, " B"]
+    prompt_length: Int[Array, " B"]
+    offset: Int[Array, ""]
+    """Slots of the cache before the first token that is decoded: the prompts', or none."""
     limit: Int[Array, " B"]
     """Tokens that a row may have at most."""
     done: Bool[Array, " B"]
@@ -70,8 +74,11 @@ def start(
     *,
     slots: int,
     mesh: Mesh | None = None,
-) -> tuple[Prefix, State]:
-    """Run left-padded prompts and choose the first token of every row. Group c continues prompt ``groups[c]``."""
+) -> tuple[Prefix | None, State]:
+    """Run left-padded prompts and choose the first token of every row. Group c continues prompt ``groups[c]``.
+
+    The prefix is None where every row has a prompt of its own: then the cache holds the prompts as well.
+    """
     tap = tap_of(edits, make_where(tokens, positions_of(mask), mask))
     prefix, x = prefill(params, config, tokens, mask, tap)
     logits = unembed(params, config, x[:, -1])
@@ -79,30 +86,46 @@ def start(
         pick = partial(jnp.take, indices=groups, mode="clip")
         prefix = jax.tree.map(lambda a: pick(a, axis=1 if a.ndim == 5 else 0), prefix)
         logits = pick(logits, axis=0)
-    logits = jnp.repeat(logits, len(rows) // len(groups), axis=0)
-    shape = (config.n_layers, len(rows), config.n_kv_heads, config.d_head, slots)
-    empty = _laid_out(jnp.zeros(shape, prefix.k.dtype), mesh)
-    none = jnp.zeros_like(rows)
+    share = len(rows) // len(groups)
+    logits = jnp.repeat(logits, share, axis=0)
+    prompt_length = jnp.repeat(prefix.length, share)
+    room = [(0, 0)] * 4 + [(0, slots)]
+    if share == 1:  # one stretch of keys instead of two: less to start and to join for every token and layer
+        cache = Cache(
+            k=_laid_out(jnp.pad(prefix.k, room), mesh),
+            v=_laid_out(jnp.pad(prefix.v, room), mesh),
+            start=tokens.shape[1] - prompt_length,
+            length=jnp.int32(tokens.shape[1] - 1),
+        )
+        offset, shared = tokens.shape[1], None
+    else:
+        empty = jnp.zeros((config.n_layers, len(rows), config.n_kv_heads, config.d_head, slots), prefix.k.dtype)
+        empty = _laid_out(empty, mesh)
+        cache = Cache(k=empty, v=empty, start=jnp.zeros_like(rows), length=jnp.int32(-1))
+        offset, shared = 0, prefix
     state = State(
-        cache=Cache(k=empty, v=empty, length=jnp.int32(-1)),
+        cache=cache,
         tokens=jnp.zeros((len(rows), slots), jnp.int32),
-        length=none,
+        length=jnp.zeros_like(rows),
+        prompt_length=prompt_length,
+        offset=jnp.int32(offset),
         limit=limit,
         done=limit <= 0,
         rows=rows,
     )
-    return prefix, _append(state, sampling, logits)
+    return shared, _append(state, sampling, logits)
 
 
 def _append(state: State, sampling: Sampling, logits: Float[Array, "B V"]) -> State:
     """The state with one more token per row that is not done, chosen by ``logits``."""
-    step = state.cache.length + 1
+    filled = state.cache.length + 1
+    step = filled - state.offset
     token = choose(logits, sampling, state.rows, step)
     length = state.length + ~state.done
     stopped = (token[:, None] == sampling.stop).any(-1)
     return dataclasses.replace(
         state,
-        cache=dataclasses.replace(state.cache, length=step),
+        cache=dataclasses.replace(state.cache, length=filled),
         tokens=lax.dynamic_update_slice(state.tokens, jnp.where(state.done, 0, token)[:, None], (0, step)),
         length=length,
         done=state.done | stopped | (length >= state.limit),
@@ -113,27 +136,26 @@ def _append(state: State, sampling: Sampling, logits: Float[Array, "B V"]) -> St
 def decode(
     params: Params,
     config: ModelConfig,
-    prefix: Prefix,
+    prefix: Prefix | None,
     state: State,
     sampling: Sampling,
     edits: Intervention | None,
     steps: Int[Array, ""],
 ) -> State:
     """Up to ``steps`` more tokens for every row; ends early when all rows are done or the cache is full."""
-    prompt_length = jnp.repeat(prefix.length, len(state.rows) // prefix.mask.shape[0])
 
     def forward(state: State) -> tuple[Array, Cache]:
-        cache = state.cache
-        token = lax.dynamic_slice_in_dim(state.tokens, cache.length, 1, axis=1)
-        positions = (prompt_length + cache.length)[:, None]
+        cache, step = state.cache, state.cache.length - state.offset
+        token = lax.dynamic_slice_in_dim(state.tokens, step, 1, axis=1)
+        positions = (state.prompt_length + step)[:, None]
         context = make_context(config, positions, None, prefix, cache)
-        tap = tap_of(edits, make_where(token, positions, ~state.done[:, None], prompt_length))
+        tap = tap_of(edits, make_where(token, positions, ~state.done[:, None], state.prompt_length))
 
-        def step(x: Array, layer: Array) -> tuple[Array, tuple[Array, Array]]:
+        def one(x: Array, layer: Array) -> tuple[Array, tuple[Array, Array]]:
             return block(layer_weights(params, layer), config, x, context, layer, tap)
 
         # The cache is written once per token and not layer by layer: what the scan only reads is never copied.
-        x, (k, v) = lax.scan(step, embed(params, config, token, tap), jnp.arange(config.n_layers))
+        x, (k, v) = lax.scan(one, embed(params, config, token, tap), jnp.arange(config.n_layers))
         write = lambda whole, new: lax.dynamic_update_slice_in_dim(whole, new, cache.length, axis=4)  # noqa: E731
         return unembed(params, config, x[:, 0]), dataclasses.replace(cache, k=write(cache.k, k), v=write(cache.v, v))
 
@@ -144,7 +166,7 @@ def decode(
 
     def more(carry: tuple[Array, State]) -> Array:
         left, state = carry
-        return (left > 0) & ~state.done.all() & (state.cache.length < state.tokens.shape[1] - 1)
+        return (left > 0) & ~state.done.all() & (state.cache.length - state.offset < state.tokens.shape[1] - 1)
 
     return lax.while_loop(more, body, (steps, state))[1]
 

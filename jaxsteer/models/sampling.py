@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.loading import Model
 
+_BLOCK = 256
+
 
 @struct.dataclass
 class Sampling:
@@ -79,10 +81,18 @@ def choose(
         scaled = lax.cond(limited, partial(_restrict, sampling=sampling), lambda x: x, scaled)
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(sampling.key, row), step))(rows)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-        return jnp.argmax(scaled + noise, axis=-1)
+        return _likeliest(scaled + noise)
 
-    likeliest = partial(jnp.argmax, axis=-1)
-    return lax.cond(sampling.temperature > 0, draw, likeliest, logits).astype(jnp.int32)
+    return lax.cond(sampling.temperature > 0, draw, _likeliest, logits).astype(jnp.int32)
+
+
+def _likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The first of the largest values of each row: argmax, in two steps, of which XLA's CPU backend vectorises one."""
+    rows, vocab = logits.shape
+    blocks = jnp.pad(logits, ((0, 0), (0, -vocab % _BLOCK)), constant_values=-jnp.inf).reshape(rows, -1, _BLOCK)
+    best = jnp.argmax(blocks.max(-1), axis=-1)
+    inside = jnp.take_along_axis(blocks, best[:, None, None], axis=1)[:, 0]
+    return best * _BLOCK + jnp.argmax(inside, axis=-1)
 
 
 def _restrict(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:

@@ -152,11 +152,11 @@ def _past(config: ModelConfig, context: Context, layer: Int[Array, ""]) -> Itera
         yield pick(prefix.k), pick(prefix.v), allowed
     if cache is not None:
         slots = jnp.arange(cache.k.shape[-1])
-        allowed = (slots < cache.length)[None]
+        allowed = ((slots < cache.length) & (slots >= cache.start[:, None]))[:, None, None]
         if config.windowed:
             steps = cache.length + jnp.arange(context.distance.shape[0])
             allowed = allowed & (steps[:, None] - slots < window)
-        yield pick(cache.k), pick(cache.v), allowed[None, None]
+        yield pick(cache.k), pick(cache.v), allowed
 
 
 def _mlp(w: Layers, config: ModelConfig, x: Float[Array, "B T D"], layer: Int[Array, ""], tap: Tap) -> Array:
