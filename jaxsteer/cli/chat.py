@@ -7,14 +7,18 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from jaxsteer.cli.generate import Decoding
+from jaxsteer.cli.steering import Steering
 from jaxsteer.errors import UserError
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit (or Ctrl-D) ends"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chat(Decoding):
-    """Talk with a model. Ctrl-C interrupts an answer; /reset, /system TEXT and /quit are commands."""
+class Chat(Decoding, Steering):
+    """Talk with a model, steered by a vector file on request.
+
+    Ctrl-C interrupts an answer; /reset, /system TEXT and /quit are commands.
+    """
 
     model: str = "organism:llama"
     """organism:llama, a converted checkpoint, a Hugging Face directory, or a hub id."""
@@ -28,8 +32,9 @@ class Chat(Decoding):
         from jaxsteer.models.loading import load
 
         model = load(self.model, dtype=self.dtype)
+        settings = self.settings() | {"edits": self.edits(model)}
         print(f"{model.name}. {HELP}.")
-        talk(model, self.system, self.settings(), read=input, write=lambda text: print(text, end="", flush=True))
+        talk(model, self.system, settings, read=input, write=lambda text: print(text, end="", flush=True))
         return 0
 
 
@@ -76,7 +81,6 @@ def _answer(
     head = [{"role": "system", "content": system}] if system else []
     pieces: list[str] = []
     try:
-        # What steers the model will be passed here as ``edits``.
         for piece in stream(model, [*head, *asked], **settings):
             piece = piece if pieces else piece.lstrip()
             pieces.append(piece)

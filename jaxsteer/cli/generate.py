@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from jaxsteer.cli.steering import Steering
 from jaxsteer.errors import UserError
 
 
@@ -36,8 +37,8 @@ class Decoding:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate(Decoding):
-    """Let a model answer prompts, or continue texts."""
+class Generate(Decoding, Steering):
+    """Let a model answer prompts, or continue texts; steered by a vector file on request."""
 
     prompts: Positional[tuple[str, ...]] = ()
     """What the user says, one answer each."""
@@ -71,8 +72,8 @@ class Generate(Decoding):
         from jaxsteer.prompts.generate import generate
 
         model = load(self.model, dtype=self.dtype)
-        # What steers the model will be made here: an intervention, passed on as ``edits``.
-        made = generate(model, prompts, samples=self.samples, batch=self.batch, **self.settings())
+        edits = self.edits(model)
+        made = generate(model, prompts, samples=self.samples, batch=self.batch, edits=edits, **self.settings())
         for row, text in enumerate(made.texts):
             prompt = asked[row // self.samples]
             if self.json:

@@ -235,7 +235,7 @@ def check_vectors(vectors: Vectors, model: Model, *, any_weights: bool = False) 
     raise UserError(
         f"these vectors were made on {vectors.model or 'an unknown model'} (weights {vectors.fingerprint[:12]}), not "
         f"on the weights of {model.name} ({model.fingerprint[:12]}). If they are meant for it all the same, say "
-        f"any_weights=True"
+        f"any_weights=True (--any-weights)"
     )
 
 

@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxsteer.cli import main
 from jaxsteer.cli.chat import talk
 from jaxsteer.cli.generate import Decoding
+from jaxsteer.steer import Vectors, save_vectors
 from tests.helpers.tiny import tiny_model
 
 MODEL = tiny_model("organism")
@@ -31,6 +33,18 @@ def test_generate_answers_arguments_and_files(tmp_path: Path, capsys: pytest.Cap
     assert [row["sample"] for row in rows] == [0, 1] * 4
     assert [row["prompt"] for row in rows][::2] == ["From the shell", "A plain text", "An object", lines[2]["messages"]]
     assert all(0 < row["tokens"] <= 8 and row["finish"] in ("stop", "length") for row in rows)
+
+
+def test_answers_are_steered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site, width = "blocks.1.hook_resid_post", MODEL.config.d_model
+    vector = np.random.default_rng(0).normal(size=width).astype(np.float32)
+    file = save_vectors(Vectors(arrays={site: vector}, fingerprint=MODEL.fingerprint), tmp_path / "push.safetensors")
+    arguments = ["generate", "The river", "--plain", "--max-new-tokens", "8", "--temperature", "0", "--json"]
+    texts = []
+    for extra in ([], ["--coefficient", "0"], ["--coefficient", "50"]):
+        assert main([*arguments, *(["--steer", str(file), *extra] if extra else [])]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_plain_text_is_continued(capsys: pytest.CaptureFixture[str]) -> None:
