@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Params
-from jaxsteer.models.taps import Intervention, Tap, Where, make_where, no_tap
+from jaxsteer.models.taps import Intervention, Tap, Where, checked, make_where, no_tap
 from jaxsteer.models.transformer import embed, make_context, prefill, run_layers, unembed
 
 ROWS = 512
@@ -187,7 +187,7 @@ def score_texts(
     n_edits = max(1, len(edits))
     if not groups:
         return np.zeros((n_edits, 0, 0, 2), np.float32)
-    stacked = stack_edits(edits) if edits else None
+    stacked = stack_edits(edits, config) if edits else None
     per_group = len(groups[0])
     if any(len(group) != per_group for group in groups):
         raise ValueError(f"groups of different sizes: {sorted({len(g) for g in groups})}")
@@ -245,8 +245,18 @@ def _widths(starts: Sequence[int], rows: Sequence[_Row]) -> tuple[int, int, int]
     return bucket(max(starts)), bucket(max(len(r.ids) for r in rows)), bucket(max(len(r.at) for r in rows), 2)
 
 
-def stack_edits(edits: Sequence[Intervention]) -> Intervention:
-    """One pytree whose arrays have a leading axis over ``edits``. Raises ``UserError`` where they differ in kind."""
+def stack_edits(edits: Sequence[Intervention], config: ModelConfig) -> Intervention:
+    """One pytree whose arrays have a leading axis over ``edits``.
+
+    Raises ``UserError`` for edits that do not fit the model, that differ in kind, or that are made for certain rows.
+    """
+    for edit in edits:
+        checked(edit, config, None)
+        if getattr(edit, "rows", None) is not None:
+            raise UserError(
+                f"These edits are made for {edit.rows} rows of one batch; here every edit serves all texts. Give one "  # type: ignore[attr-defined]
+                "edit for each setting instead."
+            )
     try:
         stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *edits)
     except (ValueError, TypeError) as error:

@@ -61,7 +61,7 @@ def side_effects(model: Model, texts: Sequence[np.ndarray], edits: Sequence[Inte
     width = min(bucket(max(lengths)), config.max_positions)
     shards = 1 if model.mesh is None else model.mesh.shape["prompts"]
     rows = max(1, min(LOGITS // (width * config.vocab_size), -(-len(texts) // shards))) * shards
-    stacked = stack_edits(edits)
+    stacked = stack_edits(edits, config)
     order = sorted(range(len(texts)), key=lambda i: lengths[i])
     totals = np.zeros((3, len(edits)))
     counts = np.zeros(2, int)

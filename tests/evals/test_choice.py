@@ -19,6 +19,7 @@ from jaxsteer.models.taps import Tap, Where
 from jaxsteer.models.transformer import forward
 from jaxsteer.personas import Item, swap
 from jaxsteer.prompts import encode_texts, join_answer, question_conversation, render
+from jaxsteer.steer import add, stack_rows
 from tests.helpers.tiny import KINDS, tiny_model
 
 QUESTIONS = [
@@ -167,6 +168,13 @@ def test_edits_of_different_kinds_are_refused() -> None:
     push = Push(jnp.zeros(model.config.d_model), jnp.int32(0), jnp.asarray(True))
     with pytest.raises(UserError, match="must agree in operation"):
         score_texts(model.params, model.config, [[text]], edits=[push, push.replace(vector=jnp.zeros(3))])
+    good = add("blocks.1.hook_resid_post", np.ones(model.config.d_model))
+    for edit, says in (
+        (add("blocks.1.hook_resid_post", np.ones(3)), "3 components"),
+        (stack_rows([good, None]), "2 rows of one batch"),
+    ):
+        with pytest.raises(UserError, match=says):
+            score_texts(model.params, model.config, [[text]], edits=[edit])
 
 
 def test_too_long_a_text_is_refused() -> None:
