@@ -1,12 +1,13 @@
-"""Safetensors files: headers checked before a byte of data is read, tensors read one at a time."""
+"""Safetensors files: headers checked before a byte of data is read, tensors read block by block."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -42,7 +43,7 @@ DTYPES: dict[str, np.dtype] = {
 _WIDTHS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _WIDTHS |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, **{name: dtype.itemsize for name, dtype in DTYPES.items()}}
 _MAX_HEADER = 100_000_000
-_BLOCK = 4 << 20
+_READ = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,31 +61,52 @@ class Tensor:
         """Size on disk in bytes."""
         return math.prod(self.shape) * _WIDTHS.get(self.dtype, 0)
 
-    def read(
-        self, update: Callable[[memoryview], object] = lambda data: None, into: np.ndarray | None = None
-    ) -> np.ndarray:
-        """The tensor's values, in its own dtype; ``update`` (of a digest) gets its bytes while they are in the cache.
+    @property
+    def row_bytes(self) -> int:
+        """Size on disk of one row (of the first axis)."""
+        return math.prod(self.shape[1:]) * _WIDTHS.get(self.dtype, 0)
 
-        The values are a view of ``into`` where this is given: ``nbytes`` bytes, aligned. Raises ``UserError`` naming
-        file and tensor if the file ends early or cannot be read.
+    def read(self, update: Callable[[memoryview], object] = lambda data: None) -> np.ndarray:
+        """The tensor's values, in its own dtype; see ``blocks``."""
+        rows = self.shape[0] if self.shape else 1
+        found = list(self.blocks(rows, update=update))
+        return found[0].reshape(self.shape) if found else np.empty(self.shape, DTYPES[self.dtype])
+
+    def blocks(
+        self, rows: int, memory: np.ndarray | None = None, update: Callable[[memoryview], object] = lambda data: None
+    ) -> Iterator[np.ndarray]:
+        """The tensor's values, in its own dtype, so many rows (of the first axis) at a time; the last may be fewer.
+
+        ``update`` (of a digest) gets the bytes while they are in the processor's cache. Where ``memory`` is given
+        (uint8, at least one block), every block is a view of it, which the next block overwrites. Raises ``UserError``
+        naming file and tensor if the file ends early or cannot be read.
         """
-        memory = np.empty(self.nbytes, np.uint8) if into is None else into
-        data = memory.data
+        shape = self.shape or (1,)
         try:
             with open(self.file, "rb", buffering=0) as stream:
                 stream.seek(self.offset)
-                done = 0
-                while done < self.nbytes:
-                    count = stream.readinto(data[done : done + _BLOCK])
-                    if not count:
-                        raise UserError(f"{self.file} ended while tensor {self.name!r} was read. Download it again.")
-                    update(data[done : done + count])
-                    done += count
+                for start in range(0, shape[0], rows):
+                    count = min(rows, shape[0] - start)
+                    values = (
+                        np.empty(count * self.row_bytes, np.uint8)
+                        if memory is None
+                        else memory[: count * self.row_bytes]
+                    )
+                    self._fill(stream, values.data, update)
+                    yield values.view(DTYPES[self.dtype]).reshape(count, *shape[1:])
         except OSError as error:
             raise UserError(
                 f"{self.file} could not be read at tensor {self.name!r} ({error.strerror or error})."
             ) from error
-        return memory.view(DTYPES[self.dtype]).reshape(self.shape)
+
+    def _fill(self, stream: io.FileIO, data: memoryview, update: Callable[[memoryview], object]) -> None:
+        done = 0
+        while done < len(data):
+            count = stream.readinto(data[done : done + _READ])
+            if not count:
+                raise UserError(f"{self.file} ended while tensor {self.name!r} was read. Download it again.")
+            update(data[done : done + count])
+            done += count
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -20,16 +20,17 @@ from checkpoints_convert.streaming import (
     RECORD,
     THREADS,
     WEIGHTS,
-    Converted,
     Job,
+    Values,
+    block_rows,
     fingerprint,
     plan,
-    read,
 )
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import read_json
-from jaxsteer.models.restoring import read_index, read_leaves
+from jaxsteer.models.restoring import open_leaf, read_index, read_stored
+from jaxsteer.models.sharding import stored_shape
 
 
 def verify(
@@ -39,7 +40,7 @@ def verify(
 
     Every leaf is read and compared with the sha256 that was recorded when it was written. With the Hugging Face
     directory ``src`` every leaf is also made anew from it and compared bit for bit, and so are the config, the source's
-    hash and the files that travel. About three groups of leaves are in memory at a time. Raises ``UserError`` if
+    hash and the files that travel. Some blocks of leaves are in memory at a time. Raises ``UserError`` if
     ``out`` is no checkpoint of this version or ``src`` is no model.
     """
     from tqdm.auto import tqdm
@@ -82,11 +83,11 @@ def report(differences: list[str], out: Path | str, src: Path | str | None = Non
     return 1
 
 
-def _of_the_index(record: dict[str, Any], config: ModelConfig, index: dict[str, dict[str, str]]) -> list[str]:
+def _of_the_index(record: dict[str, Any], config: ModelConfig, index: dict[str, str]) -> list[str]:
     wanted = {"/".join(leaf) for leaf in expected_leaves(config)}
     differences = [f"{leaf}: not in the index" for leaf in sorted(wanted - index.keys())]
     differences += [f"{leaf}: in the index, but not a leaf of this model" for leaf in sorted(index.keys() - wanted)]
-    if fingerprint(config, {leaf: entry["sha256"] for leaf, entry in index.items()}) != record["fingerprint"]:
+    if fingerprint(config, index) != record["fingerprint"]:
         differences.append(f"fingerprint: that in {RECORD} does not follow from the config and the index")
     return differences
 
@@ -107,55 +108,55 @@ def _of_the_files(out: Path, job: Job, record: dict[str, Any], digests: dict[str
 
 
 def _leaves(
-    weights: Path, config: ModelConfig, index: dict[str, dict[str, str]], dtype: str, job: Job | None
+    weights: Path, config: ModelConfig, index: dict[str, str], dtype: str, job: Job | None
 ) -> Iterator[tuple[Leaf, int, list[str], str | None]]:
-    """(leaf, its size, its differences, sha256 of the source's tensor), group by group."""
-    expected, target = expected_leaves(config), DTYPES[OUT_DTYPES[dtype]]
-    groups: dict[str, list[Leaf]] = {}
-    for leaf in expected:
-        if "/".join(leaf) in index:
-            groups.setdefault(index["/".join(leaf)]["group"], []).append(leaf)
+    """(leaf, its size, its differences, sha256 of the source's tensor), several leaves at a time, in stream order."""
+    target = DTYPES[OUT_DTYPES[dtype]]
+    leaves = [(leaf, shape) for leaf, (_, _, shape) in expected_leaves(config).items() if "/".join(leaf) in index]
 
-    def check(leaf: Leaf, values: np.ndarray | UserError) -> tuple[list[str], str | None]:
-        if isinstance(values, UserError):
-            return [str(values)], None
-        made = None if job is None else read(job.tensors[leaf], target)
-        found = _compare(values, made, index["/".join(leaf)]["sha256"], expected[leaf][2], target)
-        return found, None if made is None else made.source_sha256
-
-    def load(leaves: list[Leaf]) -> dict[Leaf, np.ndarray | UserError]:
+    def check(leaf: Leaf, shape: tuple[int, ...]) -> tuple[list[str], str | None]:
         try:
-            return read_leaves(weights, index, dict.fromkeys(leaves, np.ndarray))
+            store = open_leaf(weights, leaf, stored_shape(leaf[-1], shape))
+            if store.dtype.numpy_dtype != target:
+                return [f"stored as {store.dtype.name}, expected {target.name}"], None
+            rows = block_rows(shape, leaf[-1], target.itemsize)
+            if job is None:
+                return _of_the_hash(weights, leaf, store, rows, index["/".join(leaf)]), None
+            made = Values(job.tensors[leaf], target, rows)
+            return _of_the_values(weights, leaf, store, made, index["/".join(leaf)])
         except UserError as error:
-            if len(leaves) == 1:
-                return {leaves[0]: error}
-            return {leaf: load([leaf])[leaf] for leaf in leaves}  # which of them it is
+            return [str(error)], None
 
-    # Orbax is called from one thread only, one group ahead of the comparison.
-    with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(THREADS) as pool:
-        names = list(groups)
-        ahead = loader.submit(load, groups[names[0]]) if names else None
-        for position in range(len(names)):
-            assert ahead is not None
-            loaded = ahead.result()
-            ahead = loader.submit(load, groups[names[position + 1]]) if position + 1 < len(names) else None
-            for leaf, (found, digest) in zip(loaded, pool.map(check, loaded, loaded.values()), strict=True):
-                yield leaf, math.prod(expected[leaf][2]), found, digest
-            del loaded
+    with ThreadPoolExecutor(THREADS) as pool:
+        checks = [pool.submit(check, leaf, shape) for leaf, shape in leaves]
+        try:
+            for (leaf, shape), future in zip(leaves, checks, strict=True):
+                yield leaf, math.prod(shape), *future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _compare(
-    values: np.ndarray, made: Converted | None, recorded: str, shape: tuple[int, ...], target: np.dtype
-) -> list[str]:
-    """What is wrong with one stored leaf, whose own shape is ``shape``."""
-    if values.dtype != target or values.size != math.prod(shape):
-        return [f"stored as {values.dtype.name} {values.shape}, expected {target.name} {shape}"]
-    if made is None:
-        digest = hashlib.sha256(values.reshape(-1).view(np.uint8).data).hexdigest()
-        return [] if digest == recorded else ["the weights on the disk are not those that were written (sha256)"]
-    bits = np.dtype(f"u{target.itemsize}")
-    wrong = int(np.count_nonzero(values.reshape(-1).view(bits) != made.values.reshape(-1).view(bits)))
-    differences = [f"{wrong:,} of {values.size:,} values differ from the source"] if wrong else []
-    if made.sha256 != recorded:
+def _of_the_hash(weights: Path, leaf: Leaf, store: Any, rows: int, recorded: str) -> list[str]:
+    """What is wrong with one stored leaf, by the sha256 that was recorded."""
+    digest = hashlib.sha256()
+    for start in range(0, store.shape[0], rows):
+        digest.update(_bits(read_stored(weights, leaf, store, slice(start, min(start + rows, store.shape[0])))).data)
+    same = digest.hexdigest() == recorded
+    return [] if same else ["the weights on the disk are not those that were written (sha256)"]
+
+
+def _of_the_values(weights: Path, leaf: Leaf, store: Any, made: Values, recorded: str) -> tuple[list[str], str | None]:
+    """What is wrong with one stored leaf, by its source; and the sha256 of the source's tensor."""
+    start = wrong = 0
+    for block in made:
+        values = read_stored(weights, leaf, store, slice(start, start + len(block)))
+        wrong += int(np.count_nonzero(_bits(values, values.itemsize) != _bits(block, block.itemsize)))
+        start += len(block)
+    differences = [f"{wrong:,} of {math.prod(store.shape):,} values differ from the source"] if wrong else []
+    if made.digest.hexdigest() != recorded:
         differences.append("the source gives another sha256 than was recorded")
-    return differences
+    return differences, made.source_digest.hexdigest()
+
+
+def _bits(values: np.ndarray, width: int = 1) -> np.ndarray:
+    return np.ascontiguousarray(values).reshape(-1).view(f"u{width}")

@@ -2,7 +2,7 @@
 
     .OUT.converting/lock            held by the process that works here
     .OUT.converting/manifest.json   what is being converted, and how: other work is not gone on with but replaced
-    .OUT.converting/done/003.json   group 003 is complete on the disk; what is known about it
+    .OUT.converting/done/layers.003.json   group layers.003 is complete on the disk; what is known about it
     .OUT.converting/checkpoint/     becomes OUT
 
 The name follows from that of the output, so that whatever a killed process left is found by the next one.
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
+from jaxsteer.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class Work:
             _clear(directory)
             for part in (self.checkpoint, directory / "done"):
                 part.mkdir()
-            write_whole(directory / _MANIFEST, text)
+            write_text(directory / _MANIFEST, text)
 
     def done(self, group: str) -> dict[str, Any] | None:
         """What ``finish`` noted about a group, or None if it is not complete."""
@@ -130,8 +131,8 @@ class Work:
 
     def finish(self, group: str, files: Path, note: dict[str, Any]) -> None:
         """Declare a group complete, after its ``files`` have reached the disk."""
-        sync(*files.rglob("*"), files)
-        write_whole(self._note(group), json.dumps(note))
+        sync(*files.rglob("*"), files, *list(files.parents)[: len(files.relative_to(self.checkpoint).parts)])
+        write_text(self._note(group), json.dumps(note))
 
     def _note(self, group: str) -> Path:
         return self.directory / "done" / f"{group}.json"
@@ -201,7 +202,7 @@ def _kept(work: Path, groups: int) -> str:
 def _cause(error: BaseException) -> str:
     """What stopped the writing, and of which leaf, out of TensorStore's long messages too."""
     text = (str(error).splitlines() or [type(error).__name__])[0]
-    leaf = re.search(r"/state/([^/\"]+)/", text)
+    leaf = re.search(r"/weights/((?:layers/\d+/)?\w+)/", text)
     sign = next((sign for sign in _WRITE_FAILURES if sign in text), None)
     return f"{sign} at {leaf[1]}" if leaf and sign else text
 
@@ -209,16 +210,6 @@ def _cause(error: BaseException) -> str:
 def _is_write_failure(error: BaseException) -> bool:
     """Whether the disk is the cause. TensorStore reports a full disk as a ValueError, only its text tells."""
     return isinstance(error, OSError) or any(sign in str(error) for sign in _WRITE_FAILURES)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it has either its old contents or all of the new ones, whatever happens."""
-    aside = path.with_name(f"{path.name}.tmp")
-    with open(aside, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, path)
 
 
 def sync(*paths: Path) -> None:

@@ -9,8 +9,9 @@ Before each of the two, what it is to read is dropped from the page cache (fsync
 file), and the last result is removed. Seconds are wall time of the whole process, start of Python included; the ratio
 is that of the medians. Then the last result is verified and loaded, each in a fresh process and from a cold page cache.
 
-Peak memory is the process's ru_maxrss. The bound for conversion is that of docs/checkpoints.md. For loading the peak is
-given over the size of the weights, without what the process had before it loaded: 2 would be a second full copy.
+Peak memory is the process's ru_maxrss. The bound for conversion is the size of two layer groups plus 1 GiB, a layer
+group being all leaves of one layer as they are stored. For loading the peak is given over the size of the weights,
+without what the process had before it loaded: 2 would be a second full copy.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ devices = int(sys.argv[2])
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", devices)
 import jaxsteer
+import tensorstore
 from jaxsteer.models.restoring import restore
-from orbax.checkpoint import v1
 mesh = jaxsteer.make_mesh(model=devices) if devices > 1 else None
 jax.block_until_ready(jax.numpy.zeros(3))
 def peak():
@@ -84,7 +85,7 @@ def measure(work: Path, gib: float, repeat: int) -> dict[str, Any]:
     make_source(source, gib)
     size = sum(file.stat().st_size for file in source.iterdir())
     job = streaming.plan(source, None)
-    group = max(job.size(name) for name, leaves in job.groups.items() if any(len(leaf) > 1 for leaf in leaves))
+    group = max(job.size(name) for name, leaves in job.groups.items() if len(leaves) > 1)
     largest = max(job.size(name) for name in job.groups)
     runs: dict[str, list[dict[str, float]]] = {"cp": [], "convert": []}
     for turn in range(repeat):
@@ -136,13 +137,16 @@ def show(result: dict[str, Any]) -> None:
         print(f"{name:24}{seconds:9.2f}{size / seconds / 1e9:8.2f}{peak / GIB:10.2f}")
     print(
         f"\nconversion: {result['throughput_over_cp']:.2f} of the throughput of cp; peak "
-        f"{result['peak_bytes'] / GIB:.2f} GiB, bound {result['bound_bytes'] / GIB:.2f} GiB (two groups of "
-        f"{result['layer_group_bytes'] / GIB:.2f} GiB of layers + 1 GiB; the largest group, an embedding, is "
+        f"{result['peak_bytes'] / GIB:.2f} GiB, bound {result['bound_bytes'] / GIB:.2f} GiB (two layers of "
+        f"{result['layer_group_bytes'] / GIB:.2f} GiB as stored, and 1 GiB; the largest leaf, an embedding, is "
         f"{result['largest_group_bytes'] / GIB:.2f} GiB)"
     )
     for name, load in result["load"].items():
         ratio = (load["peak"] - load["before"]) / load["weights"]
-        print(f"loading, {name}: peak {ratio:.2f} of the weights' {load['weights'] / GIB:.2f} GiB")
+        extra = (load["peak"] - load["before"] - load["weights"]) / GIB
+        print(
+            f"loading, {name}: peak {ratio:.2f} of the weights' {load['weights'] / GIB:.2f} GiB, {extra:.2f} GiB more"
+        )
 
 
 # What is measured

@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsteer.errors import UserError
+from jaxsteer.files import write_text
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import quiet_transformers, read_json
 from jaxsteer.models.params import Params
@@ -233,7 +233,7 @@ def _converted_here(directory: Path, source: str, revision: str | None) -> Path:
     """
     from checkpoints_convert.files import file_states
     from checkpoints_convert.streaming import CONVERTER_VERSION, convert
-    from checkpoints_convert.work import discard, locked, write_whole
+    from checkpoints_convert.work import discard, locked
 
     directory = directory.resolve()
     state = json.dumps([str(directory), file_states(directory), CONVERTER_VERSION])
@@ -267,31 +267,15 @@ def _converted_here(directory: Path, source: str, revision: str | None) -> Path:
         fresh = checkpoints / f"new-{key}"
         if not (fresh / RECORD).is_file():
             print(f"Converting {source} for first use (kept in {checkpoints})", file=sys.stderr, flush=True)
-            if jax.process_count() == 1:
-                convert(directory, fresh, progress=False, source=source, revision=revision)
-            else:
-                _convert_apart(directory, fresh, source, revision)
+            convert(directory, fresh, progress=False, source=source, revision=revision)
         digest = read_record(fresh)["source_hash"]
-        write_whole(memo, digest)
+        write_text(memo, digest)
         if (place(digest) / RECORD).is_file():  # the same contents at another path
             shutil.rmtree(fresh)
         else:
             fresh.rename(place(digest))
         discard(lock)
         return place(digest)
-
-
-def _convert_apart(directory: Path, out: Path, source: str, revision: str | None) -> None:
-    """Convert in a process of its own: where several run one program, Orbax saves only with all of them together."""
-    command = [sys.executable, "-m", "checkpoints_convert", str(directory), str(out), "--quiet", "--source", source]
-    done = subprocess.run(
-        command + ([] if revision is None else ["--revision", revision]),
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise UserError(done.stderr.strip().rpartition("error: ")[2] or f"{' '.join(command)} failed.")
 
 
 # Reading the checkpoint

@@ -1,20 +1,20 @@
 """Parameters from a converted checkpoint: leaves lie on disk layer by layer and are stacked on the devices.
 
-What conversion writes (checkpoints_convert/streaming.py) is read here: ``weights/index.json`` says which of the Orbax
-checkpoints ``weights/000``, ``weights/001`` ... holds a leaf.
+What conversion writes (checkpoints_convert/streaming.py) is read here: every leaf is a Zarr array of its own,
+``weights/embed``, ``weights/layers/007/q`` ..., and TensorStore reads of it what the devices of this process hold.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxsteer.errors import UserError
@@ -24,6 +24,7 @@ from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
 from jaxsteer.models.sharding import (
     IN_AXES,
     from_stored,
+    layer_shardings,
     stack_shardings,
     stored_shape,
     stored_sharding,
@@ -31,13 +32,12 @@ from jaxsteer.models.sharding import (
 )
 
 _BATCH_BYTES = 256 << 20
-"""Layers are read in batches of about this size (one layer, if a layer is larger): so much exists twice."""
-_READ_BYTES = 128 << 20
+"""Layers are read in batches of at most this size (leaf by leaf, if a layer is larger): so much exists twice."""
 
 Leaf = tuple[str, ...]
 """Path of a leaf in the checkpoint: ("embed",) or ("layers", "007", "q")."""
 Row = dict[str, jax.Array]
-"""One layer as it is stored."""
+"""One layer, or some of its leaves, as it is stored."""
 
 
 def restore(weights: Path, config: ModelConfig, *, dtype: jnp.dtype, mesh: Mesh | None) -> Params:
@@ -47,72 +47,68 @@ def restore(weights: Path, config: ModelConfig, *, dtype: jnp.dtype, mesh: Mesh 
     splits, a process reads only what its devices hold. Beside the result, one batch of layers is in memory. Raises
     ``UserError`` when the checkpoint is damaged.
     """
-    index, programs = read_index(weights), _programs(config, mesh)
-    shapes, outer = layer_shapes(config), top_shapes(config)
+    programs, shapes, outer = _programs(config, mesh), layer_shapes(config), top_shapes(config)
+    index = read_index(weights)
+    for leaf in [*outer, *(f"layers/{i:03d}/{name}" for i in range(config.n_layers) for name in shapes)]:
+        if leaf not in index:
+            raise UserError(f"The checkpoint {weights} lacks the leaf {leaf}. Convert the model again.")
 
-    def read(leaves: dict[Leaf, tuple[int, ...]]) -> dict[Leaf, jax.Array]:
-        wanted = {
-            leaf: jax.ShapeDtypeStruct(
-                stored_shape(leaf[-1], shape), dtype, sharding=stored_sharding(leaf[-1], shape, mesh)
-            )
-            for leaf, shape in leaves.items()
-        }
-        return read_leaves(weights, index, wanted)
+    def read(leaves: Iterable[Leaf]) -> dict[Leaf, jax.Array]:
+        return _read(weights, {leaf: (shapes | outer)[leaf[-1]] for leaf in leaves}, dtype, mesh)
 
-    def leaves_of(layers: range) -> dict[Leaf, tuple[int, ...]]:
-        return {("layers", f"{i:03d}", name): shape for i in layers for name, shape in shapes.items()}
-
-    def rows(found: dict[Leaf, jax.Array], layers: range) -> list[Row]:
-        return [{name: found.pop(("layers", f"{i:03d}", name)) for name in shapes} for i in layers]
+    def rows(layers: range, names: Iterable[str]) -> list[Row]:
+        found = read(("layers", f"{i:03d}", name) for i in layers for name in names)
+        return [{name: found["layers", f"{i:03d}", name] for name in names} for i in layers]
 
     every = range(config.n_layers)
     per_layer = sum(map(math.prod, shapes.values())) * dtype.itemsize
     if per_layer * config.n_layers + sum(map(math.prod, outer.values())) * dtype.itemsize <= _BATCH_BYTES:
-        found = read({(name,): shape for name, shape in outer.items()} | leaves_of(every))
-        top, layers = programs.whole({name: found.pop((name,)) for name in outer}, rows(found, every))
+        found = read((name,) for name in outer)
+        top, layers = programs.whole({name: found[(name,)] for name in outer}, rows(every, shapes))
         return Params(layers=Layers(**layers), **top)
     top = {}
-    for name, shape in outer.items():
-        values = read({(name,): shape})[(name,)]
-        top[name] = jax.block_until_ready(programs.top[name](values))
-        _free([values])
-    stacks, at_once = programs.empty(dtype), max(1, _BATCH_BYTES // per_layer)
-    for start in every[::at_once]:
-        numbers = every[start : start + at_once]
-        batch = rows(read(leaves_of(numbers)), numbers)
-        stacks = jax.block_until_ready(programs.put(stacks, batch, start))
-        _free(batch)
+    for name in sorted(
+        outer, key=lambda name: name not in IN_AXES
+    ):  # transposed ones exist twice: while little else does
+        (values,) = read([(name,)]).values()
+        top[name] = jax.block_until_ready(programs.top(name)(values))
+        del values
+    stacks, at_once = programs.empty(dtype), _BATCH_BYTES // per_layer
+    parts = [tuple(shapes)] if at_once else [(name,) for name in shapes]
+    for start in every[:: max(1, at_once)]:
+        for names in parts:
+            batch = rows(every[start : start + max(1, at_once)], names)
+            batch = jax.block_until_ready(programs.turn(batch))
+            put = programs.put(names)
+            stacks |= jax.block_until_ready(put({name: stacks.pop(name) for name in names}, batch, start))
+            del batch
     return Params(layers=Layers(**stacks), **top)
-
-
-def _free(values: Any) -> None:
-    """Give the memory of arrays back now: Orbax's references to them last until the garbage collector runs."""
-    for leaf in jax.tree.leaves(values):
-        if not leaf.is_deleted():  # as donated arrays are
-            leaf.delete()
 
 
 class _Programs(NamedTuple):
     whole: Callable[[dict[str, jax.Array], Sequence[Row]], tuple[dict[str, jax.Array], Row]]
     """All leaves, those outside the layers first, from their stored forms."""
-    top: dict[str, Callable[[jax.Array], jax.Array]]
+    top: Callable[[str], Callable[[jax.Array], jax.Array]]
     """One leaf outside the layers."""
     empty: Callable[[jnp.dtype], Row]
-    put: Callable[[Row, Sequence[Row], int], Row]
-    """Writes layers into donated stacks, at and after an index."""
+    turn: Callable[[Sequence[Row]], Sequence[Row]]
+    """Leaves of layers, from their stored forms. Apart from ``put``, because XLA fuses a transpose with the update of a
+    stack into a loop that is three times slower on CPU."""
+    put: Callable[[tuple[str, ...]], Callable[[Row, Sequence[Row], int], Row]]
+    """Writes leaves of these names into donated stacks, at and after an index."""
 
 
 @functools.lru_cache(maxsize=16)
 def _programs(config: ModelConfig, mesh: Mesh | None) -> _Programs:
     """The compiled steps of ``restore``; kept, so that loading a model again compiles nothing."""
     shapes, outer = layer_shapes(config), top_shapes(config)
-    out, top_out = stack_shardings(config, mesh), top_shardings(config, mesh)
+    one, out, top_out = layer_shardings(config, mesh), stack_shardings(config, mesh), top_shardings(config, mesh)
 
+    @functools.cache
     def top(name: str) -> Callable[[jax.Array], jax.Array]:
-        donated = () if name in IN_AXES else (0,)  # what is transposed needs memory of its own
-        return jax.jit(
-            lambda values: from_stored(name, outer[name], values), out_shardings=top_out[name], donate_argnums=donated
-        )
+        if name not in IN_AXES:
+            return lambda values: values  # is stored as it is used
+        return jax.jit(lambda values: from_stored(name, outer[name], values), out_shardings=top_out[name])
 
     @functools.partial(jax.jit, out_shardings=(top_out, out))
     def whole(values: dict[str, jax.Array], rows: Sequence[Row]) -> tuple[dict[str, jax.Array], Row]:
@@ -125,23 +121,33 @@ def _programs(config: ModelConfig, mesh: Mesh | None) -> _Programs:
     def empty(dtype: jnp.dtype) -> Row:
         return {name: jnp.zeros((config.n_layers, *shape), dtype) for name, shape in shapes.items()}
 
-    @functools.partial(jax.jit, out_shardings=out, donate_argnums=0)
-    def put(stacks: Row, rows: Sequence[Row], start: int | jax.Array) -> Row:
-        stacks = dict(stacks)
-        for number, row in enumerate(rows):
-            for name, shape in shapes.items():
-                leaf = from_stored(name, shape, row[name])
-                stacks[name] = jax.lax.dynamic_update_index_in_dim(stacks[name], leaf, start + number, 0)
-        return stacks
+    @jax.jit
+    def turn(rows: Sequence[Row]) -> Sequence[Row]:
+        def leaf(name: str, values: jax.Array) -> jax.Array:
+            return jax.lax.with_sharding_constraint(from_stored(name, shapes[name], values), one[name])
 
-    return _Programs(whole, {name: top(name) for name in outer}, empty, put)
+        return [{name: leaf(name, values) for name, values in row.items()} for row in rows]
+
+    @functools.cache
+    def put(names: tuple[str, ...]) -> Callable[[Row, Sequence[Row], int], Row]:
+        @functools.partial(jax.jit, out_shardings={name: out[name] for name in names}, donate_argnums=0)
+        def run(stacks: Row, rows: Sequence[Row], start: int | jax.Array) -> Row:
+            stacks = dict(stacks)
+            for number, row in enumerate(rows):
+                for name, leaf in row.items():
+                    stacks[name] = jax.lax.dynamic_update_index_in_dim(stacks[name], leaf, start + number, 0)
+            return stacks
+
+        return run
+
+    return _Programs(whole, top, empty, turn, put)
 
 
 # Reading from the disk
 
 
-def read_index(weights: Path) -> dict[str, dict[str, str]]:
-    """Leaf ("embed", "layers/007/q") -> the "group" that holds it and the "sha256" of its values."""
+def read_index(weights: Path) -> dict[str, str]:
+    """Leaf ("embed", "layers/007/q") -> the sha256 of its values."""
     if not (weights / "index.json").is_file():
         raise UserError(
             f"The checkpoint {weights.parent} cannot be read: it has no weights/index.json. It is damaged, or an older "
@@ -150,56 +156,73 @@ def read_index(weights: Path) -> dict[str, dict[str, str]]:
     return read_json(weights / "index.json")
 
 
-def read_leaves(weights: Path, index: dict[str, dict[str, str]], wanted: dict[Leaf, Any]) -> dict[Leaf, Any]:
-    """Leaf -> its stored values, for every leaf of ``wanted``, as what stands there: a struct or ``np.ndarray``."""
-    groups: dict[str, dict[str, Any]] = {}
-    for leaf, form in wanted.items():
-        try:
-            node = groups.setdefault(index["/".join(leaf)]["group"], {})
-        except (KeyError, TypeError):
-            raise UserError(f"The checkpoint {weights} lacks the leaf {'/'.join(leaf)}. Convert again.") from None
-        for key in leaf[:-1]:
-            node = node.setdefault(key, {})
-        node[leaf[-1]] = form
-    found: dict[Leaf, Any] = {}
-    for group, tree in groups.items():
-        _flatten((), _load(weights / group, tree), found)
-    return {leaf: found[leaf] for leaf in wanted}
+def _read(
+    weights: Path, leaves: dict[Leaf, tuple[int, ...]], dtype: jnp.dtype, mesh: Mesh | None
+) -> dict[Leaf, jax.Array]:
+    """Leaf -> its stored form in ``dtype``, on the devices, for leaves that are given with their own shapes."""
+    import tensorstore as ts
+
+    arrays = {leaf: ts.cast(open_leaf(weights, leaf, stored_shape(leaf[-1], leaves[leaf])), dtype) for leaf in leaves}
+    places = {leaf: stored_sharding(leaf[-1], shape, mesh) for leaf, shape in leaves.items()}
+    # All are being read before the first is waited for.
+    reading = {
+        leaf: {at: array[_slices(at)].read() for at in _parts(places[leaf], array.shape)}
+        for leaf, array in arrays.items()
+    }
+    found: dict[Leaf, jax.Array] = {}
+    for leaf, array in arrays.items():
+        parts = {at: _result(weights, leaf, future) for at, future in reading.pop(leaf).items()}
+
+        def part(index: tuple[slice, ...] | None, parts: dict[_Part, np.ndarray] = parts) -> np.ndarray:
+            return parts[_part(index)]
+
+        found[leaf] = jax.make_array_from_callback(array.shape, places[leaf], part)
+    return found
 
 
-def _flatten(path: Leaf, node: Any, out: dict[Leaf, Any]) -> None:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            _flatten((*path, key), value, out)
-    else:
-        out[path] = node
+_Part = tuple[tuple[int | None, int | None], ...]
+"""Start and stop along every axis; slices cannot be keys before Python 3.12."""
 
 
-def orbax() -> Any:
-    """The module ``orbax.checkpoint.v1``, which logs no more what it also raises, or that OCDBT is not used."""
-    from orbax.checkpoint import v1
-
-    logging.getLogger("absl").addFilter(_worth_saying)
-    return v1
+def _part(index: tuple[slice, ...] | None) -> _Part:
+    return tuple((part.start, part.stop) for part in index or ())
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
-    return not any(text in str(record.msg) for text in ("Skipping merge of OCDBT", "raised an exception"))
+def _slices(part: _Part) -> tuple[slice, ...]:
+    return tuple(slice(*ends) for ends in part)
 
 
-def _load(path: Path, wanted: dict[str, Any]) -> Any:
-    ocp = orbax()
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    # The chunks of this many bytes of leaves are in memory at a time; a single leaf must fit.
-    sizes = [4 * leaf.size for leaf in jax.tree.leaves(wanted) if isinstance(leaf, jax.ShapeDtypeStruct)]
-    context.memory.read_concurrent_bytes = max([_READ_BYTES, *(size + 1 for size in sizes)])
+def _parts(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> set[_Part]:
+    """The parts of an array that the devices of this process hold."""
+    return {_part(index) for index in sharding.addressable_devices_indices_map(shape).values()}
+
+
+def open_leaf(weights: Path, leaf: Leaf, form: tuple[int, ...]) -> Any:
+    """The ``tensorstore.TensorStore`` of a stored leaf, which must have the shape ``form``. Raises ``UserError``."""
+    import tensorstore as ts
+
+    path = weights.joinpath(*leaf).absolute()
+    # A chunk that is missing would else be read as zeros.
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path}/"}, "fill_missing_data_reads": False}
+    store = _result(weights, leaf, ts.open(spec, read=True))
+    if store.shape != form:
+        raise UserError(
+            f"The checkpoint {weights.parent} cannot be read: its leaf {'/'.join(leaf)} is stored as "
+            f"{list(store.shape)}, and a model of this config has {list(form)}. Convert the model again."
+        )
+    return store
+
+
+def _result(weights: Path, leaf: Leaf, future: Any) -> Any:
     try:
-        with context:
-            return ocp.load(path.absolute(), wanted)
-    except Exception as error:  # Orbax and TensorStore raise many types for a damaged checkpoint
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        raise UserError(f"The checkpoint {path} cannot be read ({reason}). Convert the model again.") from error
+        return future.result()
+    except (ValueError, OSError, NotImplementedError) as error:  # TensorStore's, for a damaged array
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"The checkpoint {weights.parent} cannot be read at {'/'.join(leaf)} ({reason}). Convert the model again."
+        ) from error
+
+
+def read_stored(weights: Path, leaf: Leaf, store: Any, rows: slice) -> np.ndarray:
+    """Rows of an opened leaf, in the dtype that is stored. Raises ``UserError`` when they cannot be read."""
+    return _result(weights, leaf, store[rows].read())

@@ -17,8 +17,9 @@ AXES = ("prompts", "model")
 _SPECS = TOP_SPECS | LAYER_SPECS
 IN_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "unembed": 1}
 """Matrices -> how many of their axes are inputs. Files hold them as [out, in], everything else flat or as it is."""
-_MAX_PIECES = 32
+_MAX_PIECES = 16
 _PIECE = 1 << 19
+_BLOCK_BYTES = 32 << 20
 
 
 def make_mesh(*, model: int = 1, prompts: int | None = None) -> Mesh:
@@ -57,44 +58,45 @@ def place(mesh: Mesh | AbstractMesh | None, spec: P, shape: tuple[int, ...]) -> 
 def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in which a converted checkpoint stores the leaf ``name`` of shape ``shape``.
 
-    It is stored as it lies in Hugging Face files, matrices as [out, in], so that conversion copies and only loading
-    transposes, on the devices. The axis that "model" splits is stored as two, (pieces, rest), and every piece is a
-    chunk of its own on the disk: a process reads the pieces of its devices and nothing else. Pieces are a power of two,
-    at most 32, of at least 2**19 values; a leaf too small for two pieces is not split.
+    That is how it lies in Hugging Face files, matrices as [out, in], so that conversion copies and only loading
+    transposes, on the devices.
     """
-    form = _file_shape(name, shape)
+    if name in IN_AXES:
+        return math.prod(shape[IN_AXES[name] :]), math.prod(shape[: IN_AXES[name]])
+    return shape if name == "embed" else (math.prod(shape),)
+
+
+def stored_chunks(name: str, shape: tuple[int, ...], width: int) -> tuple[int, ...]:
+    """The shape of the chunks of a stored leaf, whose values have ``width`` bytes; each chunk is a file.
+
+    The axis that "model" splits is cut into a power of two of chunks, at most 16, of at least 2**19 values, so that a
+    process reads those of its devices and nothing else. Then the first axis is cut until so many whole rows as are in
+    a chunk have at most 32 MiB: conversion streams these.
+    """
+    form, split, axis = stored_shape(name, shape), _model_axis(name), _stored_axis(name)
+    chunk, size = list(form), math.prod(form)
+    if split is not None and axis is not None:
+        pieces = 1
+        while pieces < _MAX_PIECES and shape[split] % (2 * pieces) == 0 and size // (2 * pieces) >= _PIECE:
+            pieces *= 2
+        chunk[axis] //= pieces
+    while chunk[0] > 1 and chunk[0] * math.prod(form[1:]) * width > _BLOCK_BYTES:
+        chunk[0] = -(-chunk[0] // 2)
+    return tuple(chunk)
+
+
+def stored_sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> jax.sharding.Sharding:
+    """Where the stored form of a leaf of shape ``shape`` goes on ``mesh``: split exactly if the leaf itself is."""
     split, axis = _model_axis(name), _stored_axis(name)
-    if split is None or axis is None:
-        return form
-    pieces, size = 1, math.prod(shape)
-    while pieces < _MAX_PIECES and shape[split] % (2 * pieces) == 0 and size // (2 * pieces) >= _PIECE:
-        pieces *= 2
-    return form if pieces == 1 else (*form[:axis], pieces, form[axis] // pieces, *form[axis + 1 :])
+    kept = place(mesh, _SPECS[name], shape)
+    if split is None or not isinstance(kept, NamedSharding) or tuple(kept.spec)[split] is None:
+        return place(mesh, P(), stored_shape(name, shape))
+    return place(mesh, P(*[None] * (axis or 0), "model"), stored_shape(name, shape))
 
 
 def from_stored(name: str, shape: tuple[int, ...], values: jax.Array) -> jax.Array:
     """The leaf ``name`` of shape ``shape`` from its stored form."""
-    if name in IN_AXES:
-        return values.reshape(_file_shape(name, shape)).T.reshape(shape)
-    return values.reshape(shape)
-
-
-def piece_axis(name: str, stored_rank: int) -> int | None:
-    """The axis of pieces in a stored leaf with so many axes, or None if it is stored in one piece."""
-    return _stored_axis(name) if stored_rank > (2 if name in IN_AXES or name == "embed" else 1) else None
-
-
-def stored_sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> jax.sharding.Sharding:
-    """Where the stored form of a leaf of shape ``shape`` goes on ``mesh``: its pieces are split over "model"."""
-    form = stored_shape(name, shape)
-    axis = piece_axis(name, len(form))
-    return place(mesh, P() if axis is None else P(*[None] * axis, "model"), form)
-
-
-def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if name in IN_AXES:
-        return math.prod(shape[IN_AXES[name] :]), math.prod(shape[: IN_AXES[name]])
-    return shape if name == "embed" else (math.prod(shape),)
+    return values.T.reshape(shape) if name in IN_AXES else values.reshape(shape)
 
 
 def _model_axis(name: str) -> int | None:

@@ -11,14 +11,16 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore
 from safetensors.numpy import load_file, save_file
 
 import checkpoints_convert.streaming as module
-from checkpoints_convert import convert, write_hf
+from checkpoints_convert import convert, verify, write_hf
 from checkpoints_convert.__main__ import main
 from checkpoints_convert.files import read_headers
 from checkpoints_convert.names import LAYER_NAMES, TOP_NAMES
 from jaxsteer import UserError, load
+from jaxsteer.models import sharding
 from jaxsteer.models.sharding import IN_AXES
 from tests.helpers.checkpoints import hf_directory, random_params, tiny_config
 
@@ -84,15 +86,49 @@ def test_models_and_names_agree_on_how_matrices_lie() -> None:
             assert IN_AXES.get(name, 0) == (source.in_axes or 0)
 
 
-def test_groups_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = hf_directory(tmp_path / "hf")
     whole = convert(source, tmp_path / "whole", progress=False)
-    monkeypatch.setattr(module, "GROUP_BYTES", 1)
-    assert [len(leaves) for leaves in module.plan(source, None).groups.values()] == [1] * 30
-    parts = convert(source, tmp_path / "parts", progress=False)
-    first, second = (json.loads((out / "jaxsteer.json").read_text())["fingerprint"] for out in (whole, parts))
-    assert first == second
-    assert equal(load(parts).params, random_params(CONFIG))
+    for block_bytes, dtype in ((1, None), (500, None), (500, "bfloat16")):
+        monkeypatch.setattr(sharding, "_BLOCK_BYTES", block_bytes)
+        parts = convert(source, tmp_path / f"{block_bytes}-{dtype}", dtype=dtype, progress=False)
+        assert len(list((parts / "weights" / "layers" / "000" / "up").iterdir())) >= 5
+        if dtype is None:
+            first, second = (json.loads((out / "jaxsteer.json").read_text()) for out in (whole, parts))
+            assert first["fingerprint"] == second["fingerprint"]
+            assert first["source_hash"] == second["source_hash"]
+            assert equal(load(parts).params, random_params(CONFIG))
+        assert verify(parts, source, progress=False) == [] == verify(parts, progress=False)
+
+
+def test_memory_is_that_of_blocks_whatever_the_leaf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = hf_directory(tmp_path / "hf")
+    monkeypatch.setattr(sharding, "_BLOCK_BYTES", 500)
+    given, write_leaf = [], module.write_leaf
+
+    def seen(job: object, leaf: object, shape: object, weights: object, memory: np.ndarray, wrote: object) -> object:
+        given.append(memory)
+        return write_leaf(job, leaf, shape, weights, memory, wrote)
+
+    monkeypatch.setattr(module, "write_leaf", seen)
+    convert(source, tmp_path / "out", progress=False)
+    assert len(given) == 30 and len({id(memory) for memory in given}) <= module.THREADS
+    assert {memory.nbytes for memory in given} == {480}  # the embedding has 6432
+
+
+def test_weights_are_plain_zarr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "_PIECE", 100)
+    monkeypatch.setattr(sharding, "_BLOCK_BYTES", 1000)
+    source = hf_directory(tmp_path / "hf", dtype="bfloat16")
+    weights = convert(source, tmp_path / "out", progress=False) / "weights"
+    for leaf, name, chunks in (
+        ("layers/000/down", "model.layers.0.mlp.down_proj.weight", [12, 5]),
+        ("layers/002/up", "model.layers.2.mlp.up_proj.weight", [5, 24]),
+        ("final_norm", "model.norm.weight", [24]),
+    ):
+        assert json.loads((weights / leaf / ".zarray").read_text())["chunks"] == chunks
+        array = tensorstore.open({"driver": "zarr", "kvstore": f"file://{weights / leaf}/"}).result()
+        np.testing.assert_array_equal(array.read().result(), load_file(source / "model.safetensors")[name])
 
 
 def test_fingerprint_follows_weights_and_config(tmp_path: Path) -> None:

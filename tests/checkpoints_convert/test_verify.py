@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import checkpoints_convert.streaming as module
 from checkpoints_convert import convert, verify
 from checkpoints_convert.__main__ import main
 from jaxsteer import UserError
-from jaxsteer.models.restoring import read_leaves
+from jaxsteer.models import sharding
 from tests.helpers.checkpoints import FAMILIES, family_config, hf_directory, tiny_config
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture(autouse=True)
-def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "GROUP_BYTES", 20_000)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "_BLOCK_BYTES", 1000)
 
 
 def pair(path: Path, **options: str) -> tuple[Path, Path]:
@@ -81,25 +80,26 @@ def test_a_source_that_has_changed(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_was_damaged(tmp_path: Path) -> None:
     source, out = pair(tmp_path)
-    index_file = out / "weights" / "index.json"
-    index = json.loads(index_file.read_text())
-    group = out / "weights" / index["layers/000/down"]["group"]
-    names = [tuple(leaf.split("/")) for leaf in index if index[leaf]["group"] == group.name]
-    leaves = read_leaves(out / "weights", index, dict.fromkeys(names, np.ndarray))
-    leaves[("layers", "000", "down")] = leaves[("layers", "000", "down")].copy()
-    leaves[("layers", "000", "down")][2, 3] *= -1
-    shutil.rmtree(group)
-    module.save(group, leaves)
+    down = out / "weights" / "layers" / "000" / "down"
+    values = np.fromfile(down / "0.0", np.float32)
+    (values * np.where(np.arange(values.size) == 3, -1, 1).astype(np.float32)).tofile(down / "0.0")
     assert verify(out, source, progress=False) == ["layers/000/down: 1 of 960 values differ from the source"]
     assert verify(out, progress=False) == [
         "layers/000/down: the weights on the disk are not those that were written (sha256)"
     ]
-    (group / "state" / "layers.000.down" / "0.0").unlink()
-    (found,) = verify(out, source, progress=False)
-    assert found.startswith("layers/000/down: ") and "cannot be read (NOT_FOUND" in found
-    shutil.rmtree(group)
-    found = verify(out, progress=False)
-    assert len(found) == len(names) and all("cannot be read" in line for line in found)
+    (down / "1.0").unlink()
+    for found in (verify(out, source, progress=False), verify(out, progress=False)):
+        assert len(found) == 1 and found[0].startswith("layers/000/down: ") and "cannot be read" in found[0]
+        assert "NOT_FOUND" in found[0]
+    shutil.rmtree(down)
+    shutil.copytree(out / "weights" / "layers" / "000" / "up", down)
+    (found,) = verify(out, progress=False)
+    assert "layers/000/down is stored as [40, 24], and a model of this config has [24, 40]" in found
+    shutil.rmtree(down)
+    (found,) = verify(out, progress=False)
+    assert "cannot be read" in found
+    index_file = out / "weights" / "index.json"
+    index = json.loads(index_file.read_text())
     del index["layers/000/down"]
     index_file.write_text(json.dumps(index))
     assert "layers/000/down: not in the index" in verify(out, source, progress=False)
@@ -112,5 +112,5 @@ def test_what_cannot_be_verified(tmp_path: Path) -> None:
         verify(source, progress=False)
     record = json.loads((out / "jaxsteer.json").read_text())
     (out / "jaxsteer.json").write_text(json.dumps(record | {"converter_version": 1}))
-    with pytest.raises(UserError, match="version 4 of the converter.*Convert the model again"):
+    with pytest.raises(UserError, match="version 5 of the converter.*Convert the model again"):
         verify(out, progress=False)

@@ -1,11 +1,11 @@
 """Conversions that are killed: a process that has imported everything, and forks a child for each of them.
 
-    python tests/helpers/killed.py SRC GROUP_BYTES      then, one JSON object per line on stdin:
+    python tests/helpers/killed.py SRC BLOCK_BYTES      then, one JSON object per line on stdin:
     {"out": DIR}                                        convert to the end
-    {"out": DIR, "point": "work.write_whole:2:before"}  kill -9 before (or after) the second call of that function
+    {"out": DIR, "point": "work.write_text:2:before"}  kill -9 before (or after) the second call of that function
     {"out": DIR, "seconds": 0.1}                        kill -9 after so long
 
-The answer to each is a line: {"status": exit status or -signal, "saves": groups written, "seconds": it took}.
+The answer to each is a line: {"status": exit status or -signal, "saves": leaves written, "seconds": it took}.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def main(src: str, group_bytes: int) -> None:
+def main(src: str, block_bytes: int) -> None:
     sys.path.insert(0, str(ROOT))
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax  # noqa: F401
-    from orbax.checkpoint import v1  # noqa: F401
+    import tensorstore  # noqa: F401
     from tqdm.auto import tqdm  # noqa: F401
 
     from checkpoints_convert import streaming, work
+    from jaxsteer.models import sharding
 
-    streaming.GROUP_BYTES = group_bytes
+    sharding._BLOCK_BYTES = block_bytes
     streaming.plan(Path(src), None)  # imports transformers
     places = {"streaming": streaming, "work": work, "os": os, "shutil": shutil}
     for line in sys.stdin:
@@ -49,13 +50,14 @@ def in_child(order: dict[str, Any], src: str, streaming: Any, places: dict[str, 
         try:
             if "point" in order:
                 arm(order["point"], places)
-            original = streaming.save
+            original = streaming.write_leaf
 
-            def counted(*args: Any) -> None:
-                original(*args)
+            def counted(*args: Any) -> Any:
+                values = original(*args)
                 os.write(writing, b".")
+                return values
 
-            streaming.save = counted
+            streaming.write_leaf = counted
             streaming.convert(src, order["out"], progress=False)
             status = 0
         finally:
@@ -84,10 +86,11 @@ def arm(point: str, places: dict[str, Any]) -> None:
     def deadly(*args: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == int(count) and when == "before":
+        mine = calls  # other threads call it too
+        if mine == int(count) and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(*args, **options)
-        if calls == int(count):
+        if mine == int(count):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 

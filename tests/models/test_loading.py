@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -22,7 +21,7 @@ from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.utils import filter_repo_objects
 
 import jaxsteer
-from checkpoints_convert import convert, streaming
+from checkpoints_convert import convert
 from jaxsteer import UserError
 from jaxsteer.models import loading, restoring, sharding
 from jaxsteer.models.params import layer_shapes
@@ -200,8 +199,16 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_damaged_checkpoints(tmp_path: Path) -> None:
     out = convert(hf_directory(tmp_path / "m", CONFIG), tmp_path / "out", progress=False)
-    shutil.rmtree(out / "weights" / "000" / "state")
-    with pytest.raises(UserError, match="cannot be read.*Convert the model again"):
+    chunk = out / "weights" / "layers" / "001" / "up" / "0.0"
+    values = chunk.read_bytes()
+    for damage in (chunk.unlink, lambda: chunk.write_bytes(values[:-4])):
+        damage()
+        with pytest.raises(UserError, match="cannot be read at layers/001/up.*Convert the model again"):
+            jaxsteer.load(out)
+    chunk.write_bytes(values)
+    shutil.rmtree(out / "weights" / "embed")
+    shutil.copytree(out / "weights" / "final_norm", out / "weights" / "embed")
+    with pytest.raises(UserError, match=r"embed is stored as \[24\].* has \[67, 24\]"):
         jaxsteer.load(out)
     (out / "weights" / "index.json").write_text("{}")
     with pytest.raises(UserError, match="lacks the leaf embed"):
@@ -225,15 +232,20 @@ def test_truncated_weights_are_reported_by_load(tmp_path: Path, cache: Path) -> 
 def test_batches_and_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = tiny_config(n_layers=4, vocab_size=68, norm_eps=2e-5)
     monkeypatch.setattr(sharding, "_PIECE", 100)
-    assert sharding.stored_shape("q", (24, 4, 8)) == (4, 8, 24)
-    assert sharding.stored_shape("o", (4, 8, 24)) == (24, 4, 8)
-    assert sharding.stored_shape("gate", (24, 40)) == (8, 5, 24)
-    assert sharding.stored_shape("down", (40, 24)) == (24, 8, 5)
-    assert sharding.stored_shape("embed", (68, 24)) == (4, 17, 24) == sharding.stored_shape("unembed", (24, 68))
-    assert sharding.stored_shape("attn_norm", (24,)) == (24,)
+    for name, shape, form, chunks in (
+        ("q", (24, 4, 8), (32, 24), (8, 24)),
+        ("o", (4, 8, 24), (24, 32), (24, 8)),
+        ("gate", (24, 40), (40, 24), (5, 24)),
+        ("down", (40, 24), (24, 40), (24, 5)),
+        ("embed", (68, 24), (68, 24), (17, 24)),
+        ("unembed", (24, 68), (68, 24), (17, 24)),
+        ("q_bias", (4, 80), (320,), (160,)),
+        ("attn_norm", (24,), (24,), (24,)),
+    ):
+        assert sharding.stored_shape(name, shape) == form and sharding.stored_chunks(name, shape, 4) == chunks
+    assert sharding.stored_chunks("embed", (128256, 4096), 2) == (4008, 4096)
+    assert sharding.stored_chunks("down", (14336, 4096), 2) == (1024, 896)
     out = convert(hf_directory(tmp_path / "m", config), tmp_path / "out", progress=False)
-    for leaf, chunk in (("layers.000.down", [24, 1, 5]), ("embed", [1, 17, 24]), ("final_norm", [24])):
-        assert json.loads((out / "weights" / "000" / "state" / leaf / ".zarray").read_text())["chunks"] == chunk
     whole = jaxsteer.load(out)
     assert equal(whole.params, random_params(config))
     layer = sum(math.prod(shape) for shape in layer_shapes(config).values()) * 4
@@ -295,14 +307,10 @@ def test_two_processes_convert_once_and_read_half_each(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache" / "checkpoints").iterdir())) == 1
 
 
-def test_only_the_first_layers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_layers_are_read(tmp_path: Path) -> None:
     config = family_config("gemma3", n_layers=3, tied_embeddings=False)
-    monkeypatch.setattr(streaming, "GROUP_BYTES", 1)
     whole = jaxsteer.load(convert(hf_directory(tmp_path / "m", config), tmp_path / "out", progress=False))
-    index = json.loads((tmp_path / "out" / "weights" / "index.json").read_text())
-    for leaf, entry in index.items():
-        if leaf.startswith("layers/002/"):
-            shutil.rmtree(tmp_path / "out" / "weights" / entry["group"])
+    shutil.rmtree(tmp_path / "out" / "weights" / "layers" / "002")
     first = jaxsteer.load(tmp_path / "out", layers=2)
     assert (first.config.n_layers, first.config.windows) == (2, config.windows[:2])
     assert first.config.rope_index == config.rope_index[:2] and len(set(config.rope_index)) == 2
