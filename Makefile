@@ -11,6 +11,8 @@ VENV ?= .venv
 PARITY_VENV ?= .venv-parity
 DEMO_OUT ?= runs/demo
 TEST_FLAGS ?=
+# One process per core, up to four; a file stays in one process, which keeps its compiled programs.
+TEST_PROCESSES ?= -n auto --maxprocesses 4 --dist loadfile
 
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 PINS = pyproject.toml constraints.txt
@@ -22,7 +24,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/jaxsteer demo --out $(DEMO_OUT)
 
 test: $(VENV)/.tools
-	$(VENV)/bin/python -m pytest $(TEST_FLAGS)
+	$(VENV)/bin/python -m pytest $(TEST_PROCESSES) $(TEST_FLAGS)
 
 slow: $(VENV)/.tools
 	$(VENV)/bin/python -m pytest -m "slow and not parity" $(TEST_FLAGS)

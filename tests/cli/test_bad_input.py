@@ -105,7 +105,7 @@ def test_output_directory_of_another_run(fails, model_dir: Path, tmp_path: Path)
     [
         (("search", "--objective", "nothing.py:f"), "there is no file"),
         (("search", "--children", "0"), "--children must be at least 1"),
-        (("eval",), "no prompt was given"),
+        (("eval",), "nothing to measure"),
         (("eval", "--from-run", "nowhere"), "nowhere"),
         (("direction", "show", "nowhere.safetensors"), "no direction file"),
         (("convert", "nowhere", "out"), "nowhere"),

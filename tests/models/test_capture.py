@@ -46,7 +46,9 @@ def test_every_place_at_several_layers_in_one_call() -> None:
 
 
 def _scan_lengths(*sites: Site) -> list[int]:
-    jaxpr = jax.make_jaxpr(lambda p, t: _capture.__wrapped__(p, CONFIG, t, None, None, None, sites=sites))(MODEL.params, TOKENS)
+    jaxpr = jax.make_jaxpr(lambda p, t: _capture.__wrapped__(p, CONFIG, t, None, None, None, sites=sites))(
+        MODEL.params, TOKENS
+    )
     return [equation.params["length"] for equation in jaxpr.jaxpr.eqns if equation.primitive.name == "scan"]
 
 
