@@ -17,15 +17,13 @@ from jaxsteer.sae.recipe import (
     Recipe,
     TrainState,
     Weights,
-    above,
     inference_threshold,
     initial_state,
-    jump,
-    kth_largest,
     losses,
     shardings,
     trainer,
 )
+from jaxsteer.sae.sparsity import above, jump, kth_largest
 
 SITE = "blocks.1.hook_resid_post"
 D, F, K = 16, 32, 2
