@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints to sharded Orbax checkpoints, streaming; and back."""
+"""Hugging Face checkpoints to sharded checkpoints (Zarr arrays, by TensorStore), streaming; and back."""
 
 from checkpoints_convert.export import write_hf
 from checkpoints_convert.streaming import convert
