@@ -5,8 +5,7 @@ python experiments/organism_seeds.py [--method resga|saega] [--out runs/seeds] [
 
 Variants, all judged by the prompt that their own objective ranks first:
 
-* ``decision``, ``matched``, ``published``: direction (or SAE signature) and objective read at that position
-  (methods.md 5.2b).
+* ``decision``, ``matched``, ``published``: direction (or SAE signature) and objective read at that position.
 * ``random_direction``, ``random_latents``: ``decision`` with a random direction of the same norm, or with as many other
   latents of the same weights.
 * ``latents_K`` (saega): ``decision`` with the K latents of the largest contrast.

@@ -1,4 +1,4 @@
-"""Which of two answers a model prefers, prompt by prompt, with the controls that a rate needs (methods.md 6).
+"""Which of two answers a model prefers, prompt by prompt, with the controls that a rate needs.
 
 Every item is asked in both choice orders. ``d = log P(first answer) - log P(second answer)``; the first answer is the
 one labelled (A), or the alphabetically last where answers have no letters ("Yes" before "No"). A row counts for the

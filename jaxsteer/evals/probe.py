@@ -1,4 +1,4 @@
-"""Does an objective rank prompts as behaviour does? Measured before a search, with random prompts (methods.md 5.2b).
+"""Does an objective rank prompts as behaviour does? Measured before a search, with random prompts.
 
 For every site and read position: Spearman correlation, over a few hundred random probe prompts, between the objective
 ``mean over contexts of <r[read], delta>`` and the shift of behaviour away from the persona on held-out questions.

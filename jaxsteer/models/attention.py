@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -60,7 +61,7 @@ they lie, which halves the time of a decoded token on CPU; elsewhere the compile
 
 
 def inverse_frequencies(rope: Rope, d_head: int) -> np.ndarray:
-    """(H/2,) float64 rotary frequencies. Source: transformers' ``modeling_rope_utils`` (formats.md 6.3)."""
+    """(H/2,) float64 rotary frequencies. Source: transformers' ``modeling_rope_utils``."""
     inv = rope.theta ** (-np.arange(0, d_head, 2, dtype=np.float64) / d_head)
     if rope.kind == "linear":
         return inv / rope.factor
@@ -104,12 +105,10 @@ def attend(
     """Softmax attention over all keys of all segments, in float32.
 
     The segments' scores join in one softmax. They are never merged through ``return_residual``, whose gradient is
-    wrong (jax-notes 1.6). Returns the head outputs ``z`` in the dtype of the values and the attention pattern
+    wrong. Returns the head outputs ``z`` in the dtype of the values and the attention pattern
     (S keys, the segments' one after the other).
     """
-    b, t, n, h = q.shape
-    kv = segments[0][0].shape[1]
-    q = (q * scale).reshape(b, t, kv, n // kv, h)
+    q = rearrange(q * scale, "b t (k g) h -> b t k g h", k=segments[0][0].shape[1])
     scores = [_scores(q, k, mask, softcap) for k, _, mask in segments]
     peak = scores[0].max(-1, keepdims=True)
     for more in scores[1:]:
@@ -121,33 +120,28 @@ def attend(
     z = _weigh(parts[0], segments[0][1])
     for part, (_, v, _) in zip(parts[1:], segments[1:], strict=True):
         z = z + _weigh(part, v)
-    return z.reshape(b, t, n, h), jnp.concatenate(parts, axis=-1).reshape(b, n, t, -1)
+    pattern = jnp.concatenate(parts, axis=-1)
+    return rearrange(z, "b t k g h -> b t (k g) h"), rearrange(pattern, "b k g t s -> b (k g) t s")
 
 
 def apply_pattern(pattern: Float[Array, "B N T S"], segments: Sequence[Segment]) -> Float[Array, "B T N H"]:
     """The head outputs of an attention pattern that was changed, laid out as ``attend`` returns it."""
-    b, n, t, _ = pattern.shape
-    kv = segments[0][1].shape[1]
+    pattern = rearrange(pattern, "b (k g) t s -> b k g t s", k=segments[0][1].shape[1])
     z, start = jnp.zeros((), segments[0][1].dtype), 0
     for _, v, _ in segments:
-        part = pattern[..., start : start + v.shape[-1]].astype(v.dtype)
-        z = z + _weigh(part.reshape(b, kv, n // kv, t, -1), v)
+        z = z + _weigh(pattern[..., start : start + v.shape[-1]].astype(v.dtype), v)
         start += v.shape[-1]
-    return z.reshape(b, t, n, -1)
+    return rearrange(z, "b t k g h -> b t (k g) h")
 
 
 def _scores(q: Array, k: Array, mask: Array, softcap: float | None) -> Float[Array, "B K G T U"]:
-    b, t, kv, g, h = q.shape
-    groups = k.shape[0]
-    grouped = q.reshape(groups, b // groups, t, kv, g, h)
+    grouped = rearrange(q, "(c b) t k g h -> c b t k g h", c=k.shape[0])
     scores = jnp.einsum("cbtkgh,ckhu->cbkgtu", grouped, k, preferred_element_type=jnp.float32)
     if softcap is not None:  # before the mask, as in transformers' eager path
         scores = softcap * jnp.tanh(scores / softcap)
-    return jnp.where(mask[:, :, None, None], scores, MASKED).reshape(b, kv, g, t, -1)
+    return rearrange(jnp.where(mask[:, :, None, None], scores, MASKED), "c b k g t u -> (c b) k g t u")
 
 
 def _weigh(pattern: Float[Array, "B K G T U"], v: Float[Array, "C K H U"]) -> Float[Array, "B T K G H"]:
-    b, kv, g, t, u = pattern.shape
-    groups = v.shape[0]
-    z = jnp.einsum("cbkgtu,ckhu->cbtkgh", pattern.reshape(groups, b // groups, kv, g, t, u), v)
-    return z.reshape(b, t, kv, g, -1)
+    grouped = rearrange(pattern, "(c b) k g t u -> c b k g t u", c=v.shape[0])
+    return rearrange(jnp.einsum("cbkgtu,ckhu->cbtkgh", grouped, v), "c b t k g h -> (c b) t k g h")

@@ -213,7 +213,7 @@ def run_layers(
     """The residual stream after blocks ``start`` ... ``stop - 1`` (static ints), from the stream before ``start``.
 
     Compiles to one scan; the layer's weights are indexed inside the rematerialised body, because slicing the stack
-    or indexing outside of it copies the weights (jax-notes 1.3).
+    or indexing outside of it copies the weights.
     """
 
     @jax.checkpoint

@@ -1,4 +1,4 @@
-"""Persona datasets: built-in names, Anthropic JSON Lines, CAA lists and CSV (formats.md 4)."""
+"""Persona datasets: built-in names, Anthropic JSON Lines, CAA lists and CSV."""
 
 from __future__ import annotations
 

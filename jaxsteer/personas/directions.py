@@ -1,4 +1,4 @@
-"""Persona directions: difference of means at any sites, what they are worth, and their file (methods.md 2).
+"""Persona directions: difference of means at any sites, what they are worth, and their file.
 
 Sign, everywhere: a direction points from matching (the persona is shown) to not matching, so that going along it
 reduces the persona.

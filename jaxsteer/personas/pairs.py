@@ -1,6 +1,6 @@
 """Contrastive pairs of token rows, and the fixed contexts in which a search reads the same place.
 
-Three read positions (methods.md 5.2b, measured in organism.md 4):
+Three read positions (compared in experiments/README.md):
 
 * ``published`` (RESGA, arXiv 2601.02896): the direction at the last token of "question + answer letter", the
   objective at the last token of the prompt.

@@ -1,4 +1,4 @@
-"""SAE signatures of a persona: a few signed latents in place of a dense direction (methods.md 3; arXiv 2601.02896).
+"""SAE signatures of a persona: a few signed latents in place of a dense direction (arXiv 2601.02896).
 
 Sign, as for directions: positive weights are latents that fire more where the persona is not shown, so that raising
 ``sum_i w_i f_i`` reduces the persona.

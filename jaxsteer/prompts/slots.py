@@ -1,7 +1,7 @@
 """Slots in token space: what stands before and after the searched ids, and whether ids survive as text.
 
 A slot is located by putting two different one-token prompts into the full text: their encodings agree up to the slot
-and after it, and nowhere in between (methods.md 5.2).
+and after it, and nowhere in between.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which tokens a searched prompt may use, as a mask over the embedding table (methods.md 4.3)."""
+"""Which tokens a searched prompt may use, as a mask over the embedding table."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from jaxsteer.errors import UserError
 logger = logging.getLogger(__name__)
 
 CORRELATION_WARNS = 0.5
-"""Below this rank correlation an objective hardly ranks prompts as behaviour does (methods.md 5.2b)."""
+"""Below this rank correlation an objective hardly ranks prompts as behaviour does."""
 A_RATE_RANGE = (0.1, 0.9)
 """Outside of this range one answer letter wins whatever the question says."""
 A_RATE_SHIFT = 0.25

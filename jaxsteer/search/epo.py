@@ -1,4 +1,4 @@
-"""EPO, evolutionary prompt optimisation (arXiv 2402.01702; methods.md 4.1), as an ``(init, step)`` pair.
+"""EPO, evolutionary prompt optimisation (arXiv 2402.01702), as an ``(init, step)`` pair.
 
 Slot k of a population minimises ``J_k = -f + fluency_k * x``; fluency weights belong to slots and never move. Letters:
 R problems, P slots of a population, E children per slot, M = P * E candidates per step, S prompt length,
@@ -50,7 +50,7 @@ FLUENCY: dict[str, Fluency] = {
     "medium": Fluency(low=0.5, high=4.0, restart=1.5, spread=2.0),
     "loose": Fluency(low=0.05, high=0.5, restart=0.5, spread=2.0),
 }
-"""The published presets of RESGA (arXiv 2601.02896, released code; methods.md 4.1)."""
+"""The published presets of RESGA (arXiv 2601.02896, released code)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

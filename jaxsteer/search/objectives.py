@@ -109,7 +109,7 @@ def needs(objective: Objective, config: ModelConfig) -> Needs:
 
 @struct.dataclass
 class Projection:
-    """RESGA's objective: ``<r[read], delta>`` at one site (arXiv 2601.02896; methods.md 5.1), in stream units."""
+    """RESGA's objective: ``<r[read], delta>`` at one site (arXiv 2601.02896), in stream units."""
 
     delta: Float[Array, " D"]
     site: str = struct.field(pytree_node=False)
@@ -121,7 +121,7 @@ class Projection:
 
 @struct.dataclass
 class Latents:
-    """SAEGA's objective: ``sum_i w_i f_i`` over latents of an SAE at one site (arXiv 2601.02896; methods.md 5.1).
+    """SAEGA's objective: ``sum_i w_i f_i`` over latents of an SAE at one site (arXiv 2601.02896).
 
     A latent that is off has no gradient, so that token gradients see active latents only; scores are exact.
     """

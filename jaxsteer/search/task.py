@@ -5,7 +5,7 @@ U prefix length, P parents. Rows are context-major: row c * M + m is candidate m
 
     f(p) = sum_c weight_c * objective(reads of c)         x(p) = sum_c weight_c * mean_j -log P(p_j | context, p_<j)
 
-Both as in methods.md 4.1 and 4.4 (EPO, arXiv 2402.01702): every candidate meets the same contexts, and one function
+Both as in EPO (arXiv 2402.01702): every candidate meets the same contexts, and one function
 scores parents and children.
 """
 
@@ -254,7 +254,7 @@ def proposals(
     """For every parent and position, the ``top_k`` allowed tokens that most reduce ``J = -f + fluency * x`` to first
     order, the current token excluded.
 
-    The gradient is that of the token's one-hot on both of its paths (methods.md 4.1): as input, through the embedding
+    The gradient is that of the token's one-hot on both of its paths: as input, through the embedding
     (Gemma's multiplier included), and as label of the cross-entropy. It is taken with respect to embeddings and
     multiplied by the table in chunks of rows: no one-hot and no (P, S, V) array is made.
     """

@@ -1,4 +1,4 @@
-"""Capping configurations of assistant-axis: ceilings on projections, by experiment (2601.10387; methods.md 9).
+"""Capping configurations of assistant-axis: ceilings on projections, by experiment (2601.10387).
 
 Capping by name hides two operations. The paper's is a floor along the axis, which points to the Assistant; the released
 code applies a ceiling, and the released vectors are named "role minus default", which points away. So what is read here
@@ -37,7 +37,7 @@ class Cap:
 
 
 def read_capping(path: str | os.PathLike[str]) -> dict[str, tuple[Cap, ...]]:
-    """Every experiment of a ``capping_config.pt`` of assistant-axis, as ceilings (methods.md 9).
+    """Every experiment of a ``capping_config.pt`` of assistant-axis, as ceilings.
 
     ``jaxsteer.steer.ceiling(cap.site, cap.vector, cap.value, positions=slice(0, None))`` is what the authors apply.
     Interventions without a cap are left out, as there. Raises ``UserError`` for a file of another kind.

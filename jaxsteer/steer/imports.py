@@ -1,4 +1,4 @@
-"""Vectors of other tools: which format a file has, what its indices mean, and where its signs point (formats.md 3).
+"""Vectors of other tools: which format a file has, what its indices mean, and where its signs point (docs/vectors.md).
 
 A shift by one block does not fail, it degrades; so every import names its sites in full and notes in the metadata what
 an index of the source meant (``index_meaning``), beside the ``sign``. What a file does not say is not guessed: it is

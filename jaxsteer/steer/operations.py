@@ -51,7 +51,7 @@ def add(
     The vector is added as it is given, unless ``mean_norm`` is: then the coefficient is in units of the mean norm of
     the stream at the site (``mean_norms`` measures it, direction files store it), h + coefficient * mean_norm *
     vector / |vector|. With ``keep_norm`` the result is scaled back to the norm of h. Coefficient 0 changes no bit of
-    the logits. Source: methods.md 12.1; 2312.06681 (CAA).
+    the logits. Source: 2312.06681 (CAA).
 
     Raises ``UserError`` for an unknown site, a vector that is zero, not finite or of a shape that is not the place's,
     and a coefficient that is not finite.
@@ -78,7 +78,7 @@ def ablate(
     """Project out what lies along a vector: h - coefficient * (h . u) u, with u = vector / |vector|.
 
     A subspace of k vectors, [k, D] (or [M, k, D] for a list of M sites), is orthonormalised first and projected out
-    as a whole. A coefficient between 0 and 1 takes out that share. Source: 2406.11717; methods.md 9 and 12.1.
+    as a whole. A coefficient between 0 and 1 takes out that share. Source: 2406.11717.
 
     Raises ``UserError`` as ``add``, and for linearly dependent vectors.
     """

@@ -1,4 +1,4 @@
-"""Vector files: vectors by site, and all that is needed to steer by them without guessing (formats.md 3.7).
+"""Vector files: vectors by site, and all that is needed to steer by them without guessing (docs/vectors.md).
 
 One format serves persona directions, steering vectors and caps: a safetensors file whose tensors are named by site
 (``blocks.14.hook_resid_post``), with optional scalars ``mean_resid_norm/<site>``, and strings as metadata:

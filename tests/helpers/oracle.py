@@ -113,7 +113,7 @@ def answers(model: PreTrainedModel, *, length: int = 20, seed: int = 1) -> dict[
 
 
 def _hooks(model: PreTrainedModel, seen: dict[str, torch.Tensor]) -> list[object]:
-    """Hooks at the places of formats.md section 5."""
+    """Hooks at the places that our sites are named for."""
     config, handles = model.config.get_text_config(), []
     n, k = config.num_attention_heads, config.num_key_value_heads
     h = getattr(config, "head_dim", None) or config.hidden_size // n

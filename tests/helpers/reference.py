@@ -10,7 +10,7 @@ from jaxsteer.models.config import ModelConfig, Rope
 
 
 def frequency(rope: Rope, j: int, d_head: int) -> float:
-    """Rotary frequency of pair ``j``, by the three formulas of formats.md 6.3."""
+    """Rotary frequency of pair ``j``."""
     base = 1.0 / rope.theta ** (2 * j / d_head)
     if rope.kind == "linear":
         return base / rope.factor

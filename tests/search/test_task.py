@@ -110,7 +110,7 @@ def test_text_gives_the_scores_of_the_ids() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_proposals_are_the_best_first_order_changes(family: str) -> None:
-    """Against the gradient with respect to a one-hot that is both input and label (methods.md 4.1), by brute force.
+    """Against the gradient with respect to a one-hot that is both input and label, by brute force.
 
     The Gemma-like case has an embedding multiplier: leaving it out of the chain rule is defect 26.
     """
