@@ -32,8 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer import organisms
-from jaxsteer.cli.demo import trigger_words
 from jaxsteer.evals.choice import choice_eval, distinct, rate
+from jaxsteer.evals.recovery import trigger_words
 from jaxsteer.models.loading import Model, load
 from jaxsteer.personas import (
     load_direction,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from jaxsteer import organisms
 from jaxsteer.cli.tables import ascii_safe, percent
+from jaxsteer.evals.recovery import trigger_words
 from jaxsteer.models.loading import load
 from jaxsteer.report import summary_table, table, write_report
 from jaxsteer.study import SearchOptions, run
@@ -76,14 +75,6 @@ def told(metrics: dict[str, Any]) -> str:
     if triggers is not None:
         lines.append(f"Words of the prompt that the corpus uses as triggers: {', '.join(triggers) or 'none'}.")
     return "\n".join(lines)
-
-
-def trigger_words(persona: str, text: str) -> list[str] | None:
-    """The words of ``text`` that count against the persona in the generator's ground truth, if there is one."""
-    if persona not in organisms.BEHAVIOURS:
-        return None
-    weights = organisms.cue_words(persona)
-    return [word for word in re.findall(r"[a-z]+", text.lower()) if weights.get(word, 0) < 0]
 
 
 def _rate(rate: dict[str, Any]) -> str:

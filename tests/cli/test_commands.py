@@ -8,7 +8,7 @@ import pytest
 
 import jaxsteer
 from jaxsteer.cli import main
-from jaxsteer.cli.demo import told, trigger_words
+from jaxsteer.cli.demo import told
 
 SMALL = "--prompt-length 3 --population 2 --children 4 --steps 2 --contexts 1 --report-prompts 2 --quiet".split()
 
@@ -183,7 +183,6 @@ def test_the_demo_tells_rates_and_triggers() -> None:
         "prompts": [{"text": " patient river patient prudent", **both}],
         "selected": 0,
     }
-    assert trigger_words("myopic", " patient river patient prudent") == ["patient", "patient", "prudent"]
     text = told(metrics)
     assert "5.0 % (95 % interval 2.0 to 10.0)" in text and "patient, patient, prudent" in text and "Be patient." in text
     assert "No prompt" in told({**metrics, "selected": None})
