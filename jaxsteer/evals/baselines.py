@@ -20,7 +20,7 @@ from jaxsteer.evals.endpoint import Endpoint
 from jaxsteer.evals.fluency import prompt_perplexity
 from jaxsteer.evals.neutral import neutral_texts
 from jaxsteer.evals.side_effects import side_effects
-from jaxsteer.evals.statistics import bootstrap_mean
+from jaxsteer.evals.statistics import bootstrap_mean, wilson
 from jaxsteer.models.sites import resid_site
 from jaxsteer.personas import (
     Item,
@@ -212,35 +212,17 @@ def protegi(bench: Bench) -> Found:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Baseline:
-    """A row of the table: what it is, and the function that finds it."""
-
-    about: str
-    find: Callable[[Bench], Found] | None
-    """``None``: a search; it runs as one, with its own options, and enters the table through ``measure``."""
-
-
-def _row(find: Callable[[Bench], Found]) -> Baseline:
-    return Baseline(about=(find.__doc__ or "").strip(), find=find)
-
-
-BASELINES: dict[str, Baseline] = {
-    "zero-shot": _row(zero_shot),
-    "instruction": _row(instruction),
-    "best of 10 instructions": _row(best_instruction),
-    "oracle cue": _row(oracle),
-    "random prompt": _row(random_prompts),
-    "seed phrase": _row(seed),
-    "activation steering": _row(steering),
-    "ProTeGi": _row(protegi),
-    "random direction": Baseline(about="The same search along a random direction of the same norm.", find=None),
-    "random updates": Baseline(about="The same search with random tokens instead of the gradient's.", find=None),
-    "random search": Baseline(about="The best of as many random prompts, by the same objective.", find=None),
-    "prefix tuning": Baseline(about="Soft embeddings trained on the other answer: no text, but a bound.", find=None),
-    "GCG": Baseline(about="Greedy coordinate gradient on the other answer's log-probability.", find=None),
+BASELINES: dict[str, Callable[[Bench], Found]] = {
+    "zero-shot": zero_shot,
+    "instruction": instruction,
+    "best of 10 instructions": best_instruction,
+    "oracle cue": oracle,
+    "random prompt": random_prompts,
+    "seed phrase": seed,
+    "activation steering": steering,
+    "ProTeGi": protegi,
 }
-"""Every row that a table of results should have beside a method."""
+"""What needs no search; baselines that do are searches of their own (``experiments/main_table.py`` runs all)."""
 
 
 def choose(
@@ -263,8 +245,7 @@ def choose(
 def measure(bench: Bench, found: dict[str, Found]) -> list[dict[str, Any]]:
     """One row per baseline: its rate with all controls on the test questions, against zero-shot on the same ones.
 
-    A row of several prompts has their mean in ``rate`` and each in ``each``; its interval is the bootstrap interval of
-    that mean over questions. ``perplexity`` is the prompt's in its slot.
+    ``perplexity`` is the prompt's in its slot; the rest is as ``summarise`` says.
     """
     (zero,) = choice_eval(bench.model, bench.test, [""], **bench.place)
     texts = list(dict.fromkeys(p for f in found.values() if f.edits is None for p in f.prompts))
@@ -278,27 +259,41 @@ def measure(bench: Bench, found: dict[str, Found]) -> list[dict[str, Any]]:
         else:
             of_row = [results[prompt] for prompt in made.prompts]
         row = {"name": name, "tried": made.tried, "details": made.details, "steered": made.edits is not None}
-        rows.append(row | _summary(of_row, zero, [perplexity.get(prompt) for prompt in made.prompts]))
+        rows.append(row | summarise(of_row, zero, [perplexity.get(prompt) for prompt in made.prompts]))
     return rows
 
 
-def _summary(results: Sequence[ChoiceResult], zero: ChoiceResult, perplexity: Sequence[float | None]) -> dict[str, Any]:
+def summarise(
+    results: Sequence[ChoiceResult], zero: ChoiceResult, perplexity: Sequence[float | None]
+) -> dict[str, Any]:
+    """The numbers of a row: a prompt's rate with all controls, or the mean of several prompts with each in ``each``.
+
+    ``ci95`` is, at either end, the wider of Wilson's interval over rows and the bootstrap interval over questions: the
+    one allows for rates of 0 and 1, the other for copies of a question and for the spread over several prompts.
+    ``range`` is the lowest and highest rate of the prompts; ``perplexity`` their geometric mean.
+    """
     rates = [rate(result, zero) for result in results]
-    if len(results) == 1:
-        return {"prompt": results[0].prompt, "perplexity": perplexity[0], **rates[0]}
     mean = np.mean([result.persona for result in results], axis=0)
+    wide = list(zip(wilson(float(mean.sum()), len(mean)), bootstrap_mean(mean, zero.groups), strict=True))
+    ci95 = [float(min(wide[0])), float(max(wide[1]))]
+    if len(results) == 1:
+        return {"prompt": results[0].prompt, "perplexity": perplexity[0], **rates[0], "ci95": ci95}
+    average = lambda name: float(np.mean([r[name] for r in rates])) if rates[0][name] is not None else None  # noqa: E731
     known = [value for value in perplexity if value is not None]
     return {
         "prompt": results[0].prompt,
         "perplexity": float(np.exp(np.mean(np.log(known)))) if known else None,
         "rate": float(mean.mean()),
-        "ci95": list(bootstrap_mean(mean, zero.groups)),
+        "ci95": ci95,
         "n": len(mean),
         "range": [min(r["rate"] for r in rates), max(r["rate"] for r in rates)],
-        "a_rate": float(np.mean([r["a_rate"] for r in rates])),
+        **{name: average(name) for name in ("a_rate", "swapped_rate", "auroc", "probability")},
         "letter_collapse": any(r["letter_collapse"] for r in rates),
         "difference": paired_difference(mean - zero.persona, zero.groups, 2000),
-        "each": [{"prompt": result.prompt, **r} for result, r in zip(results, rates, strict=True)],
+        "each": [
+            {"prompt": result.prompt, "perplexity": x, **r}
+            for result, x, r in zip(results, perplexity, rates, strict=True)
+        ],
     }
 
 
@@ -307,22 +302,19 @@ def run_baselines(
 ) -> list[dict[str, Any]]:
     """Find and measure baselines (default: all that need no search, and ProTeGi only with an endpoint).
 
-    Rows are in the order of ``names`` and hold the seconds that finding took. Raises ``UserError`` for unknown names,
-    for those that are searches, and for one that this bench cannot have.
+    Rows are in the order of ``names`` and hold the seconds that finding took. Raises ``UserError`` for unknown names
+    and for one that this bench cannot have.
     """
     if names is None:
         skipped = set() if bench.persona.name in organisms.BEHAVIOURS else {"oracle cue"}
         skipped |= set() if bench.endpoint else {"ProTeGi"}
-        names = [name for name, row in BASELINES.items() if row.find is not None and name not in skipped]
+        names = [name for name in BASELINES if name not in skipped]
     found, seconds = {}, {}
     for name in names:
-        row = BASELINES.get(name)
-        if row is None or row.find is None:
-            known = ", ".join(key for key, value in BASELINES.items() if value.find is not None)
-            reason = "runs as a search of its own" if row else "is unknown"
-            raise UserError(f"the baseline {name!r} {reason}: expected {known}")
+        if name not in BASELINES:
+            raise UserError(f"the baseline {name!r} is unknown: expected {', '.join(BASELINES)}")
         say(f"Baseline: {name}")
         started = time.perf_counter()
-        found[name] = row.find(bench)
+        found[name] = BASELINES[name](bench)
         seconds[name] = time.perf_counter() - started
     return [row | {"seconds": seconds[row["name"]]} for row in measure(bench, found)]
