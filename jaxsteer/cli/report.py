@@ -1,36 +1,70 @@
-"""``jaxsteer report``: the page of a run made again, and its plots as files."""
+"""``jaxsteer report``: the page of a run or a study made again, and its plots as files."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm.auto import tqdm
 from tyro.conf import Positional
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Make the page of a run again from its files, and its plots as SVG, PNG and CSV."""
+    """Make the page of a run, or of a directory of many, from its files, and its plots as SVG, PNG and CSV."""
 
-    run_dir: Positional[Path]
-    """Output directory of jaxsteer search."""
+    directory: Positional[Path]
+    """Output directory of jaxsteer search (also with --vary) or of an experiment, or any directory with runs in it."""
     attribute: bool = False
-    """First measure which tokens of the selected prompt carry its effect (runs the model) and keep it with the run."""
+    """First measure which tokens of every run's selected prompt carry its effect (runs the model) and keep it there."""
     plots: bool = False
-    """Also write every plot to plots/ in the run, with the numbers behind it."""
+    """Also write every plot to plots/ in the directory, with the numbers behind it."""
 
     def run(self) -> int:
         """Write the files and say where they are."""
-        from jaxsteer.report import read_run, table, write_plots, write_report
+        from jaxsteer.report import (
+            is_study,
+            read_run,
+            read_study,
+            run_folders,
+            study_table,
+            table,
+            write_plots,
+            write_report,
+        )
 
+        several = is_study(self.directory)
         if self.attribute:
-            from jaxsteer.study.attribution import attribute_run
-
-            attribute_run(self.run_dir)
-        page = write_report(self.run_dir)
-        print(table(read_run(self.run_dir).metrics))
+            _attribute(run_folders(self.directory))
+        if several:
+            runs = read_study(self.directory).runs
+            missing = [self.directory / run for run in runs if not (self.directory / run / "report.html").is_file()]
+            for folder in tqdm(missing, desc="pages of runs", leave=False):
+                write_report(folder)
+        page = write_report(self.directory)
+        print(study_table(read_study(self.directory)) if several else table(read_run(self.directory).metrics))
         print(f"\nReport: {page}")
         if self.plots:
-            paths = write_plots(self.run_dir)
-            print(f"Plots: {len(paths)} files in {paths[0].parent}" if paths else "Plots: the run holds no numbers")
+            paths = write_plots(self.directory)
+            print(f"Plots: {len(paths)} files in {paths[0].parent}" if paths else "Plots: there are no numbers for any")
         return 0
+
+
+def _attribute(folders: Sequence[Path]) -> None:
+    """Attribute the runs that have not been, and make their pages again."""
+    from jaxsteer.models.loading import Model, load
+    from jaxsteer.report import read_run, write_report
+    from jaxsteer.report.reading import selected
+    from jaxsteer.study.attribution import attribute_run
+
+    models: dict[tuple[str, str | None], Model] = {}
+    for folder in tqdm(folders, desc="attribution", leave=False, disable=len(folders) == 1):
+        found = read_run(folder)
+        if len(folders) > 1 and ("attribution" in found.metrics or selected(found.metrics) is None):
+            continue
+        key = (str(found.config.get("model")), found.config.get("dtype"))
+        if key not in models and "model" in found.config:
+            models = {key: load(key[0], dtype=key[1])}  # one at a time: they may be large
+        attribute_run(folder, model=models.get(key))
+        write_report(folder)

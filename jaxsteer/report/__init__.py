@@ -1,7 +1,20 @@
-"""What a run found, for people: a page of HTML and tables for the terminal, made from the files of the run alone."""
+"""What runs found, for people: pages of HTML and tables for the terminal, made from the files of the runs alone."""
 
 from jaxsteer.report.page import write_plots, write_report
 from jaxsteer.report.reading import Run, read_run
-from jaxsteer.report.text import summary_table, table
+from jaxsteer.report.study import Study, is_study, read_study, run_folders
+from jaxsteer.report.text import study_table, summary_table, table
 
-__all__ = ["Run", "read_run", "summary_table", "table", "write_plots", "write_report"]
+__all__ = [
+    "Run",
+    "Study",
+    "is_study",
+    "read_run",
+    "read_study",
+    "run_folders",
+    "study_table",
+    "summary_table",
+    "table",
+    "write_plots",
+    "write_report",
+]

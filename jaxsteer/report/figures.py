@@ -103,14 +103,14 @@ def _scaled(match: re.Match[str]) -> str:
     return f'{match[1]} style="width:100%;max-width:{points * 1.35:.0f}px;min-width:{min(points, 620):.0f}px"'
 
 
-def panels(count: int = 1, *, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of ``count`` axes side by side, ``width`` x ``height`` inches in all."""
+def panels(count: int = 1, *, width: float, height: float, share_y: bool = False) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of ``count`` axes side by side, ``width`` x ``height`` inches in all; ``share_y``: with one y axis."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(1, count, squeeze=False)[0]
+        axes = figure.subplots(1, count, squeeze=False, sharey=share_y)[0]
         for axis in axes:
             axis.tick_params(length=0)
     return figure, list(axes)

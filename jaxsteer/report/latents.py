@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
-
-import jinja2
 
 from jaxsteer.files import write_text
 from jaxsteer.report.reading import visible
+from jaxsteer.report.templates import template
 from jaxsteer.sae.exploration import Exploration, LatentReport, Snippet
 
 
@@ -35,7 +33,7 @@ def _marked(snippet: Snippet) -> str:
 
 def latents_page(found: Exploration) -> str:
     """The page as HTML. Texts of tokens are escaped; it needs no network, no script and no other file."""
-    return _template().render(found=found, shade=_shade)
+    return template("latents").render(found=found, shade=_shade)
 
 
 def write_latents(found: Exploration, path: str | Path) -> Path:
@@ -47,16 +45,3 @@ def write_latents(found: Exploration, path: str | Path) -> Path:
 def _shade(value: float, largest: float) -> str:
     """Opacity of a token's colour: 0 where the latent is off, at least a tenth where it is active."""
     return f"{0.1 + 0.8 * max(0.0, min(1.0, value / largest)):.2f}" if value > 0 and largest > 0 else "0"
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jaxsteer.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = visible
-    return environment.get_template("latents.html.jinja")

@@ -1,15 +1,11 @@
-"""The page of a run: one self-contained HTML file that needs no network, no script and no other file."""
+"""The page of a run or a study: one self-contained HTML file that needs no network and no script."""
 
 from __future__ import annotations
 
-import functools
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from jaxsteer.files import write_text
@@ -27,33 +23,38 @@ from jaxsteer.report.reading import (
     split_rate,
     visible,
 )
+from jaxsteer.report.reproduce import command_of
+from jaxsteer.report.study import is_study, read_study
+from jaxsteer.report.study_page import render_study
+from jaxsteer.report.study_plots import study_plots
+from jaxsteer.report.templates import embedded, flat, shaded, template
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write ``report.html`` into a run directory from the files that are there, and return its path.
+def write_report(directory: str | Path) -> Path:
+    """Write ``report.html`` into the directory of a run or of a study from the files there, and return its path.
 
-    Reads config.json, metrics.json, pareto.jsonl and progress.jsonl only, so it can be made again at any time. Raises
-    ``UserError`` as ``read_run`` does. The file appears whole or not at all.
+    Reads files only, so that it can be made again at any time. The page of a study links to the pages of its runs that
+    are there. Raises ``UserError`` as ``read_run`` and ``read_study`` do. The file appears whole or not at all.
     """
-    run = read_run(run_dir)
-    target = run.path / "report.html"
-    write_text(target, render_page(run))
+    page = render_study(read_study(directory)) if is_study(directory) else render_page(read_run(directory))
+    target = Path(directory) / "report.html"
+    write_text(target, page)
     return target
 
 
-def write_plots(run_dir: str | Path, out: Path | None = None) -> list[Path]:
-    """Write every plot of a run as SVG, PNG and CSV to ``out`` (default: ``plots`` in the run); returns the paths."""
-    run = read_run(run_dir)
-    directory = run.path / "plots" if out is None else out
-    directory.mkdir(parents=True, exist_ok=True)
-    return [path for plot in run_plots(run).values() for path in plot.write(directory)]
+def write_plots(directory: str | Path, out: Path | None = None) -> list[Path]:
+    """Write all plots of a run or study as SVG, PNG and CSV to ``out`` (default: ``plots`` in it); return the paths."""
+    made = study_plots(read_study(directory)) if is_study(directory) else run_plots(read_run(directory))
+    out = Path(directory) / "plots" if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
+    return [path for plot in made.values() for path in plot.write(out)]
 
 
 def render_page(run: Run) -> str:
     """The whole page as text. Everything that comes from the run's files is escaped by the template."""
     metrics = run.metrics
     plots = {name: Markup(plot.svg(themed=True)) for name, plot in run_plots(run).items()}
-    return _template().render(
+    return template("page").render(
         title=f"{named(metrics.get('persona'))} on {named(metrics.get('model'))}",
         what=_what(metrics),
         prompt=selected(metrics),
@@ -66,31 +67,12 @@ def render_page(run: Run) -> str:
         signature=_signature(metrics),
         attribution=_attribution(metrics),
         plots=plots,
-        settings=list(_flat(run.config)),
-        environment=list(_flat(metrics.get("environment") or {})),
-        numbers=[*_flat({"splits": metrics.get("splits") or {}}), *_flat({"timing": metrics.get("timing") or {}})],
-        data=_json({"metrics": metrics, "config": run.config, "pareto": run.pareto, "progress": run.progress}),
+        settings=flat(run.config),
+        environment=flat(metrics.get("environment") or {}),
+        numbers=flat({name: metrics.get(name) or {} for name in ("splits", "timing")}),
+        command=command_of(run.config),
+        data=embedded({"metrics": metrics, "config": run.config, "pareto": run.pareto, "progress": run.progress}),
     )
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jaxsteer.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "visible": visible,
-        "percent": percent,
-        "decimals": decimals,
-        "interval": interval,
-        "named": named,
-    }
-    environment.globals["split_rate"] = split_rate
-    return environment.get_template("page.html.jinja")
 
 
 def _what(metrics: Mapping[str, Any]) -> str:
@@ -188,34 +170,8 @@ def _attribution(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(found, Mapping):
         return None
     columns = zip(found["tokens"], found["leave_one_out"], found["replacement"], found["replacement_sd"], strict=True)
-    largest = max((abs(effect) for effect in found["replacement"]), default=0.0) or 1.0
     tokens = [
-        {"token": token, "leave_one_out": left_out, "replacement": replaced, "sd": sd,
-         "strength": round(60 * abs(replaced) / largest)}
-        for token, left_out, replaced, sd in columns
-    ]  # fmt: skip
+        {"token": token, "leave_one_out": left_out, "replacement": replaced, "sd": sd, "strength": strength}
+        for (token, left_out, replaced, sd), strength in zip(columns, shaded(found["replacement"]), strict=True)
+    ]
     return {**found, "tokens": tokens}
-
-
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as (dotted key, text) pairs; lists of plain values stay on one line."""
-    if isinstance(value, Mapping):
-        start = f"{prefix}." if prefix else ""
-        return [pair for key, inner in value.items() for pair in _flat(inner, f"{start}{key}")]
-    text = value if isinstance(value, str) else json.dumps(_finite(value), ensure_ascii=False)
-    return [(visible(prefix), visible(text if len(text) <= 400 else text[:399] + "…"))]
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with NaN and infinities, which JSON does not know, as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _json(value: Any) -> Markup:
-    """JSON that can stand inside a script element: no "<", ">" or "&" is left to be read as markup."""
-    text = json.dumps(_finite(value), ensure_ascii=True, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

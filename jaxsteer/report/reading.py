@@ -45,14 +45,15 @@ def read_run(directory: str | Path) -> Run:
     if not path.is_dir():
         raise UserError(f"{path} is not a directory: give the output directory of a search")
     notes: list[str] = []
-    metrics = _read_json(path / "metrics.json")
+    metrics = read_json(path / "metrics.json")
     if metrics is None:
         raise UserError(f"{path} has no metrics.json: a report needs a finished run (or one that was ended by Ctrl-C)")
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     if config is None:
         notes.append("config.json is missing: the settings of this run are not known")
-    pareto = _read_lines(path / "pareto.jsonl", notes)
-    progress = _read_lines(path / "progress.jsonl", notes)
+    pareto = read_lines(path / "pareto.jsonl", notes)
+    pooled = config is not None and "pooled" in config  # the progress of many searches stands beside all of their runs
+    progress = [] if pooled else read_lines(path / "progress.jsonl", notes)
     for note in notes:
         logger.warning("%s: %s", path, note)
     return Run(
@@ -65,7 +66,8 @@ def read_run(directory: str | Path) -> Run:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object that a JSON file holds; None where there is no file. Raises ``UserError`` for a damaged one."""
     if not path.exists():
         return None
     try:
@@ -77,7 +79,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+def read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Rows of a .jsonl file; a last line that does not parse is left out with a note."""
     if not path.exists():
         notes.append(f"{path.name} is missing")

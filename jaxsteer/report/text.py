@@ -17,6 +17,7 @@ from jaxsteer.report.reading import (
     split_rate,
     visible,
 )
+from jaxsteer.report.study import Study
 
 HEAD = ("", "prompt", "target", "x-ent", "validation", "test", "A-rate", "swapped")
 
@@ -65,6 +66,21 @@ def summary_table(runs: Sequence[Mapping[str, Any]], *, width: int = 60) -> str:
             )
         )
     return "\n".join(_aligned(rows, left=(0, 5)))
+
+
+def study_table(study: Study, *, width: int = 40) -> str:
+    """The main table of a study: a line per method, a column per persona (and model), rates with their intervals."""
+    several = len({model for model, _ in study.places}) > 1
+    head = ["", *(visible(f"{persona} ({model})" if several else persona) for model, persona in study.places)]
+    rows: list[Sequence[str]] = [head]
+    for method in study.methods:
+        cells = {(row["model"], row["persona"]): row for row in study.rows if row["method"] == method}
+        marks = ["!" if cells.get(place, {}).get("letter_collapse") else "" for place in study.places]
+        rates = [interval(cells.get(place)) for place in study.places]
+        rows.append([_short(method, width), *(rate + mark for rate, mark in zip(rates, marks, strict=True))])
+    lines = [visible(study.title), "", *_aligned(rows, left=(0,))]
+    lines += ["", "persona rate with 95 % interval; ! one letter wins whatever is asked"]
+    return "\n".join([*lines, *(f"warning: {visible(note)}" for note in study.warnings)])
 
 
 def _title(metrics: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -102,4 +103,117 @@ def write_run(path: Path, numbers: dict[str, Any] | None = None) -> Path:
         for step in range(10, 310, 10)
     ]
     (path / "progress.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    return path
+
+
+def write_many(path: Path, *, seeds: int = 3, personas: tuple[str, ...] = ("sycophancy", "myopic")) -> Path:
+    """The directory of ``jaxsteer search --vary persona=... seed=...``: a run per persona, a problem per seed.
+
+    Group 0 was searched in two waves, of two problems and of the others.
+    """
+    runs, problems, frontiers, progress = {}, [], [], []
+    for group, persona in enumerate(personas):
+        name = f"{group:03d}-{persona}-resga-blocks.1"
+        write_run(path / name, metrics(persona=persona))
+        (path / name / "progress.jsonl").unlink()
+        config = json.loads((path / name / "config.json").read_text()) | {"persona": persona, "pooled": seeds}
+        (path / name / "config.json").write_text(json.dumps(config))
+        runs[name] = {"problems": seeds, "persona": persona, "method": "resga", "site": "blocks.1.hook_resid_post"}
+        for seed in range(seeds):
+            problem = group * seeds + seed
+            problems.append(
+                {"problem": problem, "persona": persona, "method": "resga", "direction": "", "fluency": "medium"}
+                | {"site": "blocks.1.hook_resid_post", "seed": seed, "restart": 0, "run": name, "prompts": 3}
+                | {"target": 4.0 + seed, "cross_entropy": 6.0, "step": 9, "text": f" prompt {problem} {HOSTILE}"}
+            )
+            frontiers += [
+                {"problem": problem, "text": f" f{k}", "ids": [1, 2], "target": 4.0 + seed - k, "step": 9}
+                | {"cross_entropy": 6.0 - k, "retokenises": True}
+                for k in range(3)
+            ]
+        waves = [range(seeds)] if group else [range(2), range(2, seeds)]
+        done, seconds = 0, 0.0
+        for wave in waves:
+            for step in (10, 20):
+                done, seconds = done + 10 * 128 * len(wave), seconds + 1.5
+                best = [0.1 * step + problem for problem in wave]
+                progress.append(
+                    {"group": group, "step": step, "first": wave.start, "best_target": best, "candidates": done}
+                    | {"seconds": seconds}
+                )
+    with (path / "problems.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(problems[0]))
+        writer.writeheader()
+        writer.writerows(problems)
+    for name, rows in (("frontiers.jsonl", frontiers), ("progress.jsonl", progress)):
+        (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    numbers = {"model": "organism:llama", "problems": len(problems), "searched": len(problems), "interrupted": False}
+    timing = {"search_s": 6.0, "candidates": 2560 * len(problems)}
+    (path / "metrics.json").write_text(
+        json.dumps({**numbers, "runs": runs, "timing": timing, "environment": {"jax": "x"}})
+    )
+    config = {
+        "algorithm": "epo",
+        "preset": "default",
+        "steps": 20,
+        "vary": [f"persona={','.join(personas)}", "seed=0:3"],
+    }
+    (path / "config.json").write_text(json.dumps(config | {"problems": "0123abcd"}))
+    return path
+
+
+def write_table(path: Path, *, places: int = 2) -> Path:
+    """The directory of an experiment: results.json, and the run of one of its cells."""
+    rows = []
+    for place in range(places):
+        persona = f"persona {place}"
+        shared = {"model": "organism:llama", "persona": persona, "value": None, "swapped_rate": 0.9}
+        rows += [
+            {**shared, **rate(0.85), "method": "zero-shot", "kind": "baseline", "prompt": "", "run": None, "each": []},
+            {**shared, **rate(0.5, a_rate=0.97), "method": "random prompt", "kind": "baseline", "prompt": " lamp"}
+            | {"letter_collapse": True, "each": [{"prompt": HOSTILE, **rate(0.5)}, {"prompt": " x", **rate(0.9)}]},
+            {
+                **shared,
+                **rate(0.02),
+                "method": "RESGA, decision",
+                "kind": "search",
+                "prompt": " weak idea",
+                "range": [0, 0.1],
+            }
+            | {
+                "run": f"runs/llama/p{place}/resga",
+                "perplexity": 31.5,
+                "probe_correlation": 0.9,
+                "letter_collapse": False,
+            }
+            | {"each": [{"seed": seed, "prompt": f" s{seed}", **rate(0.02)} for seed in range(3)]},
+            {
+                **shared,
+                **rate(0.3),
+                "method": "prompt length",
+                "value": 8,
+                "kind": "search",
+                "prompt": None,
+                "steered": True,
+            },
+        ]
+    run = write_run(path / "runs/llama/p0/resga", metrics(persona="persona 0"))
+    numbers = json.loads((run / "metrics.json").read_text())
+    numbers["attribution"]["tokens"] = [" s", "0", ""]
+    (run / "metrics.json").write_text(json.dumps(numbers))
+    verdicts = [{"claim": "beats zero-shot", "model": None, "persona": persona, "holds": True, "text": HOSTILE}]
+    table = {
+        "format": "jaxsteer.study/1",
+        "experiment": "main_table",
+        "title": "Main table",
+        "quick": True,
+        "rows": rows,
+    }
+    table |= {"methods": ["zero-shot", "random prompt", "RESGA, decision", "prompt length"], "verdicts": verdicts}
+    table |= {
+        "settings": {"seeds": [0, 1, 2]},
+        "command": "python experiments/main_table.py",
+        "environment": {"jax": "x"},
+    }
+    (path / "results.json").write_text(json.dumps(table))
     return path

@@ -4,56 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.report import read_run, summary_table, table, write_plots, write_report
+from tests.report.pages import Page
 from tests.report.synthetic import HOSTILE, metrics, rate, write_run
-
-VOID = {"meta", "br", "img", "link", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """Checks that elements balance and collects what would load something."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.stack: list[str] = []
-        self.seen: list[str] = []
-        self.text: list[str] = []
-        self.data = ""
-        self.feed(text)
-        self.close()
-        assert not self.stack, self.stack
-
-    def handle_starttag(self, tag, attributes):
-        self.seen.append(tag)
-        for name, value in attributes:
-            assert name not in ("src", "href", "srcset", "action", "data", "poster"), (tag, name, value)
-            assert name != "xlink:href" or value.startswith("#"), (tag, name, value)
-            assert not name.startswith("on"), (tag, name, value)
-            assert "url(" not in (value or "").replace("url(#", "")
-        if tag not in VOID:
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.stack.pop()
-
-    def handle_endtag(self, tag):
-        assert self.stack.pop() == tag
-
-    def handle_data(self, data):
-        if self.stack and self.stack[-1] == "script":
-            self.data += data
-        elif self.stack and self.stack[-1] == "style":
-            assert "@import" not in data and "url(" not in data
-        else:
-            self.text.append(data)
 
 
 def page_of(run: Path) -> Page:

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from jaxsteer.report import write_report
-from tests.report.synthetic import write_run
+from tests.report.synthetic import write_many, write_run, write_table
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 PAGE = {"light": (255, 255, 255), "dark": (20, 23, 28)}
@@ -27,13 +27,17 @@ def screenshot(page: Path, out: Path, width: int, scheme: str) -> np.ndarray:
     return np.round(255 * imread(out)[..., :3]).astype(np.uint8)
 
 
+PAGES = {"report": write_run, "many": write_many, "table": write_table}
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 500])
-def test_the_page_fills_its_window(tmp_path: Path, width: int, scheme: str):
-    page = write_report(write_run(tmp_path / "run"))
+@pytest.mark.parametrize("name", PAGES)
+def test_the_page_fills_its_window(tmp_path: Path, name: str, width: int, scheme: str):
+    page = write_report(PAGES[name](tmp_path / "run"))
     kept = Path(os.environ.get("JAXSTEER_SCREENSHOTS", tmp_path))
     kept.mkdir(parents=True, exist_ok=True)
-    seen = screenshot(page, kept / f"report-{width}-{scheme}.png", width, scheme)
+    seen = screenshot(page, kept / f"{name}-{width}-{scheme}.png", width, scheme)
     assert seen.shape[1] == width
     background = np.asarray(PAGE[scheme])
     assert (seen[0, 0] == background).all()

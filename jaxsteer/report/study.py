@@ -1,0 +1,257 @@
+"""A study, that is many searches in one directory, read for one page: its main table and what stands behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxsteer.errors import UserError
+from jaxsteer.report.pooled import problem_lines, read_problems
+from jaxsteer.report.reading import doubts, named, number, read_json, read_lines
+from jaxsteer.report.rows import Place, Row, rows_of_runs
+
+PARETO, PROGRESS = "pareto.jsonl", "progress.jsonl"
+FORMAT = "jaxsteer.study/1"
+"""Of results.json, the table that a script over many searches writes (docs/report.md)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """What one search found or how it went: rows of numbers under one name."""
+
+    place: Place
+    method: str
+    name: str
+    rows: tuple[Mapping[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """A directory of many searches in memory."""
+
+    path: Path
+    title: str
+    rows: tuple[Row, ...]
+    """Of the main table, one per (model, persona, method): ``rate``, ``ci95``, ``a_rate`` ... (docs/report.md)."""
+    runs: tuple[str, ...]
+    """Folders of finished runs, relative to ``path``."""
+    problems: tuple[Mapping[str, Any], ...] = ()
+    """Lines of problems.csv."""
+    frontiers: tuple[Line, ...] = ()
+    """``target`` and ``cross_entropy`` of every prompt of a Pareto frontier."""
+    curves: tuple[Line, ...] = ()
+    """``best_target`` against ``candidates`` and ``seconds`` of every search."""
+    verdicts: tuple[Mapping[str, Any], ...] = ()
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    command: str | None = None
+    numbers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    unit: str = "sd"
+    intervals: str = ""
+    """What the interval of a row of several searches is."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def places(self) -> list[Place]:
+        """(model, persona), in the order of the study."""
+        return list(dict.fromkeys((row["model"], row["persona"]) for row in self.rows))
+
+    @property
+    def methods(self) -> list[str]:
+        """In the order of the study."""
+        return list(dict.fromkeys(row["method"] for row in self.rows))
+
+    def of(self, place: Place) -> list[Row]:
+        """The rows of one model and persona."""
+        return [row for row in self.rows if (row["model"], row["persona"]) == place]
+
+
+def is_study(directory: str | Path) -> bool:
+    """Whether a directory holds many runs instead of one."""
+    path = Path(directory)
+    if not path.is_dir() or "prompts" in (read_json(path / "metrics.json") or {}):
+        return False
+    return any(_folders(path)) or _table(path) is not None
+
+
+def run_folders(directory: str | Path) -> list[Path]:
+    """The finished runs of a study, or the run itself. Raises ``UserError`` where there is none."""
+    path = Path(directory)
+    if path.is_dir() and "prompts" in (read_json(path / "metrics.json") or {}):
+        return [path]
+    folders = [path / name for name in _folders(path)] if path.is_dir() else []
+    if not folders:
+        raise UserError(
+            f"{path} holds no finished run (a folder with metrics.json): give the output directory of a search, or a "
+            "directory of such"
+        )
+    return folders
+
+
+def read_study(directory: str | Path) -> Study:
+    """Read the directory of ``jaxsteer search --vary``, one with a table of results, or any folder of runs.
+
+    Raises ``UserError`` where nothing is there, and for damaged files.
+    """
+    path, notes = Path(directory), list[str]()
+    if not is_study(path):
+        raise UserError(
+            f"{path} holds neither a run nor many: give the output directory of a search or of an experiment"
+        )
+    names = list(dict.fromkeys(_folders(path)))
+    runs = {name: read_json(path / name / "metrics.json") or {} for name in names}
+    configs = {name: read_json(path / name / "config.json") or {} for name in names}
+    places = {name: (named(run.get("model")), named(run.get("persona"))) for name, run in runs.items()}
+    table, metrics = _table(path) or {}, read_json(path / "metrics.json") or {}
+    rows = _rows_of_table(table, runs) if table else rows_of_runs(runs, configs)
+    problems = read_problems(path)
+    if problems:
+        found = problem_lines(path, problems, metrics, notes)
+    else:
+        found = [[(name, name, _lines(path / name / file, notes)) for name in names] for file in (PARETO, PROGRESS)]
+        found[1] = [(run, name, _best_of_populations(progress)) for run, name, progress in found[1]]
+    methods = {one.get("run"): row["method"] for row in rows for one in (row, *row["each"])}
+    frontiers, curves = (
+        [
+            Line(place=places[run], method=methods.get(run, ""), name=name, rows=tuple(points))
+            for run, name, points in lines
+            if points
+        ]
+        for lines in found
+    )
+    units = {str(run.get("target_units", "sd")) for run in runs.values()}
+    first: Mapping[str, Any] = next(iter(runs.values()), {})
+    return Study(
+        path=path,
+        title=str(table.get("title") or _title(rows, len(names))),
+        rows=tuple(rows),
+        runs=tuple(names),
+        problems=tuple(problems),
+        frontiers=tuple(frontiers),
+        curves=tuple(curves),
+        verdicts=tuple(table.get("verdicts") or ()),
+        config=table.get("settings") or read_json(path / "config.json") or _common(list(configs.values())),
+        command=table.get("command"),
+        numbers=_numbers(metrics, len(names)),
+        environment=table.get("environment") or metrics.get("environment") or first.get("environment") or {},
+        unit=units.pop() if len(units) == 1 else "the units of each search",
+        intervals="" if table else "their interval reaches from the lowest to the highest end of theirs",
+        warnings=tuple(_warnings(metrics, table, runs, notes)),
+    )
+
+
+def envelope(lines: Iterable[Line]) -> list[tuple[float, float]]:
+    """(cross-entropy, target) of the prompts that no other prompt of any line beats in both, most fluent first."""
+    points = sorted(
+        (x, -y)
+        for line in lines
+        for row in line.rows
+        if (x := number(row.get("cross_entropy"))) is not None
+        and (y := number(row.get("target"))) is not None
+        and row.get("retokenises") is not False
+    )
+    kept: list[tuple[float, float]] = []
+    best = -math.inf
+    for x, negative in points:
+        if -negative > best:
+            best = -negative
+            kept.append((x, best))
+    return kept
+
+
+def _table(path: Path) -> dict[str, Any] | None:
+    """results.json, where it is the table of a study."""
+    found = path / "results.json"
+    if not found.exists() or not found.read_text(encoding="utf-8").lstrip().startswith("{"):
+        return None
+    table = read_json(found)
+    return table if table is not None and table.get("format") == FORMAT else None
+
+
+def _folders(path: Path) -> Iterator[str]:
+    """Names of the finished runs: those that a table or the metrics name, else every run up to four levels below."""
+    table, metrics = _table(path), read_json(path / "metrics.json") or {}
+    if table is not None:
+        given = [str(row["run"]) for row in table.get("rows") or () if row.get("run")]
+    elif isinstance(metrics.get("runs"), Mapping):
+        given = list(metrics["runs"])
+    else:
+        files = (f for depth in range(1, 5) for f in sorted(path.glob("*/" * depth + "metrics.json")))
+        given = [f.parent.relative_to(path).as_posix() for f in files if "prompts" in (read_json(f) or {})]
+    inside = (name for name in given if ".." not in Path(name).parts and not Path(name).is_absolute())
+    yield from (name for name in inside if (path / name / "metrics.json").is_file())
+
+
+def _rows_of_table(table: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """The table's rows, with the value of an ablation in the method's name and what attribution the run holds."""
+    rows = []
+    for given in table.get("rows") or ():
+        if not isinstance(given, Mapping) or number(given.get("rate")) is None:
+            continue
+        value = given.get("value")
+        method = named(given.get("method")) + ("" if value is None else f" = {value}")
+        row = {**given, "model": named(given.get("model")), "persona": named(given.get("persona")), "method": method}
+        row["each"] = list(given.get("each") or ())
+        row["attribution"] = (runs.get(str(given.get("run"))) or {}).get("attribution")
+        rows.append(row)
+    order = {name: i for i, name in enumerate(table.get("methods") or ())}
+    rows.sort(key=lambda row: order.get(row["method"], order.get(row["method"].partition(" = ")[0], len(order))))
+    return rows
+
+
+def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    return read_lines(path, notes) if path.exists() else []
+
+
+def _best_of_populations(progress: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for row in progress:
+        best = [value for value in row.get("best_target") or () if number(value) is not None]
+        if best and number(row.get("candidates")) is not None:
+            rows.append({"candidates": row["candidates"], "seconds": row.get("seconds"), "best_target": max(best)})
+    return rows
+
+
+def _title(rows: Sequence[Row], runs: int) -> str:
+    def few(key: str) -> str:
+        names = list(dict.fromkeys(row[key] for row in rows))
+        return ", ".join(names) if len(names) <= 4 else f"{len(names)} {key}s"
+
+    return f"{few('persona')} on {few('model')}: {runs} run{'' if runs == 1 else 's'}"
+
+
+def _common(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that all runs have."""
+    first = configs[0] if configs else {}
+    return {key: value for key, value in first.items() if all(config.get(key) == value for config in configs)}
+
+
+def _numbers(metrics: Mapping[str, Any], runs: int) -> dict[str, Any]:
+    known = {key: metrics[key] for key in ("problems", "searched") if key in metrics}
+    return {"runs": runs, **known, **(metrics.get("timing") or {})}
+
+
+def _warnings(
+    metrics: Mapping[str, Any],
+    table: Mapping[str, Any],
+    runs: Mapping[str, Mapping[str, Any]],
+    notes: Sequence[str],
+) -> Iterator[str]:
+    """Doubts about single runs, each kind once with the runs that it concerns."""
+    if table.get("quick"):
+        yield "A quick run of this experiment, to see that it works: its numbers are no results."
+    if metrics.get("interrupted"):
+        yield f"Interrupted: {metrics.get('searched', '?')} of {metrics.get('problems', '?')} problems were searched."
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for name, run in runs.items():
+        for note in doubts(run):
+            kinds.setdefault(re.sub(r"\d+", "", note), []).append((name, note))  # alike but for their numbers
+    for alike in kinds.values():
+        name, note = alike[0]
+        others = f" So it is in {len(alike) - 1} other runs of {len(runs)}." if len(alike) > 1 else ""
+        yield f"{name}: {note}{others}"
+    yield from notes

@@ -1,0 +1,142 @@
+"""The page of a study: one self-contained HTML file beside the pages of its runs, to which it links."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from markupsafe import Markup
+
+from jaxsteer.report.pooled import summarised
+from jaxsteer.report.reading import number
+from jaxsteer.report.reproduce import command_of
+from jaxsteer.report.rows import Place, Row
+from jaxsteer.report.study import Study
+from jaxsteer.report.study_plots import FIGURES, study_plots
+from jaxsteer.report.templates import embedded, flat, shaded, template
+
+SHOWN, FOLDED = 8, 40
+"""Prompts of a persona in sight, and behind a click; those after them stand in the runs' own files."""
+MEMBERS = 24
+"""Searches of one row that the page embeds as JSON."""
+WARNINGS = 8
+"""Warnings in sight."""
+
+
+def render_study(study: Study) -> str:
+    """The whole page as text. Everything that comes from the study's files is escaped by the template."""
+    plots = study_plots(study)
+    return template("study").render(
+        title=study.title,
+        what=_what(study),
+        tiles=_tiles(study),
+        warnings=study.warnings[:WARNINGS],
+        more_warnings=study.warnings[WARNINGS:],
+        verdicts=study.verdicts,
+        models=list(dict.fromkeys(model for model, _ in study.places)),
+        places=study.places,
+        table=_table(study),
+        by_place={place: study.of(place) for place in study.places},
+        several=any(row["each"] for row in study.rows),
+        intervals=study.intervals,
+        prompts=[(place, *_prompts(study, place)) for place in study.places],
+        unit=study.unit,
+        problems=summarised(study.problems),
+        plots={
+            kind: [Markup(plot.svg(themed=True)) for name, plot in plots.items() if name.startswith(kind)]
+            for kind in ("rates", "pareto", "curves")
+        },
+        figure_titles={
+            kind: [plot.title for name, plot in plots.items() if name.startswith(kind)] for kind in ("pareto", "curves")
+        },
+        undrawn=max(0, len(study.places) - FIGURES),
+        settings=flat(study.config),
+        environment=flat(study.environment),
+        numbers=flat(study.numbers),
+        command=study.command or command_of(study.config),
+        data=embedded({"rows": [_kept(row) for row in study.rows], "config": study.config, "numbers": study.numbers}),
+    )
+
+
+def _what(study: Study) -> str:
+    searches = sum(len(row["each"]) or 1 for row in study.rows if row["kind"] == "search")
+    methods = len({row["method"] for row in study.rows if row["kind"] == "search"})
+    parts = [f"{searches} reported searches of {methods} kind{'' if methods == 1 else 's'}"]
+    if study.problems:
+        parts.append(f"from {len(study.problems):,} problems")
+    return f"{' '.join(parts)}, measured on questions that no search has seen."
+
+
+def _tiles(study: Study) -> list[tuple[str, str, str]]:
+    """(label, number, small print) of the headline."""
+    candidates, seconds = number(study.numbers.get("candidates")), number(study.numbers.get("search_s"))
+    beaten = [place for place in study.places if _beats(study.of(place))]
+    known = [place for place in study.places if any(row["kind"] == "baseline" for row in study.of(place))]
+    tiles = []
+    if known:
+        note = "some search's interval lies below that of the model without a prompt"
+        tiles.append(("persona reduced", f"{len(beaten)} of {len(known)}", note))
+    tiles.append(("runs", f"{len(study.runs):,}", f"{len(study.methods)} rows in the main table"))
+    if candidates is not None:
+        note = "scored" if seconds is None else f"scored in {seconds:,.0f} s"
+        tiles.append(("candidate prompts", f"{candidates:,.0f}", note))
+    collapsed = sum(bool(one.get("letter_collapse")) for row in study.rows for one in row["each"] or [row])
+    if collapsed:
+        tiles.append(("letter collapse", str(collapsed), "prompts for which one letter wins whatever is asked"))
+    return tiles
+
+
+def _beats(rows: Sequence[Row]) -> bool:
+    """Whether the interval of a search without letter collapse lies below that of the baseline."""
+    base = next((row for row in rows if row["kind"] == "baseline" and row.get("ci95")), None)
+    searched = [row for row in rows if row["kind"] == "search" and row.get("ci95") and not row.get("letter_collapse")]
+    return base is not None and any(row["ci95"][1] < base["ci95"][0] for row in searched)
+
+
+def _table(study: Study) -> list[tuple[str, str, list[Row | None]]]:
+    """(method, kind, its row at every place)."""
+    found = {(row["method"], row["model"], row["persona"]): row for row in study.rows}
+    kinds = {row["method"]: str(row["kind"]) for row in study.rows}
+    return [
+        (method, kinds[method], [found.get((method, *place)) for place in study.places]) for method in study.methods
+    ]
+
+
+def _prompts(study: Study, place: Place) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+    """Prompts in sight, prompts behind a click, and how many are left out: the first of every method first."""
+    columns = []
+    for row in study.of(place):
+        if row["kind"] == "baseline" or row.get("steered"):
+            continue
+        members = [{**row, **one, "run": one.get("run") or row.get("run")} for one in row["each"]] or [row]
+        columns.append([_prompt(study.path, one, row) for one in members if one.get("prompt")])
+    found = [prompt for line in zip_longest(*columns) for prompt in line if prompt is not None]
+    return found[:SHOWN], found[SHOWN : SHOWN + FOLDED], max(0, len(found) - SHOWN - FOLDED)
+
+
+def _prompt(path: Path, one: Mapping[str, Any], row: Row) -> dict[str, Any]:
+    """One prompt with its tokens in shades, where attribution has measured this very prompt."""
+    tokens = None
+    for found in (one.get("attribution"), row.get("attribution")):
+        if isinstance(found, Mapping) and "".join(found["tokens"]).strip() == str(one["prompt"]).strip():
+            strength = shaded(found["replacement"])
+            tokens = list(zip(found["tokens"], found["replacement"], strength, strict=True))
+    run = one.get("run")
+    seed = one.get("seed")
+    return {
+        "text": one["prompt"],
+        "tokens": tokens,
+        "method": row["method"],
+        "seed": None if seed is None or not row["each"] else seed,
+        "rate": one,
+        "collapse": bool(one.get("letter_collapse")),
+        "link": quote(f"{run}/report.html") if run and (path / run / "report.html").is_file() else None,
+    }
+
+
+def _kept(row: Row) -> dict[str, Any]:
+    """What the page embeds of a row."""
+    return {**row, "each": [{k: v for k, v in one.items() if k != "attribution"} for one in row["each"][:MEMBERS]]}

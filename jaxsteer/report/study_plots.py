@@ -1,0 +1,191 @@
+"""The plots of a study: rates by method, frontiers and search curves, one figure per model or persona."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from jaxsteer.report.figures import ACCENT, BAND, INK, MUTED, OTHER, PAGE, Plot, in_style, panels
+from jaxsteer.report.reading import interval, number, visible
+from jaxsteer.report.rows import Place, Row
+from jaxsteer.report.study import Line, Study, envelope
+
+PANELS = 3
+"""Personas side by side in one figure."""
+LINES = 24
+"""Searches drawn one by one; of more than that, the best, the worst and those in between at equal steps."""
+COLOURS = (ACCENT, OTHER, INK, MUTED)
+"""Of methods in frontiers and curves."""
+FIGURES = 12
+"""Personas (times models) that get a figure of their own for frontiers and curves."""
+
+
+def study_plots(study: Study) -> dict[str, Plot]:
+    """All plots that this study has numbers for, by name."""
+    made: list[Plot | None] = []
+    models = list(dict.fromkeys(model for model, _ in study.places))
+    for model in models:
+        places = [place for place in study.places if place[0] == model]
+        for start in range(0, len(places), PANELS):
+            made.append(rates_plot(study, places[start : start + PANELS], part=start // PANELS))
+    for place in study.places[:FIGURES]:
+        made.append(frontier_plot([line for line in study.frontiers if line.place == place], place, study.unit))
+        made.append(curves_plot([line for line in study.curves if line.place == place], place, study.unit))
+    return {plot.name: plot for plot in made if plot is not None}
+
+
+@in_style
+def rates_plot(study: Study, places: Sequence[Place], *, part: int = 0) -> Plot | None:
+    """Test rates with 95 % intervals, a line per method and a panel per persona; every seed as a hollow dot."""
+    rows = [row for place in places for row in study.of(place)]
+    methods = [name for name in study.methods if any(row["method"] == name for row in rows)]
+    if not methods:
+        return None
+    figure, axes = panels(len(places), width=3.3 + 2.6 * len(places), height=0.9 + 0.27 * len(methods), share_y=True)
+    table: list[dict[str, Any]] = []
+    tips: dict[str, str] = {}
+    for panel, (axis, place) in enumerate(zip(axes, places, strict=True)):
+        here = {row["method"]: row for row in study.of(place)}
+        base = next((row for row in here.values() if row["kind"] == "baseline"), None)
+        if base is not None and base.get("ci95"):
+            axis.axvspan(*(100 * end for end in base["ci95"]), color=BAND, zorder=0)
+        for at, method in enumerate(methods):
+            if method in here:
+                gid = f"rate-{panel}-{at}"
+                tips[gid] = f"{method}, {place[1]}: {interval(here[method])}"
+                _draw_rate(axis, at, here[method], gid)
+                table.append(_rate_record(here[method]))
+        axis.set_title(visible(place[1]), fontsize=10, color=INK, loc="left")
+        axis.set_xlim(-3, 103)
+        axis.grid(visible=False, axis="y")
+        axis.set_xlabel("persona answers (%)")
+    axes[0].set_yticks(range(len(methods)), [_label(name) for name in methods], color=INK)
+    axes[0].set_ylim(len(methods) - 0.4, -0.6)
+    name = f"rates-{_slug(places[0][0])}" + (f"-{part + 1}" if part else "")
+    return Plot(name=name, title=f"Persona rates on {places[0][0]}", figure=figure, rows=tuple(table), tips=tips)
+
+
+def _draw_rate(axis: Any, at: int, row: Row, gid: str) -> None:
+    colour = {"search": ACCENT, "baseline": INK}.get(str(row["kind"]), MUTED)
+    if row.get("ci95"):
+        axis.plot([100 * end for end in row["ci95"]], [at, at], color=colour, linewidth=2.2, solid_capstyle="butt")
+    for one in row["each"][:LINES]:
+        if number(one.get("rate")) is not None:
+            axis.plot(100 * one["rate"], at, "o", markersize=4, markerfacecolor=PAGE, markeredgecolor=colour, alpha=0.7)
+    collapsed = bool(row.get("letter_collapse"))
+    axis.plot(
+        100 * row["rate"], at, "X" if collapsed else "o", markersize=7 if collapsed else 6,
+        markerfacecolor=OTHER if collapsed else colour, markeredgecolor=OTHER if collapsed else colour, gid=gid,
+    )  # fmt: skip
+
+
+def _rate_record(row: Row) -> dict[str, Any]:
+    low, high = row.get("ci95") or (None, None)
+    return {
+        **{key: visible(row[key]) for key in ("model", "persona", "method", "kind")},
+        **{"rate": row["rate"], "low": low, "high": high, "searches": len(row["each"]) or 1},
+        **{key: row.get(key) for key in ("a_rate", "swapped_rate", "letter_collapse", "n")},
+    }
+
+
+@in_style
+def frontier_plot(lines: Sequence[Line], place: Place, unit: str) -> Plot | None:
+    """Target against cross-entropy: every search's frontier, and stronger what no search of its method beats."""
+    if not any(number(row.get("target")) is not None for line in lines for row in line.rows):
+        return None
+    figure, (axis,) = panels(width=6.4, height=3.3)
+    table: list[dict[str, Any]] = []
+    for method, colour, found in _coloured(lines):
+        for line in _some(found, lambda line: max(number(row.get("target")) or 0.0 for row in line.rows)):
+            points = sorted(
+                (x, y, str(row.get("text", "")))
+                for row in line.rows
+                if (x := number(row.get("cross_entropy"))) is not None and (y := number(row.get("target"))) is not None
+            )
+            xs, ys, texts = zip(*points, strict=True) if points else ((), (), ())
+            axis.plot(xs, ys, "o-", color=colour, linewidth=0.7, markersize=2.2, alpha=0.4)
+            for x, y, text in zip(xs, ys, texts, strict=True):
+                table.append(_record(line, {"cross_entropy": x, "target": y, "prompt": visible(text)}))
+        best = envelope(found)
+        axis.plot([x for x, _ in best], [y for _, y in best], drawstyle="steps-post", color=colour, linewidth=1.7,
+                  label=_label(method))  # fmt: skip
+    axis.set_xlabel("cross-entropy of the prompt (nats per token; left is more fluent)")
+    axis.set_ylabel(f"target ({visible(unit)})")
+    _legend(axis)
+    title = f"Pareto frontiers: {place[1]} on {place[0]}"
+    return Plot(name=f"pareto-{_slug(*place)}", title=title, figure=figure, rows=tuple(table))
+
+
+@in_style
+def curves_plot(lines: Sequence[Line], place: Place, unit: str) -> Plot | None:
+    """Best target of every search against its candidates and against seconds, and stronger the median of a method."""
+    axes_of = {"candidates": "candidates scored", "seconds": "seconds"}
+    known = [key for key in axes_of if all(number(row.get(key)) is not None for line in lines for row in line.rows)]
+    if not lines or not known:
+        return None
+    figure, panes = panels(len(known), width=4.4 * len(known), height=2.7)
+    table: list[dict[str, Any]] = []
+    for method, colour, found in _coloured(lines):
+        shown = _some(found, lambda line: float(line.rows[-1]["best_target"]))
+        for axis, key in zip(panes, known, strict=True):
+            for line in shown:
+                values = [float(row["best_target"]) for row in line.rows]
+                axis.plot([float(row[key]) for row in line.rows], values, "o-" if len(values) == 1 else "-",
+                          color=colour, linewidth=0.8, markersize=3, alpha=0.4)  # fmt: skip
+            middle = _median(found, key)
+            axis.plot([x for x, _ in middle], [y for _, y in middle], color=colour, linewidth=2, label=_label(method))
+            axis.set_xlabel(axes_of[key])
+            axis.set_ylabel(f"best target ({visible(unit)})")
+        for line in shown:
+            table += [_record(line, {key: row.get(key) for key in (*known, "best_target")}) for row in line.rows]
+    _legend(panes[0])
+    title = f"Best target of the searches: {place[1]} on {place[0]}"
+    return Plot(name=f"curves-{_slug(*place)}", title=title, figure=figure, rows=tuple(table))
+
+
+def _record(line: Line, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {"method": visible(line.method), "search": visible(line.name), **numbers}
+
+
+def _coloured(lines: Sequence[Line]) -> list[tuple[str, str, list[Line]]]:
+    """Lines by method with a colour each; there are few colours that can be told apart, so the last has all others."""
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(line.method, []).append(line)
+    names = list(groups)
+    kept = names if len(names) <= len(COLOURS) else names[: len(COLOURS) - 1]
+    found = [(name, colour, groups[name]) for name, colour in zip(kept, COLOURS)]
+    if others := [line for name in names[len(kept) :] for line in groups[name]]:
+        found.append((f"{len(names) - len(kept)} other methods", COLOURS[-1], others))
+    return found
+
+
+def _legend(axis: Any) -> None:
+    if len(axis.get_legend_handles_labels()[1]) > 1:
+        axis.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def _median(lines: Sequence[Line], key: str) -> list[tuple[float, float]]:
+    """The median over searches, look by look, as far as all of them go."""
+    looks = range(min(len(line.rows) for line in lines))
+    columns = [[(float(line.rows[i][key]), float(line.rows[i]["best_target"])) for line in lines] for i in looks]
+    return [(median(x for x, _ in column), median(y for _, y in column)) for column in columns]
+
+
+def _some(lines: Sequence[Line], value: Any) -> list[Line]:
+    """At most ``LINES`` of them: from the worst to the best at equal steps."""
+    if len(lines) <= LINES:
+        return list(lines)
+    order = sorted(lines, key=value)
+    return [order[round(i * (len(order) - 1) / (LINES - 1))] for i in range(LINES)]
+
+
+def _label(name: str, width: int = 40) -> str:
+    shown = visible(name)
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def _slug(*names: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", " ".join(names).lower()).strip("-")[:80] or "unnamed"
