@@ -24,6 +24,11 @@ SHARED = "model persona kind method n prompt site read_position".split()
 AVERAGED = "rate a_rate swapped_rate auroc debiased_rate probe_correlation".split()
 
 
+def unprompted(row: Row) -> bool:
+    """Whether a row is the model as it is: neither prompted nor steered."""
+    return row["kind"] == "baseline" and row.get("prompt") == "" and not row.get("steered")
+
+
 def rows_of_runs(runs: Mapping[str, Mapping[str, Any]], configs: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """One row per model, persona and method: without a prompt, controls, and what each kind of search selected.
 

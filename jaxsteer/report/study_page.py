@@ -13,7 +13,7 @@ from markupsafe import Markup
 from jaxsteer.report.pooled import summarised
 from jaxsteer.report.reading import number
 from jaxsteer.report.reproduce import command_of
-from jaxsteer.report.rows import Place, Row
+from jaxsteer.report.rows import Place, Row, unprompted
 from jaxsteer.report.study import Study
 from jaxsteer.report.study_plots import FIGURES, study_plots
 from jaxsteer.report.templates import embedded, flat, shaded, template
@@ -74,7 +74,7 @@ def _tiles(study: Study) -> list[tuple[str, str, str]]:
     """(label, number, small print) of the headline."""
     candidates, seconds = number(study.numbers.get("candidates")), number(study.numbers.get("search_s"))
     beaten = [place for place in study.places if _beats(study.of(place))]
-    known = [place for place in study.places if any(row["kind"] == "baseline" for row in study.of(place))]
+    known = [place for place in study.places if any(map(unprompted, study.of(place)))]
     tiles = []
     if known:
         note = "some search's interval lies below that of the model without a prompt"
@@ -91,7 +91,7 @@ def _tiles(study: Study) -> list[tuple[str, str, str]]:
 
 def _beats(rows: Sequence[Row]) -> bool:
     """Whether the interval of a search without letter collapse lies below that of the baseline."""
-    base = next((row for row in rows if row["kind"] == "baseline" and row.get("ci95")), None)
+    base = next((row for row in rows if unprompted(row) and row.get("ci95")), None)
     searched = [row for row in rows if row["kind"] == "search" and row.get("ci95") and not row.get("letter_collapse")]
     return base is not None and any(row["ci95"][1] < base["ci95"][0] for row in searched)
 
@@ -106,11 +106,9 @@ def _table(study: Study) -> list[tuple[str, str, list[Row | None]]]:
 
 
 def _prompts(study: Study, place: Place) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
-    """Prompts in sight, prompts behind a click, and how many are left out: the first of every method first."""
+    """Prompts in sight, prompts behind a click, and how many are left out; the first of every search comes first."""
     columns = []
-    for row in study.of(place):
-        if row["kind"] == "baseline" or row.get("steered"):
-            continue
+    for row in sorted(study.of(place), key=lambda row: row["kind"] != "search"):
         members = [{**row, **one, "run": one.get("run") or row.get("run")} for one in row["each"]] or [row]
         columns.append([_prompt(study.path, one, row) for one in members if one.get("prompt")])
     found = [prompt for line in zip_longest(*columns) for prompt in line if prompt is not None]

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxsteer.report.figures import ACCENT, BAND, INK, MUTED, OTHER, PAGE, Plot, in_style, panels
 from jaxsteer.report.reading import interval, number, visible
-from jaxsteer.report.rows import Place, Row
+from jaxsteer.report.rows import Place, Row, unprompted
 from jaxsteer.report.study import Line, Study, envelope
 
 PANELS = 3
@@ -48,7 +48,7 @@ def rates_plot(study: Study, places: Sequence[Place], *, part: int = 0) -> Plot 
     tips: dict[str, str] = {}
     for panel, (axis, place) in enumerate(zip(axes, places, strict=True)):
         here = {row["method"]: row for row in study.of(place)}
-        base = next((row for row in here.values() if row["kind"] == "baseline"), None)
+        base = next((row for row in here.values() if unprompted(row)), None)
         if base is not None and base.get("ci95"):
             axis.axvspan(*(100 * end for end in base["ci95"]), color=BAND, zorder=0)
         for at, method in enumerate(methods):
@@ -68,7 +68,7 @@ def rates_plot(study: Study, places: Sequence[Place], *, part: int = 0) -> Plot 
 
 
 def _draw_rate(axis: Any, at: int, row: Row, gid: str) -> None:
-    colour = {"search": ACCENT, "baseline": INK}.get(str(row["kind"]), MUTED)
+    colour = ACCENT if row["kind"] == "search" else INK if unprompted(row) else MUTED
     if row.get("ci95"):
         axis.plot([100 * end for end in row["ci95"]], [at, at], color=colour, linewidth=2.2, solid_capstyle="butt")
     for one in row["each"][:LINES]:

@@ -201,7 +201,7 @@ def write_table(path: Path, *, places: int = 2) -> Path:
     numbers = json.loads((run / "metrics.json").read_text())
     numbers["attribution"]["tokens"] = [" s", "0", ""]
     (run / "metrics.json").write_text(json.dumps(numbers))
-    verdicts = [{"claim": "beats zero-shot", "model": None, "persona": persona, "holds": True, "text": HOSTILE}]
+    verdicts = [{"claim": "beats zero-shot", "model": None, "persona": "persona 0", "holds": True, "text": HOSTILE}]
     table = {
         "format": "jaxsteer.study/1",
         "experiment": "main_table",
