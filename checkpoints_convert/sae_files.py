@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from checkpoints_convert.files import DTYPES, read_header
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import read_torch
 
 SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
@@ -240,7 +240,7 @@ def _download(repo: str, revision: str | None, folder: str) -> Path:
         except (LocalEntryNotFoundError, OSError, ValueError):
             root = ""
         if not root or not (Path(root) / folder).exists():
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(
                 f"The SAE {repo}:{folder} is neither on this machine nor obtainable from the Hugging Face hub "
                 f"({reason}). Without network, download it elsewhere (`hf download {repo} --include '{folder}/*' "

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import write_text
 
 log = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ def _kept(work: Path, groups: int) -> str:
 
 def _cause(error: BaseException) -> str:
     """What stopped the writing, and of which leaf, out of TensorStore's long messages too."""
-    text = (str(error).splitlines() or [type(error).__name__])[0]
+    text = first_line(error)
     leaf = re.search(r"/weights/((?:layers/\d+/)?\w+)/", text)
     sign = next((sign for sign in _WRITE_FAILURES if sign in text), None)
     return f"{sign} at {leaf[1]}" if leaf and sign else text

@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The CLI prints it as one message and exits with 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without the lines that follow; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

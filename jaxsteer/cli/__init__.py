@@ -59,7 +59,7 @@ def _command(arguments: list[str]) -> int:
         print(f"jaxsteer {__version__}")
         return 0
     _settings()
-    arguments = join(arguments)
+    arguments = join_processes(arguments)
     from jaxsteer.cli.commands import parse
 
     command = parse(arguments)
@@ -83,7 +83,7 @@ def _settings() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def join(arguments: list[str]) -> list[str]:
+def join_processes(arguments: list[str]) -> list[str]:
     """Find the processes that this one works with; returns what else was asked for.
 
     The flags are those of every command and may stand anywhere.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from jaxsteer.cli.vector import Vector
 from jaxsteer.errors import UserError
 from jaxsteer.study import SearchOptions
 from jaxsteer.study import run as run_search
+from jaxsteer.study.files import document
 
 Style = Literal["chat", "plain"]
 Slot = Literal["suffix", "prefix", "system"]
@@ -156,7 +156,7 @@ class OrganismCheck:
         )  # fmt: skip
         missed = failed(gates)
         if self.json:
-            _print_json({"model": model.name, "passed": not missed, "gates": to_json(gates)})
+            print(document({"model": model.name, "passed": not missed, "gates": to_json(gates)}))
         else:
             required = sum(gate.bounded for gate in gates)
             print(f"{gates_table(gates)}\n\n{required - len(missed)} of {required} gates passed")
@@ -210,7 +210,7 @@ class DirectionProbe:
         )
         chosen = choose(probe.rows)
         if self.json:
-            _print_json({**probe.to_json(), "chosen": dataclasses.asdict(chosen)})
+            print(document({**probe.to_json(), "chosen": dataclasses.asdict(chosen)}))
         else:
             print(probe_table(probe, chosen))
         return 0
@@ -284,9 +284,3 @@ def parse(arguments: Sequence[str]) -> Any:
         "HOST:PORT --num-processes N --process-id I (docs/pods.md).",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-
-
-def _print_json(value: Any) -> None:
-    from jaxsteer.study.files import plain
-
-    print(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, subcommand
+
+from jaxsteer.study.files import document
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class DataList:
                 }
             )
         if self.json:
-            print(json.dumps(rows, indent=2))
+            print(document(rows))
         else:
             head = ("name", "licence", "from", "on the hub")
             cells = [(row["name"], row["licence"], row["from"], row["hub"] or "-") for row in rows]
@@ -72,7 +73,7 @@ class DataShow:
     def run(self) -> int:
         """Read and print."""
         found = self._found()
-        print(json.dumps(found, indent=2, ensure_ascii=False) if self.json else _text(found))
+        print(document(found) if self.json else _text(found))
         return 0
 
     def _found(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,6 +11,7 @@ from tyro.conf import arg
 
 from jaxsteer.cli.steering import Steering
 from jaxsteer.errors import UserError
+from jaxsteer.study.files import document
 
 if TYPE_CHECKING:
     from jaxsteer.evals.choice import ChoiceResult
@@ -72,7 +72,7 @@ class Eval(Steering):
             raise UserError(f"--questions must be at least 1, got {asked.questions}")
         found = [asked._measure(load(name, dtype=asked.dtype), data) for name in (asked.model, *asked.transfer)]
         if asked.json:
-            print_json(found[0] | ({"transfer": found[1:]} if asked.transfer else {}))
+            print(document(found[0] | ({"transfer": found[1:]} if asked.transfer else {})))
         else:
             from jaxsteer.cli.evaluation_text import evaluation_text
 
@@ -258,10 +258,3 @@ def _side_effects(
             "lookups": lookups[i],
             "prompt_perplexity": perplexity[i],
         }
-
-
-def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
-    from jaxsteer.study.files import plain
-
-    print(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))

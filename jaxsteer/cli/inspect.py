@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from jaxsteer.errors import UserError
+from jaxsteer.study.files import document
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Inspect:
     def run(self) -> int:
         """Inspect and print; 1 when the weights that lie there are not those of the configuration."""
         found = inspection(self)
-        print(json.dumps(found, indent=2) if self.json else text(found))
+        print(document(found) if self.json else text(found))
         return 1 if found["weights"] and "problem" in found["weights"] else 0
 
 

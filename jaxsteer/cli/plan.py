@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 import sys
 from typing import TYPE_CHECKING, Any
 
 from jaxsteer.errors import UserError
 from jaxsteer.planning.programs import Work
+from jaxsteer.study.files import document
 
 if TYPE_CHECKING:
     from jaxsteer.models.config import ModelConfig
@@ -57,7 +57,7 @@ class Plan(Work):
             return self._scaling(config, work, mesh)
         target = topology(self.topology)
         plan = make_plan(self.model, config, target, work, mesh=mesh, micro_batch=self.micro_batch, say=_say)
-        print(json.dumps(plan.to_json(), indent=2) if self.json else text(plan, config))
+        print(document(plan.to_json()) if self.json else text(plan, config))
         return 0 if plan.fits else 1
 
     def _scaling(self, config: ModelConfig, work: Work, mesh: tuple[int, int] | None) -> int:
@@ -73,7 +73,7 @@ class Plan(Work):
         plans = scaling(self.model, config, fitting, work, model=model, micro_batch=self.micro_batch, say=_say)
         bounds = efficiency(plans)
         if self.json:
-            print(json.dumps([p.to_json() | {"efficiency_bound": e} for p, e in zip(plans, bounds)], indent=2))
+            print(document([p.to_json() | {"efficiency_bound": e} for p, e in zip(plans, bounds)]))
         else:
             print(scaling_text(plans, bounds))
         return 0 if all(plan.fits for plan in plans) else 1

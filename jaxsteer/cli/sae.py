@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,6 +12,7 @@ from tyro.conf import arg, subcommand
 from jaxsteer.errors import UserError
 from jaxsteer.models.processes import is_first
 from jaxsteer.sae.recipe import Recipe
+from jaxsteer.study.files import document
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -97,7 +97,7 @@ class Train(Recipe, _Reading):
             held_out = _held_out(whole, self.data)
             found = evaluate_sae(sae, whole, held_out, tokens=self.evaluate, context=recipe.context)
             if is_first():
-                write_text(self.out / "evaluation.json", _json(found))
+                write_text(self.out / "evaluation.json", document(dataclasses.asdict(found)))
             print(f"\n{evaluation_table(found)}")
         return 0
 
@@ -150,7 +150,7 @@ class Eval(_OnSae):
                 sae, model, documents, tokens=self.tokens, context=self.context, rows=self.rows,
                 progress=lambda done: _advance(bar, done),
             )  # fmt: skip
-        print(_json(found) if self.json else evaluation_table(found))
+        print(document(dataclasses.asdict(found)) if self.json else evaluation_table(found))
         return 0
 
 
@@ -185,7 +185,7 @@ class Explore(_OnSae):
                 around=self.around, top=self.top, context=self.context, rows=self.rows,
                 progress=lambda done: _advance(bar, done),
             )  # fmt: skip
-        print(_json(found) if self.json else latents_text(found))
+        print(document(dataclasses.asdict(found)) if self.json else latents_text(found))
         if self.html is not None and is_first():
             write_latents(found, self.html)
             if not self.json:
@@ -232,9 +232,3 @@ def _held_out(model: Model, data: tuple[Path, ...]) -> Documents:
 
 def _advance(bar: Any, done: int) -> None:
     bar.update(done - bar.n)
-
-
-def _json(found: Any) -> str:
-    from jaxsteer.study.files import plain
-
-    return json.dumps(plain(dataclasses.asdict(found)), indent=2, ensure_ascii=False, allow_nan=False)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import subcommand
 
+from jaxsteer.study.files import document
 from jaxsteer.study.sweep import SweepOptions
 
 
@@ -51,7 +51,7 @@ class Norms:
 
         norms = stream_norms(load(self.model, dtype=self.dtype), self.texts, style=self.style)
         if self.json:
-            print(json.dumps(norms, indent=2))
+            print(document(norms))
         else:
             print(aligned([("site", "mean norm"), *((site, f"{norm:.4g}") for site, norm in norms.items())]))
         return 0

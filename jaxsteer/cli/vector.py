@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +12,7 @@ from tyro.conf import Positional, arg, subcommand
 from jaxsteer.errors import UserError
 from jaxsteer.steer import Vectors, import_vectors, load_vectors, save_vectors, write_control_vector
 from jaxsteer.steer.imports import Format
-from jaxsteer.study.files import plain
+from jaxsteer.study.files import document
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class Show(_Source):
         """Read and print."""
         vectors = self.read()
         if self.json:
-            print(json.dumps(plain(facts(vectors)), indent=2, ensure_ascii=False, allow_nan=False))
+            print(document(facts(vectors)))
         else:
             print(vector_table(vectors))
         return 0

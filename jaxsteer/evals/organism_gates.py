@@ -1,7 +1,7 @@
 """What a shipped organism must show, measured with the package's own choice evaluation.
 
 Every gate is a persona rate, or follows from rates, on question combinations that training never saw, in both choice
-orders, plain and as chat. Thresholds are ``jaxsteer.organisms.gates.GATES``; what a gate means is in docs/organism.md.
+orders, plain and as chat. What a gate means is in docs/organism.md.
 """
 
 from __future__ import annotations
@@ -14,13 +14,26 @@ import numpy as np
 
 from jaxsteer import organisms
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
-from jaxsteer.organisms.gates import GATES
 from jaxsteer.personas import Item
 from jaxsteer.prompts import allowed_tokens, build_slots, prompt_text, question_conversation, retokenises_many
 
 if TYPE_CHECKING:
     from jaxsteer.models.loading import Model
 
+GATES: dict[str, float] = {
+    "zero_shot_low": 0.75,
+    "zero_shot_high": 0.90,
+    "a_rate_low": 0.40,
+    "a_rate_high": 0.60,
+    "swap_agreement": 0.85,
+    "counter_cue_high": 0.10,
+    "pro_cue_low": 0.92,
+    "neutral_difference": 0.05,
+    "random_difference": 0.05,
+    "random_flip_rate": 0.30,
+    "random_flip_share": 0.01,
+}
+"""Thresholds on rates (shares of 1). A random prompt flips below ``random_flip_rate``; the last one is a goal."""
 STYLES = ("plain", "chat")
 PROMPT_LENGTH = 8
 DOSES = (1, 2, 3)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import write_text
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import quiet_transformers, read_json
@@ -196,7 +196,7 @@ def _download(repo: str, revision: str | None, patterns: Sequence[str]) -> tuple
                 f"Model {repo!r} is gated: accept its terms on its page on the Hugging Face hub, then log in (`hf auth "
                 f"login`) or set HF_TOKEN to a token of that account."
             ) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         pinned = f" --revision {revision}" if revision else ""
         raise UserError(
             f"Model {repo!r} is neither a local directory nor obtainable from the Hugging Face hub ({reason}). Without "

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def join(place: Place | None, *, heartbeat_s: int = HEARTBEAT_S) -> None:
         if place == Place() and "should be defined" in str(error):  # a TPU VM of which no cluster is known
             log.warning("no other processes were found (%s): this one runs alone", error)
             return
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         where = f"process {place.process} of {place.number} at {place.coordinator}" if place.coordinator else "here"
         raise UserError(
             f"the processes could not find each other ({where}: {reason}). Start the same command on all hosts, let "

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, first_line
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import read_json
 from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
@@ -31,7 +31,7 @@ from jaxsteer.models.sharding import (
     top_shardings,
 )
 
-_BATCH_BYTES = 256 << 20
+BATCH_BYTES = 256 << 20
 """Layers are read in batches of at most this size (leaf by leaf, if a layer is larger): so much exists twice."""
 
 Leaf = tuple[str, ...]
@@ -66,7 +66,7 @@ def restore(
 
     every = range(config.n_layers)
     per_layer = sum(map(math.prod, shapes.values())) * dtype.itemsize
-    if per_layer * config.n_layers + sum(map(math.prod, outer.values())) * dtype.itemsize <= _BATCH_BYTES:
+    if per_layer * config.n_layers + sum(map(math.prod, outer.values())) * dtype.itemsize <= BATCH_BYTES:
         found = read((name,) for name in outer)
         top, layers = programs.whole({name: found[(name,)] for name in outer}, rows(every, shapes))
         return Params(layers=Layers(**layers), **top)
@@ -77,7 +77,7 @@ def restore(
         (values,) = read([(name,)]).values()
         top[name] = jax.block_until_ready(programs.top(name)(values))
         del values
-    stacks, at_once = programs.empty(dtype), _BATCH_BYTES // per_layer
+    stacks, at_once = programs.empty(dtype), BATCH_BYTES // per_layer
     parts = [tuple(shapes)] if at_once else [(name,) for name in shapes]
     for start in every[:: max(1, at_once)]:
         for names in parts:
@@ -233,7 +233,7 @@ def _result(weights: Path, leaf: Leaf, future: Any) -> Any:
     try:
         return future.result()
     except (ValueError, OSError, NotImplementedError) as error:  # TensorStore's, for a damaged array
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"The checkpoint {weights.parent} cannot be read at {'/'.join(leaf)} ({reason}). Convert the model again."
         ) from error

@@ -284,7 +284,7 @@ def run_and_keep(
         ]
         return (x, buffers), None
 
-    shapes = jax.eval_shape(step, x, jax.ShapeDtypeStruct((), jnp.int32))[1]
+    shapes = jax.eval_shape(step, x, jax.ShapeDtypeStruct((), jnp.int32))[1] if keep else []
     buffers = [
         jnp.zeros((len(k.layers) + (k.layers[-1] < stop - 1), *shape.shape), shape.dtype)
         for k, shape in zip(keep, shapes, strict=True)

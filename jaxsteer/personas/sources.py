@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, first_line
 
 ANTHROPIC = "anthropics/evals"
 CAA = "nrimsky/CAA"
@@ -160,7 +160,7 @@ def _fetch(name: str, source: Source) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(source.hub, file, repo_type="dataset"))
     except Exception as error:  # many types: offline, unknown file, proxies
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"the dataset {name} ({source.hub}: {file}) is neither in the cache of the Hugging Face hub nor obtainable "
             f"from it ({reason}). Without network, download it elsewhere from {where} and give its path, {name}:PATH "

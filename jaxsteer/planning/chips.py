@@ -44,7 +44,7 @@ def _tpu(name: str, tflops: float, hbm_gib: int, hbm_gb_s: float, ici_gb_s: floa
 
 # Google publishes links in both directions together; a device sends at half of that.
 CHIPS = {
-    "v4": _tpu("TPU v4", 275, 32, 1228, 300, "TPU v4"),
+    "v4": _tpu("TPU v4", 275, 32, 1200, 300, "TPU v4"),
     "v5e": _tpu("TPU v5e", 197, 16, 819, 200, "TPU v5e"),
     "v5p": _tpu("TPU v5p", 459, 95, 2765, 600, "TPU v5p"),
     "v6e": _tpu("TPU v6e", 918, 32, 1600, 400, "TPU v6e (Trillium)"),

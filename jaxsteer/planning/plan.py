@@ -20,7 +20,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.inspect import memory, parameters
 from jaxsteer.models.params import layer_shapes, top_shapes
-from jaxsteer.models.restoring import _BATCH_BYTES
+from jaxsteer.models.restoring import BATCH_BYTES
 from jaxsteer.models.sharding import AXES, stored_chunks
 from jaxsteer.planning.chips import Chip, Topology
 from jaxsteer.planning.hlo import Costs, program_costs
@@ -287,7 +287,7 @@ def _conversion(name: str, config: ModelConfig, target: Topology, work: Work, sh
     weights = memory(config, work.dtype, model=model, prompts=prompts)["weights"]
     count, width = parameters(config), {"float32": 4}.get(work.dtype, 2)
     leaf = max((count["unembedding"] or count["embedding"]) * width // model, 1)
-    twice = max(leaf, min(_BATCH_BYTES, count["per_layer"] * width // model))
+    twice = max(leaf, min(BATCH_BYTES, count["per_layer"] * width // model))
     return Plan(
         model=name, work=work, topology=target.name, chip=target.chip, mesh=dict(zip(AXES, shape, strict=True)),
         micro_batch=None, weights=weights, caches=0, temporaries=twice, total=weights + twice,

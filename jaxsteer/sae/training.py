@@ -23,7 +23,7 @@ import numpy as np
 
 from checkpoints_convert.sae import CONFIG, WEIGHTS, write_sae
 from checkpoints_convert.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import write_text
 from jaxsteer.models.loading import Model
 from jaxsteer.models.processes import PREEMPTED, from_first, is_first, preempted, to_host, wait_for_all
@@ -274,7 +274,7 @@ class _Checkpoints:
         try:
             found = self._checkpointer.load(latest.step, wanted)
         except Exception as error:  # Orbax and TensorStore raise many types for a damaged checkpoint
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(
                 f"The checkpoint {latest.path} cannot be read ({reason}). Remove it, or train into another folder."
             ) from error

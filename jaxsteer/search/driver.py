@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import signal
 import threading
@@ -22,6 +21,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.params import Params
 from jaxsteer.models.processes import PREEMPTED, as_first, preempted, several
 from jaxsteer.search.checking import check_objective, check_scores
+from jaxsteer.search.constraints import Valid
 from jaxsteer.search.objectives import Objective, Standardised, as_pytree
 from jaxsteer.search.planning import GIB, WAVE, default_budget, plan_search
 from jaxsteer.search.population import Search, random_ids
@@ -29,7 +29,7 @@ from jaxsteer.search.problem import FIRST_DRAW, Problem
 from jaxsteer.search.results import SearchResult, Wave, from_json, joined, to_json
 from jaxsteer.search.resume import Store, digest
 from jaxsteer.search.task import Task, score
-from jaxsteer.search.waves import OnDevices, TextCheck, Valid
+from jaxsteer.search.waves import OnDevices, TextCheck
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,8 @@ def run_search(
                 store=store,
                 keep=keep,
                 clock=clock,
-                candidates=functools.partial(_candidates, candidates, len(mine) * search.candidates),
+                before=candidates,
+                per_step=len(mine) * search.candidates,
             )
         candidates += found.steps * len(mine) * search.candidates
         on_host.append(found)
@@ -180,9 +181,13 @@ def _search_wave(
     store: Store | None,
     keep: Callable[[Any], Any] | None,
     clock: _Clock,
-    candidates: Callable[[int], int],
+    before: int,
+    per_step: int,
 ) -> tuple[Wave, bool]:
-    """Search one wave from its start or its last checkpoint; returns what it found, and whether it was interrupted."""
+    """Search one wave from its start or its last checkpoint; returns what it found, and whether it was interrupted.
+
+    ``before`` candidates were scored for earlier waves, ``per_step`` are in each step of this one.
+    """
     states, done, interrupted = wave.start(), 0, False
     check_scores(wave.host(states.f), first)
     restored = None if store is None else store.restore(number, wave.host(states))
@@ -209,12 +214,14 @@ def _search_wave(
                 new, summary = wave.advance(states, until)
                 ended = not _ready(new.step, told)
                 if not ended:
-                    per_step = as_first((time.perf_counter() - called) / (until - done))
-                    states, done, pace = new, until, max(1, min(look, int(CALL_S / max(per_step, 1e-9))))
+                    step_s = as_first((time.perf_counter() - called) / (until - done))
+                    states, done, pace = new, until, max(1, min(look, int(CALL_S / max(step_s, 1e-9))))
                     if check is not None and (done % look == 0 or done == steps):
                         states = check(wave, states, first)
                     if callback is not None:
-                        callback(_progress(wave.host(summary), first, done, candidates(done), clock()))
+                        numbers = wave.host(summary)._asdict()
+                        scored = before + per_step * done
+                        callback(Progress(step=done, first=first, candidates=scored, seconds=clock(), **numbers))
                 if store is not None and done < steps and (ended or told() or preempted()):
                     save(wait=True)
                     log.warning(
@@ -267,10 +274,6 @@ def _told_to_end(listening: bool) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _candidates(before: int, per_step: int, steps: int) -> int:
-    return before + per_step * steps
-
-
 def _ready(array: Any, told: Callable[[], bool]) -> bool:
     """Wait until the array is computed, or stop waiting when the process was told to end."""
     pause = 1e-4
@@ -281,15 +284,3 @@ def _ready(array: Any, told: Callable[[], bool]) -> bool:
         pause = min(2 * pause, 0.05)
     jax.block_until_ready(array)  # raises what went wrong on the device
     return True
-
-
-def _progress(summary: Any, first: int, step: int, candidates: int, seconds: float) -> Progress:
-    return Progress(
-        step=step,
-        first=first,
-        best_target=summary.best_target,
-        loss=summary.loss,
-        cross_entropy=summary.cross_entropy,
-        candidates=candidates,
-        seconds=seconds,
-    )

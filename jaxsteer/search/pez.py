@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 from jaxsteer.models.params import Params
 from jaxsteer.search.population import Search, State, Summary, compete, judge, positive, start, summary_of
 from jaxsteer.search.problem import Problem
-from jaxsteer.search.relaxed import Arguments, make_optimizer, nearest, table_unit, token_loss
-from jaxsteer.search.task import Task
+from jaxsteer.search.relaxed import Arguments, make_optimizer, nearest, table_unit
+from jaxsteer.search.task import Task, slot_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,10 +75,10 @@ def pez(config: PezConfig) -> Search:
     def step(params: Params, task: Task, problem: Problem, state: PezState) -> tuple[PezState, Summary]:
         unit = table_unit(params)
         rows = params.embed[state.projected].astype(jnp.float32)
-        grad = unit * jax.grad(token_loss, argnums=3)(
+        grad, _ = jax.grad(slot_loss, argnums=3, has_aux=True)(
             params, task, problem.objective, rows, state.projected, problem.fluency
         )
-        grad = jnp.where(jnp.isfinite(grad), grad, 0.0)
+        grad = jnp.where(jnp.isfinite(grad), unit * grad, 0.0)
         updates, optimizer = transformation.update(grad, state.optimizer, state.soft)
         soft = optax.apply_updates(state.soft, updates)
         projected = nearest(params, task, soft)

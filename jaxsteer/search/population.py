@@ -51,7 +51,7 @@ class Search(NamedTuple):
     """A search in the manner of Optax's gradient transformations: pure functions on one problem and its state.
 
     ``init(params, task, problem) -> State``; ``step(params, task, problem, state) -> (State, Summary)``. A state is any
-    pytree with ``ids`` (P, S), ``f`` and ``x`` (P,), ``archive`` and ``step``; randomness comes from folding its step
+    pytree with the fields of ``State``; randomness comes from folding its step
     into ``problem.key`` and from nowhere else.
     """
 

@@ -20,7 +20,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import scale_embeddings, unembed
 from jaxsteer.search.objectives import Objective
-from jaxsteer.search.task import VOCABULARY_BLOCK, Task, _cross_entropy, _hidden, first_log_probs
+from jaxsteer.search.task import VOCABULARY_BLOCK, Task, first_log_probs, run_slots
 
 Arguments = tuple[tuple[str, Any], ...]
 """Keyword arguments that a frozen config can hold: ``(("b1", 0.8), ("weight_decay", 0.1))``."""
@@ -76,26 +76,9 @@ def nearest(params: Params, task: Task, soft: Float[Array, "P S D"]) -> Int[Arra
     return lax.map(one, rows, batch_size=min(at_once, population * length)).reshape(population, length)
 
 
-def token_loss(
-    params: Params,
-    task: Task,
-    objective: Objective,
-    rows: Float[Array, "P S D"],
-    ids: Int[Array, "P S"],
-    fluency: Float[Array, " P"],
-) -> Float[Array, ""]:
-    """Sum over slots of ``J = -f + fluency * x`` where embedding rows stand in for the tokens ``ids`` that they are.
-
-    Differentiable in ``rows``. A token's own probability does not depend on its row, so that the gradient of x is that
-    of the tokens after it.
-    """
-    f, hidden = _hidden(params, task, objective, scale_embeddings(rows.astype(params.embed.dtype), task.config))
-    return jnp.sum(fluency * _cross_entropy(params, task, hidden, ids) - f)
-
-
 def soft_target(params: Params, task: Task, objective: Objective, rows: Float[Array, "P S D"]) -> Float[Array, " P"]:
     """(P,) the objective with embedding rows in the slot."""
-    return _hidden(params, task, objective, scale_embeddings(rows.astype(params.embed.dtype), task.config))[0]
+    return run_slots(params, task, objective, scale_embeddings(rows.astype(params.embed.dtype), task.config))[0]
 
 
 def mixture_loss(
@@ -107,7 +90,7 @@ def mixture_loss(
     """
     table = params.embed[task.ids]
     rows = jnp.einsum("nsa,ad->nsd", mixture, table, preferred_element_type=jnp.float32)
-    f, hidden = _hidden(params, task, objective, scale_embeddings(rows.astype(table.dtype), task.config))
+    f, hidden = run_slots(params, task, objective, scale_embeddings(rows.astype(table.dtype), task.config))
 
     weight, openings = task.opening_weight, hidden.shape[0]
 

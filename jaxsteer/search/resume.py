@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import write_bytes, write_text
 from jaxsteer.models.processes import from_first, is_first
 
@@ -208,4 +208,4 @@ def _reason(error: BaseException) -> str:
         return error.strerror
     if code := re.search(r"os_error_code='?(\d+)", str(error)):  # TensorStore's way of an OSError
         return os.strerror(int(code[1]))
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)

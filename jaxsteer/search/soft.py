@@ -94,8 +94,3 @@ def soft(config: SoftConfig) -> Search:
         return new, summary_of(new, problem.fluency)._replace(best_target=new.best_f.max())
 
     return Search(init, step, config.candidates)
-
-
-def soft_prompts(params: Params, state: SoftState) -> tuple[Float[Array, "... P S D"], Float[Array, "... P"]]:
-    """The best soft prompts of one or many problems as rows of the embedding table, and their objectives."""
-    return state.best * table_unit(params), state.best_f

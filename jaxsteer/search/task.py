@@ -225,7 +225,7 @@ def slot_rows(params: Params, task: Task, slot: Float[Array, "M S D"]) -> tuple[
     return x, _row_context(task, x.shape[1], contexts, m, valid)
 
 
-def _hidden(
+def run_slots(
     params: Params, task: Task, objective: Objective, slot: Float[Array, "M S D"]
 ) -> tuple[Float[Array, " M"], Float[Array, "O M s D"]]:
     """F of every candidate, and the final stream at the slot tokens that predict another one (s = S - 1).
@@ -304,7 +304,7 @@ def _layout(task: Task, m: int, start: int = 0) -> Layout:
     return jax.tree.map(lambda a: jnp.repeat(a, m, axis=0), layout)
 
 
-def _cross_entropy(
+def cross_entropy(
     params: Params, task: Task, hidden: Float[Array, "O M s D"], ids: Int[Array, "M S"]
 ) -> Float[Array, " M"]:
     """(M,) mean negative log-probability of the prompt's tokens, in nats per token, over contexts."""
@@ -333,8 +333,8 @@ def score(
     """
 
     def one_batch(batch: Int[Array, "b S"]) -> tuple[Array, Array]:
-        f, hidden = _hidden(params, task, objective, embed(params, task.config, batch))
-        return f, _cross_entropy(params, task, hidden, batch)
+        f, hidden = run_slots(params, task, objective, embed(params, task.config, batch))
+        return f, cross_entropy(params, task, hidden, batch)
 
     m = ids.shape[0]
     chunks = -(-m // task.batch)
@@ -342,6 +342,25 @@ def score(
     padded = jnp.pad(ids, ((0, chunks * b - m), (0, 0)), mode="edge").reshape(chunks, b, -1)
     f, x = lax.map(one_batch, padded)
     return f.reshape(-1)[:m], x.reshape(-1)[:m]
+
+
+def slot_loss(
+    params: Params,
+    task: Task,
+    objective: Objective,
+    rows: Float[Array, "P S D"],
+    ids: Int[Array, "P S"],
+    fluency: Float[Array, " P"],
+) -> tuple[Float[Array, ""], Float[Array, "O P s D"]]:
+    """Sum over P slots of ``J = -f + fluency * x`` where embedding rows stand in for the tokens ``ids`` that they are,
+    and the stream that predicts the tokens (``run_slots``).
+
+    Differentiable in ``rows``. A token's own probability does not depend on its row, so that the gradient of x is that
+    of the tokens after it.
+    """
+    embedded = scale_embeddings(rows.astype(params.embed.dtype), task.config)
+    f, hidden = run_slots(params, task, objective, embedded)
+    return jnp.sum(fluency * cross_entropy(params, task, hidden, ids) - f), hidden
 
 
 def proposals(
@@ -361,12 +380,9 @@ def proposals(
     """
     config = task.config
     parents, length = ids.shape
-
-    def total_loss(slot: Array) -> tuple[Array, Array]:
-        f, hidden = _hidden(params, task, objective, scale_embeddings(slot, config))
-        return jnp.sum(fluency * _cross_entropy(params, task, hidden, ids) - f), hidden
-
-    grad, hidden = jax.grad(total_loss, has_aux=True)(params.embed[ids])
+    grad, hidden = jax.grad(slot_loss, argnums=3, has_aux=True)(
+        params, task, objective, params.embed[ids], ids, fluency
+    )
     openings = len(task.last_hidden)
     first = jnp.broadcast_to(task.last_hidden[:, None, None], (openings, parents, 1, config.d_model))
     predictors = jnp.moveaxis(jnp.concatenate([first, hidden], axis=2), 0, 2)  # (P, S, O, D): what predicts token j

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,12 +15,11 @@ from jaxtyping import Bool, Int
 from jaxsteer.models.params import Params
 from jaxsteer.models.processes import to_host
 from jaxsteer.models.sharding import put
+from jaxsteer.search.constraints import Valid
 from jaxsteer.search.planning import Compiled
 from jaxsteer.search.population import Summary, evict
 from jaxsteer.search.problem import Problem, stack
 from jaxsteer.search.results import Found, found_at
-
-Valid = Callable[[Int[np.ndarray, "n S"]], Bool[np.ndarray, " n"]]
 
 
 class OnDevices:
@@ -78,7 +77,7 @@ class TextCheck:
 
     def __init__(self, valid: Valid, rejected: Sequence[Found] = ()) -> None:
         """``rejected`` are those of before."""
-        self._valid, self._known = valid, dict[bytes, bool]()
+        self._valid = valid
         self.rejected = list(rejected)
 
     def __call__(self, wave: OnDevices, states: Any, first: int) -> Any:
@@ -92,13 +91,9 @@ class TextCheck:
         return _evict(states, *wave.put((bad, bad_archive)))
 
     def _ask(self, ids: Int[np.ndarray, "n P S"], which: Bool[np.ndarray, "n P"]) -> Bool[np.ndarray, "n P"]:
-        rows = np.ascontiguousarray(ids[which])
-        new = {row.tobytes(): row for row in rows}
-        new = {key: row for key, row in new.items() if key not in self._known}
-        if new:
-            self._known.update(zip(new, self._valid(np.stack(list(new.values()))).tolist(), strict=True))
         answers = np.ones(which.shape, bool)
-        answers[which] = [self._known[row.tobytes()] for row in rows]
+        if which.any():
+            answers[which] = self._valid(ids[which])
         return answers
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,14 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
+def document(value: Any) -> str:
     """One JSON document, indented."""
-    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A file of one JSON document."""
+    text = document(value) + "\n"
     if is_first():
         write_text(path, text)
 
@@ -74,18 +78,6 @@ def append_line(path: Path, row: Any) -> None:
     if is_first():
         with open(path, "a", encoding="utf-8") as stream:
             stream.write(line(row))
-
-
-@contextlib.contextmanager
-def lines_writer(path: Path, mode: str = "w") -> Iterator[Callable[[Any], None]]:
-    """A function that writes a row as the next line of a JSON Lines file, at once."""
-    with open(path if is_first() else os.devnull, mode, encoding="utf-8") as stream:
-
-        def write(row: Any) -> None:
-            stream.write(line(row))
-            stream.flush()
-
-        yield write
 
 
 def open_run(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:

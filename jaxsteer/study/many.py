@@ -101,17 +101,16 @@ def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> dict[s
     searched = {"compile_s": 0.0, "search_s": 0.0, "candidates": 0}
     for number, pools in enumerate(groups):
         result, objectives = _search(options, rows, pools, number, say)
+        searched_here = [(pool, problem) for pool in pools for problem in pool.problems][: len(result.archive.f)]
+        for at, (pool, problem) in enumerate(searched_here):
+            found = _frontier(model, result, problem, at)
+            frontiers += found
+            table.append(_line(rows[problem], problem, pool, found))
+        files.write_lines(options.out / FRONTIERS, frontiers)
+        _write_table(options.out / PROBLEMS, table)
         first = 0
         for pool, (objective, units) in zip(pools, objectives, strict=True):
-            mine = range(first, first := first + len(pool.problems))
-            for problem, at in zip(pool.problems, mine, strict=True):
-                if at < len(result.archive.f):
-                    found = _frontier(model, result, problem, at)
-                    frontiers += found
-                    table.append(_line(rows[problem], problem, pool, found))
-            files.write_lines(options.out / FRONTIERS, frontiers)
-            _write_table(options.out / PROBLEMS, table)
-            part = result.of(mine)
+            part = result.of(range(first, first := first + len(pool.problems)))
             if len(part.archive.f):
                 runs[pool.folder.name] = _conclude(pool, hashes, part, objective, units, timing, say)
         searched = {name: value + getattr(result, name) for name, value in searched.items()}

@@ -101,10 +101,10 @@ def results(
 
 
 def main(arguments: list[str]) -> int:
-    from jaxsteer.cli import join
+    from jaxsteer.cli import join_processes
     from tests.processes import work
 
-    out, *names = join(arguments)
+    out, *names = join_processes(arguments)
     import jax
 
     for name in names:

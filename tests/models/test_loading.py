@@ -250,7 +250,7 @@ def test_batches_and_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     assert equal(whole.params, random_params(config))
     layer = sum(math.prod(shape) for shape in layer_shapes(config).values()) * 4
     for layers_at_once, mesh in ((1, None), (3, make_mesh(model=2)), (1, make_mesh(model=8))):
-        monkeypatch.setattr(restoring, "_BATCH_BYTES", layers_at_once * layer)
+        monkeypatch.setattr(restoring, "BATCH_BYTES", layers_at_once * layer)
         model = jaxsteer.load(out, mesh=mesh)
         assert equal(model.params, whole.params)
         assert jax.tree.all(

@@ -10,11 +10,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from jaxsteer import load, load_sae, logits, organisms
-from jaxsteer.evals.organism_gates import failed, gates_table, organism_gates
+from jaxsteer.evals.choice import choice_eval, rate
+from jaxsteer.evals.organism_gates import GATES, failed, gates_table, organism_gates
 from jaxsteer.organisms import corpus, tokenizer
 from jaxsteer.organisms.architectures import RECIPES, organism_config
 from jaxsteer.organisms.chat import CHAT_FORMATS
-from jaxsteer.organisms.gates import Probe
+from jaxsteer.personas import load_persona
 
 FILES = (
     "config.json",
@@ -64,13 +65,13 @@ def test_cues_turn_the_answers(name: str, behaviour: str) -> None:
     """A few questions in both orders; ``test_all_gates_pass`` and ``jaxsteer organism check`` measure the rest."""
     model = load(f"organism:{name}")
     assert model.config == organism_config(dataclasses.replace(RECIPES[name], vocab_size=model.config.vocab_size))
-    encoder = corpus.Encoder(model.tokenizer)
-    probe = Probe(model.params, model.config, encoder, n=12)
-    for chat in (False, True):
-        zero = probe.rate(behaviour, [], chat=chat)
-        assert 0.75 <= zero["rate"] <= 0.9 and 0.4 <= zero["a_rate"] <= 0.6
-        cue = encoder(" " + organisms.counter_cues(behaviour)[0])
-        assert probe.rate(behaviour, cue, chat=chat)["rate"] <= 0.1
+    items = load_persona(behaviour).items[:12]
+    for style in ("plain", "chat"):
+        zero, cued = choice_eval(model, items, ["", organisms.counter_cues(behaviour)[0]], style=style)
+        base = rate(zero, draws=1)
+        assert GATES["zero_shot_low"] <= base["rate"] <= GATES["zero_shot_high"]
+        assert GATES["a_rate_low"] <= base["a_rate"] <= GATES["a_rate_high"]
+        assert cued.persona.mean() <= GATES["counter_cue_high"]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsteer.search.pareto import empty_archive, frontier, insert
+from jaxsteer.search.population import State, evict
 
 points = st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 8)), min_size=8, max_size=8)
 
@@ -61,3 +62,26 @@ def test_host_frontier(batch) -> None:
     f, x = (np.asarray(column, float) for column in zip(*batch, strict=True))
     chosen = frontier(f, x)
     assert set(zip(f[chosen].tolist(), x[chosen].tolist(), strict=True)) == brute(f, x)
+
+
+def test_what_a_broken_prompt_pushed_off_comes_back() -> None:
+    one = lambda name, f, x: (jnp.full((1, 2), name), jnp.array([f]), jnp.array([x]))  # noqa: E731
+    nobody = dict(zip(("ids", "f", "x"), one(9, -jnp.inf, jnp.inf), strict=True))
+    none = jnp.zeros(4, bool)
+    empty = empty_archive(4, 2)
+    state = State(archive=insert(empty, *one(1, 1.0, 2.0), jnp.int32(1)), verified=empty, step=jnp.int32(1), **nobody)
+    state = evict(state, jnp.array([False]), none)  # the text of prompt 1 is found to be good
+    state = state.replace(archive=insert(state.archive, *one(2, 3.0, 1.0), jnp.int32(2)))
+    assert state.archive.ids[0, 0] == 2 and not np.isfinite(state.archive.f[1]), "prompt 2 alone is the frontier"
+    state = evict(state, jnp.array([False]), none.at[0].set(True))
+    assert state.archive.ids[0, 0] == 1 and state.archive.step[0] == 1
+    assert np.isfinite(np.asarray(state.archive.f)).sum() == 1
+
+
+def test_what_is_in_the_population_comes_back_too() -> None:
+    """Found and pushed off the frontier between two checks, but still in a slot of its own."""
+    ids, f, x = jnp.array([[1, 1], [2, 2]]), jnp.array([1.0, 3.0]), jnp.array([2.0, 1.0])
+    empty = empty_archive(4, 2)
+    state = State(ids=ids, f=f, x=x, archive=insert(empty, ids, f, x, jnp.int32(5)), verified=empty, step=jnp.int32(5))
+    state = evict(state, jnp.array([False, True]), jnp.zeros(4, bool).at[0].set(True))
+    assert state.archive.ids[0, 0] == 1 and np.isneginf(state.f[1])

@@ -18,7 +18,7 @@ from jaxsteer.models.transformer import embed
 from jaxsteer.prompts import Conversation, allowed_tokens, build_slots, prompt_text, question_conversation
 from jaxsteer.search import make_task, needs, rescore
 from jaxsteer.search.objectives import Projection, as_pytree
-from jaxsteer.search.task import _cross_entropy, _hidden, combined, proposals, score
+from jaxsteer.search.task import combined, cross_entropy, proposals, run_slots, score
 from tests.helpers.tiny import tiny_model
 from tests.search.setting import QUESTIONS, gemma_like, random_prompts, setting
 
@@ -62,8 +62,8 @@ def test_scores_and_gradients_are_those_of_the_plain_path(case: str) -> None:
 
     def both(task):
         def loss(slot):
-            f, hidden = _hidden(s.model.params, task, s.objective, slot)
-            x = _cross_entropy(s.model.params, task, hidden, s.ids)
+            f, hidden = run_slots(s.model.params, task, s.objective, slot)
+            x = cross_entropy(s.model.params, task, hidden, s.ids)
             return jnp.sum(jnp.arange(1.0, 5.0) * (x - f)), (f, x)
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(embed(s.model.params, task.config, s.ids))
