@@ -91,7 +91,7 @@ def test_the_table_of_an_experiment(tmp_path: Path):
 
 def test_a_thousand_searches_make_a_page_of_bounded_size(tmp_path: Path):
     rows = []
-    for i in range(13):
+    for i in range(5):
         each = [{"seed": s, "prompt": f" prompt {s} " + "x" * 80, **rate(0.1)} for s in range(100)]
         row = {"model": "m", "persona": f"p{i}", "kind": "search", "prompt": " a", "each": each, **rate(0.1)}
         rows += [{**row, "method": method} for method in ("RESGA", "SAEGA")]
