@@ -287,8 +287,11 @@ def compare_gcg(
 ) -> list[dict[str, Any]]:
     """Rows of the part "gcg": ours, and nanoGCG with its prefix cache."""
     rows = []
+    # A step of nanoGCG on the large model takes a minute or so: one setting and one step of it.
+    heavy = config.d_model >= 512
+    settings = [(128, True)] if heavy else [(None, True), (128, True), (None, False)]
     for contexts in (0, 1):
-        ours = measure_gcg(config, params, contexts, min(args.steps, 3))
+        ours = measure_gcg(config, params, contexts, 1 if heavy else min(args.steps, 3))
         peers = []
         if theirs is not None and here("nanogcg"):
             import nanogcg_peer
@@ -300,11 +303,11 @@ def compare_gcg(
                     context_length=CONTEXT_LENGTH * contexts,
                     target_length=TARGET,
                     search_width=POPULATION * CHILDREN,
-                    steps=min(args.steps, 2),
+                    steps=1 if heavy else min(args.steps, 2),
                     batch=batch,
                     collect=collect,
                 )
-                for batch, collect in ((None, True), (128, True), (None, False))
+                for batch, collect in settings
             ]
         fastest = best([p for p in peers if p["collects"]])
         ratio = fastest and ours["candidates_per_s"] / fastest["candidates_per_s"]
