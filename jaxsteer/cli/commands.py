@@ -45,7 +45,8 @@ class Search(SearchOptions):
         if is_first() and "runs" in metrics:
             for name in metrics["runs"]:
                 write_report(options.out / name)
-            print(f"\n{runs_table(metrics)}\n\nReports: {options.out}/*/report.html; all problems: problems.csv")
+            page = write_report(options.out) if metrics["runs"] else "none: no run was finished"
+            print(f"\n{runs_table(metrics)}\n\nReport: {page}; all problems: problems.csv")
         elif is_first():
             print(f"\n{table(metrics)}\n\nReport: {write_report(options.out)}")
         return 0

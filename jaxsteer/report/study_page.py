@@ -15,7 +15,7 @@ from jaxsteer.report.reading import number
 from jaxsteer.report.reproduce import command_of
 from jaxsteer.report.rows import Place, Row, unprompted
 from jaxsteer.report.study import Study
-from jaxsteer.report.study_plots import FIGURES, study_plots
+from jaxsteer.report.study_plots import FIGURES, PLACES, study_plots
 from jaxsteer.report.templates import embedded, flat, shaded, template
 
 SHOWN, FOLDED = 8, 40
@@ -42,7 +42,8 @@ def render_study(study: Study) -> str:
         by_place={place: study.of(place) for place in study.places},
         several=any(row["each"] for row in study.rows),
         intervals=study.intervals,
-        prompts=[(place, *_prompts(study, place)) for place in study.places],
+        prompts=[(place, *_prompts(study, place)) for place in study.places[:PLACES]],
+        untold=max(0, len(study.places) - PLACES),
         unit=study.unit,
         problems=summarised(study.problems),
         plots={

@@ -18,8 +18,8 @@ LINES = 24
 """Searches drawn one by one; of more than that, the best, the worst and those in between at equal steps."""
 COLOURS = (ACCENT, OTHER, INK, MUTED)
 """Of methods in frontiers and curves."""
-FIGURES = 12
-"""Personas (times models) that get a figure of their own for frontiers and curves."""
+PLACES, FIGURES = 24, 12
+"""Personas (times models) whose rates are drawn, and those that get figures of frontiers and curves."""
 
 
 def study_plots(study: Study) -> dict[str, Plot]:
@@ -27,7 +27,7 @@ def study_plots(study: Study) -> dict[str, Plot]:
     made: list[Plot | None] = []
     models = list(dict.fromkeys(model for model, _ in study.places))
     for model in models:
-        places = [place for place in study.places if place[0] == model]
+        places = [place for place in study.places[:PLACES] if place[0] == model]
         for start in range(0, len(places), PANELS):
             made.append(rates_plot(study, places[start : start + PANELS], part=start // PANELS))
     for place in study.places[:FIGURES]:
