@@ -173,6 +173,14 @@ def decimals(value: Any, digits: int = 2) -> str:
     return "–" if given is None else f"{given:.{digits}f}"
 
 
+def compact(value: Any) -> str:
+    """A number of any size in a few digits; a dash where there is none."""
+    given = number(value)
+    if given is None:
+        return "–"
+    return f"{given:.1f}" if abs(given) < 1000 else f"{given:,.0f}" if abs(given) < 1e6 else f"{given:.1e}"
+
+
 def interval(rate: Mapping[str, Any] | None) -> str:
     """A rate with its 95 % interval: "6.2 % (3.1–11.9)"."""
     if rate is None:

@@ -252,6 +252,7 @@ def _warnings(
             kinds.setdefault(re.sub(r"\d+", "", note), []).append((name, note))  # alike but for their numbers
     for alike in kinds.values():
         name, note = alike[0]
-        others = f" So it is in {len(alike) - 1} other runs of {len(runs)}." if len(alike) > 1 else ""
+        count = f"{len(alike) - 1} other run{'s' if len(alike) > 2 else ''}"
+        others = f" So it is in {count} of {len(runs)}." if len(alike) > 1 else ""
         yield f"{name}: {note}{others}"
     yield from notes

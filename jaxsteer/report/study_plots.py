@@ -16,8 +16,8 @@ PANELS = 3
 """Personas side by side in one figure."""
 LINES = 24
 """Searches drawn one by one; of more than that, the best, the worst and those in between at equal steps."""
-COLOURS = (ACCENT, OTHER, INK, MUTED)
-"""Of methods in frontiers and curves."""
+STYLES = [(colour, dashes) for dashes in ("-", (0, (3, 1.2))) for colour in (ACCENT, OTHER, INK, MUTED)]
+"""Colour and dashes of methods in frontiers and curves."""
 PLACES, FIGURES = 24, 12
 """Personas (times models) whose rates are drawn, and those that get figures of frontiers and curves."""
 
@@ -97,7 +97,7 @@ def frontier_plot(lines: Sequence[Line], place: Place, unit: str) -> Plot | None
         return None
     figure, (axis,) = panels(width=6.4, height=3.3)
     table: list[dict[str, Any]] = []
-    for method, colour, found in _coloured(lines):
+    for method, (colour, dashes), found in _styled(lines):
         for line in _some(found, lambda line: max(number(row.get("target")) or 0.0 for row in line.rows)):
             points = sorted(
                 (x, y, str(row.get("text", "")))
@@ -109,8 +109,8 @@ def frontier_plot(lines: Sequence[Line], place: Place, unit: str) -> Plot | None
             for x, y, text in zip(xs, ys, texts, strict=True):
                 table.append(_record(line, {"cross_entropy": x, "target": y, "prompt": visible(text)}))
         best = envelope(found)
-        axis.plot([x for x, _ in best], [y for _, y in best], drawstyle="steps-post", color=colour, linewidth=1.7,
-                  label=_label(method))  # fmt: skip
+        axis.plot([x for x, _ in best], [y for _, y in best], drawstyle="steps-post", color=colour, linestyle=dashes,
+                  linewidth=1.7, label=_label(method))  # fmt: skip
     axis.set_xlabel("cross-entropy of the prompt (nats per token; left is more fluent)")
     axis.set_ylabel(f"target ({visible(unit)})")
     _legend(axis)
@@ -127,7 +127,7 @@ def curves_plot(lines: Sequence[Line], place: Place, unit: str) -> Plot | None:
         return None
     figure, panes = panels(len(known), width=4.4 * len(known), height=2.7)
     table: list[dict[str, Any]] = []
-    for method, colour, found in _coloured(lines):
+    for method, (colour, dashes), found in _styled(lines):
         shown = _some(found, lambda line: float(line.rows[-1]["best_target"]))
         for axis, key in zip(panes, known, strict=True):
             for line in shown:
@@ -135,7 +135,8 @@ def curves_plot(lines: Sequence[Line], place: Place, unit: str) -> Plot | None:
                 axis.plot([float(row[key]) for row in line.rows], values, "o-" if len(values) == 1 else "-",
                           color=colour, linewidth=0.8, markersize=3, alpha=0.4)  # fmt: skip
             middle = _median(found, key)
-            axis.plot([x for x, _ in middle], [y for _, y in middle], color=colour, linewidth=2, label=_label(method))
+            axis.plot([x for x, _ in middle], [y for _, y in middle], color=colour, linestyle=dashes, linewidth=2,
+                      label=_label(method), marker="o" if len(middle) == 1 else None, markersize=4)  # fmt: skip
             axis.set_xlabel(axes_of[key])
             axis.set_ylabel(f"best target ({visible(unit)})")
         for line in shown:
@@ -149,16 +150,16 @@ def _record(line: Line, numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {"method": visible(line.method), "search": visible(line.name), **numbers}
 
 
-def _coloured(lines: Sequence[Line]) -> list[tuple[str, str, list[Line]]]:
-    """Lines by method with a colour each; there are few colours that can be told apart, so the last has all others."""
+def _styled(lines: Sequence[Line]) -> list[tuple[str, tuple[str, Any], list[Line]]]:
+    """Lines by method with a style each; the last style has all methods for which there is none."""
     groups: dict[str, list[Line]] = {}
     for line in lines:
         groups.setdefault(line.method, []).append(line)
     names = list(groups)
-    kept = names if len(names) <= len(COLOURS) else names[: len(COLOURS) - 1]
-    found = [(name, colour, groups[name]) for name, colour in zip(kept, COLOURS)]
+    kept = names if len(names) <= len(STYLES) else names[: len(STYLES) - 1]
+    found = [(name, style, groups[name]) for name, style in zip(kept, STYLES)]
     if others := [line for name in names[len(kept) :] for line in groups[name]]:
-        found.append((f"{len(names) - len(kept)} other methods", COLOURS[-1], others))
+        found.append((f"{len(names) - len(kept)} other methods", STYLES[-1], others))
     return found
 
 

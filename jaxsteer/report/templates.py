@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from jaxsteer.report.reading import decimals, interval, named, percent, split_rate, visible
+from jaxsteer.report.reading import compact, decimals, interval, named, percent, split_rate, visible
 
 
 @functools.cache
@@ -24,7 +24,7 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (visible, percent, decimals, interval, named)
+    filters = (visible, percent, decimals, compact, interval, named)
     environment.filters |= {function.__name__: function for function in filters}
     environment.globals["split_rate"] = split_rate
     return environment.get_template(f"{name}.html.jinja")
