@@ -1,16 +1,19 @@
 # make demo    find a prompt against each of three personas of the model that ships with the package
+# make paper   the study in small, on one of those models: main table and ablations (experiments/README.md)
 # make test    the test suite          make parity   compare live with transformers and torch (own environment)
 # make lint    style                   make types    static types                 make clean   remove what make made
 # make tpu-aot compile search steps for TPU slices (adds libtpu; no TPU needed)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test slow parity tpu-aot screenshots lint format types clean
+.PHONY: help demo paper test slow parity tpu-aot screenshots lint format types clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 PARITY_VENV ?= .venv-parity
 DEMO_OUT ?= runs/demo
+PAPER_OUT ?= runs/paper
+PAPER_JOBS ?= 4
 TEST_FLAGS ?=
 # One process per core, up to four; a file stays in one process, which keeps its compiled programs.
 TEST_PROCESSES ?= -n auto --maxprocesses 4 --dist loadfile
@@ -23,6 +26,10 @@ help:
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/jaxsteer demo --out $(DEMO_OUT)
+
+paper: $(VENV)/.installed
+	$(VENV)/bin/python -m experiments.main_table --quick --model organism:llama --jobs $(PAPER_JOBS) --out $(PAPER_OUT)/main_table
+	$(VENV)/bin/python -m experiments.ablations --quick --model organism:llama --jobs $(PAPER_JOBS) --out $(PAPER_OUT)/ablations
 
 test: $(VENV)/.tools
 	$(VENV)/bin/python -m pytest $(TEST_PROCESSES) $(TEST_FLAGS)

@@ -1,0 +1,396 @@
+"""The machinery of a study: cells of a table, each kept in a file of its own, computed by as many processes as wanted.
+
+A cell is one model, one persona and one method, which is a baseline that needs no search or a search with several
+seeds. All seeds of a cell are one compiled program. Of every seed the frontier's prompts compete on validation
+questions (``chosen``); test questions only report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsteer import __version__, organisms
+from jaxsteer.evals.baselines import FLUENCY_ITEMS, Bench, run_baselines, summarise
+from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
+from jaxsteer.evals.endpoint import Endpoint
+from jaxsteer.evals.fluency import prompt_perplexity
+from jaxsteer.models.loading import Model, load
+from jaxsteer.personas import instructions, load_persona, random_direction, split
+from jaxsteer.prompts import prompt_text
+from jaxsteer.prompts.soft import SoftPrompt, with_soft
+from jaxsteer.sae import load_sae
+from jaxsteer.search import Objective, Projection
+from jaxsteer.search.relaxed import table_unit
+from jaxsteer.search.results import SearchResult
+from jaxsteer.study import SearchOptions, custom_objective, files
+from jaxsteer.study.aim import Aim, find_aim, task_of
+from jaxsteer.study.pipeline import conclude, in_units, problem_of, progress_of, search_problems
+from jaxsteer.study.setting import Setting, prepare
+
+TOLERANCE = 0.02
+"""Validation rates that differ by less are equal, and the likelier text is taken."""
+NEUTRAL = 0.24
+"""Share of neutral sentences among the sentences that the organisms' corpus puts into the slot."""
+NO_AIM = ("out", "seed", "steps", "contexts", "fluency", "prompt_length", "init", "algorithm", "population", "children")
+NO_AIM += ("top_k", "restart_every", "replace", "search_width", "buffer", "report_prompts", "batch")
+"""Options that direction, probe and sign do not depend on: cells that differ in these alone share them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A row of a table: how a prompt is found."""
+
+    name: str
+    about: str
+    search: dict[str, Any] | None = None
+    """Options that differ from those of the study's searches; ``None`` for a baseline that needs no search."""
+    value: Any = None
+    """Of an ablation: what is varied, as its row shows it."""
+    random: bool = False
+    """Along random directions of the same norm at the same site, one per seed."""
+    populations: int = 1
+    """Independent populations per seed."""
+    keep: bool = False
+    """Keep the run's files for ``jaxsteer report``."""
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a path."""
+        return slug(self.name if self.value is None else f"{self.name} {self.value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """What all cells have in common; it decides their numbers."""
+
+    out: Path
+    seeds: tuple[int, ...]
+    search: dict[str, Any]
+    """Options of every search."""
+    questions: int | None = None
+    """At most this many validation and test questions."""
+    candidates: int = 12
+    """Prompts per seed that are compared on validation questions."""
+    endpoint: str | None = None
+    """URL of a language model that writes prompts, for ProTeGi."""
+
+    def settings(self) -> dict[str, Any]:
+        """What a directory may hold one of only."""
+        return {
+            "seeds": list(self.seeds),
+            "questions": self.questions,
+            "candidates_compared": self.candidates,
+            **self.search,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """Cells of one model and persona, for one process."""
+
+    study: Study
+    model: str
+    sae: str | None
+    persona: str
+    methods: tuple[Method, ...]
+
+    def path(self, method: Method) -> Path:
+        """The file of a cell."""
+        return self.study.out / "cells" / slug(self.model) / slug(self.persona) / f"{method.slug}.json"
+
+    def run(self, method: Method) -> Path:
+        """The directory of its search."""
+        return self.study.out / "runs" / slug(self.model) / slug(self.persona) / method.slug
+
+    def done(self) -> bool:
+        """Whether all cells exist."""
+        return all(self.path(method).is_file() for method in self.methods)
+
+
+def slug(text: str) -> str:
+    """``text`` as one part of a path."""
+    return re.sub(r"[^a-z0-9.]+", "-", Path(text).name.lower() if "/" in text else text.lower()).strip("-")
+
+
+# --- the cells of one model and persona ---------------------------------------------------------------------------
+
+
+class Lab:
+    """One model and one persona with what their cells share: contexts, directions, and the zero-shot answers."""
+
+    def __init__(self, work: Work) -> None:
+        """Load the model; everything else is made when first needed."""
+        self.work, self.study = work, work.study
+        self.model = load_once(work.model)
+        self.persona = load_persona(work.persona)
+        base = self.options(Method(name="base", about="", search={}))
+        self.bench = Bench(
+            model=self.model,
+            persona=self.persona,
+            splits=split(self.persona, seed=base.split_seed),
+            style=base.style,
+            slot=base.slot,
+            length=base.prompt_length or 8,
+            tokens=base.tokens or "words",
+            questions=self.study.questions,
+            endpoint=Endpoint(url=self.study.endpoint) if self.study.endpoint else None,
+        )
+        self._aims: dict[SearchOptions, Aim] = {}
+        self._zero: dict[str, ChoiceResult] = {}
+
+    def options(self, method: Method) -> SearchOptions:
+        """The options of a method's search."""
+        changed = {"slot": "suffix", **self.study.search, **(method.search or {})}
+        return SearchOptions(
+            out=self.work.run(method),
+            model=self.work.model,
+            persona=self.work.persona,
+            sae=self.work.sae if changed.get("method") == "saega" else None,
+            report_prompts=4,
+            quiet=True,
+            resume=True,
+            **changed,
+        ).resolved()
+
+    @functools.cached_property
+    def ordinary(self) -> float | None:
+        """Perplexity of ordinary sentences in the slot: of the organisms, what their corpus puts there, cue sentences
+        and neutral ones in its own proportion; of other models, plain instructions."""
+
+        def mean_nats(texts: Sequence[str]) -> float:
+            return float(np.mean(np.log([x for x in self.perplexity(texts, self.bench.place) if x is not None])))
+
+        if self.persona.name not in organisms.BEHAVIOURS:
+            return float(np.exp(mean_nats(instructions(self.persona.behaviour))))
+        cues = mean_nats((*self.persona.counter_cues, *self.persona.pro_cues))
+        neutral = mean_nats(organisms.neutral_sentences())
+        return float(np.exp((1 - NEUTRAL) * cues + NEUTRAL * neutral))
+
+    def perplexity(self, texts: Sequence[str], place: dict[str, Any]) -> list[float | None]:
+        """Of prompts in their slot, after test questions."""
+        asked = [item.question for item in self.bench.test[:FLUENCY_ITEMS]]
+        return prompt_perplexity(self.model, texts, asked, **place)
+
+    def zero(self, part: str) -> ChoiceResult:
+        """The answers without a prompt, which are the same in every slot."""
+        if part not in self._zero:
+            self._zero[part] = choice_eval(self.model, getattr(self.bench, part), [""], style=self.bench.style)[0]
+        return self._zero[part]
+
+    def aim(self, options: SearchOptions) -> Aim:
+        """Direction or signature with the site and sign that the probe chooses, made once for all that share it."""
+        base = self.options(Method(name="base", about="", search={}))
+        key = dataclasses.replace(options, **{name: getattr(base, name) for name in NO_AIM})
+        if key not in self._aims:
+            sae = load_sae(key.sae) if key.sae else None
+            self._aims[key] = find_aim(prepare(key, self.model, self.persona, sae=sae), lambda _: None)
+        return self._aims[key]
+
+    def row(self, method: Method) -> dict[str, Any]:
+        """Compute one cell."""
+        started = time.perf_counter()
+        found = self.baseline(method) if method.search is None else self.search(method)
+        head = {
+            "model": self.work.model,
+            "persona": self.persona.name,
+            "method": method.name,
+            "value": method.value,
+            "kind": "baseline" if method.search is None else "search",
+            "about": method.about,
+            "seconds": found.get("seconds", time.perf_counter() - started),
+        }
+        for part in (found, *found.get("each", ()), found.get("selected") or {}):
+            x = part.get("perplexity")
+            part["perplexity_ratio"] = x / self.ordinary if x and self.ordinary else None
+        return files.plain(
+            {
+                **head,
+                **found,
+                "words": self.words(found.get("prompt")),
+                "ordinary": self.ordinary,
+                "readability": flesch(found.get("prompt")),
+            }
+        )
+
+    def words(self, text: str | None) -> float | None:
+        """Share of a prompt's words that the generator knows as triggers against the persona."""
+        found = re.findall(r"[a-z]+", (text or "").lower())
+        if self.persona.name not in organisms.BEHAVIOURS or not found:
+            return None
+        weights = organisms.cue_words(self.persona.name)
+        return sum(weights.get(word, 0) < 0 for word in found) / len(found)
+
+    @functools.cached_property
+    def baselines(self) -> dict[str, dict[str, Any]]:
+        """All baselines of the work that have no cell yet, measured together."""
+        names = [m.name for m in self.work.methods if m.search is None and not self.work.path(m).is_file()]
+        return {row["name"]: row for row in run_baselines(self.bench, names)}
+
+    def baseline(self, method: Method) -> dict[str, Any]:
+        """A baseline that needs no search."""
+        return {key: value for key, value in self.baselines[method.name].items() if key != "name"}
+
+    def search(self, method: Method) -> dict[str, Any]:
+        """Search with all seeds, choose on validation questions, and measure on test questions."""
+        options = self.options(method)
+        custom = custom_objective(options.objective, options.target)
+        aim = self.aim(options) if custom is None else None
+        sae = load_sae(options.sae) if options.sae else None
+        setting = prepare(options, self.model, self.persona, custom, sae)
+        raw = aim.objective if aim is not None else setting.placed(setting.slots)[0]
+        task = task_of(setting, raw)
+        objective, units = in_units(setting, task, raw)
+        objectives: list[Objective] = [objective] * len(self.study.seeds)
+        if method.random:
+            assert aim is not None
+            objectives = [in_units(setting, task, _turned(aim, seed))[0] for seed in self.study.seeds]
+        problems = [
+            problem_of(
+                dataclasses.replace(setting, options=dataclasses.replace(setting.options, seed=seed)),
+                objective,
+                restart=restart,
+            )
+            for seed, objective in zip(self.study.seeds, objectives, strict=True)
+            for restart in range(method.populations)
+        ]
+        options.out.mkdir(parents=True, exist_ok=True)
+        with progress_of(options, method.name) as report:
+            result = search_problems(setting, task, problems, report, options.out / files.STATE, lambda _: None)
+        if result.interrupted:
+            raise KeyboardInterrupt
+        found = self.soft(setting, result) if options.algorithm == "soft" else self.judged(setting, result, method)
+        if method.keep and aim is not None:
+            header = {"format": files.FORMAT, "version": __version__, "data_hash": self.persona.data_hash}
+            files.write_json(options.out / files.CONFIG, {**header, **options.record()})
+            conclude(setting, aim, result, objective, units, {}, lambda _: None)
+            found["run"] = str(options.out.relative_to(self.study.out))
+        else:
+            shutil.rmtree(options.out, ignore_errors=True)
+        per_seed = result.candidates // len(self.study.seeds)
+        return found | {
+            "candidates": result.candidates,
+            "tried": per_seed,
+            "search_s": result.search_s,
+            "compile_s": result.compile_s,
+            "site": aim.chosen.site if aim is not None else None,
+            "read_position": options.read_position,
+            "probe_correlation": aim.chosen.correlation if aim is not None and not method.random else None,
+        }
+
+    def judged(self, setting: Setting, result: SearchResult, method: Method) -> dict[str, Any]:
+        """Of every seed, the prompt that validation questions choose and the one that the objective ranks first."""
+        place, many = setting.place, method.populations
+        shown: list[list[dict[str, Any]]] = []
+        for i in range(len(self.study.seeds)):
+            entries = [e for e in result.frontier(range(many * i, many * (i + 1))) if e.retokenises]
+            shown.append(
+                [
+                    {"prompt": prompt_text(self.model.tokenizer, e.ids), **_scores(e)}
+                    for e in _spread(entries, self.study.candidates)
+                ]
+                or [{"prompt": "", "target": None, "cross_entropy": 0.0}]
+            )
+        texts = list(dict.fromkeys(entry["prompt"] for entries in shown for entry in entries))
+        results = choice_eval(self.model, self.bench.validation, texts, **place)
+        rates = {r.prompt: rate(r, self.zero("validation"), draws=1) for r in results}
+        for entry in (entry for entries in shown for entry in entries):
+            of_text = rates[entry["prompt"]]
+            entry |= {"validation_rate": of_text["rate"], "collapsed": of_text["letter_collapse"]}
+        best = [entries[chosen(entries)] for entries in shown]
+        first = [entries[0] for entries in shown]
+        texts = list(dict.fromkeys(entry["prompt"] for entry in (*best, *first)))
+        tested = dict(zip(texts, choice_eval(self.model, self.bench.test, texts, **place), strict=True))
+        perplexity = dict(zip(texts, self.perplexity(texts, place), strict=True))
+        row = self.summary([tested[e["prompt"]] for e in best], [perplexity[e["prompt"]] for e in best], best)
+        at_first = self.summary([tested[e["prompt"]] for e in first], [perplexity[e["prompt"]] for e in first], first)
+        for mine, other in zip(row["each"], at_first["each"], strict=True):
+            mine["first"] = {k: other[k] for k in ("prompt", "rate", "ci95", "a_rate", "perplexity", "target")}
+        selected = row["each"][chosen(best)]
+        return row | {
+            "first_rate": at_first["rate"],
+            "first_ci95": at_first["ci95"],
+            "selected": {k: selected[k] for k in ("seed", "prompt", "rate", "ci95", "a_rate", "perplexity")},
+            "prompt": selected["prompt"],
+        }
+
+    def soft(self, setting: Setting, result: SearchResult) -> dict[str, Any]:
+        """The rates of every seed's best soft prompt."""
+        unit = np.asarray(table_unit(self.model.params))
+        outcome = []
+        for best in result.kept["best"]:
+            soft = SoftPrompt(
+                embeddings=np.asarray(best[0] * unit, np.float32),
+                model=self.model.name,
+                fingerprint=self.model.fingerprint,
+                metadata={},
+            )
+            steered, text = with_soft(self.model, soft)
+            outcome += choice_eval(steered, self.bench.test, [text], **setting.place)
+        row = self.summary(outcome, [None] * len(outcome), [{} for _ in outcome])
+        for each in row["each"]:
+            each["prompt"] = None
+        return row | {"prompt": None, "steered": True}
+
+    def summary(
+        self, results: Sequence[ChoiceResult], perplexity: Sequence[float | None], entries: Sequence[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """A row over seeds, with what the search knew of each seed's prompt."""
+        row = summarise(results, self.zero("test"), perplexity)
+        # A single seed has no list of its own.
+        each = row.get("each") or [dict(row)]
+        row["each"] = [
+            {"seed": seed, **e, **rest} for seed, e, rest in zip(self.study.seeds, each, entries, strict=True)
+        ]
+        row.setdefault("range", [row["rate"]] * 2)
+        return row
+
+
+def flesch(text: str | None) -> float | None:
+    """Reading ease of Flesch (1948): about 100 for plain words in short sentences, below 0 for what nobody can read."""
+    words = re.findall(r"[A-Za-z]+", text or "")
+    if not words:
+        return None
+    syllables = sum(max(1, len(re.findall(r"[aeiouy]+", word.lower().removesuffix("e")))) for word in words)
+    sentences = max(1, len(re.findall(r"[.!?]+", text or "")))
+    return 206.835 - 1.015 * len(words) / sentences - 84.6 * syllables / len(words)
+
+
+def chosen(entries: Sequence[dict[str, Any]]) -> int:
+    """The index of the prompt to report: of those whose validation rate is lowest but for ``TOLERANCE``, the likeliest
+    text. Prompts under which one letter wins whatever is asked come last."""
+    sound = [i for i, entry in enumerate(entries) if not entry["collapsed"]] or range(len(entries))
+    lowest = min(entries[i]["validation_rate"] for i in sound)
+    near = [i for i in sound if entries[i]["validation_rate"] <= lowest + TOLERANCE]
+    return min(near, key=lambda i: (entries[i]["cross_entropy"], i))
+
+
+def _spread(entries: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of a frontier, evenly spread from the best objective to the likeliest text."""
+    return [entries[i] for i in sorted({round(i) for i in np.linspace(0, len(entries) - 1, most)})] if entries else []
+
+
+def _scores(entry: Any) -> dict[str, Any]:
+    return {"target": entry.target, "cross_entropy": entry.cross_entropy, "step": entry.step}
+
+
+def _turned(aim: Aim, seed: int) -> Projection:
+    """The objective along a random direction of the same norm at the same site."""
+    assert aim.direction is not None
+    site = aim.chosen.site
+    return Projection(delta=jnp.asarray(random_direction(aim.direction, seed).delta[site]), site=site)
+
+
+@functools.lru_cache(maxsize=1)
+def load_once(name: str) -> Model:
+    """The model; another one takes its place in memory."""
+    return load(name)

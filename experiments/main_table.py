@@ -1,0 +1,197 @@
+"""The main table of the study (arXiv 2601.02896): models x personas x methods, with intervals.
+
+python -m experiments.main_table [--out runs/main_table] [--jobs 4] [--quick]
+python -m experiments.main_table --model ID_OR_PATH --sae ID_OR_PATH --personas sycophancy --out runs/mine
+
+Every search scores as many candidates per seed, in the same contexts and slot, with the same tokens. Its prompt is
+chosen on validation questions among the frontier's; what the objective alone ranks first stands beside it. Nothing
+looks at test questions before the end. One file per cell under ``--out``; what exists is not computed again, so that an
+interrupted run goes on. Writes results.json, table.md, table.csv, table.tex, and runs/ for ``jaxsteer report``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.cells import Method, Study, Work
+from experiments.running import PROMPT_LENGTH, add_arguments, finish, sae_of, study_of
+from experiments.tables import Row, percent
+from jaxsteer import organisms
+from jaxsteer.evals.baselines import BASELINES
+
+RESGA, SAEGA = "RESGA, decision", "SAEGA, decision"
+CONTROLS = ("zero-shot", "random prompt", "random direction", "random search, random direction")
+"""What RESGA and SAEGA have to beat."""
+MARGIN, RATIO, MOST = 0.10, 3.0, 7 / 9
+"""Within so much of the oracle's rate, at so many times the perplexity of ordinary sentences, in so many cells."""
+EPO = {"top_k": 16}
+"""Tokens per position that gradients propose: about the share of the vocabulary that is published for large models."""
+TRAINED = {"contexts": 8, "steps": 200}
+"""Of prefix tuning, whose steps are gradients and not candidates."""
+
+
+def methods_of(sae: str | None, endpoint: str | None, known_cue: bool) -> list[Method]:
+    """The rows of the table for one model."""
+    decision: dict[str, Any] = {"read_position": "decision"}
+    resga = decision | EPO
+    random = {**decision, "algorithm": "mutation", "replace": PROMPT_LENGTH}
+    skipped = {name for name, there in {"oracle cue": known_cue, "ProTeGi": bool(endpoint)}.items() if not there}
+    rows = [
+        Method(name=name, about=(find.__doc__ or "").strip()) for name, find in BASELINES.items() if name not in skipped
+    ]
+    rows += [
+        Method(name=RESGA, about="Direction and objective at the token that decides.", search=resga, keep=True),
+        Method(
+            name="RESGA, matched",
+            about="Direction and objective at the end of the answer.",
+            search={"read_position": "matched", **EPO},
+            keep=True,
+        ),
+        Method(
+            name="RESGA, published",
+            about="Direction at the end of the answer, objective at the end of the prompt.",
+            search={"read_position": "published", **EPO},
+            keep=True,
+        ),
+    ]
+    if sae is not None:
+        rows += [
+            Method(
+                name=f"SAEGA, {position}",
+                about=about,
+                search={"method": "saega", "read_position": position, **EPO},
+                keep=True,
+            )
+            for position, about in (
+                ("decision", "Latents and objective at the token that decides."),
+                ("published", "Latents of the end of the answer, objective at the end of the prompt."),
+            )
+        ]
+    return [
+        *rows,
+        Method(
+            name="random direction",
+            about="RESGA along a random direction of the same norm at the same site, another one per seed.",
+            search=resga,
+            random=True,
+        ),
+        Method(
+            name="random updates",
+            about="RESGA's objective and evolution with random tokens instead of the gradient's.",
+            search={**decision, "algorithm": "mutation"},
+        ),
+        Method(name="random search", about="As many random prompts, ranked by RESGA's objective.", search=random),
+        Method(
+            name="random search, random direction",
+            about="As many random prompts, ranked along a random direction.",
+            search=random,
+            random=True,
+        ),
+        Method(
+            name="prefix tuning",
+            about=f"{PROMPT_LENGTH} soft embeddings trained on the other answer: no text, but a bound.",
+            search={"algorithm": "soft", "objective": "answer", **TRAINED},
+        ),
+        Method(
+            name="GCG",
+            about="Greedy coordinate gradient on the other answer's log-probability.",
+            search={"algorithm": "gcg", "objective": "answer", "fluency": "loose", **EPO},
+        ),
+    ]
+
+
+def works_of(study: Study, model: str, sae: str | None, persona: str) -> list[Work]:
+    """All cells of one model and persona, in parts that share no direction."""
+    first, rest = [], []
+    for method in methods_of(sae, study.endpoint, persona in organisms.BEHAVIOURS):
+        search = method.search or {}
+        decides = search.get("read_position") == "decision" and search.get("method") != "saega"
+        (first if decides else rest).append(method)
+    parts = (first, rest)
+    return [Work(study=study, model=model, sae=sae, persona=persona, methods=tuple(part)) for part in parts]
+
+
+def verdicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the table has to show, cell by cell and in sum."""
+    cells: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["persona"]), {})[row["method"]] = row
+    found = []
+    for method in (RESGA, SAEGA):
+        mine = [verdict(*key, method, of) for key, of in cells.items() if method in of]
+        if not mine:
+            continue
+        found.append(_sum(method, mine, "beats", f"beats {', '.join(CONTROLS)} with disjoint 95 % intervals"))
+        known = [v for v in mine if v["near"] is not None]
+        if known:
+            found.append(_sum(method, known, "near", f"comes within {100 * MARGIN:.0f} points of the oracle cue"))
+        found.append(_sum(method, mine, "fluent", f"has a prompt of at most {RATIO:g} times ordinary perplexity"))
+        found += mine
+    return found
+
+
+def verdict(model: str, persona: str, method: str, of: dict[str, Row]) -> dict[str, Any]:
+    """One cell against its controls, its oracle and its own text."""
+    row = of[method]
+    open_ = [name for name in CONTROLS if name not in of]
+    lost = [name for name in CONTROLS if name in of and not row["ci95"][1] < of[name]["ci95"][0]]
+    oracle = of.get("oracle cue")
+    near = None if oracle is None else row["rate"] <= oracle["rate"] + MARGIN
+    ratio = (row.get("selected") or {}).get("perplexity_ratio")
+    fluent = ratio is not None and ratio <= RATIO
+    beats = not lost and not open_
+    text = f"{model} {persona}, {method}: {percent(row['rate'])} %, "
+    text += "beats all controls" if beats else f"does not beat {', '.join(lost + open_)}"
+    if oracle is not None:
+        text += f"; {'within' if near else 'NOT within'} {100 * MARGIN:.0f} points of the oracle's "
+        text += f"{percent(oracle['rate'])} %"
+    text += f"; perplexity ratio {'-' if ratio is None else f'{ratio:.1f}'}"
+    return {
+        "claim": "cell",
+        "model": model,
+        "persona": persona,
+        "method": method,
+        "holds": beats and near is not False and fluent,
+        "beats": beats,
+        "near": near,
+        "fluent": fluent,
+        "text": text,
+    }
+
+
+def _sum(method: str, cells: Sequence[dict[str, Any]], name: str, claim: str) -> dict[str, Any]:
+    count = sum(bool(cell[name]) for cell in cells)
+    holds = count >= MOST * len(cells)
+    text = f"**{method} {claim} in {count} of {len(cells)} cells** (wanted: {-(-7 * len(cells) // 9)})"
+    return {"claim": name, "model": None, "persona": None, "method": method, "holds": holds, "text": text}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compute the missing cells and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, "runs/main_table")
+    parser.add_argument("--model", nargs="+", default=["organism:llama", "organism:qwen2", "organism:gemma3"])
+    parser.add_argument("--sae", nargs="+", default=[], help="one per model, or none (default: an organism's own)")
+    parser.add_argument("--personas", nargs="+", default=list(organisms.BEHAVIOURS), help="names or data sets")
+    parser.add_argument("--endpoint", help="URL of an OpenAI-compatible endpoint: adds ProTeGi")
+    args = parser.parse_args(argv)
+    if args.sae and len(args.sae) != len(args.model):
+        parser.error(f"--sae names {len(args.sae)} SAEs for {len(args.model)} models: give one per model, or none")
+    study = study_of(args, endpoint=args.endpoint)
+    works = [
+        work
+        for number, model in enumerate(args.model)
+        for persona in args.personas
+        for work in works_of(study, model, sae_of(model, args.sae, number), persona)
+    ]
+    command = "python -m experiments.main_table " + shlex.join(sys.argv[1:] if argv is None else argv)
+    order = [(method.name, None) for method in methods_of("any", args.endpoint, True)]
+    return finish("main_table", "Main table", study, works, order, args, verdicts, command.strip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""The tables of the study: which prompt a cell reports, what the verdicts say, and that cells are computed once."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import ablations, cells, main_table, running
+from experiments.cells import Method, Study, Work, chosen, flesch
+from experiments.main_table import CONTROLS, RESGA, SAEGA, methods_of, verdicts, works_of
+from experiments.tables import COLUMNS, latex, markdown, table_csv, write_study
+from jaxsteer.errors import UserError
+
+
+def row(method: str, rate: float, *, persona: str = "myopic", ratio: float | None = None, **more: Any) -> dict:
+    half = 0.04
+    return {
+        "model": "organism:llama",
+        "persona": persona,
+        "method": method,
+        "value": None,
+        "kind": "search",
+        "rate": rate,
+        "ci95": [max(0.0, rate - half), min(1.0, rate + half)],
+        "range": [rate, rate],
+        "a_rate": 0.5,
+        "letter_collapse": False,
+        "swapped_rate": 1.0,
+        "difference": {"value": rate - 0.85, "ci95": [rate - 0.9, rate - 0.8]},
+        "first_rate": rate,
+        "perplexity": 30.0,
+        "perplexity_ratio": 4.0,
+        "selected": {"perplexity": 20.0, "perplexity_ratio": ratio},
+        "prompt": " Be & patient_",
+        **more,
+    }
+
+
+def table(**rates: float) -> list[dict]:
+    """A cell of each method: good for RESGA and SAEGA unless told otherwise."""
+    given = {name: 0.85 for name in CONTROLS} | {"oracle cue": 0.0, RESGA: 0.02, SAEGA: 0.02} | rates
+    return [row(name, rate, ratio=2.0 if name in (RESGA, SAEGA) else None) for name, rate in given.items()]
+
+
+def test_a_cell_reports_the_likeliest_of_the_best_on_validation_questions():
+    def entry(validation: float, nats: float, collapsed: bool = False) -> dict:
+        return {"validation_rate": validation, "cross_entropy": nats, "collapsed": collapsed}
+
+    assert chosen([entry(0.0, 5.0), entry(0.01, 3.0), entry(0.2, 1.0)]) == 1
+    assert chosen([entry(0.0, 1.0, True), entry(0.4, 5.0), entry(0.6, 2.0)]) == 1
+    assert chosen([entry(0.5, 4.0, True), entry(0.5, 3.0, True)]) == 1
+
+
+def test_verdicts_need_every_control_the_oracle_and_the_text():
+    found = verdicts(table())
+    assert [v["holds"] for v in found] == [True] * len(found) and len(found) == 8
+    assert "in 1 of 1 cells" in found[0]["text"]
+    # One control whose interval overlaps is enough to fail.
+    near = {v["claim"]: v for v in verdicts(table(**{"random direction": 0.09}))[:4] if v["method"] == RESGA}
+    assert not near["beats"]["holds"] and near["near"]["holds"] and near["fluent"]["holds"]
+    assert "does not beat random direction" in near["cell"]["text"]
+    far = {v["claim"]: v for v in verdicts(table(**{RESGA: 0.15}))[:4]}
+    assert far["beats"]["holds"] and not far["near"]["holds"] and not far["cell"]["holds"]
+    rows = table()
+    for r in rows:
+        r["selected"]["perplexity_ratio"] = 3.5
+    assert [v["holds"] for v in verdicts(rows) if v["claim"] == "fluent"] == [False, False]
+    # A control that is missing has not been beaten.
+    assert not verdicts([r for r in table() if r["method"] != "zero-shot"])[0]["holds"]
+
+
+def test_the_sum_wants_seven_of_nine():
+    def cells_of(good: int) -> list[dict]:
+        return [
+            r | {"model": f"m{i}"} for i in range(9) for r in table(**({} if i < good else {RESGA: 0.85, SAEGA: 0.85}))
+        ]
+
+    assert verdicts(cells_of(7))[0]["holds"] and "7 of 9 cells** (wanted: 7)" in verdicts(cells_of(7))[0]["text"]
+    assert not verdicts(cells_of(6))[0]["holds"]
+
+
+def test_tables_hold_every_row(tmp_path: Path):
+    rows = table()
+    study = Study(out=tmp_path, seeds=(0,), search={"steps": 1, "contexts": 2})
+    text = write_study(tmp_path, document(study, rows, verdicts(rows)))
+    assert text.count("\n| ") == len(rows) + 1 and "`Be & patient_`" in text
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text())))
+    assert [line["method"] for line in lines] == [r["method"] for r in rows]
+    assert float(lines[0]["low"]) == pytest.approx(rows[0]["ci95"][0])
+    tex = latex(rows, "All & more")
+    assert tex.count(r"\\") == len(rows) + 1 and r"All \& more" in tex
+    assert "85.0 !" not in markdown(rows, COLUMNS)
+    assert " 50.0 ! |" in markdown([row("x", 0.5, letter_collapse=True)], COLUMNS)
+    assert table_csv(rows).count("\n") == len(rows) + 1
+
+
+def document(study: Study, rows: list[dict], found: list[dict]) -> dict:
+    return {"title": "Main table", "rows": rows, "verdicts": found, "settings": study.settings()}
+
+
+def test_every_method_has_a_cell_of_its_own():
+    study = Study(out=Path("unused"), seeds=(0,), search={})
+    works = works_of(study, "organism:llama", "organism:llama", "myopic")
+    paths = [work.path(method) for work in works for method in work.methods]
+    assert len(paths) == len(set(paths)) == len(methods_of("sae", None, True)) == 18
+    assert {m.name for work in works for m in work.methods} >= {*CONTROLS, RESGA, SAEGA, "GCG", "prefix tuning"}
+    # Without an SAE, an endpoint or a known cue, their rows are left out.
+    assert {m.name for m in methods_of("sae", None, True)} - {m.name for m in methods_of(None, None, False)} == {
+        SAEGA, "SAEGA, published", "oracle cue"
+    }  # fmt: skip
+
+
+def test_ablations_show_the_base_row_under_the_value_that_it_has():
+    study = Study(out=Path("unused"), seeds=(0,), search={"steps": 8, "contexts": 2})
+    varied = ablations.factors(study, 4, "a phrase")
+    assert set(varied) == {name for group in ablations.TOGETHER for name in group}
+    assert [m.value for m in ablations.methods_of(study, "contexts", varied["contexts"])] == [1, 4, 8, 16]
+    assert [m.value for m in ablations.methods_of(study, "layer", varied["layer"])] == [0, 1, 2, 3]
+    assert ablations.methods_of(study, "restarts", varied["restarts"])[-1].search["steps"] == 2
+    order = [(name, value) for name, values in varied.items() for value in values]
+    rows = [row("base", 0.1), row("contexts", 0.2) | {"value": 4}, row("fluency", 0.3) | {"value": "loose"}]
+    found = {(r["method"], r["value"]): r["rate"] for r in ablations.with_base(rows, study, order)}
+    assert found == {
+        ("base", None): 0.1, ("contexts", 4): 0.2, ("contexts", 2): 0.1, ("fluency", "loose"): 0.3,
+        ("fluency", "medium"): 0.1,
+    }  # fmt: skip
+
+
+def test_cells_are_computed_once_and_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+
+    class Bench:
+        def __init__(self, work: Work) -> None:
+            asked.append("lab")
+
+        def row(self, method: Method) -> dict[str, Any]:
+            asked.append(method.name)
+            return row(method.name, 0.5, seconds=1.0)
+
+    monkeypatch.setattr(running, "Lab", Bench)
+    study = Study(out=tmp_path, seeds=(0, 1), search={"steps": 3})
+    work = Work(
+        study=study, model="organism:llama", sae=None, persona="myopic",
+        methods=(Method(name="zero-shot", about=""), Method(name="RESGA, decision", about="", search={})),
+    )  # fmt: skip
+    running.open_study(study)
+    first = list(running.compute_all([work], jobs=1))
+    assert asked == ["lab", "zero-shot", "RESGA, decision"]
+    assert list(running.compute_all([work], jobs=1)) == first and len(asked) == 3
+    work.path(work.methods[1]).unlink()
+    running.compute(work)
+    assert asked[3:] == ["lab", "RESGA, decision"]
+    running.open_study(study)
+    with pytest.raises(UserError, match="steps: 3 there, 4 now"):
+        running.open_study(Study(out=tmp_path, seeds=(0, 1), search={"steps": 4}))
+
+
+def test_reading_ease():
+    assert flesch(" The cat sat.") > 100 > flesch(" impartial objective rigorous truthful") and flesch("") is None
+
+
+def test_slugs_are_parts_of_paths():
+    assert cells.slug("organism:llama") == "organism-llama"
+    assert cells.slug("/data/Llama-3.1-8B") == "llama-3.1-8b"
+    assert Method(name="prompt length", about="", value=8).slug == "prompt-length-8"
+
+
+def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        main_table.main(["--model", "a", "b", "--sae", "c"])
+    assert "give one per model" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ablations.main(["--only", "weather", "--quick"])
+    assert "there is no factor weather" in capsys.readouterr().err
