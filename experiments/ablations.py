@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.cells import Method, Study, Work
+from experiments.cells import PROMPT_LENGTH, Method, Study, Work
 from experiments.main_table import EPO
-from experiments.running import PROMPT_LENGTH, add_arguments, finish, sae_of, study_of
+from experiments.running import add_arguments, finish, sae_of, study_of
 from experiments.tables import COLUMNS, Row
 from jaxsteer import organisms
 from jaxsteer.models.loading import load

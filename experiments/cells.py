@@ -37,12 +37,13 @@ from jaxsteer.study.aim import Aim, find_aim, task_of
 from jaxsteer.study.pipeline import conclude, in_units, problem_of, progress_of, search_problems
 from jaxsteer.study.setting import Setting, prepare
 
+PROMPT_LENGTH = 8
 TOLERANCE = 0.02
 """Validation rates that differ by less are equal, and the likelier text is taken."""
 NEUTRAL = 0.24
 """Share of neutral sentences among the sentences that the organisms' corpus puts into the slot."""
-NO_AIM = ("out", "seed", "steps", "contexts", "fluency", "prompt_length", "init", "algorithm", "population", "children")
-NO_AIM += ("top_k", "restart_every", "replace", "search_width", "buffer", "report_prompts", "batch")
+NO_AIM = """out seed steps contexts fluency prompt_length init algorithm population children top_k restart_every replace
+    search_width buffer report_prompts batch""".split()
 """Options that direction, probe and sign do not depend on: cells that differ in these alone share them."""
 
 
@@ -140,7 +141,7 @@ class Lab:
             splits=split(self.persona, seed=base.split_seed),
             style=base.style,
             slot=base.slot,
-            length=base.prompt_length or 8,
+            length=self.study.search.get("prompt_length", PROMPT_LENGTH),
             tokens=base.tokens or "words",
             questions=self.study.questions,
             endpoint=Endpoint(url=self.study.endpoint) if self.study.endpoint else None,
@@ -182,9 +183,9 @@ class Lab:
         return prompt_perplexity(self.model, texts, asked, **place)
 
     def zero(self, part: str) -> ChoiceResult:
-        """The answers without a prompt, which are the same in every slot."""
+        """The answers without a prompt, the same in every slot."""
         if part not in self._zero:
-            self._zero[part] = choice_eval(self.model, getattr(self.bench, part), [""], style=self.bench.style)[0]
+            self._zero[part] = choice_eval(self.model, getattr(self.bench, part), [""], **self.bench.place)[0]
         return self._zero[part]
 
     def aim(self, options: SearchOptions) -> Aim:

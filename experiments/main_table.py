@@ -17,8 +17,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.cells import Method, Study, Work
-from experiments.running import PROMPT_LENGTH, add_arguments, finish, sae_of, study_of
+from experiments.cells import PROMPT_LENGTH, Method, Study, Work
+from experiments.running import add_arguments, finish, sae_of, study_of
 from experiments.tables import Row, percent
 from jaxsteer import organisms
 from jaxsteer.evals.baselines import BASELINES
@@ -106,7 +106,8 @@ def methods_of(sae: str | None, endpoint: str | None, known_cue: bool) -> list[M
 
 def works_of(study: Study, model: str, sae: str | None, persona: str) -> list[Work]:
     """All cells of one model and persona, in parts that share no direction."""
-    first, rest = [], []
+    first: list[Method] = []
+    rest: list[Method] = []
     for method in methods_of(sae, study.endpoint, persona in organisms.BEHAVIOURS):
         search = method.search or {}
         decides = search.get("read_position") == "decision" and search.get("method") != "saega"

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from experiments.cells import Lab, Study, Work, load_once
+from experiments.cells import PROMPT_LENGTH, Lab, Study, Work, load_once
 from experiments.tables import COLUMNS, Columns, Row, write_study
 from jaxsteer.errors import UserError
 from jaxsteer.models.loading import cache_dir
@@ -24,7 +24,6 @@ from jaxsteer.study import files
 from jaxsteer.study.outcome import environment
 
 FORMAT = "jaxsteer.study/1"
-PROMPT_LENGTH = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
@@ -117,7 +116,7 @@ def _say(line: str) -> None:
 
 def keep_programs() -> None:
     """Compiled programs are kept on disk, as the commands of ``jaxsteer`` keep them."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -119,10 +119,9 @@ def _tex(text: str) -> str:
 
 def table_csv(rows: Sequence[Row]) -> str:
     """One line per row."""
-    names = ("model", "persona", "method", "value", "kind", "rate", "low", "high", "range_low", "range_high", "a_rate")
-    names += ("letter_collapse", "swapped_rate", "change", "change_low", "change_high", "first_rate", "perplexity")
-    names += ("perplexity_ratio", "shown_perplexity", "shown_perplexity_ratio", "readability", "probe_correlation")
-    names += ("site", "tried", "candidates", "seconds", "prompt")
+    names = """model persona method value kind rate low high range_low range_high a_rate letter_collapse swapped_rate
+        change change_low change_high first_rate perplexity perplexity_ratio shown_perplexity shown_perplexity_ratio
+        readability probe_correlation site tried candidates seconds prompt""".split()
     out = io.StringIO()
     writer = csv.DictWriter(out, names, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
