@@ -14,10 +14,12 @@ from jaxsteer.prompts.conversation import (
     render,
 )
 from jaxsteer.prompts.slots import (
+    PAD,
     Slots,
     build_slots,
     first_allowed,
     prompt_text,
+    resized,
     retokenises,
     retokenises_many,
 )
@@ -25,6 +27,7 @@ from jaxsteer.prompts.targets import with_target
 from jaxsteer.prompts.tokens import allowed_tokens
 
 __all__ = [
+    "PAD",
     "Conversation",
     "Slots",
     "allowed_tokens",
@@ -41,6 +44,7 @@ __all__ = [
     "prompt_text",
     "question_conversation",
     "render",
+    "resized",
     "retokenises",
     "retokenises_many",
     "with_target",

@@ -28,6 +28,8 @@ from jaxsteer.prompts.conversation import (
 from jaxsteer.prompts.tokens import decoded, printable
 
 Ids = Sequence[SupportsIndex] | np.ndarray
+PAD = -1
+"""Stands for no token, at the start of prompt ids that are shorter than others beside them."""
 READS = ("slot_last", "input_last")
 SENTINELS = 12
 """Words tried as sentinels. Most tokenizers need two; more only where words merge with their surroundings."""
@@ -83,8 +85,9 @@ class Slots:
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, ids: Ids) -> str:
-    """The text a user would paste for prompt ids, a leading space included (``render`` never doubles it)."""
-    return str(tokenizer.decode([int(i) for i in ids], clean_up_tokenization_spaces=False))
+    """The text a user would paste for prompt ids (without ``PAD``), a leading space included (``render`` never doubles
+    it)."""
+    return str(tokenizer.decode([int(i) for i in ids if i != PAD], clean_up_tokenization_spaces=False))
 
 
 def build_slots(
@@ -142,6 +145,11 @@ def build_slots(
     return slots
 
 
+def resized(slots: Slots, length: int) -> Slots:
+    """The same surroundings for prompts of another length."""
+    return dataclasses.replace(slots, length=length, read_index=slots.read_index + (length - slots.length))
+
+
 def retokenises(tokenizer: PreTrainedTokenizerBase, slots: Slots, ids: Ids) -> bool:
     """Whether ids, read as text and placed in the full text of every context, encode to themselves in place."""
     return bool(retokenises_many(tokenizer, slots, np.asarray(ids, np.int32)[None])[0])
@@ -152,9 +160,9 @@ def retokenises_many(
 ) -> Bool[np.ndarray, " M"]:
     """``retokenises`` for M prompts: all of them in the first context, then the survivors in the others.
 
-    Verdicts are kept with the slots, by ids.
+    Prompts may begin with ``PAD``. Verdicts are kept with the slots, by ids.
     """
-    rows = [tuple(int(i) for i in row) for row in np.asarray(ids)]
+    rows = [tuple(int(i) for i in row if i != PAD) for row in np.asarray(ids)]
     alive = [row for row in dict.fromkeys(rows) if row not in slots.checked]
     texts = {row: prompt_text(tokenizer, row) for row in alive}
     for row in alive:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from jaxsteer.errors import UserError
 from jaxsteer.models.params import Params
 from jaxsteer.models.processes import to_host
+from jaxsteer.prompts import PAD
 from jaxsteer.search.objectives import as_pytree
 from jaxsteer.search.reads import Objective, needs
 from jaxsteer.search.task import Task, score
@@ -29,6 +30,7 @@ def check_objective(params: Params, task: Task, objective: Objective, *, seed: i
     rng = np.random.default_rng(seed)
     drawn = rng.choice(np.asarray(task.ids), (2 * SAMPLES - 1, task.length)).astype(np.int32)
     drawn[:, 0] = rng.choice(np.asarray(task.first_ids), len(drawn))
+    drawn[1, : task.length - task.least] = PAD  # the shortest there is
     ids, company = drawn[:SAMPLES], np.concatenate([drawn[:1], drawn[SAMPLES:]])
     scorer = jax.jit(score)
     f, x = to_host(scorer(params, task, objective, jnp.asarray(ids)))

@@ -48,7 +48,7 @@ def stratified(key: Key[Array, ""], parents: int, children: int, length: int) ->
 def shares(task: Task, positions: tuple[int, ...]) -> bool:
     """Whether ``score_children`` shares work at these positions, or falls back on ``score``."""
     inside = any(name.endswith(PATTERN) for name in task.needs.sites)
-    if task.slot_once or not task.reads_last or task.needs.spans or inside or not any(positions):
+    if task.slot_once or task.varies or not task.reads_last or task.needs.spans or inside or not any(positions):
         return False
     whole = task.length + task.after.shape[1]
     plan = _plan(positions, task.length, task.after.shape[1])

@@ -9,17 +9,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from jaxsteer.prompts import Slots, prompt_text, retokenises_many
+from jaxsteer.prompts import PAD, Slots, prompt_text, retokenises_many
 
 Valid = Callable[[Int[np.ndarray, "n S"]], Bool[np.ndarray, " n"]]
 
 
 def repetition(ids: Int[Array, "M S"]) -> Float[Array, " M"]:
-    """FLRT's penalty (arXiv 2407.17447): ``sum_v max(count_v - 1, 0) ** 1.5 / S`` over the tokens v of each prompt."""
-    same = ids[:, :, None] == ids[:, None, :]
+    """FLRT's penalty (arXiv 2407.17447): ``sum_v max(count_v - 1, 0) ** 1.5 / n`` over the tokens v of each prompt, n
+    in number."""
+    real = ids != PAD
+    same = (ids[:, :, None] == ids[:, None, :]) & real[:, :, None]
     count = same.sum(-1)
-    first = ~jnp.any(jnp.tril(same, -1), axis=-1)  # every distinct token is counted where it stands first
-    return jnp.sum(jnp.where(first, (count - 1.0) ** 1.5, 0.0), axis=-1) / ids.shape[1]
+    first = real & ~jnp.any(jnp.tril(same, -1), axis=-1)  # every distinct token is counted where it stands first
+    return jnp.sum(jnp.where(first, jnp.maximum(count - 1.0, 0.0) ** 1.5, 0.0), axis=-1) / real.sum(-1)
 
 
 def repeats(ids: Int[Array, "M S"], known: Int[Array, "P S"] | None = None) -> Bool[Array, " M"]:

@@ -114,6 +114,8 @@ def run_search(
     budget = as_first(default_budget(mesh)) if memory_gib is None else int(memory_gib * GIB)
     shards = 1 if mesh is None else mesh.shape["prompts"]
     same = {"problems": digest(problems, task.ids, task.after), "steps": steps, "steps_per_call": steps_per_call}
+    if task.varies:
+        same["least"] = task.least
     began = {} if store is None else store.open(same)
     if began:  # the same candidates at once, and the same waves
         task, wave = task.replace(batch=began["batch"]), -(-began["wave"] // shards)  # type: ignore[attr-defined]

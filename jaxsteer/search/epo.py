@@ -17,10 +17,12 @@ from jaxtyping import Array, Int, Key
 
 from jaxsteer.models.params import Params
 from jaxsteer.search.children import stratified
+from jaxsteer.search.lengths import INSERT, INSERTIONS, draw_edits, edited
 from jaxsteer.search.population import Search, State, Summary, compete, positive, start, summary_of
 from jaxsteer.search.probe_sampling import ProbeSampling, judge_children
 from jaxsteer.search.problem import Problem
-from jaxsteer.search.task import Task, proposals
+from jaxsteer.search.proposals import proposals, proposals_and_insertions
+from jaxsteer.search.task import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,10 +92,27 @@ def epo(config: EpoConfig) -> Search:
         params: Params, task: Task, problem: Problem, parents: Int[Array, "P S"], key: Key[Array, ""]
     ) -> Int[Array, "M S"]:
         top_k = usable_top_k(task, config.top_k)
+        if task.varies:
+            return _edited(params, task, problem, parents, key, top_k, config.children)
         tokens = proposals(params, task, problem.objective, parents, problem.fluency, top_k)
         return mutate(key, parents, tokens, config.children)
 
     return evolve(config, children_of, sampling=config.probe_sampling)
+
+
+def _edited(
+    params: Params, task: Task, problem: Problem, parents: Int[Array, "P S"], key: Key[Array, ""], top_k: int, each: int
+) -> Int[Array, "M S"]:
+    """Children of other lengths, too: gradients propose what is exchanged, the model itself what is inserted."""
+    where, what, drawn = jax.random.split(key, 3)
+    most = min(INSERTIONS, len(task.ids), len(task.first_ids))
+    swaps, inserts = proposals_and_insertions(
+        params, task, problem.objective, parents, problem.fluency, top_k, drawn, most
+    )
+    edits = draw_edits(where, task, parents, each)
+    row, rank = jnp.arange(len(parents))[:, None], jax.random.bits(what, edits.at.shape)
+    tokens = [table[row, edits.at, rank % jnp.uint32(table.shape[-1])] for table in (swaps, inserts)]
+    return edited(parents, edits, jnp.where(edits.kind == INSERT, tokens[1], tokens[0]))
 
 
 def evolve(

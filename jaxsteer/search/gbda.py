@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsteer.models.params import Params
+from jaxsteer.search.lengths import same_length
 from jaxsteer.search.population import Search, State, Summary, compete, judge, positive, start, summary_of
 from jaxsteer.search.problem import Problem
 from jaxsteer.search.relaxed import Arguments, allowed_at, make_optimizer, mixture_loss
@@ -87,6 +88,7 @@ def gbda(config: GbdaConfig) -> Search:
     )
 
     def init(params: Params, task: Task, problem: Problem) -> GbdaState:
+        same_length(task, "gbda")
         first = start(
             params, task, problem, population=config.population, archive=config.archive, penalty=config.repetition
         )

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from jaxsteer.errors import UserError
 from jaxsteer.models.params import Params
 from jaxsteer.search.epo import mutate, usable_top_k
+from jaxsteer.search.lengths import same_length
 from jaxsteer.search.pareto import insert
 from jaxsteer.search.population import Search, State, Summary, positive, start, summary_of
 from jaxsteer.search.probe_sampling import ProbeSampling, judge_children
 from jaxsteer.search.problem import Problem
-from jaxsteer.search.task import Task, proposals
+from jaxsteer.search.proposals import proposals
+from jaxsteer.search.task import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ def gcg(config: GcgConfig) -> Search:
     """GCG with ``config``, for one problem. The rows of its state are its buffer, the best last step first."""
 
     def init(params: Params, task: Task, problem: Problem) -> State:
+        same_length(task, "gcg")
         return start(
             params, task, problem, population=config.population, archive=config.archive, penalty=config.repetition
         )

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from jaxsteer.models.params import Params
+from jaxsteer.prompts.slots import PAD
 from jaxsteer.search.epo import draw_positions, evolve, replaced
+from jaxsteer.search.lengths import draw_edits, edited, same_length
 from jaxsteer.search.population import Search, positive
 from jaxsteer.search.problem import Problem
 from jaxsteer.search.task import Task
@@ -47,14 +49,26 @@ def mutation(config: MutationConfig) -> Search:
         params: Params, task: Task, problem: Problem, parents: Int[Array, "P S"], key: Key[Array, ""]
     ) -> Int[Array, "M S"]:
         where, what = jax.random.split(key)
+        if task.varies:
+            if config.replace > 1:
+                same_length(task, "replace > 1")
+            edits = draw_edits(where, task, parents, config.children)
+            begins = edits.at == (parents == PAD).sum(-1)[:, None]
+            return edited(parents, edits, _drawn(task, what, parents, edits.at[..., None], begins[..., None])[..., 0])
         position = draw_positions(where, (len(parents), config.children), task.length, config.replace)
-        inner, first = jax.random.bits(what, (2, *position.shape))
-        new = jnp.where(
-            position == 0, _other(task.first_ids, first, parents, position), _other(task.ids, inner, parents, position)
-        )
-        return replaced(parents, position, new)
+        return replaced(parents, position, _drawn(task, what, parents, position, position == 0))
 
     return evolve(config, children_of, replace=config.replace)
+
+
+def _drawn(
+    task: Task, key: Key[Array, ""], parents: Int[Array, "P S"], position: Int[Array, "P E r"], begins: Array
+) -> Int[Array, "P E r"]:
+    """Uniform allowed tokens for these places; ``begins`` says which of them are a prompt's first."""
+    inner, first = jax.random.bits(key, (2, *position.shape))
+    return jnp.where(
+        begins, _other(task.first_ids, first, parents, position), _other(task.ids, inner, parents, position)
+    )
 
 
 def _other(

@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxsteer.models.params import Params
+from jaxsteer.search.lengths import same_length
 from jaxsteer.search.population import Search, State, Summary, compete, judge, positive, start, summary_of
 from jaxsteer.search.problem import Problem
 from jaxsteer.search.relaxed import Arguments, make_optimizer, nearest, table_unit
@@ -66,6 +67,7 @@ def pez(config: PezConfig) -> Search:
     transformation = make_optimizer(config.optimizer, config.learning_rate, config.arguments)
 
     def init(params: Params, task: Task, problem: Problem) -> PezState:
+        same_length(task, "pez")
         first = start(
             params, task, problem, population=config.population, archive=config.archive, penalty=config.repetition
         )

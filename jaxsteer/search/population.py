@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.params import Params
+from jaxsteer.prompts.slots import PAD
 from jaxsteer.search.children import score_children, starts
 from jaxsteer.search.constraints import repeats, repetition
 from jaxsteer.search.pareto import Archive, empty_archive, insert
@@ -72,15 +73,20 @@ def positive(config: Any, *names: str) -> None:
 
 
 def random_ids(key: Key[Array, ""], task: Task, rows: int) -> Int[Array, "rows S"]:
-    """Uniformly random prompts over the allowed tokens."""
+    """Uniformly random prompts over the allowed tokens, of uniformly random lengths where these vary."""
     first, rest = jax.random.split(key)
-    return jnp.concatenate(
+    ids = jnp.concatenate(
         [
             jax.random.choice(first, task.first_ids, (rows, 1)),
             jax.random.choice(rest, task.ids, (rows, task.length - 1)),
         ],
         axis=1,
     )
+    if not task.varies:
+        return ids
+    pads = jax.random.randint(jax.random.fold_in(key, 2), (rows, 1), 0, task.length - task.least + 1)
+    place = jnp.arange(task.length)
+    return jnp.where(place < pads, PAD, jnp.where(place == pads, ids[:, :1], ids))
 
 
 def judge(

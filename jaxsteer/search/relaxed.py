@@ -20,7 +20,8 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import scale_embeddings, unembed
 from jaxsteer.search.objectives import Objective
-from jaxsteer.search.task import VOCABULARY_BLOCK, Task, first_log_probs, run_slots
+from jaxsteer.search.reads import VOCABULARY_BLOCK
+from jaxsteer.search.task import Task, first_log_probs, run_slots
 
 Arguments = tuple[tuple[str, Any], ...]
 """Keyword arguments that a frozen config can hold: ``(("b1", 0.8), ("weight_decay", 0.1))``."""

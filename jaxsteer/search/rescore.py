@@ -16,7 +16,7 @@ from jaxsteer.models.loading import Model
 from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import embed, make_context, positions_of, run_layers, unembed
 from jaxsteer.prompts.conversation import encode
-from jaxsteer.prompts.slots import Slots
+from jaxsteer.prompts.slots import Slots, resized
 from jaxsteer.search.objectives import as_pytree
 from jaxsteer.search.reads import Layout, Needs, Objective, read
 from jaxsteer.search.task import combined, make_target, row_tails
@@ -45,8 +45,8 @@ def rescore(
 ) -> list[Rescored]:
     """Objective and cross-entropy of prompt texts: every context is rendered, tokenised and run as a whole.
 
-    The texts must re-tokenise in place (``prompts.retokenises``); the caller keeps others out. ``combine`` and
-    ``temperature`` as in ``make_task``.
+    The texts must re-tokenise in place (``prompts.retokenises``) to at most ``slots.length`` tokens; the caller keeps
+    others out. ``combine`` and ``temperature`` as in ``make_task``.
     """
     objective = as_pytree(objective)
     width = max(len(b) + slots.length + len(a) for b, a in zip(slots.before, row_tails(slots), strict=True))
@@ -58,12 +58,17 @@ def rescore(
         mask = np.zeros((len(slots), width), bool)
         for row, conversation in enumerate(slots.conversations):
             ids = encode(model.tokenizer, conversation, text)
+            length = len(ids) - len(slots.before[row]) - len(slots.closing[row])  # in every context the same
             if slots.target:
                 ids = np.concatenate([ids, slots.target[row][:-1]])
             ids = ids[:width]
             tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
-        layout = _layout(slots, start, mask)
-        f, x = _score_whole(model.params, model.config, needs, slots.length, objective, tokens, mask, start, layout)
+        own = resized(slots, length)
+        layout = _layout(own, start, mask)
+        count = np.int32(length)
+        f, x = _score_whole(
+            model.params, model.config, needs, slots.length, objective, tokens, mask, start, count, layout
+        )
         target = combined(f[:, None], jnp.full(len(slots), 1 / len(slots)), combine, temperature)[0]
         out.append(Rescored(target=float(target), cross_entropy=float(jnp.mean(x))))
     return out
@@ -95,6 +100,7 @@ def _score_whole(
     tokens: Int[Array, "C T"],
     mask: Bool[Array, "C T"],
     start: Int[Array, " C"],
+    count: Int[Array, ""],
     layout: Layout,
 ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
     context = make_context(config, positions_of(mask), mask)
@@ -107,5 +113,5 @@ def _score_whole(
     predictors = jnp.take_along_axis(x, jnp.maximum(where - 1, 0)[..., None], axis=1)
     log_probs = jax.nn.log_softmax(unembed(params, config, predictors))
     picked = jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
-    scored = jnp.broadcast_to(where > 0, picked.shape)
+    scored = (where > 0) & (jnp.arange(length) < count)
     return f, -jnp.sum(picked * scored, axis=1) / scored.sum(axis=1)

@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 import jax
 import numpy as np
 
+from jaxsteer.prompts import PAD
 from jaxsteer.search.pareto import Archive, frontier
 from jaxsteer.search.planning import Plan
 
@@ -135,7 +136,7 @@ def joined(waves: Sequence[Wave]) -> Wave:
 def found_at(archive: Archive, problem: SupportsIndex, row: SupportsIndex, *, number: int, retokenises: bool) -> Found:
     """A row of one problem's archive; the problem's own number is ``number``."""
     return Found(
-        ids=tuple(int(i) for i in archive.ids[problem, row]),
+        ids=tuple(int(i) for i in archive.ids[problem, row] if i != PAD),
         target=float(archive.f[problem, row]),
         cross_entropy=float(archive.x[problem, row]),
         step=int(archive.step[problem, row]),

@@ -18,6 +18,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from jaxsteer.models.params import Params
+from jaxsteer.search.lengths import same_length
 from jaxsteer.search.population import Search, State, Summary, compete, judge, positive, start, summary_of
 from jaxsteer.search.problem import Problem
 from jaxsteer.search.relaxed import Arguments, make_optimizer, nearest, soft_target, table_unit
@@ -67,6 +68,7 @@ def soft(config: SoftConfig) -> Search:
     transformation = make_optimizer(config.optimizer, config.learning_rate, config.arguments)
 
     def init(params: Params, task: Task, problem: Problem) -> SoftState:
+        same_length(task, "soft")
         first = start(params, task, problem, population=config.population, archive=config.archive)
         rows = params.embed[first.ids].astype(jnp.float32) / table_unit(params)
         return SoftState(**vars(first), soft=rows, best=rows, best_f=first.f, optimizer=transformation.init(rows))

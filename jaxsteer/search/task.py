@@ -9,6 +9,9 @@ context-major: row c * M + m is candidate m in context c.
 Both as in EPO (arXiv 2402.01702): every candidate meets the same contexts, and one function scores parents and
 children. ``combine`` may replace f's mean over contexts by the worst of them or by a soft minimum.
 
+Where prompts may differ in length (``least`` < S), shorter ones begin with ``PAD``: a row's own tokens still stand in
+one piece, nothing looks at the padding, and positions are counted without it.
+
 What stands before the slot is run once. What stands after it is run for every candidate in every context, and so is the
 slot; but where the texts before it are the same (a searched system message), every candidate's slot is run once and
 its keys and values serve all contexts.
@@ -41,8 +44,8 @@ from jaxsteer.models.transformer import (
     scale_embeddings,
     unembed,
 )
-from jaxsteer.prompts.slots import Slots
-from jaxsteer.search.reads import VOCABULARY_BLOCK, Layout, Needs, Objective, Reads, Target, label_log_probs, read
+from jaxsteer.prompts.slots import PAD, Slots
+from jaxsteer.search.reads import Layout, Needs, Objective, Reads, Target, label_log_probs, read
 
 Combine = Literal["mean", "worst", "soft-min"]
 COMBINE: tuple[str, ...] = get_args(Combine)
@@ -74,6 +77,9 @@ class Task:
     config: ModelConfig = struct.field(pytree_node=False)
     needs: Needs = struct.field(pytree_node=False)
     length: int = struct.field(pytree_node=False)
+    """Tokens of a prompt, S; the most of them where prompts vary."""
+    least: int = struct.field(pytree_node=False)
+    """The fewest tokens of a prompt; S where all have the same."""
     batch: int = struct.field(pytree_node=False)
     """Candidates scored at once (each in all contexts)."""
     scores_first: bool = struct.field(pytree_node=False)
@@ -94,6 +100,11 @@ class Task:
         return self.after.shape[0]
 
     @property
+    def varies(self) -> bool:
+        """Whether prompts may differ in length."""
+        return self.least < self.length
+
+    @property
     def opening_weight(self) -> Float[Array, " O"]:
         """Weight of every opening in the cross-entropy."""
         return jnp.sum(self.weight, keepdims=True) if self.slot_once else self.weight
@@ -110,6 +121,7 @@ def make_task(
     batch: int | None = None,
     combine: str = "mean",
     temperature: float = 1.0,
+    least: int | None = None,
 ) -> Task:
     """Cache what precedes the slot and check that everything fits.
 
@@ -117,15 +129,19 @@ def make_task(
     reads, ``allowed`` the token mask and ``allowed_first`` the one for the slot's first token (default: the same).
     ``batch`` candidates are scored at once (default: about ``ROWS`` rows). ``combine`` says what becomes of the
     objective's values in the contexts: their "mean", the "worst", or their "soft-min" at ``temperature``, which lies
-    between the two (towards the mean when it is large against their differences). Raises ``UserError`` when a context
-    with its prompt is longer than the model's positions, when a read position lies outside of slot and tail, when too
-    few tokens are allowed, or for a name or temperature that cannot be.
+    between the two (towards the mean when it is large against their differences). Prompts have ``least`` tokens to
+    ``slots.length`` (default: exactly that). Raises ``UserError`` when a context with its prompt is longer than the
+    model's positions, when a read position lies outside of slot and tail, when too few tokens are allowed, or for a
+    name, temperature or length that cannot be.
     """
     if combine not in COMBINE or not temperature > 0:
         raise UserError(
             f"combine must be one of {', '.join(COMBINE)}, temperature above 0: got {combine!r}, {temperature}"
         )
     before, after, length = slots.before, slots.after, slots.length
+    least = length if least is None else least
+    if not 1 <= least <= length:
+        raise UserError(f"prompts of {least} to {length} tokens: expected a range of 1 or more, smaller number first")
     read_index = [int(index) for index in slots.read_index]
     longest = max(len(b) + length + len(a) for b, a in zip(before, after, strict=True))
     if longest > config.max_positions:
@@ -134,7 +150,7 @@ def make_task(
             f"{config.max_positions} positions: shorten the questions or the prompt"
         )
     for index, tail in zip(read_index, after, strict=True):
-        if not 0 <= index < length + len(tail):
+        if not length - least <= index < length + len(tail):
             raise UserError(f"read position {index} lies outside of the {length} slot and {len(tail)} tail tokens")
     first = allowed if allowed_first is None else allowed & allowed_first
     if min(int(allowed.sum()), int(first.sum())) < 2:
@@ -171,6 +187,7 @@ def make_task(
         config=config,
         needs=needs,
         length=length,
+        least=least,
         batch=batch or max(1, ROWS // contexts),
         scores_first=bool(all(len(b) for b in before)),
         slot_once=slot_once,
@@ -207,7 +224,14 @@ def padded(rows: Sequence[np.ndarray]) -> tuple[Int[np.ndarray, "C A"], Bool[np.
     return ids, mask
 
 
-def slot_rows(params: Params, task: Task, slot: Float[Array, "M S D"]) -> tuple[Float[Array, "CM T D"], Context]:
+def pads_of(task: Task, ids: Int[Array, "M S"]) -> Int[Array, " M"] | None:
+    """How many ``PAD`` each prompt begins with; ``None`` where all prompts have the same length."""
+    return (ids == PAD).sum(-1) if task.varies else None
+
+
+def slot_rows(
+    params: Params, task: Task, slot: Float[Array, "M S D"], pads: Int[Array, " M"] | None = None
+) -> tuple[Float[Array, "CM T D"], Context]:
     """Every candidate in every context, context-major: slot and tail as they enter block 0, and their context."""
     config, contexts, m = task.config, task.contexts, slot.shape[0]
     tail = embed(params, config, task.after)
@@ -222,45 +246,58 @@ def slot_rows(params: Params, task: Task, slot: Float[Array, "M S D"]) -> tuple[
     if task.after.shape[1]:
         row = jnp.concatenate([jnp.ones((contexts, task.length), bool), task.after_mask], axis=1)
         valid = jnp.repeat(row, m, axis=0)
-    return x, _row_context(task, x.shape[1], contexts, m, valid)
+    return x, _row_context(task, x.shape[1], contexts, m, valid, pads)
 
 
 def run_slots(
-    params: Params, task: Task, objective: Objective, slot: Float[Array, "M S D"]
+    params: Params,
+    task: Task,
+    objective: Objective,
+    slot: Float[Array, "M S D"],
+    pads: Int[Array, " M"] | None = None,
 ) -> tuple[Float[Array, " M"], Float[Array, "O M s D"]]:
     """F of every candidate, and the final stream at the slot tokens that predict another one (s = S - 1).
 
-    ``slot`` holds the candidates' tokens as they enter block 0.
+    ``slot`` holds the candidates' tokens as they enter block 0, ``pads`` how many of the first are padding.
     """
     config, m = task.config, slot.shape[0]
     if task.slot_once:
-        reads, x, at = _read_tails(params, task, slot)
+        reads, x, at = _read_tails(params, task, slot, pads)
     else:
-        x, context = slot_rows(params, task, slot)
-        reads, x, at = read(params, config, task.needs, x, context, _layout(task, m))
+        x, context = slot_rows(params, task, slot, pads)
+        reads, x, at = read(params, config, task.needs, x, context, _layout(task, m, pads))
     f = combined(objective(reads).reshape(task.contexts, m), task.weight, task.combine, task.temperature)
     # Above the deepest read only the tokens that predict another slot token matter.
     predicting, openings = task.length - 1, len(task.last_hidden)
     if predicting == 0:
         return f, jnp.zeros((openings, m, 0, config.d_model), x.dtype)
-    x = run_layers(params, config, x[:, :predicting], _row_context(task, predicting, openings, m), at, config.n_layers)
+    context = _row_context(task, predicting, openings, m, None, pads)
+    x = run_layers(params, config, x[:, :predicting], context, at, config.n_layers)
     return f, x.reshape(openings, m, predicting, config.d_model)
 
 
-def _read_tails(params: Params, task: Task, slot: Float[Array, "M S D"]) -> tuple[Reads, Float[Array, "M S D"], int]:
+def _read_tails(
+    params: Params, task: Task, slot: Float[Array, "M S D"], pads: Int[Array, " M"] | None
+) -> tuple[Reads, Float[Array, "M S D"], int]:
     """As ``reads.read``, where the stream that is handed back is the slot's: every candidate's slot runs once, and the
     tails of all contexts look back on it.
     """
     config, m, depth = task.config, slot.shape[0], task.needs.depth(task.config.n_layers)
-    slot_context = _row_context(task, task.length, 1, m)
+    slot_context = _row_context(task, task.length, 1, m, None, pads)
     x, (k, v) = run_and_cache(params, config, slot, slot_context, depth)
-    positions = task.prefix.length[:, None] + jnp.arange(task.length)
-    shared = Shared(k=k, v=v, mask=jnp.ones((1, 1, 1, task.length), bool), positions=positions, interleaved=True)
+    own = jnp.arange(task.length)
+    seen, skipped = jnp.ones((1, task.length), bool), jnp.zeros(1, jnp.int32)
+    if pads is not None:
+        seen, skipped = own >= pads[:, None], pads
+    positions = task.prefix.length[:, None] + own - skipped[:, None]
+    shared = Shared(k=k, v=v, mask=seen[:, None, None], positions=positions, interleaved=True)
     after = embed(params, config, task.after)
     tails = jnp.repeat(after, m, axis=0)
     where = jnp.broadcast_to(task.prefix.length + task.length + jnp.arange(after.shape[1]), tails.shape[:2])
+    if pads is not None:
+        where = where - jnp.tile(pads, task.contexts)[:, None]
     context = make_context(config, where, jnp.repeat(task.after_mask, m, axis=0), task.prefix, shared=shared)
-    reads, _, _ = read(params, config, task.needs, tails, context, _layout(task, m, start=task.length))
+    reads, _, _ = read(params, config, task.needs, tails, context, _layout(task, m, pads, start=task.length))
     return reads, x, depth
 
 
@@ -277,31 +314,49 @@ def combined(
     return jnp.sum(weight[:, None] * scores, axis=0)
 
 
-def _row_context(task: Task, t: int, groups: int, m: int, valid: Bool[Array, "B T"] | None = None) -> Context:
+def _row_context(
+    task: Task,
+    t: int,
+    groups: int,
+    m: int,
+    valid: Bool[Array, "B T"] | None = None,
+    pads: Int[Array, " M"] | None = None,
+) -> Context:
     """The context of ``t`` tokens from the slot's first, for m candidates in each of ``groups`` contexts."""
     starts = jnp.repeat(jnp.broadcast_to(task.prefix.length, groups), m)
-    return make_context(task.config, starts[:, None] + jnp.arange(t), valid, task.prefix)
+    positions = starts[:, None] + jnp.arange(t)
+    if pads is not None:
+        skipped = jnp.tile(pads, groups)[:, None]
+        real = jnp.arange(t) >= skipped
+        valid = real if valid is None else valid & real
+        positions = jnp.maximum(positions - skipped, 0)
+    return make_context(task.config, positions, valid, task.prefix)
 
 
-def _layout(task: Task, m: int, start: int = 0) -> Layout:
+def _layout(task: Task, m: int, pads: Int[Array, " M"] | None, start: int = 0) -> Layout:
     """Where things stand in rows that begin with token ``start`` of slot and tail (0, or S for tails alone)."""
     shape = (task.contexts, task.length)
     own = jnp.arange(task.length + task.after.shape[1])
     # What a target adds to the tail is no part of the input.
     last = jnp.full(task.contexts, len(own)) if task.target is None else task.target.start
     tail = jnp.concatenate([jnp.zeros(shape, bool), task.after_mask], axis=1) & (own <= last[:, None])
-    spans = {"prompt": jnp.broadcast_to(own < task.length, tail.shape), "tail": tail}
     before = jnp.broadcast_to(task.prefix.mask, (task.contexts, task.prefix.mask.shape[1]))
+    tail, before, target, read_index = jax.tree.map(
+        lambda a: jnp.repeat(a, m, axis=0), (tail, before, task.target, task.read_index - start)
+    )
+    prompt = jnp.broadcast_to(own < task.length, tail.shape)
+    if pads is not None:
+        prompt = prompt & (own >= jnp.tile(pads, task.contexts)[:, None])
+    spans = {"prompt": prompt, "tail": tail}
     keys = {name: jnp.concatenate([jnp.zeros_like(before), mask], axis=1) for name, mask in spans.items()}
     keys["before"] = jnp.concatenate([before, jnp.zeros_like(tail)], axis=1)
-    layout = Layout(
-        read=task.read_index - start,
-        context=jnp.arange(task.contexts),
+    return Layout(
+        read=read_index,
+        context=jnp.repeat(jnp.arange(task.contexts), m),
         spans={name: mask[:, start:] for name, mask in spans.items()},
         keys=keys,
-        target=None if task.target is None else dataclasses.replace(task.target, start=task.target.start - start),
+        target=target and dataclasses.replace(target, start=target.start - start),
     )
-    return jax.tree.map(lambda a: jnp.repeat(a, m, axis=0), layout)
 
 
 def cross_entropy(
@@ -309,15 +364,21 @@ def cross_entropy(
 ) -> Float[Array, " M"]:
     """(M,) mean negative log-probability of the prompt's tokens, in nats per token, over contexts."""
     openings, m, s, d = hidden.shape
-    total, scored = jnp.zeros((openings, m)), s
+    pads = pads_of(task, ids)
+    total: Array = jnp.zeros((openings, m))
     if s:
         labels = jnp.broadcast_to(ids[None, :, 1:], (openings, m, s))
         log_probs = label_log_probs(params, task.config, hidden.reshape(-1, d), labels.reshape(-1))
-        total = log_probs.reshape(openings, m, s).sum(-1)
+        log_probs = log_probs.reshape(openings, m, s)
+        if pads is not None:  # the first token that is none has its probability from before the slot
+            log_probs = jnp.where(jnp.arange(s) >= pads[:, None], log_probs, 0.0)
+        total = log_probs.sum(-1)
     if task.scores_first:
-        total = total + first_log_probs(params, task)[:, ids[:, 0]]
-        scored += 1
-    return -jnp.einsum("o,om->m", task.opening_weight, total) / max(scored, 1)
+        first = ids[:, 0] if pads is None else jnp.take_along_axis(ids, pads[:, None], axis=1)[:, 0]
+        total = total + first_log_probs(params, task)[:, first]
+    count = s + task.scores_first
+    scored = max(count, 1) if pads is None else jnp.maximum(count - pads, 1)
+    return -jnp.einsum("o,om->m", task.opening_weight, total) / scored
 
 
 def first_log_probs(params: Params, task: Task) -> Float[Array, "O V"]:
@@ -333,7 +394,7 @@ def score(
     """
 
     def one_batch(batch: Int[Array, "b S"]) -> tuple[Array, Array]:
-        f, hidden = run_slots(params, task, objective, embed(params, task.config, batch))
+        f, hidden = run_slots(params, task, objective, embed(params, task.config, batch), pads_of(task, batch))
         return f, cross_entropy(params, task, hidden, batch)
 
     m = ids.shape[0]
@@ -359,51 +420,5 @@ def slot_loss(
     of the tokens after it.
     """
     embedded = scale_embeddings(rows.astype(params.embed.dtype), task.config)
-    f, hidden = run_slots(params, task, objective, embedded)
+    f, hidden = run_slots(params, task, objective, embedded, pads_of(task, ids))
     return jnp.sum(fluency * cross_entropy(params, task, hidden, ids) - f), hidden
-
-
-def proposals(
-    params: Params,
-    task: Task,
-    objective: Objective,
-    ids: Int[Array, "P S"],
-    fluency: Float[Array, " P"],
-    top_k: int,
-) -> Int[Array, "P S k"]:
-    """For every parent and position, the ``top_k`` allowed tokens that most reduce ``J = -f + fluency * x`` to first
-    order, the current token excluded.
-
-    The gradient is that of the token's one-hot on both of its paths: as input, through the embedding
-    (Gemma's multiplier included), and as label of the cross-entropy. It is taken with respect to embeddings and
-    multiplied by the table in chunks of rows: no one-hot and no (P, S, V) array is made.
-    """
-    config = task.config
-    parents, length = ids.shape
-    grad, hidden = jax.grad(slot_loss, argnums=3, has_aux=True)(
-        params, task, objective, params.embed[ids], ids, fluency
-    )
-    openings = len(task.last_hidden)
-    first = jnp.broadcast_to(task.last_hidden[:, None, None], (openings, parents, 1, config.d_model))
-    predictors = jnp.moveaxis(jnp.concatenate([first, hidden], axis=2), 0, 2)  # (P, S, O, D): what predicts token j
-    scored = length if task.scores_first else length - 1
-    label_weight = jnp.broadcast_to(fluency[:, None] / max(scored, 1), (parents, length))
-    if not task.scores_first:
-        label_weight = label_weight.at[:, 0].set(0.0)
-
-    def best_tokens(row: tuple[Array, Array, Array, Array, Array]) -> Array:
-        g, predictor, weight, current, position = row
-        change = jnp.matmul(params.embed, g, preferred_element_type=jnp.float32)
-        log_probs = jax.nn.log_softmax(unembed(params, config, predictor))
-        change = change - weight * jnp.einsum("o,ov->v", task.opening_weight, log_probs)
-        usable = jnp.where(position == 0, task.allowed_first, task.allowed)
-        usable = usable & (jnp.arange(config.vocab_size) != current)
-        return lax.top_k(jnp.where(usable, -change, -jnp.inf), top_k)[1]
-
-    position = jnp.broadcast_to(jnp.arange(length), (parents, length))
-    flat = jax.tree.map(
-        lambda a: a.reshape(parents * length, *a.shape[2:]), (grad, predictors, label_weight, ids, position)
-    )
-    rows = max(1, VOCABULARY_BLOCK // (config.vocab_size * (openings + 1)))
-    tokens = lax.map(best_tokens, flat, batch_size=min(rows, parents * length))
-    return tokens.reshape(parents, length, top_k)

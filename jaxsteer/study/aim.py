@@ -94,7 +94,7 @@ def try_objective(setting: Setting) -> None:
 
 
 def task_of(setting: Setting, objective: Objective, slots: Slots | None = None) -> Task:
-    """The task of searching for ``objective`` in the setting's contexts (or in others)."""
+    """The task of searching for ``objective`` in the setting's contexts (or in others of the same length)."""
     slots = slots or setting.slots
     return make_task(
         setting.model.params,
@@ -104,6 +104,7 @@ def task_of(setting: Setting, objective: Objective, slots: Slots | None = None) 
         allowed=setting.allowed,
         allowed_first=first_allowed(setting.model.tokenizer, slots, setting.allowed),
         batch=setting.options.batch,
+        least=setting.options.lengths[0] if setting.options.lengths else None,
     )
 
 

@@ -66,8 +66,9 @@ class SearchOptions(AlgorithmOptions):
     per unit."""
     preset: Literal["default", "paper"] = "default"
     """Values of all options below that are not given. paper: as published, in raw units, many more candidates."""
-    prompt_length: int | None = None
-    """Tokens of the prompt (default 8, or as many as what --init and --init-from begin with)."""
+    prompt_length: int | str | None = None
+    """Tokens of the prompt (default 8, or as many as what --init and --init-from begin with). 4:12 searches prompts of
+    4 to 12 tokens, by inserting and deleting tokens too (epo and mutation)."""
     steps: int | None = None
     """Steps of the search (default 60, paper 300; pez, gbda and soft, whose steps are small: 500, 200, 200)."""
     contexts: int | None = None
@@ -123,13 +124,33 @@ class SearchOptions(AlgorithmOptions):
     quiet: bool = False
     """No progress bars."""
 
+    @property
+    def lengths(self) -> tuple[int, int] | None:
+        """The fewest and the most tokens of a prompt, if they are known. Raises ``UserError`` for what is no range."""
+        if self.prompt_length is None:
+            return None
+        least, colon, most = str(self.prompt_length).partition(":")
+        try:
+            found = int(least), int(most if colon else least)
+        except ValueError:
+            found = (0, 0)
+        if not 1 <= found[0] <= found[1]:
+            raise UserError(f"--prompt-length must be at least 1, or a range such as 4:12, got {self.prompt_length}")
+        return found
+
     def resolved(self) -> SearchOptions:
         """These options with the preset's values filled in. Raises ``UserError`` for numbers that make no search."""
         preset = PRESETS[self.preset] | self.sizes(self.preset)
         if self.init is not None or self.init_from is not None:
             preset = {name: value for name, value in preset.items() if name != "prompt_length"}
         filled = dataclasses.replace(self, **{k: v for k, v in preset.items() if getattr(self, k) is None})
-        for name in ("prompt_length", "population", "children", "steps", "top_k", "restart_every", "contexts"):
+        if (filled.lengths or (1, 1))[0] < (filled.lengths or (1, 1))[1]:
+            if filled.algorithm not in ("epo", "mutation") or (filled.replace or 1) > 1:
+                raise UserError(
+                    f"--prompt-length {filled.prompt_length} inserts and deletes single tokens, which --algorithm epo "
+                    "and mutation do (without --replace): give one length, or one of these"
+                )
+        for name in ("population", "children", "steps", "top_k", "restart_every", "contexts"):
             if getattr(filled, name) is not None:
                 _positive(name, getattr(filled, name))
         for name in ("restarts", "report_prompts"):

@@ -139,7 +139,7 @@ def search_problems(
     algorithm, _ = options.make_search()
     say(
         f"Search: {options.steps} steps of {algorithm.candidates * len(problems)} prompts of "
-        f"{task.length} tokens, each scored in {task.contexts} contexts"
+        f"{f'{task.least} to ' * task.varies}{task.length} tokens, each scored in {task.contexts} contexts"
     )
     with Store(state, every_s=options.save_every, resume=options.resume) as store:
         result = run_search(

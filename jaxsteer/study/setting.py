@@ -80,16 +80,14 @@ def prepare(
     chosen = context_items(splits.train, options.contexts or 1)
     conversations = search_conversations(chosen, options.read_position, **place)
     texts = [conversation for conversation, _ in conversations]
-    start = first_prompts(
-        model.tokenizer, texts, phrase=options.init, run=options.init_from, length=options.prompt_length
-    )
-    if start is not None:
+    start = first_prompts(model.tokenizer, texts, phrase=options.init, run=options.init_from, lengths=options.lengths)
+    if start is not None and options.lengths is None:
         options = dataclasses.replace(options, prompt_length=start.shape[1])
-    assert options.prompt_length is not None
+    assert options.lengths is not None
     slots = build_slots(
         model.tokenizer,
         texts,
-        options.prompt_length,
+        options.lengths[1],
         read=[read for _, read in conversations],  # type: ignore[misc]
         max_positions=model.config.max_positions,
     )
@@ -142,12 +140,13 @@ def _check_lengths(options: SearchOptions, model: Model, persona: Persona) -> No
             model.tokenizer, question_conversation(item.question, style=options.style, slot=options.slot), ""
         )
         texts.append(f"{asked} {item.matching}")
-    lengths = [len(ids) + (options.prompt_length or 0) for ids in encode_texts(model.tokenizer, texts)]
+    most = options.lengths[1] if options.lengths else 0
+    lengths = [len(ids) + most for ids in encode_texts(model.tokenizer, texts)]
     worst = int(np.argmax(lengths))
     if lengths[worst] > model.config.max_positions:
         item = persona.items[worst]
         raise UserError(
-            f"question {item.id} needs {lengths[worst]} tokens with its answer and a prompt of {options.prompt_length} "
+            f"question {item.id} needs {lengths[worst]} tokens with its answer and a prompt of {most} "
             f"tokens, but {model.name} has {model.config.max_positions} positions: leave out the long questions "
             f"({sum(n > model.config.max_positions for n in lengths)} of {len(lengths)}) or shorten the prompt"
         )

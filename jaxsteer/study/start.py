@@ -11,7 +11,7 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from jaxsteer.errors import UserError
-from jaxsteer.prompts import Conversation, build_slots, encode
+from jaxsteer.prompts import PAD, Conversation, build_slots, encode
 from jaxsteer.study import files
 
 
@@ -21,13 +21,14 @@ def first_prompts(
     *,
     phrase: str | None,
     run: Path | None,
-    length: int | None,
+    lengths: tuple[int, int] | None,
 ) -> Int[np.ndarray, "n S"] | None:
-    """Ids of the prompts to begin with, best first; ``None`` for a random start. S is their own length.
+    """Ids of the prompts to begin with, best first; ``None`` for a random start. S is their own length, or the most
+    that they may have: shorter ones begin with ``PAD`` then.
 
     ``run`` is the directory of an earlier search: its prompts are taken as texts, so that another model or slot may go
     on with them. Raises ``UserError`` for both at once, for a text that is no slot's content in some conversation, and
-    when the prompts are not of ``length`` tokens although one was asked for.
+    when no prompt has as many tokens as ``lengths`` asks for (from and to).
     """
     if phrase is None and run is None:
         return None
@@ -40,11 +41,13 @@ def first_prompts(
             f"{asked}: {texts[0]!r} cannot stand in the slot: its tokens merge with the text around it, or differ "
             "from one conversation to the other. Begin and end it with whole words"
         )
-    size = length or max(len(ids) for ids in found)
-    fitting = [ids for ids in found if len(ids) == size]
+    longest = max(len(ids) for ids in found)
+    least, most = lengths or (longest, longest)
+    fitting = [np.pad(ids, (most - len(ids), 0), constant_values=PAD) for ids in found if least <= len(ids) <= most]
     if not fitting:
+        asked_for = least if least == most else f"{least}:{most}"
         raise UserError(
-            f"{asked}: {texts[0]!r} has {len(found[0])} tokens, but --prompt-length is {length}: leave that out"
+            f"{asked}: {texts[0]!r} has {len(found[0])} tokens, but --prompt-length is {asked_for}: leave that out"
         )
     return np.stack(fitting)
 

@@ -28,9 +28,9 @@ from jaxsteer.search.pareto import frontier
 from jaxsteer.search.pez import PezConfig, pez
 from jaxsteer.search.population import evict
 from jaxsteer.search.probe_sampling import Draft, Drafted, ProbeSampling, judge_children, with_draft
+from jaxsteer.search.proposals import proposals
 from jaxsteer.search.relaxed import make_optimizer, mixture_loss, nearest
 from jaxsteer.search.soft import SoftConfig, soft
-from jaxsteer.search.task import proposals
 from tests.helpers.tiny import tiny_model
 
 LENGTH, TOKENS = 3, 7

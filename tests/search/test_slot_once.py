@@ -18,7 +18,8 @@ from jaxsteer.models.transformer import embed
 from jaxsteer.prompts import Conversation, allowed_tokens, build_slots, prompt_text, question_conversation
 from jaxsteer.search import make_task, needs, rescore
 from jaxsteer.search.objectives import Projection, as_pytree
-from jaxsteer.search.task import combined, cross_entropy, proposals, run_slots, score
+from jaxsteer.search.proposals import proposals
+from jaxsteer.search.task import combined, cross_entropy, run_slots, score
 from tests.helpers.tiny import tiny_model
 from tests.search.setting import QUESTIONS, gemma_like, random_prompts, setting
 

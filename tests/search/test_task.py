@@ -16,7 +16,7 @@ from jaxsteer.prompts import prompt_text
 from jaxsteer.search import Projection, make_task, needs, rescore
 from jaxsteer.search import score as score_op_by_op
 from jaxsteer.search.objectives import as_pytree
-from jaxsteer.search.task import proposals
+from jaxsteer.search.proposals import proposals
 from tests.search.setting import gemma_like, random_prompts, setting
 
 score = jax.jit(score_op_by_op)

@@ -51,6 +51,11 @@ def test_what_is_given_goes_before_the_preset() -> None:
         ({"search_width": 4}, "--search-width is no option of --algorithm epo"),
         ({"algorithm": "pez", "draft": "m"}, "--draft is no option of --algorithm pez"),
         ({"population": 0}, "--population must be at least 1"),
+        ({"prompt_length": "12:4"}, "--prompt-length must be at least 1, or a range such as 4:12, got 12:4"),
+        ({"prompt_length": "4:"}, "--prompt-length must be"),
+        ({"prompt_length": 0}, "--prompt-length must be at least 1"),
+        ({"prompt_length": "4:12", "algorithm": "gcg"}, "--algorithm epo and mutation do"),
+        ({"prompt_length": "4:12", "algorithm": "mutation", "replace": 2}, "without --replace"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(given: dict, message: str) -> None:

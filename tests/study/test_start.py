@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.prompts import build_slots, prompt_text, question_conversation, retokenises
+from jaxsteer.prompts import PAD, build_slots, prompt_text, question_conversation, retokenises
 from jaxsteer.study.start import first_prompts, phrase_ids, spread
 from tests.helpers.tiny import KINDS, tiny_tokenizer
 
@@ -37,16 +37,19 @@ def test_an_earlier_run_is_taken_by_its_texts(tmp_path) -> None:
     (tmp_path / "pareto.jsonl").write_text("\n".join(lines) + "\n")
 
     def ask(**given):
-        return first_prompts(tokenizer, conversations(), **{"phrase": None, "run": None, "length": None} | given)
+        return first_prompts(tokenizer, conversations(), **{"phrase": None, "run": None, "lengths": None} | given)
 
     first, second = (phrase_ids(tokenizer, conversations(), text) for text, good in rows if good)
     assert ask() is None
-    found = ask(run=tmp_path, length=len(second))
+    found = ask(run=tmp_path, lengths=(len(second), len(second)))
     np.testing.assert_array_equal(found, second[None])
     np.testing.assert_array_equal(ask(run=tmp_path), first[None])
     np.testing.assert_array_equal(ask(phrase=rows[0][0]), first[None])
     with pytest.raises(UserError, match=r"has \d+ tokens, but --prompt-length is 2"):
-        ask(phrase=rows[0][0], length=2)
+        ask(phrase=rows[0][0], lengths=(2, 2))
+    several = ask(run=tmp_path, lengths=(1, len(first) + 2))
+    np.testing.assert_array_equal(several[0], [PAD, PAD, *first])
+    assert len(several) == 2 and several[1].tolist()[-len(second) :] == second.tolist()
     with pytest.raises(UserError, match="give one of them"):
         ask(phrase="x", run=tmp_path)
     with pytest.raises(UserError, match="not the result of a search"):
