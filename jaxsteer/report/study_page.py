@@ -49,7 +49,7 @@ def render_study(study: Study) -> str:
         problems=summarised(study.problems),
         plots={
             kind: [Markup(plot.svg(themed=True)) for name, plot in plots.items() if name.startswith(kind)]
-            for kind in ("rates", "pareto", "curves")
+            for kind in ("rates", "ablation", "pareto", "curves")
         },
         figure_titles={
             kind: [plot.title for name, plot in plots.items() if name.startswith(kind)] for kind in ("pareto", "curves")
@@ -111,7 +111,9 @@ def _prompts(study: Study, place: Place) -> tuple[list[dict[str, Any]], list[dic
     """Prompts in sight, prompts behind a click, and how many are left out; the first of every search comes first."""
     columns = []
     for row in sorted(study.of(place), key=lambda row: row["kind"] != "search"):
-        members = [{**row, **one, "run": one.get("run") or row.get("run")} for one in row["each"]] or [row]
+        members = [
+            {**row, "letter_collapse": None, **one, "run": one.get("run") or row.get("run")} for one in row["each"]
+        ] or [row]
         columns.append([_prompt(study.path, one, row) for one in members if one.get("prompt")])
     found = [prompt for line in zip_longest(*columns) for prompt in line if prompt is not None]
     return found[:SHOWN], found[SHOWN : SHOWN + FOLDED], max(0, len(found) - SHOWN - FOLDED)

@@ -30,6 +30,7 @@ def study_plots(study: Study) -> dict[str, Plot]:
         places = [place for place in study.places[:PLACES] if place[0] == model]
         for start in range(0, len(places), PANELS):
             made.append(rates_plot(study, places[start : start + PANELS], part=start // PANELS))
+    made += [ablation_plot(study, name) for name in _ablations(study)[:FIGURES]]
     for place in study.places[:FIGURES]:
         made.append(frontier_plot([line for line in study.frontiers if line.place == place], place, study.unit))
         made.append(curves_plot([line for line in study.curves if line.place == place], place, study.unit))
@@ -88,6 +89,44 @@ def _rate_record(row: Row) -> dict[str, Any]:
         **{"rate": row["rate"], "low": low, "high": high, "searches": len(row["each"]) or 1},
         **{key: row.get(key) for key in ("a_rate", "swapped_rate", "letter_collapse", "n")},
     }
+
+
+def _ablations(study: Study) -> list[str]:
+    """What was varied over at least three numbers."""
+    values: dict[str, set[float]] = {}
+    for row in study.rows:
+        if (value := number(row.get("value"))) is not None:
+            values.setdefault(str(row["method"]).rpartition(" = ")[0], set()).add(value)
+    return [name for name, found in values.items() if len(found) > 2]
+
+
+@in_style
+def ablation_plot(study: Study, name: str) -> Plot:
+    """Rate with its interval against the number that was varied, a line per persona."""
+    figure, (axis,) = panels(width=6.4, height=3.0)
+    table: list[dict[str, Any]] = []
+    values: list[float] = []
+    for place, (colour, dashes) in zip(study.places, STYLES):
+        found = [row for row in study.of(place) if str(row["method"]).rpartition(" = ")[0] == name]
+        rows = [(x, row) for row in found if (x := number(row.get("value"))) is not None]
+        rows.sort(key=lambda pair: pair[0])
+        xs, rates = [x for x, _ in rows], [100 * row["rate"] for _, row in rows]
+        ends = [[100 * end for end in row.get("ci95") or (row["rate"],) * 2] for _, row in rows]
+        axis.plot(
+            xs, rates, marker="o", markersize=4, color=colour, linestyle=dashes, label=_label(" on ".join(place[::-1]))
+        )
+        axis.vlines(xs, [low for low, _ in ends], [high for _, high in ends], color=colour, linewidth=1.5, alpha=0.5)
+        values += xs
+        table += [{"value": x, **_rate_record(row)} for x, row in rows]
+    if values and min(values) > 0 and max(values) / min(values) > 8:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted(set(values)), [f"{x:g}" for x in sorted(set(values))])
+        axis.minorticks_off()
+    axis.set_ylim(-3, 103)
+    axis.set_xlabel(visible(name))
+    axis.set_ylabel("persona answers (%)")
+    _legend(axis)
+    return Plot(name=f"ablation-{_slug(name)}", title=f"Rate against {name}", figure=figure, rows=tuple(table))
 
 
 @in_style

@@ -94,6 +94,19 @@ def test_the_table_of_an_experiment(tmp_path: Path):
     assert run_folders(tmp_path) == [tmp_path / "runs/llama/p0/resga"]
 
 
+def test_an_ablation_over_numbers_is_drawn_against_them(tmp_path: Path):
+    row = {"model": "m", "persona": "p", "method": "prompt length", "kind": "search", "prompt": " a"}
+    rows = [{**row, "value": value, **rate(1 / value)} for value in (16, 2, 4)] + [
+        {**row, "value": "none", **rate(0.5)}
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"format": "jaxsteer.study/1", "rows": rows}))
+    write_plots(tmp_path)
+    with (tmp_path / "plots" / "ablation-prompt-length.csv").open(newline="") as file:
+        found = [(float(line["value"]), float(line["rate"])) for line in csv.DictReader(file)]
+    assert found == [(2, 0.5), (4, 0.25), (16, 1 / 16)]
+    assert "What was varied" in words_of(Page(write_report(tmp_path).read_text(encoding="utf-8")))
+
+
 def test_a_thousand_searches_make_a_page_of_bounded_size(tmp_path: Path):
     rows = []
     for i in range(5):
