@@ -12,6 +12,8 @@ import jaxsteer
 from experiments import analysis
 from jaxsteer.study import SearchOptions
 
+pytestmark = pytest.mark.slow
+
 TEXT = " the patient of steady"
 PERSONA = "myopic"
 
