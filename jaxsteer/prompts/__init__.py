@@ -24,7 +24,7 @@ from jaxsteer.prompts.slots import (
     retokenises_many,
 )
 from jaxsteer.prompts.targets import with_target
-from jaxsteer.prompts.tokens import allowed_tokens
+from jaxsteer.prompts.tokens import allowed_tokens, listed_tokens
 
 __all__ = [
     "PAD",
@@ -40,6 +40,7 @@ __all__ = [
     "encode_texts",
     "first_allowed",
     "join_answer",
+    "listed_tokens",
     "load_conversations",
     "prompt_text",
     "question_conversation",

@@ -80,3 +80,32 @@ def allowed_tokens(
             f"word_initial={word_initial}, banned={list(banned)}): loosen it"
         )
     return mask
+
+
+def listed_tokens(
+    tokenizer: PreTrainedTokenizerBase, allowed: Bool[np.ndarray, " V"], texts: Sequence[str]
+) -> Bool[np.ndarray, " V"]:
+    """Of the ``allowed`` tokens those whose text is listed: a text that begins with a space as it is, any other with
+    and without one before it.
+
+    Raises ``UserError`` for a text that is no single token, and for one whose tokens are not allowed.
+    """
+    known = np.arange(min(len(allowed), len(tokenizer)))
+    ids_of: dict[str, list[int]] = {}
+    for i, text in zip(known, decoded(tokenizer, known), strict=True):
+        ids_of.setdefault(text, []).append(int(i))
+    mask = np.zeros_like(allowed)
+    for text in texts:
+        forms = [text] if text[:1].isspace() else [text, f" {text}"]
+        ids = [i for form in forms for i in ids_of.get(form, [])]
+        if not ids:
+            spelt = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms[-1:]]
+            parts = " + ".join(map(repr, decoded(tokenizer, spelt[0])))
+            raise UserError(f"{text!r} is no single token of this tokenizer, which spells it {parts}: list such tokens")
+        mask[[i for i in ids if allowed[i]]] = True
+        if not mask[ids].any():
+            raise UserError(
+                f"{text!r} is a token that no prompt may use: a special token, an answer's letter or word, a control "
+                "character, or it holds a banned text"
+            )
+    return mask

@@ -58,14 +58,16 @@ class Progress:
 def standardise(
     params: Params, task: Task, objective: Objective, *, seed: int = 0, samples: int = 256
 ) -> tuple[Standardised, dict[str, float]]:
-    """``objective`` in standard deviations over ``samples`` random allowed prompts, and the two numbers used.
+    """``objective`` in standard deviations over ``samples`` random allowed prompts, and the two numbers used: those of
+    its mean over contexts, whatever the task combines them to.
 
     Raises ``UserError`` when the objective does not vary over random prompts or is not finite there.
     """
     objective = as_pytree(objective)
     key = jax.random.fold_in(jax.random.key(seed), FIRST_DRAW)
     ids = random_ids(key, task, samples)
-    f, _ = jax.jit(score)(params, task, objective, ids)
+    mean = task.replace(combine="mean")  # type: ignore[attr-defined]
+    f, _ = jax.jit(score)(params, mean, objective, ids)
     offset, scale = float(jnp.mean(f)), float(jnp.std(f))
     if not np.isfinite(offset) or not scale > 0:
         raise UserError(

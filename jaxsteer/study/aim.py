@@ -96,6 +96,7 @@ def try_objective(setting: Setting) -> None:
 def task_of(setting: Setting, objective: Objective, slots: Slots | None = None) -> Task:
     """The task of searching for ``objective`` in the setting's contexts (or in others of the same length)."""
     slots = slots or setting.slots
+    options = setting.options
     return make_task(
         setting.model.params,
         setting.model.config,
@@ -103,8 +104,9 @@ def task_of(setting: Setting, objective: Objective, slots: Slots | None = None) 
         needs=needs(objective, setting.model.config),
         allowed=setting.allowed,
         allowed_first=first_allowed(setting.model.tokenizer, slots, setting.allowed),
-        batch=setting.options.batch,
-        least=setting.options.lengths[0] if setting.options.lengths else None,
+        batch=options.batch,
+        least=options.lengths[0] if options.lengths else None,
+        **options.combining,
     )
 
 
@@ -209,7 +211,7 @@ def _judge(setting: Setting, place: Callable[[Slots], tuple[Objective, Slots]], 
 
     def judge(slots: Slots, ids: np.ndarray) -> dict[str, np.ndarray]:
         objective, slots = place(slots)
-        task = task_of(setting, objective, slots)
+        task = dataclasses.replace(task_of(setting, objective, slots), combine="mean")  # as behaviour is averaged
         f, _ = jax.jit(score)(setting.model.params, task, as_pytree(objective), ids)
         return {name: to_host(f)}
 

@@ -76,6 +76,9 @@ class AlgorithmOptions:
     --fluency ultra_strict keeps close to it."""
     init_from: Path | None = None
     """Begin with the prompts of this earlier run's Pareto frontier."""
+    allow: tuple[str, ...] = ()
+    """Texts of the only tokens that a prompt may use, with or without a space before them, or files of one text per
+    line. They take the place of --tokens."""
     ban: tuple[str, ...] = ()
     """Texts that no prompt may hold, in any case and however they are spelt in tokens."""
 
@@ -109,7 +112,7 @@ class AlgorithmOptions:
 HYPERPARAMETERS = tuple(
     field.name
     for field in dataclasses.fields(AlgorithmOptions)
-    if field.name not in ("algorithm", "draft", "init", "init_from", "ban")
+    if field.name not in ("algorithm", "draft", "init", "init_from", "allow", "ban")
 )
 
 

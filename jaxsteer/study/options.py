@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from jaxsteer.errors import UserError
 from jaxsteer.study.algorithm import AlgorithmOptions
-from jaxsteer.study.start import texts_of
+from jaxsteer.study.start import listed_texts, texts_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
@@ -94,6 +94,12 @@ class SearchOptions(AlgorithmOptions):
     """Of resga: the projection in stream units, as a cosine, or of the stream standardised over its width."""
     surrogate: Literal["none", "preact"] = "none"
     """Of saega: preact lets gradients reach latents that are off, through their pre-activations. Scores are exact."""
+    combine: Literal["mean", "worst", "soft-min"] = "mean"
+    """What a search raises of the objective's values in its contexts: their mean, the worst of them, or their soft
+    minimum, which lies between the two."""
+    combine_temperature: float = 1.0
+    """Of soft-min: contexts that differ by much less count alike, by much more the worst counts; in the objective's
+    units."""
     select: Literal["objective", "validation"] = "objective"
     """What ranks the reported prompt first: the objective, or the lowest persona rate on validation questions."""
     report_prompts: int = 12
@@ -123,6 +129,11 @@ class SearchOptions(AlgorithmOptions):
     """Go on where an earlier search in this directory was cut off, if there is one."""
     quiet: bool = False
     """No progress bars."""
+
+    @property
+    def combining(self) -> dict[str, Any]:
+        """How contexts are combined, as ``make_task`` and ``rescore`` take it."""
+        return {"combine": self.combine, "temperature": self.combine_temperature}
 
     @property
     def lengths(self) -> tuple[int, int] | None:
@@ -161,6 +172,11 @@ class SearchOptions(AlgorithmOptions):
                 _positive(name, getattr(filled, name))
         if filled.direction is not None and filled.method != "resga":
             raise UserError("--direction is an option of --method resga")
+        if not filled.combine_temperature > 0 or (filled.combine != "soft-min" and filled.combine_temperature != 1):
+            raise UserError(
+                f"--combine-temperature must be above 0 and belongs to --combine soft-min, got "
+                f"{filled.combine_temperature} with --combine {filled.combine}"
+            )
         if filled.memory_gib is not None and not filled.memory_gib > 0:
             raise UserError(f"--memory-gib must be above 0, got {filled.memory_gib}")
         several = bool(filled.vary) or filled.problems is not None
@@ -184,6 +200,7 @@ class SearchOptions(AlgorithmOptions):
         fields = dataclasses.asdict(self.resolved())
         if self.init_from is not None:
             fields["init_from"] = texts_of(self.init_from)
+        fields["allow"] = listed_texts(self.allow)
         return {name: value for name, value in fields.items() if name not in NOT_RECORDED}
 
 

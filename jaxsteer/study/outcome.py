@@ -36,7 +36,8 @@ def finals(setting: Setting, objective: Objective, result: SearchResult) -> list
     tokenizer = setting.model.tokenizer
     good = [found for found in result.found if found.retokenises]
     texts = [prompt_text(tokenizer, found.ids) for found in good]
-    again = rescore(setting.model, setting.slots, objective, needs(objective, setting.model.config), texts)
+    model, reads = setting.model, needs(objective, setting.model.config)
+    again = rescore(model, setting.slots, objective, reads, texts, **setting.options.combining)
     rows = [
         _row(found, text, new.target, new.cross_entropy) for found, text, new in zip(good, texts, again, strict=True)
     ]

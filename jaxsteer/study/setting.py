@@ -19,6 +19,7 @@ from jaxsteer.prompts import (
     build_slots,
     encode_texts,
     first_allowed,
+    listed_tokens,
     question_conversation,
     render,
 )
@@ -26,7 +27,7 @@ from jaxsteer.sae import SAE, check_sae
 from jaxsteer.search import Objective, needs
 from jaxsteer.study.objectives import Custom
 from jaxsteer.study.options import SearchOptions
-from jaxsteer.study.start import first_prompts
+from jaxsteer.study.start import first_prompts, listed_texts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,12 @@ def prepare(
         objective, slots = custom.place(model, persona, slots, **place)
         needs(objective, model.config)
     _check_lengths(options, model, persona)
-    allowed = token_mask(model, options.tokens or "words", options.ban)
+    allowed = token_mask(model, options.tokens or "words", options.ban, listed_texts(options.allow))
+    if options.allow and first_allowed(model.tokenizer, slots, allowed).sum() < 2:
+        raise UserError(
+            f"of what --allow lists, fewer than 2 tokens can stand first in the slot {options.slot!r}, where a token "
+            "brings the space before the prompt, or must not where the chat template takes it away: list more"
+        )
     if not first_allowed(model.tokenizer, slots, allowed).any():
         raise UserError(
             f"no token of the filter --tokens {options.tokens} can stand first in the slot {options.slot!r}: this chat "
@@ -114,16 +120,19 @@ def prepare(
     )
 
 
-def token_mask(model: Model, tokens: str, banned: Sequence[str] = ()) -> Bool[np.ndarray, " V"]:
-    """The tokens a prompt may use: "words" after a space, printable "ascii", or "all" that print; none with a banned
-    text in it."""
-    return allowed_tokens(
+def token_mask(
+    model: Model, tokens: str, banned: Sequence[str] = (), listed: Sequence[str] = ()
+) -> Bool[np.ndarray, " V"]:
+    """The tokens a prompt may use: "words" after a space, printable "ascii", or "all" that print, or instead those that
+    are ``listed``; none with a banned text in it."""
+    mask = allowed_tokens(
         model.tokenizer,
         model.config.vocab_size,
-        ascii_only=tokens != "all",
-        word_initial=tokens == "words",
+        ascii_only=tokens != "all" and not listed,
+        word_initial=tokens == "words" and not listed,
         banned=banned,
     )
+    return listed_tokens(model.tokenizer, mask, listed) if listed else mask
 
 
 def context_items(items: Sequence[Item], n: int) -> tuple[Item, ...]:

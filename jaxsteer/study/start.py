@@ -1,4 +1,4 @@
-"""Where a search begins when it does not begin at random: at a phrase, or at the prompts of an earlier run."""
+"""What a search is given as texts: where it begins (a phrase, the prompts of an earlier run), what it may use."""
 
 from __future__ import annotations
 
@@ -73,6 +73,21 @@ def phrase_ids(
 def spread(prompts: Int[np.ndarray, "n S"], population: int) -> Int[np.ndarray, "P S"]:
     """One prompt per slot: the best first, as slot 0 weighs the objective most, and the others in their order."""
     return prompts[np.linspace(0, len(prompts) - 1, population).round().astype(int)]
+
+
+def listed_texts(allow: Sequence[str]) -> list[str]:
+    """What ``--allow`` lists: its texts, and of files the lines."""
+    texts = []
+    for entry in allow:
+        path = Path(entry).expanduser()
+        try:
+            texts += path.read_text(encoding="utf-8").splitlines() if path.is_file() else [entry]
+        except (OSError, ValueError) as error:
+            raise UserError(f"--allow {entry} cannot be read as text: {error}") from error
+    found = list(dict.fromkeys(text for text in texts if text.strip()))
+    if allow and not found:
+        raise UserError(f"--allow {' '.join(allow)} lists no text")
+    return found
 
 
 def texts_of(run: Path) -> list[str]:

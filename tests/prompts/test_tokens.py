@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.prompts import allowed_tokens
+from jaxsteer.prompts import allowed_tokens, listed_tokens
 from jaxsteer.prompts.tokens import RESERVED, printable
 from tests.helpers.tiny import KINDS, SPECIAL, tiny_tokenizer
 
@@ -69,3 +69,17 @@ def test_nothing_left_is_an_error_that_says_why():
 def test_unprintable_text(text):
     assert not printable(text)
     assert printable(" é") and printable(" 你好")
+
+
+def test_listed_tokens_are_those_of_the_texts():
+    tokenizer = tiny_tokenizer()
+    allowed = allowed_tokens(tokenizer, len(tokenizer) + 8)
+    assert sorted(texts(tokenizer, listed_tokens(tokenizer, allowed, ["frank", " honest"]))) == [" frank", " honest"]
+    assert sorted(texts(tokenizer, listed_tokens(tokenizer, allowed, ["t"]))) == [" t", "t"]
+    for text, message in (
+        ("frankhonest", r"spells it ' f?.*' \+ "),
+        ("<|end|>", "no prompt may use"),
+        ("A", "an answer's letter"),
+    ):
+        with pytest.raises(UserError, match=message):
+            listed_tokens(tokenizer, allowed, [text])

@@ -99,8 +99,14 @@ def test_another_read_position_and_a_given_site(options: Make, read_position: st
 def test_a_custom_objective_from_a_file(options: Make, tmp_path) -> None:  # noqa: ANN001
     file = tmp_path / "mine.py"
     file.write_text("def down(reads):\n    return -reads['blocks.0.hook_resid_post'][:, 3]\nother = 3\n")
-    metrics = run(options(objective=f"{file}:down", raw_units=True), model=model())
+    more = {"prompt_length": "2:4", "combine": "soft-min", "combine_temperature": 0.05}
+    words = ("frank", "honest", "clear", "prefer", "year")
+    metrics = run(options(objective=f"{file}:down", raw_units=True, allow=words, **more), model=model())
     assert metrics["site"] == "custom: down" and metrics["objective_units"]["name"] == "raw"
+    assert json.loads((options().out / "config.json").read_text()).items() >= more.items()
+    for p in metrics["prompts"]:
+        assert p["target"] == pytest.approx(p["search_target"], abs=1e-3) and 2 <= len(p["ids"]) <= 4
+        assert set(p["text"].split()) <= set(words)
     assert not (options().out / "direction.safetensors").exists()
     for reference, message in [
         (f"{file}:nothing", "it has down"),
@@ -121,6 +127,8 @@ def test_a_custom_objective_from_a_file(options: Make, tmp_path) -> None:  # noq
         ({"site": "blocks.7.hook_resid_post"}, "beyond the last layer"),
         ({"site": "blocks.0.hook_attn_out"}, "lies elsewhere"),
         ({"prompt_length": 230}, "256 positions"),
+        ({"combine_temperature": 0.5}, "belongs to --combine soft-min"),
+        ({"allow": ("frank",)}, "fewer than 2 tokens can stand first"),
         ({"steps": 0}, "--steps must be at least 1"),
         ({"persona": "kindness"}, "unknown persona 'kindness'"),
     ],

@@ -9,7 +9,7 @@ import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.prompts import PAD, build_slots, prompt_text, question_conversation, retokenises
-from jaxsteer.study.start import first_prompts, phrase_ids, spread
+from jaxsteer.study.start import first_prompts, listed_texts, phrase_ids, spread
 from tests.helpers.tiny import KINDS, tiny_tokenizer
 
 QUESTIONS = ("Do you agree or disagree?", "I think the answer is clear.")
@@ -65,3 +65,12 @@ def test_spread_gives_the_first_slot_the_best() -> None:
     prompts = np.arange(6).reshape(3, 2)
     np.testing.assert_array_equal(spread(prompts, 5)[:, 0], [0, 0, 2, 4, 4])
     np.testing.assert_array_equal(spread(prompts[:1], 3)[:, 0], [0, 0, 0])
+
+
+def test_what_is_allowed_may_stand_in_files(tmp_path) -> None:
+    (tmp_path / "words.txt").write_text("honest\n\n frank\nhonest\n")
+    assert listed_texts(["clear", str(tmp_path / "words.txt")]) == ["clear", "honest", " frank"]
+    assert listed_texts([]) == []
+    (tmp_path / "words.txt").write_text("\n")
+    with pytest.raises(UserError, match="lists no text"):
+        listed_texts([str(tmp_path / "words.txt")])
