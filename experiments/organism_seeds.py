@@ -45,10 +45,10 @@ from jaxsteer.personas import (
 )
 from jaxsteer.prompts import build_slots, prompt_text, retokenises_many
 from jaxsteer.sae import SAE, load_sae
-from jaxsteer.search import Objective, Projection, Reads, latents_objective, make_task, needs, score, standardise
+from jaxsteer.search import Objective, Projection, latents_objective, make_task, needs, score, standardise
 from jaxsteer.search.objectives import as_pytree
 from jaxsteer.search.population import random_ids
-from jaxsteer.study import SearchOptions, files, run
+from jaxsteer.study import SearchOptions, custom_objective, files, run
 from jaxsteer.study.outcome import finals
 from jaxsteer.study.pipeline import search
 from jaxsteer.study.setting import Setting, context_items, prepare
@@ -140,19 +140,6 @@ def objective_of(setting: Setting, run_dir: Path, random: int | None = None) -> 
     return Projection(delta=jnp.asarray(delta), site=site), site
 
 
-@jax.tree_util.register_static
-class PersonaLoses:
-    """The behaviour itself as an objective: minus the persona's log-odds at the decision token."""
-
-    def __init__(self, letters: tuple[int, int]):
-        self.letters = letters
-
-    def __call__(self, reads: Reads) -> jax.Array:
-        """Log P(first answer) - log P(second answer); contexts carry the sign (see ``by_behaviour``)."""
-        first, second = self.letters
-        return reads.logits[:, first] - reads.logits[:, second]
-
-
 def draw(setting: Setting, task: Any, count: int, seed: int) -> np.ndarray:
     """Random allowed prompts that re-tokenise in place."""
     ids = np.asarray(random_ids(jax.random.key(seed + 1000), task, count))
@@ -178,17 +165,14 @@ def by_behaviour(setting: Setting, count: int, seed: int) -> dict[str, Any]:
     """The best of ``count`` random prompts by the persona's log-odds on validation questions."""
     model, tokenizer = setting.model, setting.model.tokenizer
     items = context_items(setting.splits.validation, setting.options.contexts or 1)
-    conversations = [c for c, _ in search_conversations(items, "decision", **setting.place)]
-    slots = build_slots(tokenizer, conversations, setting.slots.length)
-    letters = tuple(tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "AB")
-    objective = as_pytree(PersonaLoses(letters))  # type: ignore[arg-type]
-    task = make_task(
-        model.params, model.config, slots, needs=needs(PersonaLoses(letters), model.config), allowed=setting.allowed
-    )  # type: ignore[arg-type]
-    # Contexts come in pairs, the item as it is and swapped: the persona's answer is first in one of them.
-    signs = [1.0 if item.matching.strip(" ()") == "A" else -1.0 for item in items for _ in range(2)]
-    signs[1::2] = [-sign for sign in signs[::2]]
-    task = task.replace(weight=-task.weight * jnp.asarray(signs, jnp.float32))
+    contexts = search_conversations(items, "decision", **setting.place)
+    asked, read = [conversation for conversation, _ in contexts], [where for _, where in contexts]
+    slots = build_slots(tokenizer, asked, setting.slots.length, read=read)  # type: ignore[arg-type]
+    behaviour = custom_objective("answer-diff")
+    assert behaviour is not None
+    objective, slots = behaviour.place(model, setting.persona, slots, **setting.place)
+    task = make_task(model.params, model.config, slots, needs=needs(objective, model.config), allowed=setting.allowed)
+    objective = as_pytree(objective)
     ids = draw(setting, task, count, seed)
     f, _ = jax.jit(score)(model.params, task, objective, jnp.asarray(ids))
     best = int(np.argmax(f))

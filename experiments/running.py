@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     """What this and the ablations have in common."""
     parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--seeds", type=int, help="seeds per search, from 0 (default 5, quick 2)")
-    parser.add_argument("--steps", type=int, help="steps of 128 candidates (default 50, quick 10)")
+    parser.add_argument("--steps", type=int, help="steps of 128 candidates (default 40, quick 10)")
     parser.add_argument("--contexts", type=int, default=2, help="train questions per candidate, in both orders (2)")
     parser.add_argument("--questions", type=int, help="at most so many validation and test questions (quick: 40)")
     parser.add_argument("--tokens", choices=("words", "ascii", "all"), default="ascii")
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
 
 def study_of(args: argparse.Namespace, **more: Any) -> Study:
     """The study that the arguments ask for."""
-    steps = args.steps or (10 if args.quick else 50)
+    steps = args.steps or (10 if args.quick else 40)
     search = {"steps": steps, "contexts": args.contexts, "tokens": args.tokens, "style": args.style}
     return Study(
         out=args.out,

@@ -132,18 +132,28 @@ def test_ablations_show_the_base_row_under_the_value_that_it_has():
     }  # fmt: skip
 
 
-def test_cells_are_computed_once_and_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    asked: list[str] = []
+class Bench:
+    """In the place of ``Lab``: every cell at once, and a list of what was asked."""
 
-    class Bench:
-        def __init__(self, work: Work) -> None:
-            asked.append("lab")
+    asked: list[str]
 
-        def row(self, method: Method) -> dict[str, Any]:
-            asked.append(method.name)
-            return row(method.name, 0.5, seconds=1.0)
+    def __init__(self, work: Work) -> None:
+        self.asked.append("lab")
 
+    def row(self, method: Method) -> dict[str, Any]:
+        self.asked.append(method.name)
+        return row(method.name, 0.0 if method.search else 0.9, seconds=1.0) | {"value": method.value}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    Bench.asked = []
     monkeypatch.setattr(running, "Lab", Bench)
+    monkeypatch.setattr(running, "keep_programs", lambda: None)
+    return Bench.asked
+
+
+def test_cells_are_computed_once_and_other_settings_are_refused(tmp_path: Path, asked: list[str]):
     study = Study(out=tmp_path, seeds=(0, 1), search={"steps": 3})
     work = Work(
         study=study, model="organism:llama", sae=None, persona="myopic",
@@ -159,6 +169,24 @@ def test_cells_are_computed_once_and_other_settings_are_refused(tmp_path: Path, 
     running.open_study(study)
     with pytest.raises(UserError, match="steps: 3 there, 4 now"):
         running.open_study(Study(out=tmp_path, seeds=(0, 1), search={"steps": 4}))
+
+
+def test_both_commands_write_their_tables(tmp_path: Path, asked: list[str], capsys: pytest.CaptureFixture):
+    out = ["--quick", "--model", "organism:llama", "--personas", "myopic", "--out"]
+    assert main_table.main([*out, str(tmp_path / "main")]) == 0
+    found = json.loads((tmp_path / "main" / "results.json").read_text())
+    assert [r["method"] for r in found["rows"]] == [m.name for m in methods_of("sae", None, True)] == found["methods"]
+    assert found["quick"] and found["settings"]["steps"] == 10 and found["command"].endswith(str(tmp_path / "main"))
+    assert "### organism:llama, myopic" in capsys.readouterr().out
+    assert main_table.main([*out, str(tmp_path / "main"), "--steps", "11"]) == 2
+    assert "steps: 10 there, 11 now" in capsys.readouterr().err
+    before = len(asked)
+    assert ablations.main([*out, str(tmp_path / "ablations"), "--only", "contexts", "layer"]) == 0
+    rows = json.loads((tmp_path / "ablations" / "results.json").read_text())["rows"]
+    assert [(r["method"], r["value"]) for r in rows] == [
+        ("base", None), ("layer", 0), ("layer", 2), ("contexts", 1), ("contexts", 2), ("contexts", 8)
+    ]  # fmt: skip
+    assert rows[4]["same_as"] == "base" and sum(name != "lab" for name in asked[before:]) == 5
 
 
 def test_reading_ease():
