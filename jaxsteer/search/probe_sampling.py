@@ -64,7 +64,8 @@ def with_draft(task: Task, draft: Draft) -> Task:
     """
     other = draft.task
     for name, mine, theirs in (
-        ("prompt length", (task.least, task.length), (other.least, other.length)),
+        ("prompt length", task.length, other.length),
+        ("shortest prompt", task.least, other.least),
         ("number of contexts", task.contexts, other.contexts),
         ("allowed tokens", task.ids.tolist(), other.ids.tolist()),
     ):

@@ -177,7 +177,8 @@ def run_of(algorithm: str, given: dict):
     )
 
 
-@pytest.mark.parametrize("algorithm", ["epo", pytest.param("mutation", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["epo", "mutation"])
 def test_a_search_finds_prompts_of_several_lengths_with_the_scores_of_their_texts(algorithm: str) -> None:
     model, slots_of, objective, task_of = setting("system")
     given = {"population": 3, "children": 6, **({"top_k": 8} if algorithm == "epo" else {})}
