@@ -61,7 +61,7 @@ class CallableSearch(types.ModuleType):
         from jaxsteer.study import SearchOptions, run
 
         given = dict(options)
-        for name in ("out", "problems", "init_from"):
+        for name in ("out", "problems", "init_from", "conversations"):
             if given.get(name) is not None:
                 given[name] = Path(given[name])
         if isinstance(given.get("vary"), dict):

@@ -41,7 +41,7 @@ class Contexts:
     model: Model
     slots: Slots
     items: Sequence[Item]
-    """Of every context, the item that it asks."""
+    """Of every context, the item that it asks; empty where the contexts are of no persona."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,8 @@ class Custom:
     """Text of the answer whose probability is read."""
     own_answer: bool = False
     """Whether instead it is, in every context, the item's answer that does not show the persona."""
+    of_persona: bool = False
+    """Whether it is made of the answers of a persona's items."""
 
     def place(
         self, model: Model, persona: Persona, slots: Slots, *, style: str = "chat", slot: str = "suffix"
@@ -99,8 +101,9 @@ def custom_objective(objective: str | None, target: str | None = None) -> Custom
         if target is not None:
             raise UserError(f"--objective {kind} takes every question's own answer: leave out --target")
         if kind == "answer":
-            return Custom(name="custom: answer", make=lambda _: TargetLogProb(), own_answer=True)
-        return _custom(text, lambda c: _difference(c, *zip(*((i.not_matching, i.matching) for i in c.items))))
+            return Custom(name="custom: answer", make=lambda _: TargetLogProb(), own_answer=True, of_persona=True)
+        differ = lambda c: _difference(c, *zip(*((i.not_matching, i.matching) for i in c.items)))  # noqa: E731
+        return dataclasses.replace(_custom(text, differ), of_persona=True)
     if kind == "logit-diff" and rest.count("|") == 1:
         plus, minus = rest.split("|")
         return _custom(text, lambda c: _difference(c, plus, minus), target)
@@ -142,7 +145,10 @@ def _difference(contexts: Contexts, plus: str | Sequence[str], minus: str | Sequ
 
 
 def _items(persona: Persona, slots: Slots, *, style: str, slot: str) -> list[Item]:
-    """The item of every context, by its turns: copies with exchanged choices have questions of their own."""
+    """The item of every context, by its turns: copies with exchanged choices have questions of their own. None where
+    the contexts are conversations of no persona."""
+    if not persona.items:
+        return []
     asked = {
         _turns(question_conversation(item.question, style=style, slot=slot)): item
         for _, item in both_orders(persona.items)

@@ -57,6 +57,10 @@ class SearchOptions(AlgorithmOptions):
     read_position: Literal["published", "matched", "decision"] = "decision"
     """The token at which direction and objective are read: published (end of answer, end of prompt), matched (end of
     answer for both), decision (where the answer is decided; needs cue sentences)."""
+    conversations: Path | None = None
+    """Search in conversations of your own instead of a persona's questions: a .json or .jsonl file with a text or a
+    list of messages each, in which {prompt} marks the slot (docs/search.md). With --objective, --target, or --direction
+    FILE and --site."""
     style: Literal["chat", "plain"] = "chat"
     """Chat template of the model, or plain text."""
     slot: Literal["suffix", "prefix", "system"] = "suffix"
@@ -154,6 +158,8 @@ class SearchOptions(AlgorithmOptions):
         preset = PRESETS[self.preset] | self.sizes(self.preset)
         if self.init is not None or self.init_from is not None:
             preset = {name: value for name, value in preset.items() if name != "prompt_length"}
+        if self.conversations is not None:  # all of them are contexts
+            preset = {name: value for name, value in preset.items() if name != "contexts"}
         filled = dataclasses.replace(self, **{k: v for k, v in preset.items() if getattr(self, k) is None})
         if (filled.lengths or (1, 1))[0] < (filled.lengths or (1, 1))[1]:
             if filled.algorithm not in ("epo", "mutation") or (filled.replace or 1) > 1:
@@ -180,8 +186,9 @@ class SearchOptions(AlgorithmOptions):
         if filled.memory_gib is not None and not filled.memory_gib > 0:
             raise UserError(f"--memory-gib must be above 0, got {filled.memory_gib}")
         several = bool(filled.vary) or filled.problems is not None
-        if several and filled.draft is not None:
-            raise UserError("--draft serves one search: leave out --vary and --problems")
+        if several and (filled.draft is not None or filled.conversations is not None):
+            name = "--draft serves" if filled.draft is not None else "--conversations serve"
+            raise UserError(f"{name} one search: leave out --vary and --problems")
         if not several and (filled.method == "saega") != (filled.sae is not None):
             raise UserError("--method saega and --sae PATH belong together: give both or neither")
         if filled.method == "saega" and (self.objective or self.target or filled.site != "auto"):
@@ -201,6 +208,7 @@ class SearchOptions(AlgorithmOptions):
         if self.init_from is not None:
             fields["init_from"] = texts_of(self.init_from)
         fields["allow"] = listed_texts(self.allow)
+        fields["conversations"] = self.conversations and self.conversations.name  # its content is in the data's hash
         return {name: value for name, value in fields.items() if name not in NOT_RECORDED}
 
 

@@ -68,7 +68,7 @@ def evaluate(setting: Setting, prompts: list[dict[str, Any]], say: Say) -> dict[
     options, model = setting.options, setting.model
     good = [p for p in prompts if p["retokenises"]][: options.report_prompts]
     reported = good + [p for p in prompts if not p["retokenises"]]
-    controls = {"random": _random_prompt(setting)}
+    controls = {"random": random_prompt(setting)}
     if setting.persona.counter_cues:
         cue = setting.persona.counter_cues[0]
         # Public data brings no cue that is known to work: a plain sentence stands in its place, under its own name.
@@ -118,7 +118,7 @@ def select(prompts: Sequence[dict[str, Any]], by: str) -> int | None:
     return min(usable, key=lambda i: (validation[i]["rate"], validation[i]["probability"], -prompts[i]["target"]))
 
 
-def _random_prompt(setting: Setting) -> str:
+def random_prompt(setting: Setting) -> str:
     """One prompt of random allowed tokens that re-tokenises, fixed by the seed: what no search at all achieves."""
     rng = np.random.default_rng([setting.options.seed, 1])
     ids = rng.choice(np.flatnonzero(setting.allowed), (64, setting.slots.length)).astype(np.int32)

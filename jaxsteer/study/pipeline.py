@@ -58,14 +58,19 @@ def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.in
     A finished run of the same options is not repeated: its metrics are returned; one that was cut off is done again,
     or with ``options.resume`` goes on. ``model`` saves loading it again; ``say`` gets one line of narration per stage.
     Ctrl-C during the search ends the search and keeps what it found; SIGTERM saves it and ends the process. With
-    ``options.vary`` or ``options.problems`` it does many searches (``many.run_many``). Raises ``UserError`` before any
-    expensive work for options that cannot work.
+    ``options.vary`` or ``options.problems`` it does many searches (``many.run_many``), with ``options.conversations``
+    one without a persona (``own.run_own``). Raises ``UserError`` before any expensive work for options that cannot
+    work.
     """
     options = options.resolved()
     if options.vary or options.problems:
         from jaxsteer.study.many import run_many  # which is made of what is here
 
         return run_many(options, model=model, say=say)
+    if options.conversations is not None:
+        from jaxsteer.study.own import run_own  # likewise
+
+        return run_own(options, options.conversations, model=model, say=say)
     persona = load_persona(options.persona)
     custom = custom_objective(options.objective, options.target)
     config = {"format": files.FORMAT, "version": __version__, "data_hash": persona.data_hash, **options.record()}
@@ -209,31 +214,14 @@ def conclude(
     prompts = finals(setting, objective, result)
     files.write_lines(options.out / files.PARETO, prompts)
     metrics = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
-        "persona": setting.persona.name,
-        "method": options.method,
-        "site": chosen.site,
-        "seed": options.seed,
-        "read_position": options.read_position,
+        **described(setting, chosen.site, result, units),
         "sign": chosen.sign,
         "probe_correlation": chosen.correlation,
         "probe": aim.table.to_json(),
-        "target_units": "raw" if options.raw_units else "sd",
-        "objective_units": units,
-        "plan": dataclasses.asdict(result.plan),
         "splits": {name: len(getattr(setting.splits, name)) for name in ("train", "validation", "test")},
-        "interrupted": result.interrupted,
         **evaluate(setting, prompts, say),
     }
-    timing |= {
-        "compile_s": result.compile_s,
-        "search_s": result.search_s,
-        "eval_s": time.perf_counter() - started,
-        "candidates": result.candidates,
-        "candidates_per_s": result.candidates / result.search_s if result.search_s else 0.0,
-        "steps": result.steps,
-    }
+    timing |= spent(result, time.perf_counter() - started)
     if setting.sae is not None and aim.signature is not None:
         metrics["signature"] = explained(setting, setting.sae, aim.signature, metrics)
     if options.algorithm == "soft":
@@ -243,3 +231,33 @@ def conclude(
     if is_first():
         shutil.rmtree(options.out / files.STATE, ignore_errors=True)
     return files.plain(metrics)
+
+
+def described(setting: Setting, site: str, result: SearchResult, units: dict[str, Any]) -> dict[str, Any]:
+    """What metrics.json says of any search: what was searched, where, and in which units."""
+    options, model = setting.options, setting.model
+    return {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "persona": setting.persona.name,
+        "method": options.method,
+        "site": site,
+        "seed": options.seed,
+        "read_position": options.read_position,
+        "target_units": "raw" if options.raw_units else "sd",
+        "objective_units": units,
+        "plan": dataclasses.asdict(result.plan),
+        "interrupted": result.interrupted,
+    }
+
+
+def spent(result: SearchResult, eval_s: float) -> dict[str, float]:
+    """What metrics.json says of a search's cost."""
+    return {
+        "compile_s": result.compile_s,
+        "search_s": result.search_s,
+        "eval_s": eval_s,
+        "candidates": result.candidates,
+        "candidates_per_s": result.candidates / result.search_s if result.search_s else 0.0,
+        "steps": result.steps,
+    }

@@ -14,6 +14,7 @@ from jaxsteer.evals.probe import blocks_before
 from jaxsteer.models.loading import Model
 from jaxsteer.personas import Item, Persona, Splits, search_conversations, split
 from jaxsteer.prompts import (
+    Conversation,
     Slots,
     allowed_tokens,
     build_slots,
@@ -77,9 +78,24 @@ def prepare(
         check_sae(sae, model)
         blocks_before(str(sae.config.site_in), model.config.n_layers)
     splits = split(persona, seed=options.split_seed)
-    place = {"style": options.style, "slot": options.slot}
     chosen = context_items(splits.train, options.contexts or 1)
-    conversations = search_conversations(chosen, options.read_position, **place)
+    asked = search_conversations(chosen, options.read_position, style=options.style, slot=options.slot)
+    setting = locate(options, model, persona, splits, asked, custom, sae)
+    _check_lengths(setting.options, model, persona)
+    return setting
+
+
+def locate(
+    options: SearchOptions,
+    model: Model,
+    persona: Persona,
+    splits: Splits,
+    conversations: Sequence[tuple[Conversation, str]],
+    custom: Custom | None,
+    sae: SAE | None = None,
+) -> Setting:
+    """The setting of a search in these conversations, each with where it is read. Raises ``UserError`` as ``prepare``
+    does."""
     texts = [conversation for conversation, _ in conversations]
     start = first_prompts(model.tokenizer, texts, phrase=options.init, run=options.init_from, lengths=options.lengths)
     if start is not None and options.lengths is None:
@@ -89,13 +105,12 @@ def prepare(
         model.tokenizer,
         texts,
         options.lengths[1],
-        read=[read for _, read in conversations],  # type: ignore[misc]
+        read=[read for _, read in conversations],
         max_positions=model.config.max_positions,
     )
     if custom is not None:
-        objective, slots = custom.place(model, persona, slots, **place)
+        objective, slots = custom.place(model, persona, slots, style=options.style, slot=options.slot)
         needs(objective, model.config)
-    _check_lengths(options, model, persona)
     allowed = token_mask(model, options.tokens or "words", options.ban, listed_texts(options.allow))
     if options.allow and first_allowed(model.tokenizer, slots, allowed).sum() < 2:
         raise UserError(
