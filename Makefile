@@ -2,10 +2,10 @@
 # make paper   the study in small, on one of those models: main table and ablations (experiments/README.md)
 # make test    the test suite          make parity   compare live with transformers and torch (own environment)
 # make lint    style                   make types    static types                 make clean   remove what make made
-# make tpu-aot compile search steps for TPU slices (adds libtpu; no TPU needed)
+# make tpu-aot compile search steps for TPU slices (adds libtpu; no TPU needed); tpu-aot-one: the small case only
 
 .DELETE_ON_ERROR:
-.PHONY: help demo paper test slow parity tpu-aot screenshots lint format types clean
+.PHONY: help demo paper test slow parity tpu-aot tpu-aot-one screenshots lint format types clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -38,16 +38,16 @@ screenshots: $(VENV)/.tools
 	JAXSTEER_SCREENSHOTS=runs/screenshots $(VENV)/bin/python -m pytest -m browser tests/report/test_screens.py
 
 slow: $(VENV)/.tools
-	$(VENV)/bin/python -m pytest -m "slow and not parity" $(TEST_FLAGS)
+	$(VENV)/bin/python -m pytest -m "slow and not parity and not tpu_aot" $(TEST_FLAGS)
 
 parity: $(PARITY_VENV)/.installed
 	$(PARITY_VENV)/bin/python -m pytest -m parity $(TEST_FLAGS)
 
-tpu-aot: $(VENV)/.tools
-	@$(VENV)/bin/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("libtpu") is None)' || { \
-		echo "Adding the TPU compiler to $(VENV) ..."; \
-		$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[plan]'; }
+tpu-aot: $(VENV)/.libtpu
 	$(VENV)/bin/python -m pytest -m tpu_aot $(TEST_FLAGS) tests/planning
+
+tpu-aot-one: $(VENV)/.libtpu
+	$(VENV)/bin/python -m pytest -m "tpu_aot and not slow" $(TEST_FLAGS) tests/planning
 
 lint: $(VENV)/.tools
 	$(VENV)/bin/ruff check .
@@ -75,6 +75,12 @@ $(VENV)/.installed: $(PINS)
 $(VENV)/.tools: $(VENV)/.installed
 	@echo "Adding the test and lint tools to $(VENV) ..."
 	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[test,lint]'
+	@touch $@
+
+# And the compiler for TPUs.
+$(VENV)/.libtpu: $(VENV)/.tools
+	@echo "Adding the TPU compiler to $(VENV) ..."
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[plan]'
 	@touch $@
 
 $(PARITY_VENV)/.installed: $(PINS) constraints-parity.txt

@@ -1,10 +1,14 @@
-"""Proved by compiling: search steps of real models on TPU slices that are not here. Run by ``make tpu-aot``."""
+"""Proved by compiling: search steps of real models on TPU slices that are not here. Run by ``make tpu-aot``.
+
+A step of 8B or 70B takes minutes to compile: those are ``slow`` too, and ``make tpu-aot-one`` leaves them out.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import importlib.util
+from typing import Any
 
 import pytest
 
@@ -20,24 +24,32 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
+SMALL = Work(problems=64, population=4, children=8, prompt_length=8, contexts=2, context_length=32)
 WORK = Work(problems=256, contexts=8, context_length=64)
 CASES = {
-    "8b-v5e": ("llama-3.1-8b", "v5e:4x4", (2, 8)),
-    "70b-v5p": ("llama-3.1-70b", "v5p:4x4x4", (8, 8)),
-    "70b-v5e": ("llama-3.1-70b", "v5e:16x16", (16, 16)),
+    "1b-v5e": ("llama-3.2-1b", "v5e:2x4", (2, 4), SMALL),
+    "8b-v5e": ("llama-3.1-8b", "v5e:4x4", (2, 8), WORK),
+    "70b-v5p": ("llama-3.1-70b", "v5p:4x4x4", (8, 8), WORK),
+    "70b-v5e": ("llama-3.1-70b", "v5e:16x16", (16, 16), WORK),
 }
 
 
+def cases(*names: str) -> list[Any]:
+    """Parameters of a test or fixture; large ones are slow."""
+    return [pytest.param(name, marks=() if CASES[name][-1] is SMALL else pytest.mark.slow) for name in names]
+
+
 @functools.cache
-def planned(model: str, slice_: str, mesh: tuple[int, int], problems: int = WORK.problems) -> Plan:
-    """Compiled once, whatever the number of tests."""
-    work = dataclasses.replace(WORK, problems=problems)
+def planned(case: str, times: int = 1) -> Plan:
+    """The plan of a case, of ``times`` its problems. Compiled once, whatever the number of tests."""
+    model, slice_, mesh, work = CASES[case]
+    work = dataclasses.replace(work, problems=times * work.problems)
     return make_plan(model, published_config(model), topology(slice_), work, mesh=mesh, micro_batch=16)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+@pytest.fixture(scope="module", params=cases(*CASES))
 def plan(request: pytest.FixtureRequest) -> Plan:
-    return planned(*CASES[request.param])
+    return planned(request.param)
 
 
 def test_the_step_fits_and_its_weights_are_split(plan: Plan):
@@ -71,9 +83,9 @@ def test_products_are_those_of_the_model(plan: Plan):
     assert not plan.costs.unknown_loops
 
 
-def test_twice_the_problems_are_twice_the_work_and_no_other_collectives():
-    once = planned(*CASES["8b-v5e"])
-    twice = planned(*CASES["8b-v5e"], problems=2 * WORK.problems)
+@pytest.mark.parametrize("case", cases("1b-v5e", "8b-v5e"))
+def test_twice_the_problems_are_twice_the_work_and_no_other_collectives(case: str):
+    once, twice = planned(case), planned(case, times=2)
     assert once.costs is not None and twice.costs is not None
     assert twice.costs.flops == pytest.approx(2 * once.costs.flops, rel=0.001)
     assert twice.costs.collectives.keys() == once.costs.collectives.keys()
