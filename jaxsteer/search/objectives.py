@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from checkpoints_convert.sae_form import ELEMENTWISE
 from jaxsteer.errors import UserError
 from jaxsteer.sae import SAE, encode, preactivations, subset
-from jaxsteer.search.reads import KEYS, Needs, Objective, Reads, needs
+from jaxsteer.search.reads import KEYS, Needs, Objective, Reads, entry, needs
 
 __all__ = [
     "Attention",
@@ -220,11 +220,7 @@ class LogitDifference(Term):
         """The difference of every row."""
         for ids in (self.plus, self.minus):
             _check_index("token id", ids, reads.logits.shape[-1])
-        picked = [
-            jnp.take_along_axis(reads.logits, _per_row(ids, reads)[:, None], axis=-1)[:, 0]
-            for ids in (self.plus, self.minus)
-        ]
-        return picked[0] - picked[1]
+        return _logit(reads, self.plus) - _logit(reads, self.minus)
 
 
 @struct.dataclass
@@ -301,6 +297,11 @@ class Standardised(Term):
 
 def _mean(values: Float[Array, "rows T"], mask: Array) -> Float[Array, " rows"]:
     return jnp.sum(values * mask, axis=-1) / jnp.maximum(mask.sum(-1), 1)
+
+
+def _logit(reads: Reads, ids: Int[Array, " c"]) -> Float[Array, " rows"]:
+    row = _per_row(ids, reads)  # below 0 where a context has no id of its own
+    return jnp.where(row < 0, jnp.nan, jax.vmap(entry)(reads.logits, row))
 
 
 def _per_row(values: Array, reads: Reads) -> Array:

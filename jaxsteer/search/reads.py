@@ -355,6 +355,26 @@ def _target_log_probs(
     return jnp.where(target.mask, log_probs.reshape(rows, n), 0.0)
 
 
+@jax.custom_vjp
+def entry(values: Float[Array, " V"], index: Int[Array, " *k"]) -> Float[Array, " *k"]:
+    """``values[index]``. Its gradient is written as a comparison: that of a gather is a scatter, which accelerators do
+    entry by entry."""
+    return values[index]
+
+
+def _entry_forward(values: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
+    return values[index], (index, jnp.arange(len(values)))
+
+
+def _entry_backward(kept: tuple[Array, Array], change: Array) -> tuple[Array, None]:
+    index, place = kept
+    here = jnp.where(place == index[..., None], change[..., None], 0.0)
+    return here.reshape(-1, len(place)).sum(0), None
+
+
+entry.defvjp(_entry_forward, _entry_backward)
+
+
 def label_log_probs(
     params: Params, config: ModelConfig, hidden: Float[Array, "n D"], labels: Int[Array, "n ..."]
 ) -> Float[Array, "n ..."]:
@@ -363,7 +383,7 @@ def label_log_probs(
     @jax.checkpoint
     def one(row: tuple[Array, Array]) -> Array:
         logits = unembed(params, config, row[0])
-        return logits[row[1]] - jax.nn.logsumexp(logits)
+        return entry(logits, row[1]) - jax.nn.logsumexp(logits)
 
     rows = max(1, VOCABULARY_BLOCK // config.vocab_size)
     if hidden.shape[0] <= rows:

@@ -22,7 +22,7 @@ from jaxsteer.prompts import (
     retokenises_many,
     with_target,
 )
-from jaxsteer.search import Projection, make_problem, make_search, make_task, needs, rescore, run_search, score
+from jaxsteer.search import Projection, Store, make_problem, make_search, make_task, needs, rescore, run_search, score
 from jaxsteer.search.constraints import repetition, text_filter
 from jaxsteer.search.lengths import DELETE, INSERT, SWAP, Edits, draw_edits, edited
 from jaxsteer.search.objectives import TargetLogProb, as_pytree
@@ -168,13 +168,14 @@ def test_random_prompts_have_all_lengths_and_repetition_counts_tokens() -> None:
     np.testing.assert_allclose(repetition(rows), [1 / 3, 1 / 6])
 
 
-def run_of(algorithm: str, given: dict):
+def run_of(algorithm: str, given: dict, **more):
     model, slots_of, objective, task_of = setting("system")
     task, slots = task_of(MOST, LEAST), slots_of(MOST)
     problems = [make_problem(objective, 3, seed=seed) for seed in range(2)]
     return run_search(
-        model.params, task, problems, make_search(algorithm, given), steps=4, valid=text_filter(model.tokenizer, slots)
-    )
+        model.params, task, problems, make_search(algorithm, given), steps=4,
+        valid=text_filter(model.tokenizer, slots), **more,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -193,6 +194,23 @@ def test_a_search_finds_prompts_of_several_lengths_with_the_scores_of_their_text
     again = rescore(model, slots, objective, task_of(MOST).needs, texts)
     np.testing.assert_allclose([r.target for r in again], [found.target for found in good], atol=1e-4)
     np.testing.assert_allclose([r.cross_entropy for r in again], [found.cross_entropy for found in good], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_search_that_is_cut_off_goes_on_to_the_same_prompts(tmp_path) -> None:
+    def end(progress) -> None:
+        raise SystemExit
+
+    given = {"population": 3, "children": 6, "top_k": 8}
+    whole = run_of("epo", given, steps_per_call=2)
+    with pytest.raises(SystemExit), Store(tmp_path, every_s=0.0) as store:
+        looks = iter([lambda _: None, end])
+        run_of("epo", given, steps_per_call=2, store=store, callback=lambda progress: next(looks)(progress))
+    steps = []
+    with Store(tmp_path, resume=True) as store:
+        again = run_of("epo", given, steps_per_call=2, store=store, callback=lambda p: steps.append(p.step))
+    assert steps == [4] and again.found == whole.found
+    np.testing.assert_array_equal(again.archive.ids, whole.archive.ids)
 
 
 @pytest.mark.parametrize(
