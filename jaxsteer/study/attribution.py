@@ -32,6 +32,8 @@ def attribute_run(run_dir: Path, *, model: Model | None = None) -> dict[str, Any
         raise UserError(
             f"{run_dir} holds no finished search with a selected prompt ({error}): give the directory of one"
         ) from error
+    if config.get("conversations"):
+        raise UserError(f"{run_dir} searched conversations of no persona: there is no behaviour to attribute")
     model = load(config["model"], dtype=config["dtype"]) if model is None else model
     items = context_items(split(persona, seed=seed).validation, QUESTIONS)
     found = attribute(model, items, prompt["ids"], allowed=token_mask(model, tokens), **place).to_json()

@@ -86,6 +86,7 @@ def test_any_depth_can_be_read(site: str) -> None:
     np.testing.assert_allclose(x, want_x, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_parents_are_differentiated_a_batch_at_a_time() -> None:
     """Five parents in three batches: the proposals of all at once, with less scratch."""
     proposed = jax.jit(proposals, static_argnums=5)

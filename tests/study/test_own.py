@@ -13,6 +13,7 @@ from jaxsteer.models.loading import Model
 from jaxsteer.report.page import write_report
 from jaxsteer.report.text import table
 from jaxsteer.study import SearchOptions, run
+from jaxsteer.study.attribution import attribute_run
 from tests.helpers.tiny import tiny_model
 
 Make = Callable[..., SearchOptions]
@@ -34,6 +35,7 @@ def model() -> Model:
     return Model(**vars(tiny_model()))
 
 
+@pytest.mark.slow
 def test_a_search_in_own_conversations_has_a_frontier_and_no_rates(own: Make) -> None:
     chosen = own(target="clear", combine="worst")
     metrics = run(chosen, model=model())
@@ -45,6 +47,8 @@ def test_a_search_in_own_conversations_has_a_frontier_and_no_rates(own: Make) ->
     assert metrics["controls"]["random"]["target"] <= metrics["prompts"][0]["target"]
     assert json.loads((chosen.out / "metrics.json").read_text()) == metrics == run(chosen)
     assert metrics["prompts"][0]["text"].strip() in table(metrics)
+    with pytest.raises(UserError, match="no behaviour to attribute"):
+        attribute_run(chosen.out, model=model())
     assert "mine (no persona)" in Path(write_report(chosen.out)).read_text()
 
 
