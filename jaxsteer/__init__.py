@@ -7,6 +7,8 @@ import types
 from typing import TYPE_CHECKING, Any, no_type_check
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from jaxsteer.errors import UserError as UserError
     from jaxsteer.models.capture import capture as capture
     from jaxsteer.models.capture import logits as logits
@@ -51,17 +53,19 @@ def __getattr__(name: str) -> Any:
 class CallableSearch(types.ModuleType):
     """What ``jaxsteer.search`` is: the room of that name, and a function."""
 
-    def __call__(self, **options: Any) -> dict[str, Any]:
+    def __call__(self, *, out: str | Path, **options: Any) -> dict[str, Any]:
         """Search prompts as ``jaxsteer search`` does, with its options as keyword arguments; returns the metrics.
 
-        ``vary`` may be a dict: ``jaxsteer.search(out="runs/many", vary={"seed": range(32)})``. Raises ``UserError``.
+        ``out`` may be a URL (docs/pods.md), and ``vary`` a dict: ``jaxsteer.search(out="runs/many", vary={"seed":
+        range(32)})``. Raises ``UserError``.
         """
         from pathlib import Path
 
         from jaxsteer.study import SearchOptions, run
+        from jaxsteer.study.stored import stored
 
         given = dict(options)
-        for name in ("out", "problems", "init_from", "conversations"):
+        for name in ("problems", "init_from", "conversations"):
             if given.get(name) is not None:
                 given[name] = Path(given[name])
         if isinstance(given.get("vary"), dict):
@@ -71,7 +75,8 @@ class CallableSearch(types.ModuleType):
             from jaxsteer.errors import UserError
 
             raise UserError(f"jaxsteer.search has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-        return run(SearchOptions(**given))
+        with stored(out) as folder:
+            return run(SearchOptions(out=folder, **given))
 
 
 def __dir__() -> list[str]:

@@ -24,7 +24,7 @@ from jaxsteer.cli.vector import Vector
 from jaxsteer.errors import UserError
 from jaxsteer.study import SearchOptions
 from jaxsteer.study import run as run_search
-from jaxsteer.study.files import document
+from jaxsteer.study.files import REPORT, document
 
 Style = Literal["chat", "plain"]
 Slot = Literal["suffix", "prefix", "system"]
@@ -34,21 +34,32 @@ Slot = Literal["suffix", "prefix", "system"]
 class Search(SearchOptions):
     """Find prompts that move a model away from a persona, and measure them on held-out questions."""
 
+    out: str  # type: ignore[assignment]  # a Path would take gs:// for gs:/
+    """Directory of the run's files, or its URL in an object store: gs://BUCKET/run, s3://BUCKET/run (docs/pods.md).
+    Must not hold another run's; a finished run of the same options is kept."""
+
     def run(self) -> int:
         """Do the search, write its report and print its table."""
         from jaxsteer.cli.tables import runs_table
         from jaxsteer.models.processes import is_first
         from jaxsteer.report import table, write_report
+        from jaxsteer.study.stored import stored
 
-        options = SearchOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SearchOptions)})
-        metrics = run_search(options, say=print)
-        if is_first() and "runs" in metrics:
-            for name in metrics["runs"]:
-                write_report(options.out / name)
-            page = write_report(options.out) if metrics["runs"] else "none: no run was finished"
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(SearchOptions)}
+        with stored(self.out, say=print) as folder:
+            metrics = run_search(SearchOptions(**{**fields, "out": folder}), say=print)
+            runs = metrics.get("runs")
+            if is_first():
+                for name in runs or ():
+                    write_report(folder / name)
+                if runs != {}:
+                    write_report(folder)
+        page = f"{self.out.rstrip('/')}/{REPORT}"
+        if is_first() and runs is not None:
+            page = page if runs else "none: no run was finished"
             print(f"\n{runs_table(metrics)}\n\nReport: {page}; all problems: problems.csv")
         elif is_first():
-            print(f"\n{table(metrics)}\n\nReport: {write_report(options.out)}")
+            print(f"\n{table(metrics)}\n\nReport: {page}")
         return 0
 
 

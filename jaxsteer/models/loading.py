@@ -20,11 +20,12 @@ from jax.sharding import Mesh
 
 from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import write_text
+from jaxsteer.files.stores import is_url
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.hf import quiet_transformers, read_json
 from jaxsteer.models.params import Params
 from jaxsteer.models.processes import from_first
-from jaxsteer.models.remote import is_url, side_files
+from jaxsteer.models.remote import side_files
 from jaxsteer.models.restoring import restore
 
 log = logging.getLogger(__name__)

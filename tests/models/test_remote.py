@@ -13,7 +13,6 @@ import jaxsteer
 from checkpoints_convert import convert
 from jaxsteer.errors import UserError
 from jaxsteer.models.inspect import describe
-from jaxsteer.models.remote import is_url
 from tests.helpers.checkpoints import hf_directory, tiny_config
 
 
@@ -47,5 +46,3 @@ def test_what_is_wrong_with_a_url_is_said(out: Path) -> None:
     (out / "weights" / "index.json").unlink()
     with pytest.raises(UserError, match="lacks weights/index.json"):
         jaxsteer.load(f"file://{out}")
-    assert is_url("gs://bucket/a") and is_url("s3://bucket/a")
-    assert not is_url("organism:llama") and not is_url("/a/b") and not is_url("owner/name@main")
