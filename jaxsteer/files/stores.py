@@ -14,7 +14,8 @@ from typing import Any
 
 from jaxsteer.errors import UserError
 
-_PATIENCE_S = 300.0
+PATIENCE_S = 300.0
+"""How long a store may take to answer."""
 _PROBE = "jaxsteer-may-write-here"
 
 
@@ -49,7 +50,7 @@ class Bucket:
         found = self._result(lambda: self._store.read(name), "read")
         return None if found.state == "missing" else bytes(found.value)
 
-    def write(self, name: str, data: bytes | None, *, patience_s: float = _PATIENCE_S) -> None:
+    def write(self, name: str, data: bytes | None, *, patience_s: float = PATIENCE_S) -> None:
         """Write an object in place of any other; ``None`` deletes it."""
         self._result(lambda: self._store.write(name, data), "written", patience_s)
 
@@ -58,7 +59,7 @@ class Bucket:
         self.write(_PROBE, b"")
         self.write(_PROBE, None)
 
-    def _result(self, start: Callable[[], Any], done: str, patience_s: float = _PATIENCE_S) -> Any:
+    def _result(self, start: Callable[[], Any], done: str, patience_s: float = PATIENCE_S) -> Any:
         began = time.monotonic()
         try:
             return start().result(timeout=patience_s)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import write_bytes
-from jaxsteer.files.stores import Bucket, is_url
+from jaxsteer.files.stores import PATIENCE_S, Bucket, is_url
 from jaxsteer.models.loading import cache_dir
 from jaxsteer.models.processes import PREEMPTED, from_first, is_first
 from jaxsteer.study.files import CONFIG, FORMAT, METRICS
@@ -176,7 +176,7 @@ class _Copy:
         finally:
             ended.set()
 
-    def save(self, patience_s: float | None = None) -> None:
+    def save(self, patience_s: float = PATIENCE_S) -> None:
         """Write the archive, if files have come or gone since the last one."""
         begun, done = ((self.folder / name).exists() for name in (CONFIG, METRICS))
         if not begun or done or _names(self.folder) == self._saved:
@@ -185,10 +185,10 @@ class _Copy:
         self._write(ARCHIVE, data, patience_s)
         self._saved = names
 
-    def _write(self, name: str, data: bytes, patience_s: float | None = None) -> None:
+    def _write(self, name: str, data: bytes, patience_s: float = PATIENCE_S) -> None:
         if name in (ARCHIVE, CONFIG, METRICS):
             self._note(data)
-        self._bucket.write(name, data, **({} if patience_s is None else {"patience_s": patience_s}))
+        self._bucket.write(name, data, patience_s=patience_s)
         self._there[name] = _hash(data)
 
     def leave(self) -> None:

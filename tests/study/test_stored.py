@@ -50,6 +50,15 @@ class Place:
     def names(self) -> list[str]:
         return sorted(p.relative_to(self.at).as_posix() for p in self.at.rglob("*") if p.is_file())
 
+    def wait_for(self, step: int) -> bytes:
+        """The archive, when the checkpoint after a step is in it."""
+        archive, deadline = self.at / ARCHIVE, time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if archive.exists() and any(f"/state/{step}/" in name for name in zipfile.ZipFile(archive).namelist()):
+                return archive.read_bytes()
+            time.sleep(0.01)
+        raise TimeoutError
+
     def cut(self, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
         """The store fails when the object ``at`` is written."""
         write = Bucket.write
@@ -126,18 +135,11 @@ def test_a_run_that_was_cut_off_goes_on_elsewhere(place: Place) -> None:
 
 
 def test_checkpoints_are_copied_while_the_run_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    def second_step() -> bool:
-        archive = place.at / ARCHIVE
-        return archive.exists() and any("/state/2/" in name for name in zipfile.ZipFile(archive).namelist())
-
     monkeypatch.setattr(module, "LOOK_S", 0.01)
     with pytest.raises(Cut), stored(place.url) as folder:
         with pytest.raises(Cut):
             work(folder, end=2)
-        deadline = time.monotonic() + 30
-        while not second_step() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        there = (place.at / ARCHIVE).read_bytes()
+        there = place.wait_for(2)
         # As a machine that dies at once: what is half written is not in the copy.
         half = folder / files.STATE / "state" / "3.orbax-checkpoint-tmp-7"
         half.mkdir()
@@ -172,11 +174,12 @@ def test_a_store_that_fails_at_the_end_loses_nothing(
 def test_a_store_that_fails_on_the_way_is_a_warning(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(Cut), stored(place.url) as folder:
-        work(folder, end=1)
-    before = (place.at / ARCHIVE).read_bytes()
-    place.cut(monkeypatch, ARCHIVE)
+    monkeypatch.setattr(module, "LOOK_S", 0.01)
     with caplog.at_level(logging.WARNING), pytest.raises(Cut), stored(place.url) as folder:
+        with pytest.raises(Cut):
+            work(folder, end=1)
+        before = place.wait_for(1)
+        place.cut(monkeypatch, ARCHIVE)
         work(folder, end=2)
     assert "it is gone). The last state of the run is in" in caplog.text
     assert (place.at / ARCHIVE).read_bytes() == before
