@@ -41,4 +41,4 @@ def test_commands_give_options_that_resolve() -> None:
             else:
                 given[name].append(word)
         values = {k: (tuple(v) if k == "vary" else v[0] if v else True) for k, v in given.items()}
-        Search(**{**values, "out": Path(values["out"])}).resolved()
+        Search(**values).resolved()
