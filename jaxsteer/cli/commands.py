@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -286,8 +287,9 @@ Command = (
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """The command that ``arguments`` ask for. Raises ``SystemExit`` after explaining what is wrong with them."""
-    return tyro.cli(
+    """The command that ``arguments`` ask for. Raises ``SystemExit`` after explaining what is wrong with them, and
+    ``UserError`` for a URL where only a directory can be written."""
+    command = tyro.cli(
         Command,  # type: ignore[arg-type]
         args=arguments,
         prog="jaxsteer",
@@ -296,3 +298,7 @@ def parse(arguments: Sequence[str]) -> Any:
         "HOST:PORT --num-processes N --process-id I (docs/pods.md).",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
+    out = getattr(getattr(command, "action", command), "out", None)
+    if isinstance(out, Path) and re.match(r"[a-z][a-z0-9+.-]+:/", str(out)):  # of gs://x/y a path keeps one slash
+        raise UserError(f"{out} looks like a URL, to which only search writes: give a directory, and copy it there")
+    return command

@@ -109,6 +109,8 @@ def test_output_directory_of_another_run(fails, model_dir: Path, tmp_path: Path)
         (("eval", "--from-run", "nowhere"), "nowhere"),
         (("direction", "show", "nowhere.safetensors"), "no direction file"),
         (("convert", "nowhere", "out"), "nowhere"),
+        (("convert", "nowhere", "gs://bucket/out"), "only search writes"),
+        (("sae", "train", "--out", "s3://bucket/out"), "only search writes"),
     ],
 )
 def test_other_refusals(fails, tmp_path: Path, argv: tuple[str, ...], message: str) -> None:  # noqa: ANN001
