@@ -110,7 +110,7 @@ def test_output_directory_of_another_run(fails, model_dir: Path, tmp_path: Path)
         (("direction", "show", "nowhere.safetensors"), "no direction file"),
         (("convert", "nowhere", "out"), "nowhere"),
         (("convert", "nowhere", "gs://bucket/out"), "only search writes"),
-        (("sae", "train", "--out", "s3://bucket/out"), "only search writes"),
+        (("sae", "train", "--site", "x", "--latents", "8", "--out", "s3://bucket/out"), "only search writes"),
     ],
 )
 def test_other_refusals(fails, tmp_path: Path, argv: tuple[str, ...], message: str) -> None:  # noqa: ANN001
