@@ -76,6 +76,8 @@ def compute(work: Work, say: Callable[[str], None] = print) -> list[dict[str, An
         label = method.name if method.value is None else f"{method.name} {method.value}"
         text = "" if row["prompt"] is None else f" {row['prompt']!r}"
         say(f"{work.model} {work.persona}, {label}: {100 * row['rate']:.1f} % in {row['seconds']:.0f} s{text}")
+    if lab is not None:
+        jax.clear_caches()  # programs of one work are of no use to the next, and a process gathers gigabytes of them
     return rows
 
 
