@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 # Before anything imports jax or huggingface_hub: both read the environment once.
@@ -52,6 +55,11 @@ def _leaves_unchecked(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 flax.struct.dataclass = _leaves_unchecked(flax.struct.dataclass)  # before any module of ours is imported
+
+# All of them now: CPython 3.11 now and then fails to compile one that a test imports first ("AST constructor recursion
+# depth mismatch", when garbage is collected meanwhile).
+for _module in pkgutil.walk_packages([str(Path(__file__).parents[1] / "jaxsteer")], "jaxsteer."):
+    importlib.import_module(_module.name)
 
 _COMPILED: list[str] = []
 

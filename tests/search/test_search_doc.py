@@ -23,7 +23,7 @@ def test_the_python_example_runs(capsys) -> None:
 
 def test_every_option_and_algorithm_that_is_named_exists() -> None:
     known = {f"--{name.replace('_', '-')}" for name in Search.__dataclass_fields__}
-    elsewhere = {"--soft", "--json", "--quick"}  # of eval and generate, and of the experiment
+    elsewhere = {"--soft", "--json", "--quick", "--algorithms"}  # of eval and generate, and of the experiment
     assert set(re.findall(r"--[a-z][a-z-]+", DOC)) <= known | elsewhere
     for name in ALGORITHMS:
         assert f"| `{name}`" in DOC
