@@ -37,7 +37,8 @@ from jaxsteer.models.transformer import block, embed, layer_weights, make_contex
 
 NO_TOKEN = -1
 """Stands in results where a row had ended already."""
-_CACHE_SPEC = P(None, "prompts", "model", None, None)
+CACHE_SPEC = P(None, "prompts", "model", None, None)
+"""How keys and values [L, B, K, H, M] lie on a mesh."""
 _FIRST_SLOTS = 64
 """Room that decoding starts with; it doubles as often as rows need it."""
 
@@ -183,7 +184,7 @@ def grow(state: State, *, slots: int, mesh: Mesh | None = None) -> State:
 
 
 def _laid_out(cache: Float[Array, "L B K H M"], mesh: Mesh | None) -> Float[Array, "L B K H M"]:
-    return cache if mesh is None else lax.with_sharding_constraint(cache, place(mesh, _CACHE_SPEC, cache.shape))
+    return cache if mesh is None else lax.with_sharding_constraint(cache, place(mesh, CACHE_SPEC, cache.shape))
 
 
 # Many prompts

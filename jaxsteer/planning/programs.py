@@ -246,8 +246,8 @@ def _generate(work: Work, config: ModelConfig, mesh: Mesh, batch: int | None) ->
     state = abstract(mesh, made, P("prompts"))
     cache = dataclasses.replace(
         state.cache,
-        k=abstract(mesh, made.cache.k, generation._CACHE_SPEC),
-        v=abstract(mesh, made.cache.v, generation._CACHE_SPEC),
+        k=abstract(mesh, made.cache.k, generation.CACHE_SPEC),
+        v=abstract(mesh, made.cache.v, generation.CACHE_SPEC),
     )
     state = dataclasses.replace(state, cache=cache)
     steps = abstract(mesh, jax.ShapeDtypeStruct((), jnp.int32))
