@@ -3,58 +3,79 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import multiprocessing
+import os
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from search_speed import LENGTH, here, organism, projection, slots_of, task_of
 
-from jaxsteer.models.config import llama_config
+from jaxsteer.models.config import ModelConfig, llama_config
 from jaxsteer.models.loading import load
 from jaxsteer.models.params import init_params
-from jaxsteer.search import EpoConfig, epo, make_problem, run_search
-from jaxsteer.search.problem import Fluency
+from jaxsteer.models.sharding import make_mesh
+from jaxsteer.models.sites import parse_site
+from jaxsteer.personas import load_persona
+from jaxsteer.search import FLUENCY, EpoConfig, Fluency, epo, make_problem, run_search, standardise
+from jaxsteer.study import SearchOptions
+from jaxsteer.study.aim import find_aim
+from jaxsteer.study.setting import prepare
 
 SEEDS = (0, 1, 2)
-REFERENCE_STEPS = 30
-"""The target is what a search of ours with another seed reaches in so many steps."""
-MOST_STEPS = 300
+REFERENCE_SEEDS, REFERENCE_STEPS = (90, 91, 92, 93, 94), 15
+"""The goal is the median, over these seeds, of what a search of ours reaches in so many steps."""
+MOST_S = 60
+"""Seconds after which a run has not reached it."""
+BATCHES = (64, 128, 512)
+"""Rows in a forward call of the peer."""
+SITE = "blocks.2.hook_resid_post"
 
 
 def target(quick: bool) -> list[dict[str, Any]]:
     """Seconds until a prompt of the organism reaches a given projection; the same function, sizes and fluency weights.
 
-    Both start from random prompts without any context (no BOS, as in the published loop). Compilation and the peer's
-    warm-up are left out.
+    The direction is that of sycophancy, read at the last prompt token, in standard deviations over random prompts; BOS
+    stands before the prompt. Compilation and the peer's warm-up are left out.
     """
     model = load("organism:llama")
-    objective = projection(model.config)
-    task = task_of(model.params, model.config, objective, slots_of(0, model.config.vocab_size, bos=False))
+    options = SearchOptions(out=Path("unused"), persona="sycophancy", site=SITE).resolved()
+    aim = find_aim(prepare(options, model, load_persona("sycophancy")), lambda _: None)
+    bos = slots_of(0, model.config.vocab_size)
+    task = task_of(model.params, model.config, aim.objective, bos)
+    objective, units = standardise(model.params, task, aim.objective)
+    direction = np.asarray(aim.objective.delta) / units["scale"]  # type: ignore[attr-defined]
     search = epo(EpoConfig())
-    weights = Fluency(low=0.05, high=0.5, restart=0.5, spread=2.0)
+    weights = FLUENCY["loose"]
     step = jax.jit(search.step)
 
-    def run(seed: int, goal: float, most: int) -> tuple[float, float, int]:
+    def run(seed: int, goal: float, most: float) -> tuple[float, float, int]:
         problem = make_problem(objective, 16, fluency=weights, seed=seed)
         state = jax.jit(search.init)(model.params, task, problem)
         jax.block_until_ready(step(model.params, task, problem, state))
         started = time.perf_counter()
         done, best = 0, -np.inf
-        while done < most and best < goal:
+        while done < most and best < goal and time.perf_counter() - started < MOST_S:
             state, _ = step(model.params, task, problem, state)
             done, best = done + 1, float(jnp.max(state.f))
         return time.perf_counter() - started, best, done
 
-    goal = run(99, np.inf, REFERENCE_STEPS)[1]
+    goal = statistics.median(run(seed, np.inf, REFERENCE_STEPS)[1] for seed in REFERENCE_SEEDS)
     seeds = SEEDS[:1] if quick else SEEDS
-    ours = [run(seed, goal, MOST_STEPS) for seed in seeds]
-    theirs = [_torch_run(model, objective, weights, seed, goal) for seed in seeds] if here("torch") else []
+    found = {"jaxsteer": [run(seed, goal, np.inf) for seed in seeds]}
+    for batch in (2, 512) if here("torch") else ():
+        found[f"torch, batch {batch}"] = [
+            _torch_run(model, direction, weights, units, seed, goal, batch) for seed in seeds
+        ]
     rows = []
-    for name, runs in (("jaxsteer", ours), ("torch loop", theirs)):
-        reached = [seconds for seconds, best, _ in runs if best >= goal]
+    for name, runs in found.items():
         rows.append(
             {
                 "who": name,
@@ -64,30 +85,34 @@ def target(quick: bool) -> list[dict[str, Any]]:
                 "steps": [r[2] for r in runs],
             }
         )
-        middle = f"{statistics.median(r[0] for r in runs):8.2f} s" if runs else "not here"
-        print(
-            f"to a projection of {goal:.2f}: {name:10} {middle}, reached by {len(reached)} of {len(runs)}", flush=True
-        )
+        middle = f"{statistics.median(r[0] for r in runs):8.2f} s"
+        reached = sum(best >= goal for _, best, _ in runs)
+        print(f"to {goal:.2f} deviations: {name:16} {middle}, reached by {reached} of {len(runs)}", flush=True)
     return rows
 
 
-def _torch_run(model: Any, objective: Any, weights: Fluency, seed: int, goal: float) -> tuple[float, float, int]:
+def _torch_run(
+    model: Any, direction: np.ndarray, weights: Fluency, units: dict[str, float], seed: int, goal: float, batch: int
+) -> tuple[float, float, int]:
     import torch
     import torch_peer
 
     search = torch_peer.Search(
         torch_peer.build(model.config, model.params),
-        layer=model.config.n_layers // 2,
+        layer=parse_site(SITE, model.config.n_layers).layer,
         prompt_length=LENGTH,
-        direction=torch.tensor(np.asarray(objective.delta)),
+        direction=torch.tensor(direction),
         fluency=torch.tensor(weights.weights(16)),
+        contexts=torch.tensor([[1]]),
+        batch=batch,
         seed=seed,
     )
+    offset = units["offset"] / units["scale"]
     started = time.perf_counter()
     done, best = 0, -np.inf
-    while done < MOST_STEPS and best < goal:
+    while best < goal and time.perf_counter() - started < MOST_S:
         search.step()
-        done, best = done + 1, float(search.target.max())
+        done, best = done + 1, float(search.target.max()) - offset
     return time.perf_counter() - started, best, done
 
 
@@ -111,21 +136,78 @@ def compile(quick: bool) -> list[dict[str, Any]]:
 
 def problems(quick: bool) -> list[dict[str, Any]]:
     """Candidates per second of ``run_search`` on the organism's shape: 4 parents and 32 children per problem."""
-    config = organism()
-    params = init_params(config, jax.random.key(0))
-    objective = projection(config)
-    task = task_of(params, config, objective, slots_of(0, config.vocab_size))
-    search = epo(EpoConfig(population=4, children=8))
     rows = []
     for count, steps in ((1, 200), (16, 100), (256, 20), (4096, 3)):
         if quick and count > 16:
             break
-        some = [
-            make_problem(dataclasses.replace(objective, delta=(1 + i / count) * objective.delta), 4, restart=i)
-            for i in range(count)
-        ]
-        result = run_search(params, task, some, search, steps=steps)
-        rate = result.candidates / result.search_s
-        rows.append({"problems": count, "steps": steps, "candidates_per_s": rate, "compile_s": result.compile_s})
+        rate, compile_s = _searches(organism(), count, steps, EpoConfig(population=4, children=8))
+        rows.append({"problems": count, "steps": steps, "candidates_per_s": rate, "compile_s": compile_s})
         print(f"{count:5} problems, {steps:3} steps: {rate:9,.0f} candidates/s", flush=True)
     return rows
+
+
+def restarts(name: str, config: ModelConfig, steps: int) -> dict[str, Any]:
+    """Independent searches of 16 x 32 candidates, four per core: ours side by side, and the published loop one after
+    the other with all threads (its best batch) and in a process per core, which is its best use of a CPU."""
+    cores = len(os.sched_getaffinity(0))
+    rate, _ = _searches(config, 4 * cores, steps, EpoConfig(population=16, children=32))
+    found: dict[str, Any] = {"model": name, "searches": 4 * cores, "jaxsteer": rate}
+    if here("torch"):
+        import torch_peer
+
+        measure = functools.partial(
+            torch_peer.measure, config, prompt_length=LENGTH, population=16, children=32, steps=steps
+        )
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            alone = [pool.submit(measure, batch=batch).result()["candidates_per_s"] for batch in BATCHES]
+        shares: Any = multiprocessing.get_context("spawn").Queue()
+        for core in sorted(os.sched_getaffinity(0)):
+            shares.put(core)
+        with ProcessPoolExecutor(
+            cores, mp_context=multiprocessing.get_context("spawn"), initializer=_pin, initargs=(shares,)
+        ) as pool:
+            beside = [
+                sum(
+                    done.result()["candidates_per_s"]
+                    for done in [pool.submit(measure, batch=batch, threads=1) for _ in range(cores)]
+                )
+                for batch in BATCHES
+            ]
+        found |= {
+            "torch_alone": dict(zip(BATCHES, alone, strict=True)),
+            "torch_process_per_core": dict(zip(BATCHES, beside, strict=True)),
+            "ratio": rate / max(alone),
+            "ratio_process_per_core": rate / max(beside),
+        }
+    print(
+        f"{name:12} {4 * cores:8} {rate:9,.0f} "
+        + " ".join(
+            f"{found[key]:9,.1f}" if isinstance(found.get(key), float) else f"{max(found[key].values()):9,.0f}"
+            for key in ("torch_alone", "ratio", "torch_process_per_core", "ratio_process_per_core")
+            if key in found
+        ),
+        flush=True,
+    )
+    return found
+
+
+def _pin(shares: Any) -> None:
+    os.sched_setaffinity(0, {shares.get()})
+
+
+def _searches(config: ModelConfig, count: int, steps: int, sizes: EpoConfig) -> tuple[float, float]:
+    """Candidates per second, and seconds to compile, of so many searches over the devices that there are."""
+    mesh = make_mesh() if jax.device_count() > 1 else None
+    params = init_params(config, jax.random.key(0))
+    objective = projection(config)
+    task = task_of(params, config, objective, slots_of(0, config.vocab_size))
+    if mesh is not None:
+        params, task = jax.device_put((params, task), NamedSharding(mesh, PartitionSpec()))
+    some = [
+        make_problem(
+            dataclasses.replace(objective, delta=(1 + i / count) * objective.delta), sizes.population, restart=i
+        )
+        for i in range(count)
+    ]
+    result = run_search(params, task, some, epo(sizes), steps=steps, mesh=mesh)
+    return result.candidates / result.search_s, result.compile_s

@@ -9,12 +9,14 @@ python experiments/benchmarks/search_speed.py [--quick] [--json [FILE]] [--model
 | target | seconds until a prompt reaches a given projection on the organism, and the same in torch_peer.py |
 | compile | seconds to compile a step at 4 and at 80 layers |
 | problems | candidates per second of ``run_search`` with 1, 16, 256 and 4,096 problems |
+| restarts | four searches per core side by side, beside the published loop alone and in a process per core |
 
 The ceiling is a matrix product timed before and after in the same process; "of peak" counts the multiplications that a
 step has to do, children sharing their parents' tokens (``step_flops``); "plain" counts those of a step that runs every
 child whole. Rates are from the median step and count every candidate in every context, because the published loop
 judges a candidate in one context only. Peers are measured where torch and nanoGCG are installed (``pip install
-'jaxsteer[bench]'``). Figures are ratios of one run on one machine: run it quietly.
+'jaxsteer[bench]'``). Figures are ratios of one run on one machine: run it quietly, and the last two parts, which give
+every core a device, apart from the others.
 
 A GPU: ``--shape llama-3.1-8b --dtype bfloat16`` (any name of ``jaxsteer.models.published``, or "tiny") makes random
 weights on the device and measures steps and gcg there, with the utilisation of the device's matrix units and the
@@ -56,7 +58,7 @@ from jaxsteer.search.gcg import GcgConfig, gcg
 POPULATION, CHILDREN, LENGTH = 16, 32, 8
 CONTEXTS, CONTEXT_LENGTH = 16, 64
 TARGET = 4
-PARTS = ("steps", "gcg", "target", "compile", "problems")
+PARTS = ("steps", "gcg", "target", "compile", "problems", "restarts")
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}
 """bf16 FLOP/s of the matrix units as their makers give them (dense), for the utilisation."""
 
@@ -83,10 +85,10 @@ SHAPES: dict[str, Callable[[], ModelConfig]] = {
 }
 
 
-def slots_of(contexts: int, vocab_size: int, *, target: int = 0, bos: bool = True) -> Slots:
-    """Slots of random ids: BOS alone (or nothing), or ``contexts`` texts of 64 tokens; the last slot token is read."""
+def slots_of(contexts: int, vocab_size: int, *, target: int = 0) -> Slots:
+    """Slots of random ids: BOS alone, or ``contexts`` texts of 64 tokens; the last slot token is read."""
     rng = np.random.default_rng(0)
-    before = [np.asarray([1][:bos], np.int32)]
+    before = [np.asarray([1], np.int32)]
     if contexts:
         before = [rng.integers(2, vocab_size, CONTEXT_LENGTH).astype(np.int32) for _ in range(contexts)]
     nothing = [np.zeros(0, np.int32)] * len(before)
@@ -353,6 +355,8 @@ def main(argv: list[str] | None = None) -> int:
     args.steps = min(args.steps, 2) if args.quick else args.steps
     names = args.models or (["organism"] if args.quick else ["organism", "15m", "125m"])
     parts = args.parts or (PARTS[:2] if args.shape else PARTS)
+    if {"problems", "restarts"} & set(parts):  # as ``jaxsteer search`` does
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     import search_parts
 
     found: dict[str, Any] = {part: [] for part in parts}
@@ -367,6 +371,11 @@ def main(argv: list[str] | None = None) -> int:
             found[part] += (compare_steps if part == "steps" else compare_gcg)(name, config, params, theirs, args)
     for part in [p for p in parts if p in ("target", "compile", "problems")]:
         found[part] = getattr(search_parts, part)(args.quick)
+    if "restarts" in parts:
+        print(HEADS["restarts"])
+        found["restarts"] = [
+            search_parts.restarts(name, SHAPES[name](), 1 if name == "125m" else args.steps) for name in names
+        ]
     machine = {
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
@@ -387,6 +396,7 @@ HEADS = {
     "steps": f"{'model':12} {'contexts':>8} {'cand/s':>9} {'cand x ctx/s':>12} {'of peak':>8} {'scoring':>8} "
     f"{'plain':>8} {'torch b2':>9} {'best':>9} {'ratio':>9}",
     "gcg": f"{'model':12} {'contexts':>8} {'cand/s':>9} {'nanoGCG':>9} {'no gc':>9} {'ratio':>9}",
+    "restarts": f"{'model':12} {'searches':>8} {'cand/s':>9} {'torch':>9} {'ratio':>9} {'per core':>9} {'ratio':>9}",
 }
 
 

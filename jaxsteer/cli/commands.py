@@ -41,11 +41,13 @@ class Search(SearchOptions):
 
     def run(self) -> int:
         """Do the search, write its report and print its table."""
+        from jaxsteer.cli.cores import use_cores
         from jaxsteer.cli.tables import runs_table
         from jaxsteer.models.processes import is_first
         from jaxsteer.report import table, write_report
         from jaxsteer.study.stored import stored
 
+        use_cores(self)
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(SearchOptions)}
         with stored(self.out, say=print) as folder:
             metrics = run_search(SearchOptions(**{**fields, "out": folder}), say=print)

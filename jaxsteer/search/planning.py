@@ -210,10 +210,10 @@ def default_budget(mesh: Mesh | None = None) -> int:
     limits = [int((device.memory_stats() or {}).get("bytes_limit", 0)) for device in devices]
     if all(limits):
         return int(_SHARE_OF_DEVICE * min(limits))
-    return int(_SHARE_OF_RAM * _free_memory() / len(devices if mesh is not None else devices[:1]))
+    return int(_SHARE_OF_RAM * free_memory() / len(devices if mesh is not None else devices[:1]))
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes that this machine could give to a new program, and a container's limit where it is known."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:

@@ -1,0 +1,38 @@
+"""Many searches on the cores of a CPU: XLA is given a device per core, so that they run side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from jaxsteer.study import SearchOptions
+
+SHARE = 1 / 8
+"""Of the free memory, that copies of the weights may take: larger models keep all cores busy with one search."""
+
+
+def use_cores(options: SearchOptions) -> None:
+    """Make as many CPU devices as there are cores, searches and copies of the weights that fit.
+
+    Nothing is done where the user has said how many there are (``JAX_NUM_CPU_DEVICES``, ``XLA_FLAGS``), where several
+    processes work together, or once JAX has begun. It changes nothing where there is an accelerator.
+    """
+    import jax
+
+    from jaxsteer.models.inspect import describe, parameters
+    from jaxsteer.search.planning import free_memory
+    from jaxsteer.study.table import rows_of
+
+    given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if given or jax.config.jax_num_cpu_devices >= 0 or jax.distributed.is_initialized() or options.mesh_model > 1:
+        return
+    several = bool(options.vary) or options.problems is not None
+    searches = len(rows_of(options.vary, options.problems, options)) if several else options.restarts
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    devices = min(searches, cores)
+    if devices > 1:
+        each = parameters(describe(options.model).config)["total"] * (2 if options.dtype == "bfloat16" else 4)
+        devices = min(devices, int(SHARE * free_memory() / each))
+    if devices > 1:
+        with contextlib.suppress(RuntimeError):  # devices are in use already
+            jax.config.update("jax_num_cpu_devices", devices)
