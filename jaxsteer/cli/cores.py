@@ -24,7 +24,12 @@ def use_cores(options: SearchOptions) -> None:
     from jaxsteer.study.table import rows_of
 
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if given or jax.config.jax_num_cpu_devices >= 0 or jax.distributed.is_initialized() or options.mesh_model > 1:
+    if (
+        given
+        or getattr(jax.config, "jax_num_cpu_devices", -1) >= 0
+        or jax.distributed.is_initialized()
+        or options.mesh_model > 1
+    ):
         return
     several = bool(options.vary) or options.problems is not None
     searches = len(rows_of(options.vary, options.problems, options)) if several else options.restarts

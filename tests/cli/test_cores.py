@@ -47,10 +47,9 @@ def test_a_device_per_core_search_and_copy_of_the_weights(model_dir: Path) -> No
     from jaxsteer.models.inspect import describe, parameters
 
     size = 4 * parameters(describe(str(model_dir)).config)["total"]
-    clean = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(model_dir), str(size)], env=clean, capture_output=True, text=True, timeout=120
-    )
+    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    command = [sys.executable, "-c", SCRIPT, str(model_dir), str(size)]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
         "one": -1,
