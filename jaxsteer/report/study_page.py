@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -35,8 +35,9 @@ def render_study(study: Study) -> str:
         tiles=_tiles(study),
         warnings=study.warnings[:WARNINGS],
         more_warnings=study.warnings[WARNINGS:],
-        verdicts=study.verdicts,
-        models=list(dict.fromkeys(model for model, _ in study.places)),
+        verdicts=[found for found in study.verdicts if not _cell_that_holds(found)],
+        held=[found for found in study.verdicts if _cell_that_holds(found)],
+        models=[(model, len(list(group))) for model, group in groupby(study.places, key=lambda place: place[0])],
         places=study.places,
         table=_table(study),
         by_place={place: study.of(place) for place in study.places},
@@ -52,7 +53,8 @@ def render_study(study: Study) -> str:
             for kind in ("rates", "ablation", "pareto", "curves")
         },
         figure_titles={
-            kind: [plot.title for name, plot in plots.items() if name.startswith(kind)] for kind in ("pareto", "curves")
+            kind: [plot.title for name, plot in plots.items() if name.startswith(kind)]
+            for kind in ("rates", "pareto", "curves")
         },
         undrawn=max(0, len(study.places) - FIGURES),
         settings=flat(study.config),
@@ -61,6 +63,10 @@ def render_study(study: Study) -> str:
         command=study.command or command_of(study.config),
         data=embedded({"rows": [_kept(row) for row in study.rows], "config": study.config, "numbers": study.numbers}),
     )
+
+
+def _cell_that_holds(verdict: Mapping[str, Any]) -> bool:
+    return verdict.get("claim") == "cell" and bool(verdict.get("holds"))
 
 
 def _what(study: Study) -> str:

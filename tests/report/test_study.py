@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,20 @@ def test_the_table_of_an_experiment(tmp_path: Path):
     text = study_table(read_study(tmp_path))
     assert "50.0 % (43.7–56.3)!" in text and "\x1b" not in text
     assert run_folders(tmp_path) == [tmp_path / "runs/llama/p0/resga"]
+
+
+def test_columns_stand_below_their_model(tmp_path: Path):
+    write_table(tmp_path, places=3)
+    table = json.loads((tmp_path / "results.json").read_text())
+    for row in table["rows"]:
+        row["model"] = "organism:llama" if row["persona"] == "persona 0" else "organism:gemma3"
+    cells = [{"claim": "cell", "holds": holds, "text": f"a cell {holds}"} for holds in (True, True, False)]
+    (tmp_path / "results.json").write_text(json.dumps(table | {"verdicts": cells}))
+    raw = write_report(tmp_path).read_text(encoding="utf-8")
+    heads = re.findall(r'<th class="group" colspan="(\d)">([^<]*)</th>', raw)
+    assert heads == [("1", "organism:llama"), ("2", "organism:gemma3")]
+    assert re.findall(r"<figcaption>(Persona rates[^<]*)<", raw) == [f"Persona rates on {model}" for _, model in heads]
+    assert raw.index("a cell False") < raw.index("2 cells that hold") < raw.index("a cell True")
 
 
 def test_an_ablation_over_numbers_is_drawn_against_them(tmp_path: Path):
