@@ -126,7 +126,7 @@ def verdicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
         mine = [verdict(*key, method, of) for key, of in cells.items() if method in of]
         if not mine:
             continue
-        found.append(_sum(method, mine, "beats", f"beats {', '.join(CONTROLS)} with disjoint 95 % intervals"))
+        found.append(_sum(method, mine, "beats", f"beats {'; '.join(CONTROLS)} with disjoint 95 % intervals"))
         known = [v for v in mine if v["near"] is not None]
         if known:
             found.append(_sum(method, known, "near", f"comes within {100 * MARGIN:.0f} points of the oracle cue"))
@@ -146,7 +146,7 @@ def verdict(model: str, persona: str, method: str, of: dict[str, Row]) -> dict[s
     fluent = ratio is not None and ratio <= RATIO
     beats = not lost and not open_
     text = f"{model} {persona}, {method}: {percent(row['rate'])} %, "
-    text += "beats all controls" if beats else f"does not beat {', '.join(lost + open_)}"
+    text += "beats all controls" if beats else f"does not beat {'; '.join(lost + open_)}"
     if oracle is not None:
         text += f"; {'within' if near else 'NOT within'} {100 * MARGIN:.0f} points of the oracle's "
         text += f"{percent(oracle['rate'])} %"
