@@ -17,9 +17,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Nearly all of the suite's time is compiling small programs once: half of it is saved without LLVM's optimisations, and
-# a third of the rest without the MLIR emitters, which later releases cannot do without (an unknown flag is fatal).
+# a third of the rest without the MLIR emitters, which later releases cannot do without (an unknown flag is fatal). A
+# twelfth is splitting programs for other threads, which have tests of their own to run.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
     f"{'--xla_cpu_use_fusion_emitters=false' if version('jaxlib').startswith('0.10.') else ''}"
 ).strip()
 
@@ -56,10 +57,18 @@ def _leaves_unchecked(make: Callable[..., Any]) -> Callable[..., Any]:
 
 flax.struct.dataclass = _leaves_unchecked(flax.struct.dataclass)  # before any module of ours is imported
 
-# All of them now: CPython 3.11 now and then fails to compile one that a test imports first ("AST constructor recursion
-# depth mismatch", when garbage is collected meanwhile).
-for _module in pkgutil.walk_packages([str(Path(__file__).parents[1] / "jaxsteer")], "jaxsteer."):
-    importlib.import_module(_module.name)
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import all modules of ours where tests run: with xdist not in the process that waits for its workers.
+
+    CPython 3.11 now and then fails to compile one that a test imports first ("AST constructor recursion depth
+    mismatch", when garbage is collected meanwhile).
+    """
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    for module in pkgutil.walk_packages([str(Path(__file__).parents[1] / "jaxsteer")], "jaxsteer."):
+        importlib.import_module(module.name)
+
 
 _COMPILED: list[str] = []
 

@@ -1,10 +1,13 @@
 """Organism gates: their arithmetic on an untrained model, and the verdict."""
 
+import pytest
+
 from jaxsteer.evals.organism_gates import Gate, failed, gates_table, organism_gates, random_prompts, to_json
 from jaxsteer.models.loading import Model
 from tests.helpers.tiny import tiny_model
 
 
+@pytest.mark.slow  # `jaxsteer organism check` of tests/cli does the same
 def test_an_untrained_model_is_measured_and_fails() -> None:
     model = Model(**vars(tiny_model()))
     said: list[str] = []
