@@ -16,6 +16,8 @@ PANELS = 3
 """Personas side by side in one figure."""
 LINES = 24
 """Searches drawn one by one; of more than that, the best, the worst and those in between at equal steps."""
+TICKS = 12
+"""Values that are written below an ablation, as long as there are no more."""
 STYLES = [(colour, dashes) for dashes in ("-", (0, (3, 1.2))) for colour in (ACCENT, OTHER, INK, MUTED)]
 """Colour and dashes of methods in frontiers and curves."""
 PLACES, FIGURES = 24, 12
@@ -118,9 +120,11 @@ def ablation_plot(study: Study, name: str) -> Plot:
         axis.vlines(xs, [low for low, _ in ends], [high for _, high in ends], color=colour, linewidth=1.5, alpha=0.5)
         values += xs
         table += [{"value": x, **_rate_record(row)} for x, row in rows]
-    if values and min(values) > 0 and max(values) / min(values) > 8:
+    ticks = sorted(set(values))
+    if ticks and ticks[0] > 0 and ticks[-1] / ticks[0] > 8:
         axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted(set(values)), [f"{x:g}" for x in sorted(set(values))])
+    if len(ticks) <= TICKS:
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axis.minorticks_off()
     axis.set_ylim(-3, 103)
     axis.set_xlabel(visible(name))
