@@ -193,7 +193,7 @@ class Lab:
         base = self.options(Method(name="base", about="", search={}))
         key = dataclasses.replace(options, **{name: getattr(base, name) for name in NO_AIM})
         if key not in self._aims:
-            sae = load_sae(key.sae) if key.sae else None
+            sae = load_sae(key.sae, mesh=self.model.mesh) if key.sae else None
             self._aims[key] = find_aim(prepare(key, self.model, self.persona, sae=sae), lambda _: None)
         return self._aims[key]
 
@@ -246,7 +246,7 @@ class Lab:
         options = self.options(method)
         custom = custom_objective(options.objective, options.target)
         aim = self.aim(options) if custom is None else None
-        sae = load_sae(options.sae) if options.sae else None
+        sae = load_sae(options.sae, mesh=self.model.mesh) if options.sae else None
         setting = prepare(options, self.model, self.persona, custom, sae)
         raw = aim.objective if aim is not None else setting.placed(setting.slots)[0]
         task = task_of(setting, raw)

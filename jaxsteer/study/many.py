@@ -81,7 +81,7 @@ def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> dict[s
     started = time.perf_counter()
     model = model or load_model(options, parallel=True)
     custom = custom_objective(options.objective, options.target)
-    saes = {name: load_sae(name) for name in {row.options.sae for row in rows} if name}
+    saes = {name: load_sae(name, mesh=model.mesh) for name in {row.options.sae for row in rows} if name}
     settings = {
         key: prepare(key, model, personas[key.persona], custom, saes.get(key.sae or ""))
         for key in dict.fromkeys(_setting_of(row, options) for row in rows)

@@ -81,7 +81,7 @@ def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.in
     started = time.perf_counter()
     if model is None:
         model = load_model(options, parallel=options.restarts > 1)
-    sae = load_sae(options.sae) if options.sae else None
+    sae = load_sae(options.sae, mesh=model.mesh) if options.sae else None
     setting = prepare(options, model, persona, custom, sae)
     try_objective(setting)
     files.write_json(options.out / files.CONFIG, config)

@@ -1,17 +1,21 @@
 """A whole run on a tiny random model: files, schema, repeats, refusals."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import ChoiceResult, rate
 from jaxsteer.models.loading import Model
+from jaxsteer.models.sharding import make_mesh
 from jaxsteer.personas import load_direction
 from jaxsteer.report import write_report
 from jaxsteer.sae import SAE, SAEConfig, save_sae
@@ -191,8 +195,10 @@ def test_saega_searches_latents_and_names_them(options: Make, tmp_path: Path) ->
         config=SAEConfig(activation="relu", site_in=site, model=model().name),
     )
     save_sae(sae, tmp_path / "sae")
-    chosen = options(method="saega", sae=str(tmp_path / "sae"), latents=5)
-    metrics = run(chosen, model=model())
+    chosen = options(method="saega", sae=str(tmp_path / "sae"), latents=5, restarts=2)
+    mesh = make_mesh(prompts=2)  # as where there are several devices
+    copies = jax.device_put(model().params, NamedSharding(mesh, PartitionSpec()))
+    metrics = run(chosen, model=dataclasses.replace(model(), params=copies, mesh=mesh))
     assert metrics["method"] == "saega" and metrics["site"] == site
     assert {"signature.safetensors", "metrics.json", "pareto.jsonl"} <= {p.name for p in chosen.out.iterdir()}
     signature = metrics["signature"]
