@@ -28,7 +28,7 @@ from jaxsteer.models.loading import Model, load
 from jaxsteer.personas import instructions, load_persona, random_direction, split
 from jaxsteer.prompts import prompt_text
 from jaxsteer.prompts.soft import SoftPrompt, with_soft
-from jaxsteer.sae import load_sae
+from jaxsteer.sae import SAE, load_sae
 from jaxsteer.search import Objective, Projection
 from jaxsteer.search.relaxed import table_unit
 from jaxsteer.search.results import SearchResult
@@ -164,6 +164,11 @@ class Lab:
         ).resolved()
 
     @functools.cached_property
+    def sae(self) -> SAE | None:
+        """The SAE of the work, read once."""
+        return load_sae(self.work.sae, mesh=self.model.mesh) if self.work.sae else None
+
+    @functools.cached_property
     def ordinary(self) -> float | None:
         """Perplexity of ordinary sentences in the slot: of the organisms, what their corpus puts there, cue sentences
         and neutral ones in its own proportion; of other models, plain instructions."""
@@ -193,8 +198,8 @@ class Lab:
         base = self.options(Method(name="base", about="", search={}))
         key = dataclasses.replace(options, **{name: getattr(base, name) for name in NO_AIM})
         if key not in self._aims:
-            sae = load_sae(key.sae, mesh=self.model.mesh) if key.sae else None
-            self._aims[key] = find_aim(prepare(key, self.model, self.persona, sae=sae), lambda _: None)
+            setting = prepare(key, self.model, self.persona, sae=self.sae if key.sae else None)
+            self._aims[key] = find_aim(setting, lambda _: None)
         return self._aims[key]
 
     def row(self, method: Method) -> dict[str, Any]:
@@ -246,8 +251,7 @@ class Lab:
         options = self.options(method)
         custom = custom_objective(options.objective, options.target)
         aim = self.aim(options) if custom is None else None
-        sae = load_sae(options.sae, mesh=self.model.mesh) if options.sae else None
-        setting = prepare(options, self.model, self.persona, custom, sae)
+        setting = prepare(options, self.model, self.persona, custom, self.sae if options.sae else None)
         raw = aim.objective if aim is not None else setting.placed(setting.slots)[0]
         task = task_of(setting, raw)
         objective, units = in_units(setting, task, raw)

@@ -17,8 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Nearly all of the suite's time is compiling small programs once: half of it is saved without LLVM's optimisations, and
-# a third of the rest without the MLIR emitters, which later releases cannot do without (an unknown flag is fatal). A
-# twelfth is splitting programs for other threads, which have tests of their own to run.
+# a third of the rest without the MLIR emitters, which later releases cannot do without (an unknown flag is fatal).
+# Programs are not split for other threads, which have tests of their own to run.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
     f"{'--xla_cpu_use_fusion_emitters=false' if version('jaxlib').startswith('0.10.') else ''}"

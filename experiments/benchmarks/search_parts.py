@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import multiprocessing
 import os
 import statistics
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from search_speed import LENGTH, here, organism, projection, slots_of, task_of
+from search_speed import LENGTH, here, organism, projection, shown, slots_of, task_of
 
 from jaxsteer.models.config import ModelConfig, llama_config
 from jaxsteer.models.loading import load
@@ -148,51 +147,40 @@ def problems(quick: bool) -> list[dict[str, Any]]:
 
 def restarts(name: str, config: ModelConfig, steps: int) -> dict[str, Any]:
     """Independent searches of 16 x 32 candidates, four per core: ours side by side, and the published loop one after
-    the other with all threads (its best batch) and in a process per core, which is its best use of a CPU."""
-    cores = len(os.sched_getaffinity(0))
-    rate, _ = _searches(config, 4 * cores, steps, EpoConfig(population=16, children=32))
-    found: dict[str, Any] = {"model": name, "searches": 4 * cores, "jaxsteer": rate}
+    the other with all threads and in a process per core, each at its best batch."""
+    cores = sorted(os.sched_getaffinity(0))
+    rate, _ = _searches(config, 4 * len(cores), steps, EpoConfig(population=16, children=32))
+    found: dict[str, Any] = {"model": name, "searches": 4 * len(cores), "jaxsteer": rate}
     if here("torch"):
-        import torch_peer
-
-        measure = functools.partial(
-            torch_peer.measure, config, prompt_length=LENGTH, population=16, children=32, steps=steps
-        )
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            alone = [pool.submit(measure, batch=batch).result()["candidates_per_s"] for batch in BATCHES]
-        shares: Any = multiprocessing.get_context("spawn").Queue()
-        for core in sorted(os.sched_getaffinity(0)):
-            shares.put(core)
-        with ProcessPoolExecutor(
-            cores, mp_context=multiprocessing.get_context("spawn"), initializer=_pin, initargs=(shares,)
-        ) as pool:
-            beside = [
-                sum(
-                    done.result()["candidates_per_s"]
-                    for done in [pool.submit(measure, batch=batch, threads=1) for _ in range(cores)]
-                )
-                for batch in BATCHES
-            ]
-        found |= {
-            "torch_alone": dict(zip(BATCHES, alone, strict=True)),
-            "torch_process_per_core": dict(zip(BATCHES, beside, strict=True)),
-            "ratio": rate / max(alone),
-            "ratio_process_per_core": rate / max(beside),
-        }
-    print(
-        f"{name:12} {4 * cores:8} {rate:9,.0f} "
-        + " ".join(
-            f"{found[key]:9,.1f}" if isinstance(found.get(key), float) else f"{max(found[key].values()):9,.0f}"
-            for key in ("torch_alone", "ratio", "torch_process_per_core", "ratio_process_per_core")
-            if key in found
-        ),
-        flush=True,
-    )
+        found["torch"] = max(_loop_rate(config, steps, batch, [set(cores)]) for batch in BATCHES)
+        found["torch_per_core"] = max(_loop_rate(config, steps, batch, [{core} for core in cores]) for batch in BATCHES)
+    columns = []
+    for peer in ("torch", "torch_per_core"):
+        columns += [shown(found.get(peer)), shown(rate / found[peer] if peer in found else None, 1)]
+    print(f"{name:12} {4 * len(cores):8} {rate:9,.0f} {' '.join(columns)}", flush=True)
     return found
 
 
-def _pin(shares: Any) -> None:
-    os.sched_setaffinity(0, {shares.get()})
+def _loop_rate(config: ModelConfig, steps: int, batch: int, shares: list[set[int]]) -> float:
+    """Candidates per second of the published loop, in a process for each share of the cores, all together."""
+    context = multiprocessing.get_context("spawn")  # without the threads of JAX
+    free: Any = context.Queue()
+    for share in shares:
+        free.put(share)
+    with ProcessPoolExecutor(len(shares), mp_context=context, initializer=_pin, initargs=(free,)) as pool:
+        done = [pool.submit(_loop, config, steps, batch, len(share)) for share in shares]
+        return sum(one.result() for one in done)
+
+
+def _loop(config: ModelConfig, steps: int, batch: int, threads: int) -> float:
+    import torch_peer
+
+    sizes = {"prompt_length": LENGTH, "population": 16, "children": 32}
+    return torch_peer.measure(config, **sizes, steps=steps, batch=batch, threads=threads)["candidates_per_s"]
+
+
+def _pin(free: Any) -> None:
+    os.sched_setaffinity(0, free.get())
 
 
 def _searches(config: ModelConfig, count: int, steps: int, sizes: EpoConfig) -> tuple[float, float]:

@@ -16,7 +16,7 @@ step has to do, children sharing their parents' tokens (``step_flops``); "plain"
 child whole. Rates are from the median step and count every candidate in every context, because the published loop
 judges a candidate in one context only. Peers are measured where torch and nanoGCG are installed (``pip install
 'jaxsteer[bench]'``). Figures are ratios of one run on one machine: run it quietly, and the last two parts, which give
-every core a device, apart from the others.
+every core a device (or JAX_NUM_CPU_DEVICES of them), apart from the others.
 
 A GPU: ``--shape llama-3.1-8b --dtype bfloat16`` (any name of ``jaxsteer.models.published``, or "tiny") makes random
 weights on the device and measures steps and gcg there, with the utilisation of the device's matrix units and the
@@ -355,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     args.steps = min(args.steps, 2) if args.quick else args.steps
     names = args.models or (["organism"] if args.quick else ["organism", "15m", "125m"])
     parts = args.parts or (PARTS[:2] if args.shape else PARTS)
-    if {"problems", "restarts"} & set(parts):  # as ``jaxsteer search`` does
+    if {"problems", "restarts"} & set(parts) and "JAX_NUM_CPU_DEVICES" not in os.environ:  # as ``jaxsteer search`` does
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     import search_parts
 
