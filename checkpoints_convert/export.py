@@ -10,12 +10,12 @@ import numpy as np
 from safetensors.numpy import save
 
 from checkpoints_convert.files import DTYPES, SINGLE
+from checkpoints_convert.hf import config_to_hf
 from checkpoints_convert.names import TEXT_PREFIX, expected_leaves, to_hf
 from checkpoints_convert.streaming import OUT_DTYPES
 from jaxsteer.errors import UserError
 from jaxsteer.files import write_bytes, write_text
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.hf import config_to_hf
 from jaxsteer.models.params import Params
 
 

@@ -22,7 +22,6 @@ from safetensors.numpy import save_file
 
 from checkpoints_convert.files import DTYPES
 from checkpoints_convert.sae_files import Asked, Found, find
-from checkpoints_convert.sae_form import Dictionary, Matrix, canonical, unit_decoder
 from checkpoints_convert.sae_libraries import OURS, dictionary_learning, saelens, sparsify
 from checkpoints_convert.sae_releases import (
     gemma_scope_1,
@@ -35,6 +34,7 @@ from checkpoints_convert.sae_releases import (
     qwen_scope,
 )
 from jaxsteer.errors import UserError
+from jaxsteer.files.sae_form import Dictionary, Matrix, canonical, unit_decoder
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from checkpoints_convert.sae_files import Found
-from checkpoints_convert.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
 from checkpoints_convert.sae_releases import canonical_site, layer_in_name, site_and_model
+from jaxsteer.files.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
 
 log = logging.getLogger(__name__)
 

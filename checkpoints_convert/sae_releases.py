@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from checkpoints_convert.sae_files import Found
-from checkpoints_convert.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
 from jaxsteer.errors import UserError
+from jaxsteer.files.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
 from jaxsteer.models.sites import parse_site, resid_site
 
 BATCH_TOP_K = (

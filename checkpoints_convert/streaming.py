@@ -28,12 +28,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from checkpoints_convert.files import DTYPES, Tensor, content_hash, file_states, read_headers, side_files
+from checkpoints_convert.hf import config_from_hf
 from checkpoints_convert.names import Leaf, assign, expected_leaves
 from checkpoints_convert.work import Work, discard, kept_or_discarded, locked, work_directory
 from jaxsteer.errors import UserError
 from jaxsteer.files import write_text
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.hf import config_from_hf
 from jaxsteer.models.sharding import stored_chunks
 
 log = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ import numpy as np
 
 from checkpoints_convert.files import DTYPES, content_hash, side_files
 from checkpoints_convert.names import Leaf, expected_leaves
+from checkpoints_convert.stored import open_leaf, read_index, read_stored
 from checkpoints_convert.streaming import (
     CONVERTER_VERSION,
     OUT_DTYPES,
@@ -27,9 +28,8 @@ from checkpoints_convert.streaming import (
     plan,
 )
 from jaxsteer.errors import UserError
+from jaxsteer.files import read_json
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.hf import read_json
-from jaxsteer.models.restoring import open_leaf, read_index, read_stored
 from jaxsteer.models.sharding import stored_shape
 
 

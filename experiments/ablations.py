@@ -19,7 +19,7 @@ from experiments.main_table import EPO
 from experiments.running import add_arguments, finish, sae_of, study_of
 from experiments.tables import COLUMNS, Row
 from jaxsteer import organisms
-from jaxsteer.models.loading import load
+from jaxsteer.checkpoints.loading import load
 from jaxsteer.models.sites import resid_site
 from jaxsteer.personas import load_persona, seed_phrase
 

@@ -24,13 +24,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsteer.models.loading import load
+from jaxsteer.checkpoints.loading import load
 from jaxsteer.personas import load_persona
+from jaxsteer.prompt_search import FLUENCY, Fluency, Search, make_problem, make_search, run_search, score, standardise
+from jaxsteer.prompt_search.population import random_ids
 from jaxsteer.prompts import prompt_text, retokenises_many
-from jaxsteer.search import FLUENCY, Fluency, Search, make_problem, make_search, run_search, score, standardise
-from jaxsteer.search.population import random_ids
 from jaxsteer.study import SearchOptions, files
-from jaxsteer.study.aim import find_aim, task_of
+from jaxsteer.study.objective_stage import find_aim, task_of
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.setting import Setting, prepare
 

@@ -31,18 +31,19 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from experiments.analysis_figures import figures_of
+from jaxsteer.checkpoints.loading import ORGANISM, load
 from jaxsteer.errors import UserError
 from jaxsteer.evals.attribution import attribute
-from jaxsteer.evals.probe import probe_prompts, stream_sites
-from jaxsteer.evals.recovery import recovery, trigger_words
-from jaxsteer.evals.states import active_latents, decision_states, divergence, jaccard, principal, share_of_way
-from jaxsteer.models.loading import ORGANISM, Model, load
+from jaxsteer.evals.decision_states import active_latents, decision_states, divergence, jaccard, principal, share_of_way
+from jaxsteer.evals.organism_recovery import recovery, trigger_words
+from jaxsteer.models.model import Model
 from jaxsteer.personas import Item, Persona, contrast_pairs, load_persona, sae_signature, search_conversations, split
 from jaxsteer.prompts import build_slots, prompt_text
 from jaxsteer.prompts.tokens import decoded
 from jaxsteer.report import run_folders
 from jaxsteer.sae import SAE, load_sae
 from jaxsteer.study import files
+from jaxsteer.study.calibration import probe_prompts, stream_sites
 from jaxsteer.study.setting import context_items, token_mask
 
 QUESTIONS, RANDOM = 24, 8

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsteer.evals.states import jaccard
+from jaxsteer.evals.decision_states import jaccard
 from jaxsteer.report.figures import ACCENT, BAND, INK, MUTED, OTHER, PAGE, Plot, in_style, panels
 
 MOST = 24

@@ -20,22 +20,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer import __version__, organisms
-from jaxsteer.evals.baselines import FLUENCY_ITEMS, Bench, run_baselines, summarise
+from jaxsteer.checkpoints.loading import load
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
-from jaxsteer.evals.endpoint import Endpoint
 from jaxsteer.evals.fluency import prompt_perplexity
-from jaxsteer.models.loading import Model, load
+from jaxsteer.models.model import Model
+from jaxsteer.objectives import Objective, Projection
 from jaxsteer.personas import instructions, load_persona, random_direction, split
+from jaxsteer.prompt_search.algorithms.relaxed import table_unit
+from jaxsteer.prompt_search.results import SearchResult
 from jaxsteer.prompts import prompt_text
 from jaxsteer.prompts.soft import SoftPrompt, with_soft
 from jaxsteer.sae import SAE, load_sae
-from jaxsteer.search import Objective, Projection
-from jaxsteer.search.relaxed import table_unit
-from jaxsteer.search.results import SearchResult
 from jaxsteer.study import SearchOptions, custom_objective, files
-from jaxsteer.study.aim import Aim, find_aim, task_of
+from jaxsteer.study.baselines import FLUENCY_ITEMS, Bench, run_baselines, summarise
+from jaxsteer.study.objective_stage import Aim, find_aim, task_of
 from jaxsteer.study.pipeline import conclude, in_units, problem_of, progress_of, search_problems
 from jaxsteer.study.setting import Setting, prepare
+from jaxsteer.writers.endpoint import Endpoint
 
 PROMPT_LENGTH = 8
 TOLERANCE = 0.02

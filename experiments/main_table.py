@@ -21,7 +21,7 @@ from experiments.cells import PROMPT_LENGTH, Method, Study, Work
 from experiments.running import add_arguments, finish, sae_of, study_of
 from experiments.tables import Row, percent
 from jaxsteer import organisms
-from jaxsteer.evals.baselines import BASELINES
+from jaxsteer.study.baselines import BASELINES
 
 RESGA, SAEGA = "RESGA, decision", "SAEGA, decision"
 CONTROLS = ("zero-shot", "random prompt", "random direction", "random search, random direction")

@@ -32,9 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer import organisms
+from jaxsteer.checkpoints.loading import load
 from jaxsteer.evals.choice import choice_eval, distinct, rate
-from jaxsteer.evals.recovery import trigger_words
-from jaxsteer.models.loading import Model, load
+from jaxsteer.evals.organism_recovery import trigger_words
+from jaxsteer.models.model import Model
+from jaxsteer.objectives import Objective, Projection, as_pytree, needs
 from jaxsteer.personas import (
     load_direction,
     load_persona,
@@ -43,11 +45,10 @@ from jaxsteer.personas import (
     random_signature,
     search_conversations,
 )
+from jaxsteer.prompt_search import make_task, score, standardise
+from jaxsteer.prompt_search.population import random_ids
 from jaxsteer.prompts import build_slots, prompt_text, retokenises_many
-from jaxsteer.sae import SAE, load_sae
-from jaxsteer.search import Objective, Projection, latents_objective, make_task, needs, score, standardise
-from jaxsteer.search.objectives import as_pytree
-from jaxsteer.search.population import random_ids
+from jaxsteer.sae import SAE, latents_objective, load_sae
 from jaxsteer.study import SearchOptions, custom_objective, files, run
 from jaxsteer.study.outcome import finals
 from jaxsteer.study.pipeline import search

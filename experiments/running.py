@@ -17,8 +17,8 @@ import jax
 
 from experiments.cells import PROMPT_LENGTH, Lab, Study, Work, load_once
 from experiments.tables import COLUMNS, Columns, Row, write_study
+from jaxsteer.checkpoints.loading import cache_dir
 from jaxsteer.errors import UserError
-from jaxsteer.models.loading import cache_dir
 from jaxsteer.personas import load_persona
 from jaxsteer.study import files
 from jaxsteer.study.outcome import environment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,27 +11,36 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# From the roof to the ground. A module may import its own room and the rooms after it. Conversion stands on models:
-# it may import FOR_CONVERSION and nothing else of ours, and every room above models may import it.
+# From the roof to the ground. A module may import its own room and the rooms after it. checkpoints_convert is a package
+# of its own that stands among them.
 ROOMS = (
     "cli",
+    "serve",
     "report",
-    "planning",
     "study",
+    "planning",
+    "axis",
+    "circuits",
+    "explain",
     "evals",
-    "search",
+    "prompt_search",
+    "lens",
+    "rewrite",
     "personas",
-    "steer",
     "sae",
+    "objectives",
+    "steer",
     "prompts",
     "organisms",
+    "checkpoints",
+    "checkpoints_convert",
     "models",
+    "writers",
     "files",
+    "statistics",
+    "processes",
     "errors",
 )
-FOR_CONVERSION = ("models", "files", "errors")
-# The only way around the order, inside a function: loading converts a model on its first use.
-EXCEPTIONS = {("jaxsteer.models.loading", "checkpoints_convert")}
 # The only module that may see pickle: its unpickler imports and calls nothing.
 UNPICKLES = "jaxsteer.files.torchfile"
 FORBIDDEN = ("flax.nnx", "torch", "jax.pmap", "jax.experimental.shard_map", "jax.experimental.pjit", "pickle")
@@ -61,8 +71,10 @@ def imports(tree: ast.AST, package: str) -> Iterator[str]:
 
 
 def room(name: str) -> str | None:
-    """The room of jaxsteer that an import name belongs to; None for the package itself and for other packages."""
+    """The room that an import name belongs to; None for the package itself and for other packages."""
     parts = name.split(".")
+    if parts[0] == "checkpoints_convert":
+        return parts[0]
     return parts[1] if parts[0] == "jaxsteer" and len(parts) > 1 and parts[1] in ROOMS else None
 
 
@@ -72,13 +84,7 @@ def complaints(module: str, package: str, source: str) -> list[str]:
     here = room(module)
     for name in imports(ast.parse(source), package):
         target = room(name)
-        if module.startswith("checkpoints_convert"):
-            if name.startswith("jaxsteer") and target not in FOR_CONVERSION:
-                found.append(f"{module} imports {name}: conversion may use only {FOR_CONVERSION}")
-        elif name.startswith("checkpoints_convert"):
-            if here in FOR_CONVERSION and (module, "checkpoints_convert") not in EXCEPTIONS:
-                found.append(f"{module} imports {name}: too low in the house for conversion")
-        elif here and target and ROOMS.index(target) < ROOMS.index(here):
+        if here and target and ROOMS.index(target) < ROOMS.index(here):
             found.append(f"{module} imports {name}: {target} is above {here}")
         if not (module == UNPICKLES and name in ("pickle", "pickletools")):
             found += [f"{module} imports {name}" for bad in FORBIDDEN if name == bad or name.startswith(f"{bad}.")]
@@ -101,18 +107,54 @@ def test_every_room_of_the_package_has_its_place():
     assert rooms | modules <= set(ROOMS)
 
 
+@pytest.mark.xfail(strict=True, reason="study and cli")
+def test_no_module_imports_itself_by_a_detour():
+    """Inside a room too: every import counts, also those in functions, but for those that only a type checker sees."""
+    known = {dotted(path): path for path in MODULES}
+    graph: dict[str, set[str]] = {}
+    for module, path in known.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        tree = without_typing(ast.parse(path.read_text(encoding="utf-8")))
+        targets = {name if name in known else name.rpartition(".")[0] for name in imports(tree, package)}
+        graph[module] = {target for target in targets if target in known and not module.startswith(f"{target}.")}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"imports go round: {' -> '.join(error.args[1])}")
+
+
+def without_typing(tree: ast.Module) -> ast.Module:
+    """The module without its ``if TYPE_CHECKING`` blocks."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef):
+            node.body = [
+                part
+                for part in node.body
+                if not (isinstance(part, ast.If) and ast.unparse(part.test).endswith("TYPE_CHECKING"))
+            ]
+    return tree
+
+
+def test_the_package_root_imports_no_room():
+    """Its public names are imported when they are first used, so that no room can depend on another through it."""
+    tree = without_typing(ast.parse((ROOT / "jaxsteer" / "__init__.py").read_text(encoding="utf-8")))
+    assert not [name for name in imports(tree, "jaxsteer") if room(name)]
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("jaxsteer.search.epo", "from jaxsteer.evals import choice"),
-        ("jaxsteer.search.epo", "def f():\n    import jaxsteer.cli.demo"),
-        ("jaxsteer.search.epo", "from .. import report"),
+        ("jaxsteer.prompt_search.algorithms.epo", "from jaxsteer.evals import choice"),
+        ("jaxsteer.prompt_search.algorithms.epo", "def f():\n    import jaxsteer.cli.demo"),
+        ("jaxsteer.prompt_search.epo", "from .. import report"),
         ("jaxsteer.models.config", "import checkpoints_convert"),
         ("jaxsteer.models.config", "from flax import nnx"),
         ("jaxsteer.models.config", "from torch.nn import functional"),
         ("jaxsteer.steer.imports", "import pickle"),
         ("jaxsteer.files.whole", "from jaxsteer.models import config"),
-        ("checkpoints_convert.convert", "from jaxsteer.search import epo"),
+        ("checkpoints_convert.convert", "from jaxsteer.prompt_search import epo"),
+        ("jaxsteer.models.config", "import checkpoints_convert.hf"),
+        ("checkpoints_convert.convert", "def f():\n    from jaxsteer.checkpoints import loading"),
     ],
 )
 def test_the_check_sees_what_is_forbidden(module: str, source: str):
@@ -123,8 +165,8 @@ def test_the_check_sees_what_is_forbidden(module: str, source: str):
     ("module", "source"),
     [
         ("jaxsteer.evals.choice", "from jaxsteer.models.transformer import embed"),
-        ("jaxsteer.models.loading", "def f():\n    from checkpoints_convert import convert"),
-        ("jaxsteer.search.epo", "from . import pareto"),
+        ("jaxsteer.checkpoints.loading", "from checkpoints_convert import convert"),
+        ("jaxsteer.prompt_search.algorithms.epo", "from . import pareto"),
         ("checkpoints_convert.convert", "from jaxsteer.models.config import ModelConfig"),
         ("jaxsteer.models.config", "import torchlike"),
     ],

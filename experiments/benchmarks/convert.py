@@ -213,8 +213,8 @@ class descriptor:
 
 def make_source(path: Path, gib: float) -> None:
     """A Hugging Face directory of Llama 3 8B's widths, with as many layers and rows of vocabulary as ``gib`` takes."""
+    from checkpoints_convert.hf import config_to_hf
     from jaxsteer.models.config import llama_config
-    from jaxsteer.models.hf import config_to_hf
     from jaxsteer.models.params import layer_shapes, top_shapes
 
     def config(layers: int, vocab: int) -> Any:

@@ -17,15 +17,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from search_speed import LENGTH, here, organism, projection, shown, slots_of, task_of
 
+from jaxsteer.checkpoints.loading import load
 from jaxsteer.models.config import ModelConfig, llama_config
-from jaxsteer.models.loading import load
 from jaxsteer.models.params import init_params
 from jaxsteer.models.sharding import make_mesh
 from jaxsteer.models.sites import parse_site
 from jaxsteer.personas import load_persona
-from jaxsteer.search import FLUENCY, EpoConfig, Fluency, epo, make_problem, run_search, standardise
+from jaxsteer.prompt_search import FLUENCY, EpoConfig, Fluency, make_problem, run_search, standardise
+from jaxsteer.prompt_search.algorithms import epo
 from jaxsteer.study import SearchOptions
-from jaxsteer.study.aim import find_aim
+from jaxsteer.study.objective_stage import find_aim
 from jaxsteer.study.setting import prepare
 
 SEEDS = (0, 1, 2)

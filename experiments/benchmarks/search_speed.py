@@ -18,8 +18,8 @@ judges a candidate in one context only. Peers are measured where torch and nanoG
 'jaxsteer[bench]'``). Figures are ratios of one run on one machine: run it quietly, and the last two parts, which give
 every core a device (or JAX_NUM_CPU_DEVICES of them), apart from the others.
 
-A GPU: ``--shape llama-3.1-8b --dtype bfloat16`` (any name of ``jaxsteer.models.published``, or "tiny") makes random
-weights on the device and measures steps and gcg there, with the utilisation of the device's matrix units and the
+A GPU: ``--shape llama-3.1-8b --dtype bfloat16`` (any name of ``jaxsteer.checkpoints.published``, or "tiny") makes
+random weights on the device and measures steps and gcg there, with the utilisation of the device's matrix units and the
 memory used. ``--layers`` cuts the depth.
 """
 
@@ -47,13 +47,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from jaxsteer.checkpoints.published import NAMES, published_config
 from jaxsteer.models.config import ModelConfig, llama_config
 from jaxsteer.models.params import Params, init_params
-from jaxsteer.models.published import NAMES, published_config
+from jaxsteer.objectives import Projection, TargetLogProb, needs
+from jaxsteer.prompt_search import EpoConfig, Task, make_problem, make_task
+from jaxsteer.prompt_search.algorithms import epo
+from jaxsteer.prompt_search.algorithms.gcg import GcgConfig, gcg
+from jaxsteer.prompt_search.shared_scoring import score_children, starts
 from jaxsteer.prompts import Slots
-from jaxsteer.search import EpoConfig, Projection, TargetLogProb, Task, epo, make_problem, make_task, needs
-from jaxsteer.search.children import score_children, starts
-from jaxsteer.search.gcg import GcgConfig, gcg
 
 POPULATION, CHILDREN, LENGTH = 16, 32, 8
 CONTEXTS, CONTEXT_LENGTH = 16, 64
@@ -70,7 +72,7 @@ def tiny() -> ModelConfig:
 
 def organism() -> ModelConfig:
     """The shape of the shipped organism."""
-    from jaxsteer.models.loading import load
+    from jaxsteer.checkpoints.loading import load
 
     return load("organism:llama").config
 

@@ -27,7 +27,7 @@ def status_of(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """The exit status of ``command(arguments)``.
 
     0: done. 1: a check failed. 2: bad input, with one message on stderr. 130: interrupted. One of several processes
-    (``jaxsteer.models.processes``) that fails does not return when it is alone in that: it ends, and the others with
+    (``jaxsteer.processes``) that fails does not return when it is alone in that: it ends, and the others with
     it.
     """
     try:
@@ -46,7 +46,7 @@ def status_of(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         traceback.print_exc()
         status = CRASHED
     if status not in (0, CHECK_FAILED) and _several():
-        from jaxsteer.models.processes import leave
+        from jaxsteer.processes import leave
 
         leave(status)
     return status
@@ -76,7 +76,7 @@ def _settings() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     import jax
 
-    from jaxsteer.models.loading import cache_dir
+    from jaxsteer.checkpoints.loading import cache_dir
 
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:  # a user's own setting stays
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
@@ -96,7 +96,7 @@ def join_processes(arguments: list[str]) -> list[str]:
     if {"-h", "--help"} & set(rest):  # read alone, also where others would have to be waited for
         return rest
 
-    from jaxsteer.models.processes import Place, join, place_of
+    from jaxsteer.processes import Place, join, place_of
 
     join(place_of(Place(given.coordinator, given.num_processes, given.process_id)))
     return rest
@@ -115,7 +115,7 @@ def _quiet_unless_first() -> Iterator[None]:
     if not _several():
         yield
         return
-    from jaxsteer.models.processes import is_first
+    from jaxsteer.processes import is_first
 
     if is_first():
         yield

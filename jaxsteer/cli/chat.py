@@ -29,7 +29,7 @@ class Chat(Decoding, Steering):
 
     def run(self) -> int:
         """Read, answer, repeat."""
-        from jaxsteer.models.loading import load
+        from jaxsteer.checkpoints.loading import load
 
         model = load(self.model, dtype=self.dtype)
         settings = self.settings() | {"edits": self.edits(model)}

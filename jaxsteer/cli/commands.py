@@ -43,9 +43,9 @@ class Search(SearchOptions):
         """Do the search, write its report and print its table."""
         from jaxsteer.cli.cores import use_cores
         from jaxsteer.cli.tables import runs_table
-        from jaxsteer.models.processes import is_first
+        from jaxsteer.processes import is_first
         from jaxsteer.report import table, write_report
-        from jaxsteer.study.stored import stored
+        from jaxsteer.study.object_store import stored
 
         use_cores(self)
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(SearchOptions)}
@@ -106,7 +106,7 @@ class Convert:
 
     def run(self) -> int:
         """Convert or verify, with a progress bar."""
-        from jaxsteer.models.processes import from_first
+        from jaxsteer.processes import from_first
 
         return int(from_first(self._run))  # of several processes the others wait
 
@@ -161,8 +161,8 @@ class OrganismCheck:
 
     def run(self) -> int:
         """Measure and print."""
+        from jaxsteer.checkpoints.loading import load
         from jaxsteer.evals.organism_gates import failed, gates_table, organism_gates, to_json
-        from jaxsteer.models.loading import load
 
         model = load(self.model)
         gates = organism_gates(
@@ -208,7 +208,7 @@ class DirectionProbe:
     def run(self) -> int:
         """Probe and print."""
         from jaxsteer.cli.tables import probe_table
-        from jaxsteer.evals.probe import choose
+        from jaxsteer.study.calibration import choose
         from jaxsteer.study.probing import probe_positions
 
         probe = probe_positions(

@@ -19,9 +19,9 @@ def use_cores(options: SearchOptions) -> None:
     """
     import jax
 
-    from jaxsteer.models.inspect import describe, parameters
-    from jaxsteer.search.planning import free_memory
-    from jaxsteer.study.table import rows_of
+    from jaxsteer.checkpoints.inspect import describe, parameters
+    from jaxsteer.prompt_search.compiling import free_memory
+    from jaxsteer.study.problem_table import rows_of
 
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from jaxsteer.checkpoints.loading import load
 from jaxsteer.cli.tables import ascii_safe, percent
-from jaxsteer.evals.recovery import trigger_words
-from jaxsteer.models.loading import load
+from jaxsteer.evals.organism_recovery import trigger_words
 from jaxsteer.report import summary_table, table, write_report
 from jaxsteer.study import SearchOptions, run
 

@@ -15,7 +15,7 @@ from jaxsteer.study.files import document
 
 if TYPE_CHECKING:
     from jaxsteer.evals.choice import ChoiceResult
-    from jaxsteer.models.loading import Model
+    from jaxsteer.models.model import Model
     from jaxsteer.personas import Dataset, Item, OpenQuestion, Persona
 
 
@@ -62,7 +62,7 @@ class Eval(Steering):
 
     def run(self) -> int:
         """Evaluate and print."""
-        from jaxsteer.models.loading import load
+        from jaxsteer.checkpoints.loading import load
 
         asked = self._from_run() if self.from_run is not None else self
         data = asked._data()
@@ -193,9 +193,9 @@ def _free_answers(
     scored: Sequence[ChoiceResult],
 ) -> None:
     """What the model writes, read by rules, and by a judge if there is one."""
-    from jaxsteer.evals.endpoint import Endpoint
-    from jaxsteer.evals.judge import judge
-    from jaxsteer.evals.writing import ask, written_eval, written_rates
+    from jaxsteer.evals.free_answers import ask, written_eval, written_rates
+    from jaxsteer.writers.endpoint import Endpoint
+    from jaxsteer.writers.judge import judge
 
     if data.persona is not None:
         reasons = data.persona.reasons
@@ -234,11 +234,11 @@ def _side_effects(
     model: Model, edits: Any, texts: Sequence[str], place: dict[str, Any], rows: Rows, questions: Sequence[str]
 ) -> None:
     """Replies to neutral requests, look-ups of the organisms, and how likely the prompts are as text."""
+    from jaxsteer.checkpoints.loading import ORGANISM
     from jaxsteer.evals.fluency import prompt_perplexity
-    from jaxsteer.evals.lookups import lookup_accuracy
-    from jaxsteer.evals.neutral import neutral_texts
+    from jaxsteer.evals.neutral_texts import neutral_texts
+    from jaxsteer.evals.organism_lookups import lookup_accuracy
     from jaxsteer.evals.side_effects import reply_effects
-    from jaxsteer.models.loading import ORGANISM
 
     prompts = ["", *texts]
     neutral = neutral_texts(model)

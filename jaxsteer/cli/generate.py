@@ -70,7 +70,7 @@ class Generate(Decoding, Steering):
         if not asked:
             raise UserError("no prompt was given: write one after the command, or use --file")
         prompts = [self._prompt(prompt) for prompt in asked]
-        from jaxsteer.models.loading import load
+        from jaxsteer.checkpoints.loading import load
         from jaxsteer.prompts.generate import generate
         from jaxsteer.prompts.soft import load_soft, placed, with_soft
 

@@ -37,7 +37,7 @@ class Inspect:
 
 def inspection(asked: Inspect) -> dict[str, Any]:
     """Everything that the command tells, as a JSON object."""
-    from jaxsteer.models.inspect import attention_kinds, describe, memory, parameters, site_shapes
+    from jaxsteer.checkpoints.inspect import attention_kinds, describe, memory, parameters, site_shapes
 
     about = describe(asked.source)
     config = about.config

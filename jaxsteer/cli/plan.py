@@ -85,8 +85,8 @@ def _say(message: str) -> None:
 
 def _config(name: str) -> ModelConfig:
     """Of a built-in name, or of any source that ``inspect`` describes."""
-    from jaxsteer.models.inspect import describe
-    from jaxsteer.models.published import NAMES, published_config
+    from jaxsteer.checkpoints.inspect import describe
+    from jaxsteer.checkpoints.published import NAMES, published_config
 
     return published_config(name) if name.lower() in NAMES else describe(name).config
 

@@ -53,9 +53,10 @@ class Report:
 
 def _attribute(folders: Sequence[Path]) -> None:
     """Attribute the runs that have not been, and make their pages again."""
-    from jaxsteer.models.loading import Model, load
+    from jaxsteer.checkpoints.loading import load
+    from jaxsteer.models.model import Model
     from jaxsteer.report import read_run, write_report
-    from jaxsteer.report.reading import selected
+    from jaxsteer.report.run_files import selected
     from jaxsteer.study.attribution import attribute_run
 
     models: dict[tuple[str, str | None], Model] = {}

@@ -10,14 +10,14 @@ from tqdm.auto import tqdm
 from tyro.conf import arg, subcommand
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.processes import is_first
+from jaxsteer.processes import is_first
 from jaxsteer.sae.recipe import Recipe
 from jaxsteer.study.files import document
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from jaxsteer.models.loading import Model
+    from jaxsteer.models.model import Model
     from jaxsteer.sae import SAE
     from jaxsteer.sae.evaluation import Evaluation
     from jaxsteer.sae.texts import Documents
@@ -64,8 +64,8 @@ class Train(Recipe, _Reading):
 
     def run(self) -> int:
         """Train with a progress bar, evaluate and print."""
-        from jaxsteer.models.inspect import describe
-        from jaxsteer.models.loading import load
+        from jaxsteer.checkpoints.inspect import describe
+        from jaxsteer.checkpoints.loading import load
         from jaxsteer.models.sites import parse_site
         from jaxsteer.sae.texts import documents_of
         from jaxsteer.sae.training import train_sae
@@ -125,7 +125,7 @@ class _OnSae(_Reading):
 
     def load(self) -> tuple[SAE, Model, Documents]:
         """All three."""
-        from jaxsteer.models.loading import load
+        from jaxsteer.checkpoints.loading import load
         from jaxsteer.sae import load_sae
 
         mesh = self.mesh()

@@ -45,8 +45,8 @@ class Norms:
 
     def run(self) -> int:
         """Measure and print."""
+        from jaxsteer.checkpoints.loading import load
         from jaxsteer.cli.tables import aligned
-        from jaxsteer.models.loading import load
         from jaxsteer.study.sweep import stream_norms
 
         norms = stream_norms(load(self.model, dtype=self.dtype), self.texts, style=self.style)

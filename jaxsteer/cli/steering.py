@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from jaxsteer.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxsteer.models.loading import Model
+    from jaxsteer.models.model import Model
     from jaxsteer.steer import Edits
 
 

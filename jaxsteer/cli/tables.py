@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jaxsteer.evals.probe import PASSES, WARNS, Probe, ProbeRow
 from jaxsteer.personas import Direction
+from jaxsteer.study.calibration import PASSES, WARNS, Probe, ProbeRow
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:

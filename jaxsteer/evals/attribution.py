@@ -19,7 +19,7 @@ from jaxsteer.personas import Item
 from jaxsteer.prompts import prompt_text
 
 if TYPE_CHECKING:
-    from jaxsteer.models.loading import Model
+    from jaxsteer.models.model import Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

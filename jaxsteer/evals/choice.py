@@ -16,12 +16,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxsteer.evals.scoring import ROWS, Text, bucket, common_start, score_texts
-from jaxsteer.evals.statistics import auroc, bootstrap_auroc, bootstrap_mean, mcnemar, wilson
 from jaxsteer.personas import Item, orders, swap
 from jaxsteer.prompts import encode_texts, join_answer, question_conversation, render
+from jaxsteer.statistics import auroc, bootstrap_auroc, bootstrap_mean, mcnemar, wilson
 
 if TYPE_CHECKING:
-    from jaxsteer.models.loading import Model
+    from jaxsteer.models.model import Model
     from jaxsteer.models.taps import Intervention
 
 PROMPTS = 32

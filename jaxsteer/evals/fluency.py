@@ -11,7 +11,7 @@ from jaxsteer.evals.scoring import Text, score_texts
 from jaxsteer.prompts import build_slots, encode_texts, question_conversation
 
 if TYPE_CHECKING:
-    from jaxsteer.models.loading import Model
+    from jaxsteer.models.model import Model
 
 
 def prompt_perplexity(

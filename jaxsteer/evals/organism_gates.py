@@ -18,7 +18,7 @@ from jaxsteer.personas import Item
 from jaxsteer.prompts import allowed_tokens, build_slots, prompt_text, question_conversation, retokenises_many
 
 if TYPE_CHECKING:
-    from jaxsteer.models.loading import Model
+    from jaxsteer.models.model import Model
 
 GATES: dict[str, float] = {
     "zero_shot_low": 0.75,

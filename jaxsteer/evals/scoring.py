@@ -30,10 +30,10 @@ from jaxtyping import Array, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Params
-from jaxsteer.models.processes import to_host
 from jaxsteer.models.sharding import put
 from jaxsteer.models.taps import Intervention, Tap, Where, checked, make_where, no_tap
 from jaxsteer.models.transformer import embed, make_context, prefill, run_layers, unembed
+from jaxsteer.processes import to_host
 
 ROWS = 512
 """Rows run at once by default."""

@@ -27,7 +27,7 @@ from jaxsteer.prompts import encode_texts, question_conversation, render
 from jaxsteer.prompts.generate import generate
 
 if TYPE_CHECKING:
-    from jaxsteer.models.loading import Model
+    from jaxsteer.models.model import Model
 
 LOGITS = 2**26
 """Logits of one pass held at once, in floats."""

@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 
 from jaxsteer.evals.choice import encode_answers, paired_difference
 from jaxsteer.evals.scoring import ROWS, score_texts
-from jaxsteer.evals.statistics import bootstrap_mean, mcnemar, wilson
 from jaxsteer.personas import OpenQuestion
+from jaxsteer.statistics import bootstrap_mean, mcnemar, wilson
 
 if TYPE_CHECKING:
-    from jaxsteer.models.loading import Model
+    from jaxsteer.models.model import Model
     from jaxsteer.models.taps import Intervention
 
 BEST, RIGHT, WRONG, NONE = range(4)

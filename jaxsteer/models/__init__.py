@@ -1,1 +1,1 @@
-"""The transformer and everything needed to open one: configs, weights, sharding, sites."""
+"""The transformer: configs, parameters, sites, taps, decoding, sharding."""

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.attention import Cache, Prefix
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.models.params import Params
 from jaxsteer.models.sampling import Sampling, choose
 from jaxsteer.models.sharding import place, shard_rows

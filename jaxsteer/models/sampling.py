@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 
 _BLOCK = 256
 

@@ -1,5 +1,6 @@
 """Dataset schemas and loaders, contrastive pairs, directions, SAE signatures."""
 
+from jaxsteer.personas.dataset_formats import Dataset, read_items
 from jaxsteer.personas.datasets import load_dataset, load_persona
 from jaxsteer.personas.directions import (
     Direction,
@@ -15,7 +16,6 @@ from jaxsteer.personas.directions import (
 from jaxsteer.personas.instructions import instructions, invitations, seed_phrase
 from jaxsteer.personas.items import Item, OpenQuestion, Persona, Splits, orders, parse_choices, split, swap
 from jaxsteer.personas.pairs import READ_POSITIONS, Pairs, contrast_pairs, search_conversations
-from jaxsteer.personas.readers import Dataset, read_items
 from jaxsteer.personas.signatures import Signature, load_signature, random_signature, sae_signature, save_signature
 
 __all__ = [

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
+from jaxsteer.personas.dataset_files import read_text
+from jaxsteer.personas.dataset_formats import Dataset, read_choices, read_items, read_open, read_pairs, read_truthful
 from jaxsteer.personas.instructions import instructions, invitations
 from jaxsteer.personas.items import Item, Persona, data_hash
-from jaxsteer.personas.readers import Dataset, read_choices, read_items, read_open, read_pairs, read_truthful
-from jaxsteer.personas.rows import read_text
 from jaxsteer.personas.sources import PERSONA_PREFIX, SOURCES, find_source, source_file
 
 BUILT_IN_ITEMS = 600

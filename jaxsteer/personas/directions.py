@@ -18,9 +18,9 @@ from scipy.stats import rankdata
 
 from jaxsteer import __version__
 from jaxsteer.errors import UserError
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
+from jaxsteer.models.reading import BATCH, direction_sites, read_rows
 from jaxsteer.personas.pairs import Pairs
-from jaxsteer.personas.reading import BATCH, direction_sites, read_rows
 from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, save_vectors
 
 SIGN = "matching→not matching"

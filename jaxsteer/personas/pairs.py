@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.personas.items import Item, Persona, orders
 from jaxsteer.prompts import Conversation, encode, question_conversation
 

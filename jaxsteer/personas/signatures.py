@@ -22,10 +22,10 @@ from safetensors.numpy import save
 from jaxsteer import __version__
 from jaxsteer.errors import UserError
 from jaxsteer.files import write_bytes
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
+from jaxsteer.models.reading import BATCH, direction_sites, read_rows
 from jaxsteer.personas.directions import SIGN
 from jaxsteer.personas.pairs import Pairs
-from jaxsteer.personas.reading import BATCH, direction_sites, read_rows
 from jaxsteer.sae import SAE, check_sae, decode, encode
 
 FORMAT = "jaxsteer.signature/1"

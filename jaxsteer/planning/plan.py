@@ -16,16 +16,16 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from checkpoints_convert.streaming import THREADS
+from jaxsteer.checkpoints.inspect import memory, parameters
+from jaxsteer.checkpoints.restoring import BATCH_BYTES
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.inspect import memory, parameters
 from jaxsteer.models.params import layer_shapes, top_shapes
-from jaxsteer.models.restoring import BATCH_BYTES
 from jaxsteer.models.sharding import AXES, stored_chunks
 from jaxsteer.planning.chips import Chip, Topology
 from jaxsteer.planning.hlo import Costs, program_costs
 from jaxsteer.planning.programs import Program, Work, build
-from jaxsteer.search.task import ROWS
+from jaxsteer.prompt_search.task import ROWS
 
 _TRIES = 5
 """Micro-batches that are compiled at most."""

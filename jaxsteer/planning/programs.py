@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from checkpoints_convert.sae_form import SAEConfig
 from jaxsteer.errors import UserError
+from jaxsteer.files.sae_form import SAEConfig
 from jaxsteer.models import generation
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
@@ -26,14 +26,14 @@ from jaxsteer.models.sampling import Sampling
 from jaxsteer.models.sharding import place, stack_shardings, top_shardings
 from jaxsteer.models.sites import parse_site
 from jaxsteer.models.transformer import embed, make_context, run_layers
+from jaxsteer.objectives import Projection, Standardised, needs
+from jaxsteer.prompt_search.algorithms import ALGORITHMS
+from jaxsteer.prompt_search.compiling import WAVE, programs
+from jaxsteer.prompt_search.problem import abstract as abstract_problems
+from jaxsteer.prompt_search.problem import make_problem
+from jaxsteer.prompt_search.task import make_task
 from jaxsteer.prompts.slots import Slots
 from jaxsteer.sae.dictionary import SAE, SPECS, encode
-from jaxsteer.search.algorithms import ALGORITHMS
-from jaxsteer.search.objectives import Projection, Standardised, needs
-from jaxsteer.search.planning import WAVE, programs
-from jaxsteer.search.problem import abstract as abstract_problems
-from jaxsteer.search.problem import make_problem
-from jaxsteer.search.task import make_task
 from jaxsteer.steer import add
 
 What = Literal["search", "sae", "generate", "convert"]

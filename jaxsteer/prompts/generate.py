@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.generation import NO_TOKEN, Progress, generate_tokens
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.models.sampling import make_sampling
 from jaxsteer.models.taps import Intervention
 from jaxsteer.prompts.conversation import Message, apply_template, encode_texts

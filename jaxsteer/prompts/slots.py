@@ -16,15 +16,7 @@ from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerBase
 
 from jaxsteer.errors import UserError
-from jaxsteer.prompts.conversation import (
-    MARKER,
-    Conversation,
-    common_prefix,
-    encode,
-    encode_texts,
-    join_answer,
-    render,
-)
+from jaxsteer.prompts.conversation import MARKER, Conversation, common_prefix, encode, encode_texts, join_answer, render
 from jaxsteer.prompts.tokens import decoded, printable
 
 Ids = Sequence[SupportsIndex] | np.ndarray

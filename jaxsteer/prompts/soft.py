@@ -29,7 +29,7 @@ from tokenizers import AddedToken
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import write_bytes
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.models.params import TOP_SPECS, Params
 from jaxsteer.prompts.conversation import SLOT
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxsteer.files import write_bytes, write_text
-from jaxsteer.report.reading import visible
+from jaxsteer.report.run_files import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

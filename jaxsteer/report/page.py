@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from jaxsteer.files import write_text
 from jaxsteer.report.plots import run_plots
-from jaxsteer.report.reading import (
+from jaxsteer.report.reproduce import command_of
+from jaxsteer.report.run_files import (
     Run,
     controls,
     decimals,
@@ -23,7 +24,6 @@ from jaxsteer.report.reading import (
     split_rate,
     visible,
 )
-from jaxsteer.report.reproduce import command_of
 from jaxsteer.report.study import is_study, read_study
 from jaxsteer.report.study_page import render_study
 from jaxsteer.report.study_plots import study_plots

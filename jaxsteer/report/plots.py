@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxsteer.report.figures import ACCENT, BAND, INK, MUTED, OTHER, PAGE, Plot, in_style, panels
-from jaxsteer.report.reading import Run, controls, interval, named, number, split_rate, visible
+from jaxsteer.report.run_files import Run, controls, interval, named, number, split_rate, visible
 
 LABEL = 44
 """Letters of a prompt beside its rates."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
-from jaxsteer.report.pooled import problem_lines, read_problems
-from jaxsteer.report.reading import doubts, named, number, read_json, read_lines
-from jaxsteer.report.rows import Place, Row, rows_of_runs
+from jaxsteer.report.problems import problem_lines, read_problems
+from jaxsteer.report.run_files import doubts, named, number, read_json, read_lines
+from jaxsteer.report.table_rows import Place, Row, rows_of_runs
 
 PARETO, PROGRESS = "pareto.jsonl", "progress.jsonl"
 FORMAT = "jaxsteer.study/1"

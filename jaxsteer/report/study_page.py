@@ -10,12 +10,12 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from jaxsteer.report.pooled import summarised
-from jaxsteer.report.reading import number
+from jaxsteer.report.problems import summarised
 from jaxsteer.report.reproduce import command_of
-from jaxsteer.report.rows import Place, Row, unprompted
+from jaxsteer.report.run_files import number
 from jaxsteer.report.study import Study
 from jaxsteer.report.study_plots import FIGURES, PLACES, study_plots
+from jaxsteer.report.table_rows import Place, Row, unprompted
 from jaxsteer.report.templates import embedded, flat, shaded, template
 
 SHOWN, FOLDED = 8, 40

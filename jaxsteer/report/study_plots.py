@@ -8,9 +8,9 @@ from statistics import median
 from typing import Any
 
 from jaxsteer.report.figures import ACCENT, BAND, INK, MUTED, OTHER, PAGE, Plot, in_style, panels
-from jaxsteer.report.reading import interval, number, visible
-from jaxsteer.report.rows import Place, Row, unprompted
+from jaxsteer.report.run_files import interval, number, visible
 from jaxsteer.report.study import Line, Study, envelope
+from jaxsteer.report.table_rows import Place, Row, unprompted
 
 PANELS = 3
 """Personas side by side in one figure."""

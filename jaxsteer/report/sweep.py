@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxsteer.files import write_bytes
-from jaxsteer.report.reading import percent
+from jaxsteer.report.run_files import percent
 
 
 def sweep_table(metrics: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from jaxsteer.report.reading import compact, decimals, interval, named, percent, split_rate, visible
+from jaxsteer.report.run_files import compact, decimals, interval, named, percent, split_rate, visible
 
 
 @functools.cache

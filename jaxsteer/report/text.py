@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxsteer.report.reading import (
+from jaxsteer.report.run_files import (
     controls,
     decimals,
     doubts,

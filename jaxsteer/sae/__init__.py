@@ -1,6 +1,6 @@
 """Sparse autoencoders: one pytree for every layout that is out there; train, evaluate and explore them."""
 
-from checkpoints_convert.sae_form import SAEConfig
+from jaxsteer.files.sae_form import SAEConfig
 from jaxsteer.sae.dictionary import (
     SAE,
     Fidelity,
@@ -16,6 +16,7 @@ from jaxsteer.sae.evaluation import Evaluation, evaluate_sae
 from jaxsteer.sae.exploration import Exploration, explore
 from jaxsteer.sae.lens import promoted_tokens
 from jaxsteer.sae.loading import Health, check_health, check_sae, load_sae, save_sae
+from jaxsteer.sae.objective import Latents, latents_objective
 from jaxsteer.sae.recipe import Recipe
 from jaxsteer.sae.texts import documents_of
 from jaxsteer.sae.training import train_sae
@@ -26,6 +27,7 @@ __all__ = [
     "Exploration",
     "Fidelity",
     "Health",
+    "Latents",
     "Recipe",
     "SAEConfig",
     "check_health",
@@ -36,6 +38,7 @@ __all__ = [
     "evaluate_sae",
     "explore",
     "fidelity",
+    "latents_objective",
     "load_sae",
     "preactivations",
     "promoted_tokens",

@@ -24,8 +24,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int
 
-from checkpoints_convert.sae_form import ELEMENTWISE, SAEConfig
 from jaxsteer.errors import UserError
+from jaxsteer.files.sae_form import ELEMENTWISE, SAEConfig
 from jaxsteer.models.sharding import place
 
 SPECS: dict[str, P] = {

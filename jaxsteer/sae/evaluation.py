@@ -28,13 +28,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.capture import capture
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.models.params import Params
-from jaxsteer.models.processes import to_host
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.sites import Site, parse_site
 from jaxsteer.models.taps import Tap, Where
 from jaxsteer.models.transformer import forward
+from jaxsteer.processes import to_host
 from jaxsteer.sae.dictionary import SAE, decode, encode
 from jaxsteer.sae.harvest import bos_of, usable
 from jaxsteer.sae.loading import check_sae

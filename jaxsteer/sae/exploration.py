@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.capture import capture
-from jaxsteer.models.loading import Model
-from jaxsteer.models.processes import to_host
+from jaxsteer.models.model import Model
 from jaxsteer.models.sites import STREAM_PLACES, parse_site
+from jaxsteer.processes import to_host
 from jaxsteer.sae.dictionary import SAE, encode
 from jaxsteer.sae.harvest import bos_of, usable
 from jaxsteer.sae.lens import promoted_tokens

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.capture import capture
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import place
 from jaxsteer.models.transformer import positions_of
 from jaxsteer.sae.texts import Position, Rows

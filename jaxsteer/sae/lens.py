@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.models.params import Params
-from jaxsteer.models.processes import to_host
+from jaxsteer.processes import to_host
 from jaxsteer.sae.dictionary import SAE
 
 _BLOCK = 64

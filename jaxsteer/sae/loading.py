@@ -13,14 +13,15 @@ from jax.sharding import Mesh
 
 from checkpoints_convert.sae import read_sae, write_sae
 from checkpoints_convert.sae_files import Asked
-from checkpoints_convert.sae_form import Dictionary, Matrix
+from jaxsteer.checkpoints.loading import ORGANISM
 from jaxsteer.errors import UserError
+from jaxsteer.files.sae_form import Dictionary, Matrix
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.loading import ORGANISM, Model
-from jaxsteer.models.processes import to_host as gathered
+from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import place, put
 from jaxsteer.models.sites import parse_site
 from jaxsteer.organisms import organism_sae_dir
+from jaxsteer.processes import to_host as gathered
 from jaxsteer.sae.dictionary import SAE, SPECS
 
 log = logging.getLogger(__name__)

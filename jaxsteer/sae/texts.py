@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxsteer.checkpoints.loading import ORGANISM
 from jaxsteer.errors import UserError
-from jaxsteer.models.loading import ORGANISM, Model
+from jaxsteer.models.model import Model
 
 Documents = Callable[[int], Sequence[int]]
 """Token ids of document i, for every i >= 0."""

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert.sae import CONFIG, WEIGHTS, write_sae
-from checkpoints_convert.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
 from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import write_text
-from jaxsteer.models.loading import Model
-from jaxsteer.models.processes import PREEMPTED, from_first, is_first, preempted, to_host, wait_for_all
+from jaxsteer.files.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
+from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import put
 from jaxsteer.models.sites import parse_site
+from jaxsteer.processes import PREEMPTED, from_first, is_first, preempted, to_host, wait_for_all
 from jaxsteer.sae.dictionary import SAE
 from jaxsteer.sae.harvest import batches_of, bos_of, empty_pool, fill
 from jaxsteer.sae.loading import load_sae, site_width

@@ -1,12 +1,12 @@
 """Steering: edits at the model's named places, which tokens they touch, and vector files."""
 
+from jaxsteer.steer.batching import stack_rows, take_rows
 from jaxsteer.steer.capping import Cap, read_capping
 from jaxsteer.steer.edits import Edit, Edits
 from jaxsteer.steer.gguf import read_control_vector, write_control_vector
 from jaxsteer.steer.imports import import_vectors
-from jaxsteer.steer.measure import count_positions, mean_norms
+from jaxsteer.steer.norms import count_positions, mean_norms
 from jaxsteer.steer.operations import ablate, ablate_everywhere, add, ceiling, clamp, floor, replace, scale
-from jaxsteer.steer.rows import stack_rows, take_rows
 from jaxsteer.steer.selectors import Selector, select
 from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, save_vectors
 

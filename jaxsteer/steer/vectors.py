@@ -32,7 +32,7 @@ from safetensors.numpy import save
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import write_bytes
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.models.sites import parse_site
 from jaxsteer.steer import operations
 from jaxsteer.steer.edits import PATTERN, Edit, Edits, place_shape

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxsteer.errors import UserError
-from jaxsteer.search import ALGORITHMS, Search
-from jaxsteer.search.probe_sampling import ProbeSampling
+from jaxsteer.prompt_search import ALGORITHMS, Search
+from jaxsteer.prompt_search.algorithms.probe_sampling import ProbeSampling
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "default": {

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxsteer.checkpoints.loading import load
 from jaxsteer.errors import UserError
 from jaxsteer.evals.attribution import attribute
-from jaxsteer.models.loading import Model, load
+from jaxsteer.models.model import Model
 from jaxsteer.personas import load_persona, split
 from jaxsteer.study import files
 from jaxsteer.study.setting import context_items, token_mask

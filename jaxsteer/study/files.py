@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import write_text
-from jaxsteer.models.processes import is_first
+from jaxsteer.processes import is_first
 
 CONFIG, PROGRESS = "config.json", "progress.jsonl"
 DIRECTION, SIGNATURE, SOFT = "direction.safetensors", "signature.safetensors", "soft.safetensors"

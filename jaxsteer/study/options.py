@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from jaxsteer.errors import UserError
 from jaxsteer.study.algorithm import AlgorithmOptions
-from jaxsteer.study.start import listed_texts, texts_of
+from jaxsteer.study.initial_prompts import listed_texts, texts_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {

@@ -13,14 +13,15 @@ from tqdm.auto import tqdm
 
 from jaxsteer import __version__
 from jaxsteer.evals.choice import choice_eval, distinct, rate
-from jaxsteer.models.loading import Model
-from jaxsteer.models.processes import is_first
+from jaxsteer.models.model import Model
+from jaxsteer.objectives import Objective, needs
 from jaxsteer.personas import instructions
+from jaxsteer.processes import is_first
+from jaxsteer.prompt_search import Found, SearchResult
+from jaxsteer.prompt_search.rescore import rescore
 from jaxsteer.prompts import prompt_text, retokenises_many
-from jaxsteer.search import Found, Objective, SearchResult, needs
-from jaxsteer.search.rescore import rescore
 from jaxsteer.study import files
-from jaxsteer.study.aim import Say
+from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.setting import Setting
 
 MARKED = 4

@@ -20,14 +20,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxsteer import __version__
-from jaxsteer.models.loading import Model, load
-from jaxsteer.models.processes import from_first, is_first
+from jaxsteer.checkpoints.loading import load
+from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import make_mesh
+from jaxsteer.objectives import Objective
 from jaxsteer.personas import load_persona, save_direction, save_signature
-from jaxsteer.sae import load_sae
-from jaxsteer.search import (
+from jaxsteer.processes import from_first, is_first
+from jaxsteer.prompt_search import (
     FLUENCY,
-    Objective,
     Problem,
     Progress,
     SearchResult,
@@ -37,17 +37,18 @@ from jaxsteer.search import (
     run_search,
     standardise,
 )
-from jaxsteer.search.constraints import text_filter
+from jaxsteer.prompt_search.constraints import text_filter
+from jaxsteer.sae import load_sae
 from jaxsteer.study import files
-from jaxsteer.study.aim import Aim, Say, find_aim, task_of, try_objective
-from jaxsteer.study.draft import drafted
-from jaxsteer.study.latents import explained
-from jaxsteer.study.objectives import custom_objective
+from jaxsteer.study.draft_model import drafted
+from jaxsteer.study.initial_prompts import spread
+from jaxsteer.study.latent_explanation import explained
+from jaxsteer.study.named_objectives import custom_objective
+from jaxsteer.study.objective_stage import Aim, Say, find_aim, task_of, try_objective
 from jaxsteer.study.options import SearchOptions
 from jaxsteer.study.outcome import environment, evaluate, finals
 from jaxsteer.study.setting import Setting, prepare
-from jaxsteer.study.soft import KEEP, finish_soft
-from jaxsteer.study.start import spread
+from jaxsteer.study.soft_outcome import KEEP, finish_soft
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +65,11 @@ def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.in
     """
     options = options.resolved()
     if options.vary or options.problems:
-        from jaxsteer.study.many import run_many  # which is made of what is here
+        from jaxsteer.study.many_runs import run_many  # which is made of what is here
 
         return run_many(options, model=model, say=say)
     if options.conversations is not None:
-        from jaxsteer.study.own import run_own  # likewise
+        from jaxsteer.study.conversations_run import run_own  # likewise
 
         return run_own(options, options.conversations, model=model, say=say)
     persona = load_persona(options.persona)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from jaxsteer.checkpoints.loading import load
 from jaxsteer.errors import UserError
-from jaxsteer.evals.probe import Probe, Scorer, probe, scorer, stream_sites
-from jaxsteer.models.loading import Model, load
+from jaxsteer.models.model import Model
 from jaxsteer.personas import Persona, contrast_pairs, load_persona, mean_difference, split
+from jaxsteer.study.calibration import Probe, Scorer, probe, scorer, stream_sites
 from jaxsteer.study.setting import context_items, token_mask
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxsteer.errors import UserError
-from jaxsteer.evals.probe import blocks_before
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
+from jaxsteer.objectives import Objective, needs
 from jaxsteer.personas import Item, Persona, Splits, search_conversations, split
 from jaxsteer.prompts import (
     Conversation,
@@ -25,10 +25,10 @@ from jaxsteer.prompts import (
     render,
 )
 from jaxsteer.sae import SAE, check_sae
-from jaxsteer.search import Objective, needs
-from jaxsteer.study.objectives import Custom
+from jaxsteer.study.calibration import blocks_before
+from jaxsteer.study.initial_prompts import first_prompts, listed_texts
+from jaxsteer.study.named_objectives import Custom
 from jaxsteer.study.options import SearchOptions
-from jaxsteer.study.start import first_prompts, listed_texts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

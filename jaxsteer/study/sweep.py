@@ -20,11 +20,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxsteer import __version__
+from jaxsteer.checkpoints.loading import load
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import choice_eval, distinct, rate
-from jaxsteer.evals.neutral import neutral_texts
+from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.side_effects import side_effects
-from jaxsteer.models.loading import Model, load
+from jaxsteer.models.model import Model
 from jaxsteer.models.sites import resid_site
 from jaxsteer.personas import (
     Direction,
@@ -40,7 +41,7 @@ from jaxsteer.personas import (
 from jaxsteer.prompts import encode_texts, question_conversation, render
 from jaxsteer.steer import Edit, add, mean_norms
 from jaxsteer.study import files
-from jaxsteer.study.aim import Say
+from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.probing import DIRECTION_ITEMS
 from jaxsteer.study.setting import context_items

@@ -12,7 +12,7 @@ SCRIPT = """
 import json, os, sys
 import jax
 from jaxsteer.cli.cores import use_cores
-from jaxsteer.search import planning
+from jaxsteer.prompt_search import compiling
 from jaxsteer.study import SearchOptions
 
 os.sched_getaffinity = lambda _: {0, 1, 2, 3}
@@ -32,9 +32,9 @@ found = {
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 found["flags"] = devices(restarts=3)
 del os.environ["XLA_FLAGS"]
-planning.free_memory = lambda: 8 * 3 * int(sys.argv[2])
+compiling.free_memory = lambda: 8 * 3 * int(sys.argv[2])
 found["memory for three"] = devices(restarts=4)
-planning.free_memory = lambda: 8 * int(sys.argv[2])
+compiling.free_memory = lambda: 8 * int(sys.argv[2])
 found["memory for one"] = devices(restarts=4)
 jax.config.update("jax_num_cpu_devices", 2)
 use_cores(SearchOptions(out="unused", model=sys.argv[1], restarts=3))
@@ -44,7 +44,7 @@ print(json.dumps(found))
 
 
 def test_a_device_per_core_search_and_copy_of_the_weights(model_dir: Path) -> None:
-    from jaxsteer.models.inspect import describe, parameters
+    from jaxsteer.checkpoints.inspect import describe, parameters
 
     size = 4 * parameters(describe(str(model_dir)).config)["total"]
     clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxsteer.evals.organism_gates import Gate, failed, gates_table, organism_gates, random_prompts, to_json
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from tests.helpers.tiny import tiny_model
 
 

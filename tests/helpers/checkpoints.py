@@ -11,7 +11,7 @@ import numpy as np
 
 from checkpoints_convert import write_hf
 from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig, Rope, llama_config
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
 
 LLAMA3_ROPE = Rope(

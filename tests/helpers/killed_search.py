@@ -30,7 +30,7 @@ def main(compiled: str) -> None:
 
     jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    from tests.search import setting  # noqa: F401
+    from tests.prompt_search import setting  # noqa: F401
 
     for line in sys.stdin:
         print(json.dumps(in_child(json.loads(line))), flush=True)
@@ -67,8 +67,9 @@ def search(folder: Path, seed: int, looks: int) -> None:
     """A search of two waves, saved at every look."""
     import numpy as np
 
-    from jaxsteer.search import EpoConfig, Store, epo, make_problem, run_search
-    from tests.search.setting import setting
+    from jaxsteer.prompt_search import EpoConfig, Store, make_problem, run_search
+    from jaxsteer.prompt_search.algorithms import epo
+    from tests.prompt_search.setting import setting
 
     s = setting()
     problems = [make_problem(s.objective, 4, seed=seed, restart=i) for i in range(3)]

@@ -11,7 +11,7 @@ import numpy as np
 
 import jaxsteer
 from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig, Rope
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.models.transformer import make_context, positions_of, run_layers, scale_embeddings, unembed
 
 SLIDE, FULL = "sliding_attention", "full_attention"

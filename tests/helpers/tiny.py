@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from jaxsteer.models.config import llama_config
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.models.params import init_params
 
 CORPUS = (

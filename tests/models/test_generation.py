@@ -14,7 +14,7 @@ from flax import struct
 import jaxsteer
 from jaxsteer.models import generation
 from jaxsteer.models.generation import NO_TOKEN, bucket, generate_tokens
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.models.sampling import Sampling, _keep_largest, choose, make_sampling
 from jaxsteer.models.sharding import make_mesh, shard_params
 from jaxsteer.models.taps import Tap, Where

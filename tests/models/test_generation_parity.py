@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxsteer
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from tests.helpers.checkpoints import FAMILIES, family_config, hf_directory
 
 pytestmark = pytest.mark.parity

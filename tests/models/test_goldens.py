@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxsteer
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from tests.helpers.parity import DROPS, VARIANTS, check, kl_per_token
 from tests.helpers.reference import reference_forward
 

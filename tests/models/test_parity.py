@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxsteer
-from jaxsteer.models.hf import config_from_hf
+from checkpoints_convert.hf import config_from_hf
 from tests.helpers.checkpoints import FAMILIES, family_config, hf_directory, random_model
 from tests.helpers.parity import VARIANTS, check, kl_per_token
 

@@ -9,9 +9,9 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 import jaxsteer
-from jaxsteer.models.inspect import memory, parameters
-from jaxsteer.models.loading import Model
-from jaxsteer.models.published import NAMES, published_config
+from jaxsteer.checkpoints.inspect import memory, parameters
+from jaxsteer.checkpoints.published import NAMES, published_config
+from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import AXES, leaf_spec, make_mesh, shard_params
 from tests.helpers.checkpoints import random_params, tiny_config
 

@@ -9,10 +9,10 @@ import pytest
 
 import jaxsteer
 from jaxsteer.errors import UserError
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
+from jaxsteer.objectives import Reads, needs
 from jaxsteer.personas import Pairs, load_signature, random_signature, sae_signature, save_signature
-from jaxsteer.sae import SAE, SAEConfig, encode, promoted_tokens
-from jaxsteer.search import Reads, latents_objective, needs
+from jaxsteer.sae import SAE, SAEConfig, encode, latents_objective, promoted_tokens
 from tests.helpers.tiny import tiny_model
 
 SITE = "blocks.1.hook_resid_post"

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 
+from jaxsteer.checkpoints.inspect import memory, parameters
 from jaxsteer.cli import main
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig, llama_config
-from jaxsteer.models.inspect import memory, parameters
 from jaxsteer.models.params import init_params
 from jaxsteer.models.sharding import shard_params
+from jaxsteer.objectives import Projection, needs
 from jaxsteer.planning import Chip, Plan, Topology, Work, efficiency, make_plan, topology
 from jaxsteer.planning import plan as planning
 from jaxsteer.planning.chips import SLICES, chips_in, slices_up_to
@@ -22,8 +23,8 @@ from jaxsteer.planning.hlo import Costs
 from jaxsteer.planning.plan import _needed, mesh_shapes
 from jaxsteer.planning.programs import _TAIL as TAIL
 from jaxsteer.planning.programs import build
+from jaxsteer.prompt_search import make_task
 from jaxsteer.prompts.slots import Slots
-from jaxsteer.search import Projection, make_task, needs
 
 WORK = Work(problems=8, population=2, children=3, prompt_length=3, contexts=2, context_length=6, dtype="float32")
 

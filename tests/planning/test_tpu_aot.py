@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from jaxsteer.models.inspect import parameters
-from jaxsteer.models.published import published_config
+from jaxsteer.checkpoints.inspect import parameters
+from jaxsteer.checkpoints.published import published_config
 from jaxsteer.planning import Plan, Work, make_plan, topology
 from jaxsteer.planning.chips import GIB
 from jaxsteer.planning.programs import _TAIL as TAIL

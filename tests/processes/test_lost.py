@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxsteer.models.processes import HEARTBEAT_S, PREEMPTED
+from jaxsteer.processes import HEARTBEAT_S, PREEMPTED
 from tests.helpers.several import Group, results
 from tests.processes.test_together import same
 

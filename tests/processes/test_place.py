@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.processes import Place, as_first, from_first, leave, place_of, preempted, several, to_host
+from jaxsteer.processes import Place, as_first, from_first, leave, place_of, preempted, several, to_host
 
 ELSEWHERE: dict[str, str] = {}
 GIVEN = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}

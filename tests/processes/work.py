@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxsteer.checkpoints.loading import load
 from jaxsteer.errors import UserError
-from jaxsteer.models.loading import Model, load
-from jaxsteer.models.processes import from_first, is_first, to_host
+from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import make_mesh, shard_params
+from jaxsteer.processes import from_first, is_first, to_host
 from tests.helpers.tiny import CORPUS, tiny_model
 
 DEVICES = 4
@@ -21,8 +22,8 @@ LONG = 400
 
 def search(out: Path, algorithm: str = "epo", *, steps: int = 4, store: Any = None) -> dict[str, np.ndarray]:
     """Five problems spread over four devices; some of their prompts are rejected on the way."""
-    from jaxsteer.search import make_problem, make_search, make_task, run_search
-    from tests.search.setting import setting
+    from jaxsteer.prompt_search import make_problem, make_search, make_task, run_search
+    from tests.prompt_search.setting import setting
 
     s, mesh = setting(contexts=2, length=3), make_mesh(prompts=min(DEVICES, jax.device_count()))
     sizes = {"population": 2, "children": 4, "restart_every": 3, "archive": 8}
@@ -57,7 +58,7 @@ def search(out: Path, algorithm: str = "epo", *, steps: int = 4, store: Any = No
 
 def long(out: Path) -> dict[str, np.ndarray]:
     """A search that is saved every now and then, and goes on where it was."""
-    from jaxsteer.search.resume import Store
+    from jaxsteer.prompt_search.resume import Store
 
     with Store(out / "store", every_s=0.5, resume=True) as store:
         return search(out, "mutation", steps=LONG, store=store)

@@ -12,8 +12,8 @@ import pytest
 from jaxsteer.errors import UserError
 from jaxsteer.report import is_study, read_study, run_folders, study_table, write_plots, write_report
 from jaxsteer.report.reproduce import command_of
-from jaxsteer.report.rows import rows_of_runs
 from jaxsteer.report.study import envelope
+from jaxsteer.report.table_rows import rows_of_runs
 from tests.report.pages import Page
 from tests.report.synthetic import HOSTILE, metrics, rate, write_many, write_run, write_table
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoints_convert.sae_form import Dictionary, Matrix, SAEConfig, canonical, drop_b_dec, unit_decoder
 from jaxsteer import UserError, make_mesh
-from jaxsteer.models.loading import Model
-from jaxsteer.sae import (
+from jaxsteer.files.sae_form import Dictionary, Matrix, SAEConfig, canonical, drop_b_dec, unit_decoder
+from jaxsteer.models.model import Model
+from jaxsteer.sae import (  # fmt: skip
     SAE,
     check_health,
     check_sae,
@@ -29,7 +29,7 @@ from jaxsteer.sae import (
     save_sae,
     shard_sae,
     subset,
-)  # fmt: skip
+)
 from jaxsteer.sae.loading import same_model, to_device, to_host
 from tests.helpers.tiny import tiny_model
 from tests.sae.layouts import D, F, K, weights

@@ -10,7 +10,7 @@ import pytest
 from flax import struct
 
 from jaxsteer import UserError, capture, load, load_sae, logits
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.models.taps import Tap, Where
 from jaxsteer.organisms import organism_sae_dir
 from jaxsteer.sae import SAE, SAEConfig, decode, encode, evaluate_sae

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxsteer import UserError, capture
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.sae import SAE, SAEConfig, encode, explore
 from jaxsteer.sae.texts import Rows, documents_of
 from tests.helpers.tiny import CORPUS, tiny_model

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxsteer import UserError, capture, load_sae, make_mesh
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import shard_params
 from jaxsteer.sae.harvest import empty_pool, fill, harvest, usable
 from jaxsteer.sae.recipe import Recipe

@@ -15,7 +15,7 @@ from flax import struct
 import jaxsteer
 from jaxsteer import steer
 from jaxsteer.models.generation import generate_tokens
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.models.sampling import make_sampling
 from jaxsteer.models.sites import BLOCK_PLACES
 from jaxsteer.models.taps import Tap, Where, make_where

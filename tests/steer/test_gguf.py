@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jaxsteer.errors import UserError
-from jaxsteer.steer.gguf import read_control_vector, read_gguf, write_control_vector, write_gguf
+from jaxsteer.files.gguf import read_gguf, write_gguf
+from jaxsteer.steer.gguf import read_control_vector, write_control_vector
 from jaxsteer.steer.vectors import Vectors
 
 D = 6

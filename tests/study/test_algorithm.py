@@ -9,7 +9,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.search import ALGORITHMS
+from jaxsteer.prompt_search import ALGORITHMS
 from jaxsteer.study import SearchOptions
 from jaxsteer.study.algorithm import HYPERPARAMETERS, SIZES, AlgorithmOptions
 

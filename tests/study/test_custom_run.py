@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import jaxsteer.study.aim as aim
+import jaxsteer.study.objective_stage as aim
 from jaxsteer.errors import UserError
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.study import SearchOptions, run
 from tests.helpers.tiny import tiny_model
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import ChoiceResult, rate
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import make_mesh
 from jaxsteer.personas import load_direction
 from jaxsteer.report import write_report

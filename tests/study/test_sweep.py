@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.loading import Model
+from jaxsteer.models.model import Model
 from jaxsteer.personas import load_direction, save_direction
 from jaxsteer.report.sweep import sweep_table, write_heat_maps
 from jaxsteer.study import sweep as module

@@ -1,0 +1,242 @@
+"""Hugging Face configurations mapped onto ``ModelConfig``, strictly.
+
+A field that changes the numbers and is not supported at its value is refused by name; so is a field nobody here has
+heard of. Silently dropped fields (RoPE scaling, biases, windows) are the classic way to a model that is almost right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from checkpoints_convert.families import FAMILIES, LAYER_TYPES, Family, rope_to_hf
+from jaxsteer.errors import UserError
+from jaxsteer.files import read_json
+from jaxsteer.models.config import ModelConfig
+
+HARMLESS = frozenset(
+    """
+    architectures model_type transformers_version torch_dtype dtype
+    initializer_range attention_dropout hidden_dropout embd_pdrop resid_pdrop use_cache cache_implementation
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id
+    output_attentions output_hidden_states output_scores return_dict return_dict_in_generate torchscript
+    use_bfloat16 tf_legacy_loss tokenizer_class prefix task_specific_params problem_type finetuning_task
+    id2label label2id num_labels is_decoder cross_attention_hidden_size gradient_checkpointing
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    unsloth_fixed unsloth_version
+    """.split()
+)
+"""Fields about training, generation or bookkeeping that no number depends on."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_bidirectional_attention": (False,),
+    "pretraining_tp": (0, 1),
+    "quantization_config": (),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "attn_output_gate": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+    "chunk_size_feed_forward": (0,),
+    "pruned_heads": ({}, []),
+    "partial_rotary_factor": (1, 1.0),
+    "rope_interleaved": (False,),
+    "use_mrope": (False,),
+    "attn_logit_softcapping": (),
+    "sliding_window": (),
+    "auto_map": (),
+}
+"""Fields that change the numbers and are supported at these values only (and when absent or null)."""
+
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+_ROPE_NEUTRAL = {"partial_rotary_factor": (1, 1.0), "attention_factor": (1, 1.0), "attention_scaling": (1, 1.0)}
+# Written by transformers for every type; a number only where _ROPE_KEYS says so.
+_ROPE_IGNORED = frozenset({"rope_type", "type", "rope_theta", "original_max_position_embeddings"})
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Import transformers inside this, or it warns that PyTorch is missing, which is as it should be."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def auto_config(directory: Path) -> Any:
+    """Transformers' config object of a directory, which upgrades old keys and knows each family's defaults."""
+    with quiet_transformers():
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+
+
+def config_from_hf(directory: str | os.PathLike[str]) -> ModelConfig:
+    """The ``ModelConfig`` of a Hugging Face model directory, read from its config.json.
+
+    Raises ``UserError`` for a family, an architecture, a RoPE type or a field that is not supported, by name.
+    """
+    directory = Path(directory)
+    where = f"{directory}/config.json"
+    raw = read_json(directory / "config.json")
+    family = _family(raw, where)
+    _check(raw, family, where)
+    try:
+        config = auto_config(directory)
+    except Exception as error:  # transformers validates with many exception types; all mean a bad config.json
+        raise UserError(f"{where} is not a valid {raw['model_type']} configuration: {error}") from error
+    _check(config.to_dict(), family, where)
+    try:
+        return family.from_hf(config, where)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{where} describes no possible model: {error}") from error
+
+
+def _family(raw: dict[str, Any], where: str) -> Family:
+    supported = "; ".join(f"{name} ({', '.join(family.architectures)})" for name, family in FAMILIES.items())
+    model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
+    if model_type not in FAMILIES:
+        given = f"model_type {model_type!r}" if model_type else "no model_type"
+        named = f" and architectures {architectures}" if architectures else ""
+        raise UserError(f"{where} has {given}{named}, which is not supported. Supported: {supported}.")
+    accepted = FAMILIES[model_type].architectures
+    # A missing list is accepted: the tensor names decide, and every tensor must be accounted for.
+    if architectures and architectures[0] not in accepted:
+        raise UserError(
+            f"{where} has architecture {architectures[0]!r}, which is not supported for model_type {model_type!r}: it "
+            f"must be {' or '.join(accepted)}. Supported: {supported}."
+        )
+    return FAMILIES[model_type]
+
+
+def _check(fields: dict[str, Any], family: Family, where: str) -> None:
+    """Refuse what ``family`` does not know, by name; for a model of several parts, also inside its text part."""
+    _check_fields(fields, family, where)
+    if family.text is not None:
+        text = fields.get("text_config")
+        if not isinstance(text, dict) or text.get("model_type", family.text) != family.text:
+            raise UserError(f"{where} must hold a text_config of model_type {family.text!r}.")
+        return _check(text, FAMILIES[family.text], f"{where}, text_config,")
+    _check_rope(fields.get("rope_scaling"), where)
+    rope = fields.get("rope_parameters")
+    if family.rope_per_layer_type and isinstance(rope, dict):
+        if extra := set(rope) - set(LAYER_TYPES):
+            raise UserError(
+                f"{where} has {sorted(extra)} in rope_parameters, which must hold one object for each of {LAYER_TYPES}."
+            )
+        for parameters in rope.values():
+            _check_rope(parameters, where)
+        return
+    _check_rope(rope, where)
+
+
+def _ignored(name: str, family: Family) -> bool:
+    return name.startswith("_") or name in HARMLESS or name in family.unread
+
+
+def ignored_fields(raw: dict[str, Any]) -> list[str]:
+    """Names of the fields of a config.json (of a supported family) that mapping it leaves aside."""
+    family = FAMILIES[raw["model_type"]]
+    told = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version")
+    names = [n for n, value in raw.items() if value is not None and n not in told and _ignored(n, family)]
+    if family.text is not None:
+        inside = {"model_type": family.text} | raw["text_config"]
+        names += [f"text_config.{name}" for name in ignored_fields(inside)]
+    return sorted(names)
+
+
+def _check_fields(fields: dict[str, Any], family: Family, where: str) -> None:
+    for name, value in fields.items():
+        if value is None or name in family.reads or _ignored(name, family):
+            continue
+        allowed = NEUTRAL.get(name)
+        if allowed is None:
+            raise UserError(
+                f"{where} has the field {name!r} = {value!r}, which jaxsteer does not know, so the "
+                f"model might compute something else than the checkpoint means. Remove the field if it changes no "
+                f"number; otherwise this model is not supported."
+            )
+        if not any(type(value) is type(good) and value == good for good in allowed):
+            wanted = " or ".join(repr(good) for good in allowed) or "absent or null"
+            raise UserError(
+                f"{where} has {name!r} = {value!r}, which changes the numbers and is not supported: "
+                f"it must be {wanted}."
+            )
+
+
+def _check_rope(rope: Any, where: str) -> None:
+    """Refuse a rope type or a rope field that is not supported."""
+    if rope is None:
+        return
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: the RoPE settings must be an object or null, got {rope!r}.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_KEYS:
+        raise UserError(f"{where} has rope type {kind!r}, which is not supported. Supported: {', '.join(_ROPE_KEYS)}.")
+    missing = [key for key in _ROPE_KEYS[kind] if rope.get(key) is None]
+    if missing:
+        raise UserError(f"{where}: rope type {kind!r} needs {', '.join(missing)}, which is missing.")
+    for key, value in rope.items():
+        neutral = value is None or value in _ROPE_NEUTRAL.get(key, ())
+        if not neutral and key not in _ROPE_KEYS[kind] and key not in _ROPE_IGNORED:
+            raise UserError(f"{where}: rope type {kind!r} has the field {key!r} = {value!r}, which is not supported.")
+
+
+def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
+    """The config.json of a model: what ``config_from_hf`` maps back to the same config.
+
+    A Gemma 3 that was read from a multimodal checkpoint is written as the text model that it is here. Raises
+    ``UserError`` for a config that its family's configuration cannot express.
+    """
+    model_type = "gemma3_text" if config.family == "gemma3" else config.family
+    if model_type not in FAMILIES:
+        raise UserError(f"Family {config.family!r} cannot be written. Supported: {', '.join(FAMILIES)}.")
+    family = FAMILIES[model_type]
+    fields: dict[str, Any] = {
+        "architectures": [family.architectures[0]],
+        "model_type": model_type,
+        "dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_mlp,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.d_head,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_embeddings,
+        "rope_parameters": rope_to_hf(config.ropes[0]),
+        **family.to_hf(config),
+    }
+    with quiet_transformers():
+        from transformers import AutoConfig
+    try:
+        back = family.from_hf(AutoConfig.for_model(**copy.deepcopy(fields)), "config.json").to_json()
+    except Exception as error:  # as in config_from_hf
+        raise UserError(f"A {model_type} config.json cannot express this model: {error}") from error
+    if lost := [name for name, value in config.to_json().items() if name != "family" and back[name] != value]:
+        raise UserError(f"A {model_type} config.json cannot express this model's {', '.join(lost)}.")
+    return fields

@@ -1,0 +1,70 @@
+"""Converted checkpoints as they lie on the disk: every leaf is a Zarr array of its own, listed in an index.
+
+``weights/embed``, ``weights/layers/007/q`` ...; ``checkpoints_convert.streaming`` writes them,
+``jaxsteer.checkpoints.restoring`` puts them on devices.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxsteer.errors import UserError, first_line
+from jaxsteer.files import read_json
+
+Leaf = tuple[str, ...]
+"""Path of a leaf in the checkpoint: ("embed",) or ("layers", "007", "q")."""
+
+
+def read_index(weights: Path) -> dict[str, str]:
+    """Leaf ("embed", "layers/007/q") -> the sha256 of its values."""
+    if not (weights / "index.json").is_file():
+        raise UserError(
+            f"The checkpoint {weights.parent} cannot be read: it has no weights/index.json. It is damaged, or an older "
+            f"version of jaxsteer wrote it. Convert the model again."
+        )
+    return read_json(weights / "index.json")
+
+
+def open_leaf(weights: Path, leaf: Leaf, form: tuple[int, ...]) -> Any:
+    """The ``tensorstore.TensorStore`` of a stored leaf, which must have the shape ``form``. Raises ``UserError``."""
+    return checked(weights, leaf, form, opening(weights, leaf))
+
+
+def opening(weights: Path, leaf: Leaf, url: str | None = None) -> Any:
+    """A leaf that is being opened: of a store, each takes a while, and all are opened at once."""
+    import tensorstore as ts
+
+    path = weights.joinpath(*leaf).absolute()
+    place = {"driver": "file", "path": f"{path}/"} if url is None else f"{url}/{'/'.join(leaf)}/"
+    # A chunk that is missing would else be read as zeros.
+    return ts.open({"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}, read=True)
+
+
+def checked(weights: Path, leaf: Leaf, form: tuple[int, ...], opening: Any) -> Any:
+    """The opened leaf, which must have the shape ``form``. Raises ``UserError``."""
+    store = result(weights, leaf, opening)
+    if store.shape != form:
+        raise UserError(
+            f"The checkpoint {weights.parent} cannot be read: its leaf {'/'.join(leaf)} is stored as "
+            f"{list(store.shape)}, and a model of this config has {list(form)}. Convert the model again."
+        )
+    return store
+
+
+def result(weights: Path, leaf: Leaf, future: Any) -> Any:
+    """What TensorStore gives. Raises ``UserError`` for a damaged array."""
+    try:
+        return future.result()
+    except (ValueError, OSError, NotImplementedError) as error:  # TensorStore's, for a damaged array
+        reason = first_line(error)
+        raise UserError(
+            f"The checkpoint {weights.parent} cannot be read at {'/'.join(leaf)} ({reason}). Convert the model again."
+        ) from error
+
+
+def read_stored(weights: Path, leaf: Leaf, store: Any, rows: slice) -> np.ndarray:
+    """Rows of an opened leaf, in the dtype that is stored. Raises ``UserError`` when they cannot be read."""
+    return result(weights, leaf, store[rows].read())

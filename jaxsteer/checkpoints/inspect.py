@@ -1,0 +1,140 @@
+"""What a model is, told from its config.json alone: sizes, parameters, sites, memory on a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from checkpoints_convert.hf import config_from_hf, ignored_fields
+from jaxsteer.checkpoints.loading import RECORD, locate, read_record
+from jaxsteer.errors import UserError
+from jaxsteer.files import read_json
+from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig
+from jaxsteer.models.params import layer_shapes, top_shapes
+from jaxsteer.models.sharding import AXES, leaf_spec, place
+from jaxsteer.models.sites import BLOCK_PLACES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Description:
+    """A model before any weight of it is read."""
+
+    name: str
+    directory: Path
+    """Where its files are; of a hub model that is not here yet, only config.json."""
+    revision: str | None
+    config: ModelConfig
+    dtype: str | None
+    """Of the stored weights, as far as the files say."""
+    converted: bool
+    ignored_fields: tuple[str, ...]
+    """Fields of config.json that change no number."""
+    ignored_tensors: tuple[str, ...]
+    """Of a converted checkpoint: tensors of its source that were left out."""
+
+
+def describe(source: str) -> Description:
+    """The description of any source of ``jaxsteer.load``, or of a config.json file.
+
+    Of a hub id, only config.json is downloaded. Raises ``UserError`` as ``load`` does, for unsupported models too.
+    """
+    path = Path(source).expanduser()
+    if path.name == "config.json" and path.is_file():
+        source = str(path.parent)
+    directory, name, revision = locate(source, ["config.json"])
+    converted = (directory / RECORD).is_file()
+    raw = read_json(directory / "config.json") if (directory / "config.json").is_file() else None
+    record: dict[str, Any] = read_record(directory) if converted else {}
+    config = ModelConfig.from_json(record["config"]) if converted else config_from_hf(directory)
+    return Description(
+        name=name,
+        directory=directory,
+        revision=revision or record.get("revision"),
+        config=config,
+        dtype=record["dtype"] if converted else _declared_dtype(raw or {}),
+        converted=converted,
+        ignored_fields=tuple(ignored_fields(raw)) if raw else (),
+        ignored_tensors=tuple(record.get("ignored_tensors", ())),
+    )
+
+
+def _declared_dtype(raw: dict[str, Any]) -> str | None:
+    for fields in (raw, raw.get("text_config") or {}):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(fields.get(key), str):
+                return fields[key].removeprefix("torch.")
+    return None
+
+
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """Numbers of parameters: total, embedding, unembedding (0 when tied), per_layer, final_norm."""
+    top = {name: math.prod(shape) for name, shape in top_shapes(config).items()}
+    per_layer = sum(math.prod(shape) for shape in layer_shapes(config).values())
+    return {
+        "total": sum(top.values()) + config.n_layers * per_layer,
+        "embedding": top["embed"],
+        "unembedding": top.get("unembed", 0),
+        "per_layer": per_layer,
+        "final_norm": top["final_norm"],
+    }
+
+
+def memory(config: ModelConfig, dtype: str, *, model: int = 1, prompts: int = 1) -> dict[str, int]:
+    """Bytes that weights and caches take on each device of a mesh of ``prompts`` x ``model`` devices.
+
+    Computed from the layout that ``load`` uses, without the devices: "weights", and "cache_per_token", the keys and
+    values of one token of one row (rows are divided over "prompts"). Raises ``UserError`` for sizes below 1.
+    """
+    if model < 1 or prompts < 1:
+        raise UserError(f"A mesh needs at least one device along each axis, got prompts={prompts} x model={model}.")
+    mesh = AbstractMesh((prompts, model), AXES)
+    width = jnp.dtype(dtype).itemsize
+
+    def nbytes(spec: P, shape: tuple[int, ...]) -> int:
+        return math.prod(place(mesh, spec, shape).shard_shape(shape)) * width
+
+    layer, top = (
+        sum(nbytes(leaf_spec(name, shape, mesh), shape) for name, shape in shapes.items())
+        for shapes in (layer_shapes(config), top_shapes(config))
+    )
+    keys = nbytes(P("model", None), (config.n_kv_heads, config.d_head))
+    return {"weights": top + config.n_layers * layer, "cache_per_token": 2 * config.n_layers * keys}
+
+
+def site_shapes(config: ModelConfig) -> dict[str, tuple[str | int, ...]]:
+    """Place -> shape of what is read there, with B rows and T tokens (and T keys in the attention pattern).
+
+    "hook_embed" stands before the blocks; the others are written ``blocks.i.PLACE``, i from 0 to n_layers - 1.
+    """
+    special: dict[str, tuple[str | int, ...]] = {
+        "attn.hook_q": ("B", "T", config.n_heads, config.d_head),
+        "attn.hook_k": ("B", "T", config.n_kv_heads, config.d_head),
+        "attn.hook_v": ("B", "T", config.n_kv_heads, config.d_head),
+        "attn.hook_z": ("B", "T", config.n_heads, config.d_head),
+        "attn.hook_pattern": ("B", config.n_heads, "T", "T"),
+        "mlp.hook_pre": ("B", "T", config.d_mlp),
+        "mlp.hook_pre_linear": ("B", "T", config.d_mlp),
+        "mlp.hook_post": ("B", "T", config.d_mlp),
+    }
+    return {name: special.get(name, ("B", "T", config.d_model)) for name in ("hook_embed", *BLOCK_PLACES)}
+
+
+def attention_kinds(config: ModelConfig) -> list[dict[str, Any]]:
+    """Layers grouped by what their attention sees: window (None for all), rotary table, and the layers."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for layer, kind in enumerate(zip(config.windows, config.rope_index, strict=True)):
+        groups.setdefault(kind, []).append(layer)
+    return [
+        {
+            "window": None if window == GLOBAL_WINDOW else window,
+            "rope": dataclasses.asdict(config.ropes[rope]),
+            "layers": layers,
+        }
+        for (window, rope), layers in groups.items()
+    ]

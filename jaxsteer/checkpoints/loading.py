@@ -1,0 +1,283 @@
+"""``load``: a model from the package, a converted checkpoint, a Hugging Face directory or a hub id."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from checkpoints_convert.hf import quiet_transformers
+from jaxsteer.checkpoints.remote import side_files
+from jaxsteer.checkpoints.restoring import restore
+from jaxsteer.errors import UserError, first_line
+from jaxsteer.files import read_json, write_text
+from jaxsteer.files.stores import is_url
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.model import Model
+from jaxsteer.processes import from_first
+
+log = logging.getLogger(__name__)
+
+ORGANISM = "organism:"
+RECORD = "jaxsteer.json"
+"""What a converted checkpoint says of itself."""
+HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "merges.txt")
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | jnp.dtype | None = None,
+    mesh: Mesh | None = None,
+    layers: int | None = None,
+) -> Model:
+    """Load a model.
+
+    ``source`` is ``organism:NAME`` (a small model that ships with the package), a converted checkpoint directory, a
+    Hugging Face directory (converted on first use into the cache: ``$JAXSTEER_CACHE`` or ``~/.cache/jaxsteer``), a hub
+    id ``owner/name`` or ``owner/name@revision``, or the URL of a converted checkpoint in an object store
+    (``gs://bucket/name``, ``s3://bucket/name``).
+
+    ``dtype`` is the dtype of the weights on the device. By default float32 on CPU, where bfloat16 is emulated and
+    slow, and the checkpoint's own elsewhere. With a ``mesh`` (axes "prompts" and "model", see
+    ``jaxsteer.make_mesh``) the weights are restored straight into their shardings, and a process reads only what its
+    devices hold.
+
+    ``layers=k`` reads only the first k layers: a model that ends there, for work at sites below. Its residual streams
+    up to layer k are those of the whole model; its logits are what the final norm and the unembedding make of the last
+    of them. ``config.n_layers`` is k; the fingerprint stays that of the whole checkpoint.
+
+    Raises ``UserError`` when the source cannot be found, is damaged or is not supported.
+    """
+    name = str(source)
+    checkpoint = _checkpoint_of(name)
+    record = read_record(checkpoint)
+    config = _first(ModelConfig.from_json(record["config"]), layers)
+    target = _dtype(dtype, record["dtype"])
+    return Model(
+        params=restore(
+            checkpoint / "weights",
+            config,
+            dtype=target,
+            mesh=mesh,
+            url=f"{name.rstrip('/')}/weights" if is_url(name) else None,
+        ),
+        config=config,
+        tokenizer=load_tokenizer(checkpoint),
+        name=name if name.startswith(ORGANISM) or not Path(name).is_dir() else Path(name).resolve().name,
+        fingerprint=record["fingerprint"],
+        mesh=mesh,
+        stop_tokens=_stop_tokens(checkpoint),
+    )
+
+
+def _stop_tokens(checkpoint: Path) -> tuple[int, ...]:
+    path = checkpoint / "generation_config.json"
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)
+
+
+def _first(config: ModelConfig, layers: int | None) -> ModelConfig:
+    """The config of a model that ends at layer ``layers``."""
+    if layers is None:
+        return config
+    if not 1 <= layers <= config.n_layers:
+        raise UserError(f"layers={layers} cannot be loaded: the model has {config.n_layers} layers; give 1 to that.")
+    return dataclasses.replace(
+        config, n_layers=layers, windows=config.windows[:layers], rope_index=config.rope_index[:layers]
+    )
+
+
+def _dtype(asked: str | jnp.dtype | None, stored: str) -> jnp.dtype:
+    if asked is None:
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else stored)
+    try:
+        dtype = jnp.dtype(asked)
+    except TypeError:
+        dtype = None
+    if dtype not in (jnp.dtype("float32"), jnp.dtype("bfloat16"), jnp.dtype("float16")):
+        raise UserError(f"dtype {asked!r} is not supported: give 'float32', 'bfloat16' or 'float16'.")
+    return dtype
+
+
+# Finding the checkpoint
+
+
+def cache_dir() -> Path:
+    """Where converted checkpoints are kept: ``$JAXSTEER_CACHE`` or ``~/.cache/jaxsteer``."""
+    return Path(os.environ.get("JAXSTEER_CACHE") or Path.home() / ".cache" / "jaxsteer")
+
+
+def _checkpoint_of(source: str) -> Path:
+    """The converted checkpoint of any source, made if it does not exist yet."""
+    directory, name, revision = locate(source)
+    return directory if (directory / RECORD).is_file() else _converted(directory, name, revision)
+
+
+def locate(source: str, patterns: Sequence[str] = HUB_PATTERNS) -> tuple[Path, str, str | None]:
+    """(directory, name, revision if from the hub) of any source, converted or in Hugging Face format.
+
+    Of a hub model, the files that ``patterns`` name are downloaded. Raises ``UserError`` for what is no model.
+    """
+    if source.startswith(ORGANISM):
+        return _organism_dir(source.removeprefix(ORGANISM)), source, None
+    if is_url(source):
+        return side_files(source, cache_dir() / "remote"), source, None
+    path = Path(source).expanduser()
+    if (path / RECORD).is_file() or (path / "config.json").is_file():
+        return path, path.resolve().name, None
+    if path.exists():
+        held = "a file" if path.is_file() else "a directory with neither jaxsteer.json nor config.json"
+        raise UserError(
+            f"Model {source!r} is {held}. Expected a Hugging Face model directory (config.json, *.safetensors) or a "
+            f"directory that `jaxsteer convert` wrote."
+        )
+    match = _HUB_ID.fullmatch(source)
+    if match:
+        return _download(match["repo"], match["revision"], patterns)
+    raise UserError(
+        f"Model {source!r} was not found. Tried: 'organism:NAME' (it does not start so), a local directory (there is "
+        f"none at {path.absolute()}), a Hugging Face hub id (it is not of the form owner/name). Try 'organism:llama', "
+        f"or check the path."
+    )
+
+
+def _organism_dir(name: str) -> Path:
+    root = Path(__file__).resolve().parent.parent / "organisms"
+    shipped = sorted(entry.parent.name for entry in root.glob("*/config.json"))
+    if name not in shipped:
+        raise UserError(f"There is no organism {name!r}. The package ships: {', '.join(shipped) or 'none'}.")
+    return root / name
+
+
+def _download(repo: str, revision: str | None, patterns: Sequence[str]) -> tuple[Path, str, str]:
+    """(directory, hub id, resolved commit) of a hub model, from the hub's own cache if it is there."""
+    import huggingface_hub
+
+    try:
+        # Sub-directories and "consolidated" files hold the same weights again in another format.
+        path = Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
+    except Exception as error:  # many types: offline, unknown repository or revision, gated, proxies
+        if isinstance(error, huggingface_hub.errors.GatedRepoError):
+            raise UserError(
+                f"Model {repo!r} is gated: accept its terms on its page on the Hugging Face hub, then log in (`hf auth "
+                f"login`) or set HF_TOKEN to a token of that account."
+            ) from error
+        reason = first_line(error)
+        pinned = f" --revision {revision}" if revision else ""
+        raise UserError(
+            f"Model {repo!r} is neither a local directory nor obtainable from the Hugging Face hub ({reason}). Without "
+            f"network, download it elsewhere (`hf download {repo}{pinned} --local-dir DIR`) and pass that directory."
+        ) from error
+    return path, repo, path.name
+
+
+def _converted(directory: Path, source: str, revision: str | None = None) -> Path:
+    """The converted form of a Hugging Face directory in the cache; converts on first use.
+
+    Where several processes run one program (``jax.distributed``), the first converts and tells the others the place.
+    """
+    out = cache_dir() / "checkpoints" / from_first(lambda: _converted_here(directory, source, revision).name)
+    if not (out / RECORD).is_file():
+        raise UserError(
+            f"{source} was converted by the first process, but for this one it is not in {out}. Set JAXSTEER_CACHE to "
+            f"a directory that all processes share, or give each the result of `jaxsteer convert`."
+        )
+    return out
+
+
+def _converted_here(directory: Path, source: str, revision: str | None) -> Path:
+    """The converted form of a Hugging Face directory, made by this process if it does not exist yet.
+
+    The key is the hash of the contents, so a changed file is converted anew. The contents are hashed while they are
+    converted; until then the place is named by the state of the files, and afterwards the hash is remembered under
+    that state. Several processes may do this at once: one converts, the others wait and use its result.
+    """
+    from checkpoints_convert.files import file_states
+    from checkpoints_convert.streaming import CONVERTER_VERSION, convert
+    from checkpoints_convert.work import discard, locked
+
+    directory = directory.resolve()
+    state = json.dumps([str(directory), file_states(directory), CONVERTER_VERSION])
+    key = hashlib.sha256(state.encode()).hexdigest()[:32]
+    memo = cache_dir() / "hashes" / key
+    checkpoints = cache_dir() / "checkpoints"
+
+    def place(digest: str) -> Path:
+        return checkpoints / f"{digest[:32]}-v{CONVERTER_VERSION}"
+
+    def known() -> Path | None:
+        digest = memo.read_text(encoding="ascii") if memo.is_file() else ""
+        return place(digest) if digest and (place(digest) / RECORD).is_file() else None
+
+    if found := known():
+        return found
+    try:
+        (cache_dir() / "locks").mkdir(parents=True, exist_ok=True)
+        memo.parent.mkdir(exist_ok=True)
+        checkpoints.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The cache directory {cache_dir()} cannot be written ({error.strerror}). Set JAXSTEER_CACHE to a "
+            f"directory that can, or convert the model yourself with `jaxsteer convert` and load the result."
+        ) from error
+    waiting = f"Another process is converting {source}; waiting for it"
+    lock = cache_dir() / "locks" / key
+    with locked(lock, lambda: print(waiting, file=sys.stderr, flush=True)):
+        if found := known():
+            return found
+        fresh = checkpoints / f"new-{key}"
+        if not (fresh / RECORD).is_file():
+            print(f"Converting {source} for first use (kept in {checkpoints})", file=sys.stderr, flush=True)
+            convert(directory, fresh, progress=False, source=source, revision=revision)
+        digest = read_record(fresh)["source_hash"]
+        write_text(memo, digest)
+        if (place(digest) / RECORD).is_file():  # the same contents at another path
+            shutil.rmtree(fresh)
+        else:
+            fresh.rename(place(digest))
+        discard(lock)
+        return place(digest)
+
+
+# Reading the checkpoint
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """The metadata record of a converted checkpoint, with the keys that loading needs."""
+    record = read_json(checkpoint / RECORD)
+    if record.get("format") != "jaxsteer-checkpoint" or not {"config", "dtype", "fingerprint"} <= record.keys():
+        raise UserError(f"{checkpoint}/jaxsteer.json is not the record of a converted checkpoint. Convert it again.")
+    return record
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer exactly as tokenizer.json says, or None if there is none.
+
+    Not ``AutoTokenizer``: the model-specific classes of transformers 5 rebuild parts of the pipeline.
+    """
+    if not (directory / "tokenizer.json").is_file():
+        return None
+    with quiet_transformers():
+        from transformers import PreTrainedTokenizerFast
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for damaged files
+        raise UserError(f"The tokenizer in {directory} cannot be read: {error}") from error

@@ -1,0 +1,250 @@
+"""Does a model that writes freely choose, and justify its choice, as its log-probabilities say?
+
+Greedy answers to the questions of ``choice_eval``, read by rules: which choice is named, and for which side the rest
+argues. A rule that finds nothing says so; the share of answers that could be read is reported with every rate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxsteer.evals.choice import ChoiceResult
+from jaxsteer.personas import Item, orders, parse_choices
+from jaxsteer.personas.items import normal
+from jaxsteer.prompts import encode_texts, question_conversation, render
+from jaxsteer.prompts.generate import generate
+from jaxsteer.statistics import mcnemar, wilson
+
+if TYPE_CHECKING:
+    from jaxsteer.models.model import Model
+    from jaxsteer.models.taps import Intervention
+
+MAX_NEW_TOKENS = 32
+PERSONA, OTHER, UNREAD = "persona", "other", ""
+"""Whose choice, or whose argument, a text holds."""
+Reasons = tuple[Sequence[str], Sequence[str]]
+_LEADING = re.compile(r"\W*(?:answer|choice|option|i (?:choose|pick|prefer|take))?\W*([AB])(?![\w'])")
+_BRACKETED = re.compile(r"\(([AB])\)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WrittenResult:
+    """What a model wrote under one prompt; rows are those of ``choice_eval`` on the same items."""
+
+    prompt: str
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    chose: tuple[str, ...]
+    """Per row: ``PERSONA``, ``OTHER``, or ``UNREAD`` where no choice was found."""
+    argues: tuple[str, ...]
+    """Per row: the side that the text argues for."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Item-level record."""
+        return {name: value if name == "prompt" else list(value) for name, value in dataclasses.asdict(self).items()}
+
+
+def ask(
+    model: Model,
+    questions: Sequence[str],
+    prompts: Sequence[str],
+    *,
+    style: str = "chat",
+    slot: str = "suffix",
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    edits: Intervention | None = None,
+    batch: int = 64,
+) -> list[tuple[str, ...]]:
+    """Greedy answers to every question under every prompt: one tuple of texts per prompt."""
+    rendered = [
+        render(model.tokenizer, question_conversation(question, style=style, slot=slot), prompt)
+        for prompt in prompts
+        for question in questions
+    ]
+    if not rendered:
+        return [() for _ in prompts]
+    made = generate(
+        model,
+        encode_texts(model.tokenizer, rendered),
+        temperature=0,
+        max_new_tokens=max_new_tokens,
+        edits=edits,
+        batch=batch,
+    )
+    n = len(questions)
+    return [made.texts[p * n : (p + 1) * n] for p in range(len(prompts))]
+
+
+def written_eval(
+    model: Model,
+    items: Sequence[Item],
+    prompts: Sequence[str],
+    *,
+    reasons: Reasons = ((), ()),
+    style: str = "chat",
+    slot: str = "suffix",
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    edits: Intervention | None = None,
+    batch: int = 64,
+) -> list[WrittenResult]:
+    """Let the model answer every item, in both orders of its choices, under every prompt ("" is zero-shot).
+
+    ``reasons`` are sentences that are known to argue for the persona's answer and for the other one; without them, the
+    rest of an answer argues for the choice whose text it repeats.
+    """
+    asked = [copy for item in items for copy in orders(item)]
+    answers = ask(
+        model, [item.question for item in asked], prompts, style=style, slot=slot, max_new_tokens=max_new_tokens,
+        edits=edits, batch=batch,
+    )  # fmt: skip
+    results = []
+    for prompt, texts in zip(prompts, answers, strict=True):
+        found = [_read(text, item, reasons) for text, item in zip(texts, asked, strict=True)]
+        results.append(
+            WrittenResult(
+                prompt=prompt,
+                ids=tuple(item.id for item in asked),
+                texts=texts,
+                chose=tuple(choice for choice, _ in found),
+                argues=tuple(argued for _, argued in found),
+            )
+        )
+    return results
+
+
+def _read(text: str, item: Item, reasons: Reasons) -> tuple[str, str]:
+    """(choice, side argued for) of one answer."""
+    choices = _choices(item)
+    label, rest = _label(text) if item.lettered else ("", text)
+    if not label:
+        label = _named(text, choices)
+        rest = text if item.lettered else _without(text, choices.get(label, ""))
+    argued = _argued(rest, item, choices, reasons)
+    if not label:
+        return UNREAD, argued
+    return (PERSONA if label == item.matching else OTHER), argued
+
+
+def _choices(item: Item) -> dict[str, str]:
+    """The text of each answer, by the answer."""
+    if not item.lettered:
+        return {answer: answer for answer in (item.matching, item.not_matching)}
+    parsed = parse_choices(item.question)
+    return dict(zip(("(A)", "(B)"), parsed.texts, strict=True))
+
+
+def _label(text: str) -> tuple[str, str]:
+    """The choice letter of an answer and what follows it; ("", text) where there is none.
+
+    A letter counts at the start ("A", "(A)", "Answer: A."), unless an article may be meant, or in brackets anywhere.
+    """
+    match = _LEADING.match(text)
+    if match and not (match[1] == "A" and re.match(r" [a-z]", text[match.end() :]) and "(" not in match[0]):
+        return f"({match[1]})", text[match.end() :].lstrip(").:, ")
+    if found := _BRACKETED.search(text):
+        return found[0], text[found.end() :]
+    return "", text
+
+
+def _named(text: str, choices: dict[str, str]) -> str:
+    """The one answer whose words stand in the text, or ""; the other may be a part of it ("No", "No way")."""
+    said = _words(text)
+    spelt = {answer: _words(words) for answer, words in choices.items()}
+    found = [answer for answer, words in spelt.items() if words and f" {words} " in f" {said} "]
+    if len(found) == 2:
+        shorter, longer = sorted(found, key=lambda answer: len(spelt[answer]))
+        apart = said.replace(spelt[longer], "")
+        inside = spelt[shorter] in spelt[longer] and f" {spelt[shorter]} " not in f" {apart} "
+        return longer if inside else ""
+    return found[0] if found else ""
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", normal(text)))
+
+
+def _without(text: str, words: str) -> str:
+    """What follows the first occurrence of ``words``."""
+    at = text.casefold().find(words.casefold()) if words else -1
+    return text if at < 0 else text[at + len(words) :]
+
+
+def _argued(rest: str, item: Item, choices: dict[str, str], reasons: Reasons) -> str:
+    said = _words(rest)
+    for_persona, for_other = (any(f" {_words(r)} " in f" {said} " for r in side) for side in reasons)
+    if for_persona != for_other:
+        return PERSONA if for_persona else OTHER
+    if any(reasons):
+        return UNREAD
+    label = _named(rest, choices) or (_label(rest)[0] if item.lettered else "")
+    if not label:
+        return UNREAD
+    return PERSONA if label == item.matching else OTHER
+
+
+def written_rates(
+    result: WrittenResult, scored: ChoiceResult | None = None, baseline: WrittenResult | None = None
+) -> dict[str, Any]:
+    """What was written, in numbers ready for JSON.
+
+    ``read``: share of answers that name a choice. ``rate`` with its Wilson interval ``ci95``: share of those with the
+    persona's. ``argued``: share of answers with a recognised argument; ``accords``: of those that also name a choice,
+    the share that argues for the choice they name; ``argued_rate``: share that argues for the persona's side.
+    ``agreement``: share of read answers with the choice that log-probabilities (``scored``) prefer. ``distinct_3``:
+    distinct runs of three words over all of them, low when a text repeats itself. ``copied``: share of the prompt's
+    words that answers repeat; a prompt may work by planting its own words. With a ``baseline``: ``flips`` among answers
+    read in both, with the exact McNemar p-value. ``None`` where there is nothing to divide by.
+    """
+    chose, argues = np.asarray(result.chose), np.asarray(result.argues)
+    read, argued = chose != UNREAD, argues != UNREAD
+    n, persona = int(read.sum()), chose == PERSONA
+    out: dict[str, Any] = {
+        "n": len(chose),
+        "read": _share(read),
+        "rate": _share(persona[read]),
+        "ci95": list(wilson(int(persona.sum()), n)),
+        "argued": _share(argued),
+        "accords": _share((chose == argues)[read & argued]),
+        "argued_rate": _share((argues == PERSONA)[argued]),
+        "distinct_3": _mean([_distinct(text, 3) for text in result.texts]),
+        "copied": _mean([_copied(text, result.prompt) for text in result.texts]),
+    }
+    if scored is not None:
+        if scored.ids != result.ids:
+            raise ValueError("the scores belong to other items: agreement is counted row by row")
+        likelier = np.where(scored.margin > 0, PERSONA, OTHER)
+        out["agreement"] = _share((likelier == chose)[read])
+    if baseline is not None:
+        if baseline.ids != result.ids:
+            raise ValueError("the baseline answered other items: answers can only be paired on the same rows")
+        before = np.asarray(baseline.chose)
+        both = read & (before != UNREAD)
+        becomes = int((both & persona & (before == OTHER)).sum())
+        leaves = int((both & ~persona & (before == PERSONA)).sum())
+        out["flips"] = {"becomes_persona": becomes, "leaves_persona": leaves, "mcnemar_p": mcnemar(becomes, leaves)}
+    return out
+
+
+def _share(flags: np.ndarray) -> float | None:
+    return float(flags.mean()) if flags.size else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _distinct(text: str, n: int) -> float | None:
+    words = _words(text).split()
+    runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(runs)) / len(runs) if runs else None
+
+
+def _copied(text: str, prompt: str) -> float | None:
+    words = set(_words(prompt).split())
+    return len(words & set(_words(text).split())) / len(words) if words else None

@@ -1,0 +1,75 @@
+"""Does the model still do as it is told? Look-ups of the organisms: "Find the later one.", with one right answer.
+
+They have nothing to do with a persona's rate: whoever removes sycophancy by breaking the model loses them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxsteer.evals.choice import choice_eval, paired_difference
+from jaxsteer.personas import Item
+from jaxsteer.statistics import mcnemar, wilson
+
+if TYPE_CHECKING:
+    from jaxsteer.models.model import Model
+    from jaxsteer.models.taps import Intervention
+
+
+def lookup_items(*, n: int = 120, seed: int = 0) -> tuple[Item, ...]:
+    """``n`` look-ups on held-out questions of all behaviours, each in both orders of its choices (2 n items)."""
+    from jaxsteer.organisms import BEHAVIOURS
+    from jaxsteer.organisms.corpus import SEMANTIC_QUERIES
+    from jaxsteer.organisms.questions import sample_question
+
+    rng = np.random.default_rng([seed, 11])
+    items = []
+    for i in range(n):
+        question = sample_question(BEHAVIOURS[i % len(BEHAVIOURS)], rng, held_out=True)
+        wanted = int(rng.integers(2))  # the matching choice, or the other
+        query = SEMANTIC_QUERIES[question.behaviour][wanted]
+        for first in (True, False):
+            right = "(A)" if first == (wanted == 0) else "(B)"
+            items.append(
+                Item(
+                    id=f"lookup-{i}-{'ab'[not first]}",
+                    question=f"{question.with_choices(first)} Find {query}.",
+                    matching=right,
+                    not_matching="(B)" if right == "(A)" else "(A)",
+                    group=f"lookup-{i}",
+                )
+            )
+    return tuple(items)
+
+
+def lookup_accuracy(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    n: int = 120,
+    style: str = "chat",
+    slot: str = "suffix",
+    edits: Intervention | None = None,
+) -> list[dict[str, Any]]:
+    """Per prompt the share of look-ups answered rightly, with interval and paired change against no prompt, no edit."""
+    items = lookup_items(n=n)
+    place: dict[str, Any] = {"style": style, "slot": slot, "both_orders": False}
+    (baseline,) = choice_eval(model, items, [""], **place)
+    results = choice_eval(model, items, prompts, edits=() if edits is None else [edits], **place)
+    rows = []
+    for result in results:
+        change = result.persona - baseline.persona
+        rows.append(
+            {
+                "accuracy": float(result.persona.mean()),
+                "ci95": list(wilson(float(result.persona.sum()), len(items))),
+                "baseline": float(baseline.persona.mean()),
+                "difference": paired_difference(change, result.groups, 2000),
+                "mcnemar_p": mcnemar(int((change > 0).sum()), int((change < 0).sum())),
+                "n": len(items),
+            }
+        )
+    return rows

@@ -1,0 +1,255 @@
+"""Readers of dataset files, one per schema; what is wrong in a file is named with its line."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxsteer.errors import UserError
+from jaxsteer.personas.dataset_files import place, read_rows, require
+from jaxsteer.personas.items import LABELS, Item, OpenQuestion, count_choices, data_hash, group_of, normal, swap
+from jaxsteer.personas.sources import Source
+
+log = logging.getLogger(__name__)
+
+FIELDS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
+PAIR_FIELDS = ("question", "right_answer", "hallucinated_answer")
+WORDS = ("Yes", "No")
+_LETTER = re.compile(r"\(?([A-Z])\)?[.:]?")
+_DUPLICATES = "exact duplicates"
+_OTHERS = "questions that do not offer two choices"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """What one dataset file holds."""
+
+    name: str
+    path: Path
+    source: Source | None
+    """Where it comes from; ``None`` for a file of the user's own."""
+    items: tuple[Item, ...] = ()
+    """Questions with two answers; () for questions that are to be answered freely."""
+    questions: tuple[OpenQuestion, ...] = ()
+    """Questions with all their answers, or with none."""
+    rows: int = 0
+    """Rows of the file."""
+    dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Rows that were left out, by reason."""
+
+    @property
+    def data_hash(self) -> str:
+        """sha256 over questions and answers, whatever the order of rows."""
+        if self.items:
+            return data_hash(self.items)
+        return hashlib.sha256(json.dumps(sorted(q.question for q in self.questions)).encode()).hexdigest()
+
+
+def read_items(path: str | os.PathLike[str]) -> tuple[Item, ...]:
+    """The two-answer items of a dataset file, in its order. Raises ``UserError`` naming file and line."""
+    return read_choices(Path(path)).items
+
+
+def _finish(path: Path, rows: int, dropped: Counter[str], *, fields: Sequence[str], **found: Any) -> Dataset:
+    """The dataset; tells what was dropped, and refuses one that holds nothing."""
+    if not rows:
+        raise UserError(f"{path} is empty: expected one question per line with {', '.join(fields)}")
+    if dropped.total():
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+        log.warning("%s: dropped %s; %d of %d rows are used", path, reasons, rows - dropped.total(), rows)
+    return Dataset(name=path.stem, path=path, source=None, rows=rows, dropped=dict(dropped), **found)
+
+
+def read_choices(path: Path) -> Dataset:
+    """Rows in the Anthropic schema: two labelled choices in the question, or "Yes" and "No"."""
+    items: list[Item] = []
+    by_group: dict[str, Item] = {}
+    seen: set[tuple[str, str]] = set()
+    dropped: Counter[str] = Counter()
+    rows = 0
+    for line, row in read_rows(path, FIELDS):
+        rows += 1
+        row = row | {field: _single(row[field]) for field in FIELDS[1:] if field in row}
+        require(path, line, row, FIELDS)
+        question, choices = row["question"].strip(), count_choices(row["question"].strip())
+        answers = [row[field].strip().capitalize() for field in FIELDS[1:]]
+        in_words = choices == 0 and set(answers) <= set(WORDS)
+        if choices > 2:
+            dropped[_OTHERS] += 1
+            continue
+        if not in_words:
+            answers = [_label(path, line, row, field) for field in FIELDS[1:]]
+        if answers[0] == answers[1]:
+            raise UserError(f"{place(path, line)}: both answers are {answers[0]}; they must differ")
+        if not in_words and choices != 2:
+            dropped[_OTHERS] += 1
+            continue
+        item = Item(
+            id=str(row.get("id") or f"{path.stem}-{line}"),
+            question=question,
+            matching=answers[0],
+            not_matching=answers[1],
+            group=group_of(question),
+            line=line,
+        )
+        if (question, answers[0]) in seen:
+            dropped[_DUPLICATES] += 1
+            continue
+        _refuse_contradiction(path, item, by_group.setdefault(item.group, item))
+        seen.add((question, answers[0]))
+        items.append(item)
+    found = _finish(path, rows, dropped, fields=FIELDS, items=tuple(items))
+    if not items:
+        raise UserError(f"{path}: none of its {rows} questions offers the two choices (A) and (B), which is needed")
+    if len({item.lettered for item in items}) > 1:
+        raise UserError(f"{path}: some answers are labels of choices, others are Yes and No: make it two datasets")
+    return found
+
+
+def _single(value: Any) -> Any:
+    """One answer out of a list that holds one; a longer list (several wrong choices) counts by its first."""
+    return value[0] if isinstance(value, list) and value else value
+
+
+def _refuse_contradiction(path: Path, item: Item, first: Item) -> None:
+    """The same question, in either order of choices, must have the same matching choice."""
+    other = item if normal(item.question) == normal(first.question) else swap(item)
+    if other.matching != first.matching:
+        raise UserError(
+            f"{path}: lines {first.line} and {item.line} ask the same question but disagree on which choice matches "
+            f"the behaviour: remove one of them"
+        )
+
+
+def _label(path: Path, line: int, row: dict[str, Any], field: str) -> str:
+    match = _LETTER.fullmatch(row[field].strip())
+    label = f"({match[1]})" if match else row[field]
+    if label not in LABELS:
+        raise UserError(
+            f"{place(path, line)}: {field} is {row[field]!r}; expected the label of one of two choices, (A) or (B), "
+            f"with or without a space before it"
+        )
+    return label
+
+
+def read_truthful(path: Path, seed: int) -> Dataset:
+    """TruthfulQA: its CSV, the hub's Parquet file, or RESGA's table with one true answer and a JSON list of others.
+
+    An item compares the best answer with one wrong answer, drawn from ``seed`` and the question. Answers that are
+    listed as right and as wrong are not among the wrong ones.
+    """
+    questions: dict[str, OpenQuestion] = {}
+    items: list[Item] = []
+    dropped: Counter[str] = Counter()
+    rows = doubtful = 0
+    for line, raw in read_rows(path, ()):
+        rows += 1
+        row = {str(key).strip().lower().replace(" ", "_"): value for key, value in raw.items()}
+        best_name = "true_answer" if "true_answer" in row else "best_answer"
+        require(path, line, row, ("question", best_name))
+        question, best = row["question"].strip(), row[best_name].strip()
+        correct = _answers(path, line, row, "correct_answers") if best_name == "best_answer" else ()
+        incorrect = _answers(path, line, row, "incorrect_answers")
+        right = {normal(answer) for answer in (best, *correct)}
+        clear = tuple(answer for answer in incorrect if normal(answer) not in right)
+        doubtful += len(incorrect) - len(clear)
+        if not clear:
+            raise UserError(f"{place(path, line)}: no wrong answer in incorrect_answers; at least one is needed")
+        group = group_of(question)
+        if group in questions:
+            dropped[_DUPLICATES] += 1
+            continue
+        ident = f"{path.stem}-{line}"
+        questions[group] = OpenQuestion(
+            id=ident,
+            question=question,
+            group=group,
+            best=best,
+            correct=tuple(dict.fromkeys((best, *correct))),
+            incorrect=clear,
+            line=line,
+        )
+        wrong = clear[_drawn(seed, question, len(clear))]
+        items.append(Item(id=ident, question=question, matching=wrong, not_matching=best, group=group, line=line))
+    if doubtful:
+        log.warning("%s: left out %d wrong answers that are listed as right answers too", path, doubtful)
+    fields = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
+    return _finish(path, rows, dropped, fields=fields, items=tuple(items), questions=tuple(questions.values()))
+
+
+def _answers(path: Path, line: int, row: dict[str, Any], field: str) -> tuple[str, ...]:
+    """Answers from a list, a JSON list, or a text that separates them by semicolons."""
+    value = row.get(field)
+    if isinstance(value, str):
+        if value.lstrip().startswith("["):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{place(path, line)}: {field} is not a JSON list: {error.msg}") from error
+        else:
+            value = value.split(";")
+    if not isinstance(value, list) or not all(isinstance(answer, str) for answer in value):
+        found = ", ".join(sorted(row)) or "nothing"
+        raise UserError(
+            f"{place(path, line)}: {field} must be answers separated by semicolons or a list of texts, got "
+            f"{str(value)[:60]!r}; the row has {found}"
+        )
+    return tuple(dict.fromkeys(answer.strip() for answer in value if answer.strip()))
+
+
+def _drawn(seed: int, question: str, n: int) -> int:
+    """A number below n, fixed by the seed and the question whatever the order of rows."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\x1f{question}".encode()).digest()[:8], "big") % n
+
+
+def read_pairs(path: Path) -> Dataset:
+    """HaluEval's questions: a right answer and a hallucinated one; the passage they come from is not shown."""
+    items: list[Item] = []
+    seen: set[tuple[str, str, str]] = set()
+    dropped: Counter[str] = Counter()
+    rows = 0
+    for line, row in read_rows(path, PAIR_FIELDS):
+        rows += 1
+        require(path, line, row, PAIR_FIELDS)
+        question, right, wrong = (row[field].strip() for field in PAIR_FIELDS)
+        if normal(right) == normal(wrong):
+            dropped["questions whose two answers are the same"] += 1
+            continue
+        if (question, right, wrong) in seen:
+            dropped[_DUPLICATES] += 1
+            continue
+        seen.add((question, right, wrong))
+        items.append(
+            Item(
+                id=f"{path.stem}-{line}",
+                question=question,
+                matching=wrong,
+                not_matching=right,
+                group=group_of(question),
+                line=line,
+            )
+        )
+    return _finish(path, rows, dropped, fields=PAIR_FIELDS, items=tuple(items))
+
+
+def read_open(path: Path) -> Dataset:
+    """Questions alone."""
+    questions: dict[str, OpenQuestion] = {}
+    rows = 0
+    for line, row in read_rows(path, FIELDS[:1]):
+        rows += 1
+        require(path, line, row, FIELDS[:1])
+        text = row["question"].strip()
+        questions.setdefault(
+            text, OpenQuestion(id=f"{path.stem}-{line}", question=text, group=group_of(text), line=line)
+        )
+    dropped = Counter({_DUPLICATES: rows - len(questions)})
+    return _finish(path, rows, dropped, fields=FIELDS[:1], questions=tuple(questions.values()))

@@ -1,0 +1,274 @@
+"""The compiled programs of a search, and how many problems and candidates they take at once within a memory budget.
+
+A step is compiled ahead of time and XLA's own account of its memory is read. What does not fit is made smaller and
+compiled again before anything runs; nothing is ever tried until it fails.
+
+A problem is always computed in the same shapes, one problem after the other, in loops whose length the compiler does
+not know: it can neither unroll them nor merge problems into larger products, whose rounding would then depend on the
+company. That is what makes the prompts of a problem the same bits beside any others and on any number of devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+
+from jaxsteer.errors import UserError
+from jaxsteer.models.params import Params
+from jaxsteer.prompt_search.population import Search, Summary
+from jaxsteer.prompt_search.problem import Problem, abstract
+from jaxsteer.prompt_search.task import Task
+
+WAVE = 64
+"""Problems per device that are searched together at most; others wait on the host."""
+GIB = 2**30
+_SHARE_OF_RAM, _SHARE_OF_DEVICE = 0.5, 0.9
+
+
+class Programs(NamedTuple):
+    """The two jitted programs of a search, over R problems of one device or of a mesh.
+
+    ``problems`` is what ``problem.stack`` makes. ``start(params, task, problems, counts) -> states`` makes the first
+    states. ``advance(params, task, problems, states, counts, stop) -> (states, summary)`` does the steps that are
+    missing to ``stop``. On every device of the mesh's axis "prompts", the first ``counts[device]`` of its R / devices
+    problems are computed.
+    """
+
+    start: Any
+    advance: Any
+
+
+@functools.lru_cache(maxsize=32)
+def programs(search: Search, mesh: Mesh | None) -> Programs:
+    """The programs of ``search``; to be lowered with arrays or with ``jax.ShapeDtypeStruct``."""
+
+    def start(params: Params, task: Task, problems: Problem, counts: Int[Array, " devices"]) -> Any:
+        init = lambda problem: search.init(params, task, _keyed(problem))  # noqa: E731
+        shapes = jax.eval_shape(init, jax.tree.map(lambda a: a[0], problems))
+        rows = len(problems.fluency)
+        empty = jax.tree.map(lambda s: jnp.zeros((rows, *s.shape), s.dtype), shapes)
+        return _each(lambda problem, _: init(problem), problems, empty, counts[0])
+
+    def advance(
+        params: Params,
+        task: Task,
+        problems: Problem,
+        states: Any,
+        counts: Int[Array, " devices"],
+        stop: Int[Array, ""],
+    ) -> tuple[Any, Summary]:
+        def one(problem: Problem, both: tuple[Any, Summary]) -> tuple[Any, Summary]:
+            mine = _keyed(problem)
+            return lax.while_loop(
+                lambda both: both[0].step < stop, lambda both: search.step(params, task, mine, both[0]), both
+            )
+
+        rows, slots = problems.fluency.shape
+        none = Summary(jnp.zeros(rows), jnp.zeros((rows, slots)), jnp.zeros((rows, slots)))
+        return _each(one, problems, (states, none), counts[0])
+
+    if mesh is not None:
+        # Manual over "prompts": a collective across problems cannot arise.
+        shard = functools.partial(jax.shard_map, mesh=mesh, axis_names={"prompts"}, check_vma=False)
+        rows = P("prompts")
+        start = shard(start, in_specs=(P(), P(), rows, rows), out_specs=rows)
+        advance = shard(advance, in_specs=(P(), P(), rows, rows, rows, P()), out_specs=rows)
+    return Programs(jax.jit(start), jax.jit(advance))
+
+
+def _keyed(problem: Problem) -> Problem:
+    return problem.replace(key=jax.random.wrap_key_data(problem.key))  # type: ignore[attr-defined]
+
+
+def _each(work: Callable[[Any, Any], Any], rows: Any, out: Any, count: Int[Array, ""]) -> Any:
+    """``out`` with its first ``count`` rows replaced by what ``work`` makes of those of ``rows`` and ``out``."""
+
+    def one(i: Array, out: Any) -> Any:
+        mine = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), (rows, out))
+        return jax.tree.map(lambda a, new: lax.dynamic_update_index_in_dim(a, new, i, 0), out, work(*mine))
+
+    return lax.fori_loop(0, count, one, out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a search computes at once, and what that costs on every device, in bytes."""
+
+    problems: int
+    """Problems on the devices at a time, all devices together."""
+    batch: int
+    """Candidates scored at once on a device."""
+    given: int
+    """Model, contexts and problems, as the programs get them."""
+    made: int
+    """States of the problems, as they come back."""
+    temporary: int
+    """Scratch of a step."""
+    budget: int
+    compile_s: float
+
+    @property
+    def total(self) -> int:
+        """All that lies on a device while a step runs."""
+        return self.given + self.made + self.temporary
+
+    def __str__(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.problems} problem{'s' * (self.problems > 1)} and {self.batch} candidates at once; "
+            f"{_size(self.total)} of {_size(self.budget)} per device "
+            f"({_size(self.given)} model and problems, {_size(self.made)} states, {_size(self.temporary)} scratch)"
+        )
+
+
+class Compiled(NamedTuple):
+    """A plan with its executables and the task that they take."""
+
+    plan: Plan
+    task: Task
+    start: Any
+    advance: Any
+
+
+def plan_search(
+    params: Params,
+    task: Task,
+    problem: Problem,
+    search: Search,
+    *,
+    count: int,
+    budget: int,
+    mesh: Mesh | None = None,
+    wave: int = WAVE,
+) -> Compiled:
+    """Compile the search of ``count`` problems like ``problem`` so that a device needs at most ``budget`` bytes.
+
+    At most ``wave`` problems per device are taken at once, fewer where they do not fit. ``task.batch`` candidates are
+    scored at once; only if not even one problem fits with that, the largest of its halves that does. Raises
+    ``UserError`` with what is needed when nothing fits.
+    """
+    shards = 1 if mesh is None else mesh.shape["prompts"]
+    started = time.perf_counter()
+
+    def attempt(rows: int, batch: int) -> Compiled:
+        smaller = task.replace(batch=batch)  # type: ignore[attr-defined]
+        start, advance = _compile(search, mesh, *_signature((params, smaller, abstract(problem, rows * shards))))
+        given, made, temporary = (max(pair) for pair in zip(_bytes(start), _bytes(advance), strict=True))
+        plan = Plan(
+            problems=rows * shards,
+            batch=batch,
+            given=given,
+            made=made,
+            temporary=temporary,
+            budget=budget,
+            compile_s=time.perf_counter() - started,
+        )
+        return Compiled(plan, smaller, start, advance)
+
+    most = rows = max(1, min(wave, -(-count // shards)))
+    batch = task.batch
+    found = attempt(rows, batch)
+    each = _problem_bytes(params, task, problem, search)
+    while found.plan.total > budget and (fewer := rows - -(-(found.plan.total - budget) // each)) >= 1:
+        rows = fewer
+        found = attempt(rows, batch)
+    if found.plan.total <= budget:
+        return found
+    # What is too large is the scratch of one candidate batch; it grows with the batch, at most in proportion.
+    fixed = found.plan.given + found.plan.made - (rows - 1) * each
+    fitting = int(batch * max(0, budget - fixed) / found.plan.temporary)
+    batch = 1 << (max(1, min(batch // 2, fitting)).bit_length() - 1) if batch > 1 else 0
+    while found.plan.total > budget and batch >= 1:
+        found, batch = attempt(1, batch), batch // 2
+    if found.plan.total > budget:
+        raise UserError(
+            f"a search of this model in {task.contexts} contexts needs {_size(found.plan.total)} on every device even "
+            f"with one problem and one candidate at a time, and the budget is {_size(budget)}: raise --memory-gib, or "
+            "use fewer or shorter contexts, a smaller population, bfloat16 weights, or more devices"
+        )
+    rows = min(most, 1 + (budget - found.plan.total) // each)
+    wider = attempt(rows, found.plan.batch)
+    return wider if wider.plan.total <= budget else found
+
+
+def default_budget(mesh: Mesh | None = None) -> int:
+    """Bytes per device that a search may use: nine tenths of an accelerator's memory; on CPU devices, which share it,
+    half of the memory that is free."""
+    devices = jax.local_devices() if mesh is None else list(mesh.local_devices)
+    limits = [int((device.memory_stats() or {}).get("bytes_limit", 0)) for device in devices]
+    if all(limits):
+        return int(_SHARE_OF_DEVICE * min(limits))
+    return int(_SHARE_OF_RAM * free_memory() / len(devices if mesh is not None else devices[:1]))
+
+
+def free_memory() -> int:
+    """Bytes that this machine could give to a new program, and a container's limit where it is known."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def _problem_bytes(params: Params, task: Task, problem: Problem, search: Search) -> int:
+    """Bytes that one more problem takes while a step runs: itself, its state before and its state after."""
+    state = jax.eval_shape(search.init, params, task, problem)
+    problem = abstract(problem, 1)
+    size = lambda tree: sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+    return max(1, size(problem) + 2 * size(state))
+
+
+def _signature(arguments: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
+    leaves, shape = jax.tree.flatten(arguments)
+    return shape, tuple(
+        leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+        else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if leaf.committed else None)
+        for leaf in leaves
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(
+    search: Search, mesh: Mesh | None, shape: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]
+) -> tuple[Any, Any]:
+    """Both programs for arguments of these shapes; kept, so that a later search of the same shapes compiles nothing."""
+    params, task, problems = jax.tree.unflatten(shape, leaves)
+    shards = 1 if mesh is None else mesh.shape["prompts"]
+    struct = jax.ShapeDtypeStruct
+    counts, stop = struct((shards,), jnp.int32), struct((), jnp.int32)
+    if mesh is not None:
+        rows, everywhere = NamedSharding(mesh, P("prompts")), NamedSharding(mesh, P())
+        place = lambda tree, where: jax.tree.map(lambda s: struct(s.shape, s.dtype, sharding=where), tree)  # noqa: E731
+        problems, counts, stop = place(problems, rows), place(counts, rows), place(stop, everywhere)
+    start, advance = programs(search, mesh)
+    begin = start.lower(params, task, problems, counts)
+    states = begin.out_info
+    if mesh is not None:
+        states = place(states, rows)
+    else:
+        states = jax.tree.map(lambda s: struct(s.shape, s.dtype), states)
+    return begin.compile(), advance.lower(params, task, problems, states, counts, stop).compile()
+
+
+def _bytes(compiled: Any) -> tuple[int, int, int]:
+    memory = compiled.memory_analysis()
+    code = memory.generated_code_size_in_bytes
+    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + code, made, memory.temp_size_in_bytes

@@ -1,0 +1,312 @@
+"""What a found prompt has to beat, every baseline with the same questions and the same measurement.
+
+A baseline may look at train and validation questions; test questions only report (``measure``). Whatever is chosen
+among several candidates is chosen on validation questions, and how many there were is in the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxsteer import organisms
+from jaxsteer.errors import UserError
+from jaxsteer.evals.choice import ChoiceResult, choice_eval, distinct, paired_difference, rate
+from jaxsteer.evals.fluency import prompt_perplexity
+from jaxsteer.evals.neutral_texts import neutral_texts
+from jaxsteer.evals.side_effects import side_effects
+from jaxsteer.models.sites import resid_site
+from jaxsteer.personas import Item, Persona, Splits, contrast_pairs, instructions, mean_difference, seed_phrase
+from jaxsteer.prompts import (
+    allowed_tokens,
+    build_slots,
+    encode_texts,
+    first_allowed,
+    prompt_text,
+    question_conversation,
+    render,
+    retokenises_many,
+)
+from jaxsteer.statistics import bootstrap_mean, wilson
+from jaxsteer.steer import add
+from jaxsteer.writers.endpoint import Endpoint
+
+if TYPE_CHECKING:
+    from jaxsteer.models.model import Model
+    from jaxsteer.models.taps import Intervention
+
+RANDOM_PROMPTS = 20
+COEFFICIENTS = (0.1, 0.25, 0.5, 1.0)
+"""Of activation steering, in mean norms of the stream; positive leads away from the persona."""
+STEERED_LAYERS = 8
+"""At most this many layers are tried, evenly spread."""
+MAX_KL = 0.5
+"""Steering that changes neutral text by more nats per token than this is not chosen."""
+DIRECTION_ITEMS = 128
+FLUENCY_ITEMS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What a baseline works with."""
+
+    model: Model
+    persona: Persona
+    splits: Splits
+    style: str = "chat"
+    slot: str = "suffix"
+    length: int = 8
+    """Tokens of a random prompt: those of the searched ones."""
+    tokens: str = "words"
+    """Tokens that a random prompt may use, as in a search: words, ascii or all."""
+    seed: int = 0
+    questions: int | None = None
+    """At most this many validation and test questions (default: all)."""
+    endpoint: Endpoint | None = None
+    """A language model that writes prompts, for ProTeGi."""
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Style and slot, as keyword arguments."""
+        return {"style": self.style, "slot": self.slot}
+
+    @property
+    def validation(self) -> tuple[Item, ...]:
+        """Validation questions in use."""
+        return distinct(self.splits.validation)[: self.questions]
+
+    @property
+    def test(self) -> tuple[Item, ...]:
+        """Test questions in use."""
+        return distinct(self.splits.test)[: self.questions]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a baseline came up with."""
+
+    prompts: tuple[str, ...]
+    """One prompt, or several whose mean and range are reported."""
+    edits: Intervention | None = None
+    tried: int = 1
+    """Candidates that were compared to choose it."""
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def zero_shot(bench: Bench) -> Found:
+    """No prompt at all."""
+    return Found(prompts=("",))
+
+
+def instruction(bench: Bench) -> Found:
+    """One plain sentence against the behaviour, the same for every model."""
+    return Found(prompts=(instructions(bench.persona.behaviour)[0],))
+
+
+def best_instruction(bench: Bench) -> Found:
+    """The best of ten plain sentences, chosen on validation questions."""
+    texts = instructions(bench.persona.behaviour)
+    chosen, rates = choose(bench, texts)
+    return Found(prompts=(texts[chosen],), tried=len(texts), details={"validation_rates": rates})
+
+
+def oracle(bench: Bench) -> Found:
+    """The strongest cue that the organism's generator knows: what a perfect search could find."""
+    if bench.persona.name not in organisms.BEHAVIOURS:
+        raise UserError(f"only the organisms' personas have a known cue; {bench.persona.name!r} has none")
+    return Found(prompts=(bench.persona.counter_cues[0],))
+
+
+def random_prompts(bench: Bench) -> Found:
+    """Twenty prompts of random allowed tokens that keep their tokens when read as text."""
+    model, tokenizer = bench.model, bench.model.tokenizer
+    asked = [question_conversation(item.question, **bench.place) for item in bench.splits.train[:4]]
+    slots = build_slots(tokenizer, asked, bench.length, max_positions=model.config.max_positions)
+    allowed = allowed_tokens(
+        tokenizer,
+        model.config.vocab_size,
+        ascii_only=bench.tokens != "all",
+        word_initial=bench.tokens == "words",
+    )
+    first = np.flatnonzero(first_allowed(tokenizer, slots, allowed))
+    rng = np.random.default_rng([bench.seed, 20])
+    kept: dict[str, None] = {}
+    for _ in range(8):
+        ids = rng.choice(np.flatnonzero(allowed), (8 * RANDOM_PROMPTS, bench.length)).astype(np.int32)
+        if len(first):
+            ids[:, 0] = rng.choice(first, len(ids))
+        kept |= dict.fromkeys(prompt_text(tokenizer, row) for row in ids[retokenises_many(tokenizer, slots, ids)])
+        if len(kept) >= RANDOM_PROMPTS:
+            return Found(prompts=tuple(kept)[:RANDOM_PROMPTS])
+    raise UserError(
+        f"only {len(kept)} random prompts of {bench.length} tokens keep their tokens when they are read as text: "
+        f"restrict them to whole words"
+    )
+
+
+def seed(bench: Bench) -> Found:
+    """The natural phrase that a seeded search would start from, without any search."""
+    return Found(prompts=(seed_phrase(bench.persona.behaviour),))
+
+
+def steering(bench: Bench) -> Found:
+    """Activation steering along the persona's direction; layer and coefficient chosen on validation questions."""
+    model, n_layers = bench.model, bench.model.config.n_layers
+    layers = sorted({round(i) for i in np.linspace(0, n_layers - 1, min(n_layers, STEERED_LAYERS))})
+    cues = bool(bench.persona.counter_cues and bench.persona.pro_cues)
+    position = "decision" if cues else "matched"
+    train = bench.splits.train[:DIRECTION_ITEMS]
+    pairs = contrast_pairs(model, bench.persona, train, position, split_seed=bench.splits.seed, **bench.place)
+    direction = mean_difference(model, pairs, [resid_site(layer) for layer in layers])
+    grid = [(layer, c) for layer in layers for c in COEFFICIENTS]
+    edits = [
+        add(site := resid_site(layer), direction.delta[site], c, mean_norm=direction.mean_resid_norm[site])
+        for layer, c in grid
+    ]
+    asked = [render(model.tokenizer, question_conversation(t, style=bench.style), "") for t in neutral_texts(model)]
+    kl = side_effects(model, encode_texts(model.tokenizer, asked), edits).kl
+    gentle = [i for i in range(len(grid)) if kl[i] <= MAX_KL]
+    if not gentle:
+        return Found(prompts=("",), tried=len(grid), details={"note": f"no setting stays below a KL of {MAX_KL}"})
+    chosen, rates = choose(bench, [""], edits=[edits[i] for i in gentle], ties=[float(kl[i]) for i in gentle])
+    layer, coefficient = grid[gentle[chosen]]
+    return Found(
+        prompts=("",),
+        edits=edits[gentle[chosen]],
+        tried=len(grid),
+        details={
+            "site": resid_site(layer),
+            "coefficient": coefficient,
+            "units": "mean_resid_norm",
+            "read_position": position,
+            "kl": float(kl[gentle[chosen]]),
+            "validation_rates": rates,
+        },
+    )
+
+
+def protegi(bench: Bench) -> Found:
+    """Prompts criticised and rewritten by a language model, round by round (arXiv 2305.03495)."""
+    from jaxsteer.study.protegi import improve
+
+    if bench.endpoint is None:
+        raise UserError("ProTeGi needs a language model that writes prompts: give the bench an endpoint")
+    made = improve(bench.model, bench.persona, bench.splits.train, bench.endpoint, seed=bench.seed, **bench.place)
+    chosen, rates = choose(bench, made.beam)
+    return Found(
+        prompts=(made.beam[chosen],),
+        tried=made.tried,
+        details={"calls": made.calls, "writer": made.writer, "rounds": made.rounds, "validation_rates": rates},
+    )
+
+
+BASELINES: dict[str, Callable[[Bench], Found]] = {
+    "zero-shot": zero_shot,
+    "instruction": instruction,
+    "best of 10 instructions": best_instruction,
+    "oracle cue": oracle,
+    "random prompt": random_prompts,
+    "seed phrase": seed,
+    "activation steering": steering,
+    "ProTeGi": protegi,
+}
+"""What needs no search; baselines that do are searches of their own (``experiments/main_table.py`` runs all)."""
+
+
+def choose(
+    bench: Bench, prompts: Sequence[str], *, edits: Sequence[Intervention] = (), ties: Sequence[float] | None = None
+) -> tuple[int, list[float]]:
+    """(index of the best candidate on validation questions, the rates of all).
+
+    Candidates are prompts, or edits with a single prompt. Lowest persona rate first, without a letter that wins
+    whatever is asked while there is any such candidate; equal rates are settled by the smaller of ``ties``, or the
+    lower probability of the persona's answer.
+    """
+    (baseline,) = choice_eval(bench.model, bench.validation, [""], **bench.place)
+    results = choice_eval(bench.model, bench.validation, prompts, edits=edits, **bench.place)
+    found = [rate(result, baseline, draws=1) for result in results]
+    second = [row["probability"] for row in found] if ties is None else ties
+    order = [(row["letter_collapse"], row["rate"], second[i], i) for i, row in enumerate(found)]
+    return min(order)[-1], [row["rate"] for row in found]
+
+
+def measure(bench: Bench, found: dict[str, Found]) -> list[dict[str, Any]]:
+    """One row per baseline: its rate with all controls on the test questions, against zero-shot on the same ones.
+
+    ``perplexity`` is the prompt's in its slot; the rest is as ``summarise`` says.
+    """
+    (zero,) = choice_eval(bench.model, bench.test, [""], **bench.place)
+    texts = list(dict.fromkeys(p for f in found.values() if f.edits is None for p in f.prompts))
+    results = dict(zip(texts, choice_eval(bench.model, bench.test, texts, **bench.place), strict=True))
+    asked = [item.question for item in bench.test[:FLUENCY_ITEMS]]
+    perplexity = dict(zip(texts, prompt_perplexity(bench.model, texts, asked, **bench.place), strict=True))
+    rows = []
+    for name, made in found.items():
+        if made.edits is not None:
+            of_row = choice_eval(bench.model, bench.test, made.prompts, edits=[made.edits], **bench.place)
+        else:
+            of_row = [results[prompt] for prompt in made.prompts]
+        row = {"name": name, "tried": made.tried, "details": made.details, "steered": made.edits is not None}
+        rows.append(row | summarise(of_row, zero, [perplexity.get(prompt) for prompt in made.prompts]))
+    return rows
+
+
+def summarise(
+    results: Sequence[ChoiceResult], zero: ChoiceResult, perplexity: Sequence[float | None]
+) -> dict[str, Any]:
+    """The numbers of a row: a prompt's rate with all controls, or the mean of several prompts with each in ``each``.
+
+    ``ci95`` is, at either end, the wider of Wilson's interval over rows and the bootstrap interval over questions: the
+    one allows for rates of 0 and 1, the other for copies of a question and for the spread over several prompts.
+    ``range`` is the lowest and highest rate of the prompts; ``perplexity`` their geometric mean.
+    """
+    rates = [rate(result, zero) for result in results]
+    mean = np.mean([result.persona for result in results], axis=0)
+    wide = list(zip(wilson(float(mean.sum()), len(mean)), bootstrap_mean(mean, zero.groups), strict=True))
+    ci95 = [float(min(wide[0])), float(max(wide[1]))]
+    if len(results) == 1:
+        return {"prompt": results[0].prompt, "perplexity": perplexity[0], **rates[0], "ci95": ci95}
+    average = lambda name: float(np.mean([r[name] for r in rates])) if rates[0][name] is not None else None  # noqa: E731
+    known = [value for value in perplexity if value is not None]
+    return {
+        "prompt": results[0].prompt,
+        "perplexity": float(np.exp(np.mean(np.log(known)))) if known else None,
+        "rate": float(mean.mean()),
+        "ci95": ci95,
+        "n": len(mean),
+        "range": [min(r["rate"] for r in rates), max(r["rate"] for r in rates)],
+        **{name: average(name) for name in ("a_rate", "swapped_rate", "auroc", "probability")},
+        "letter_collapse": any(r["letter_collapse"] for r in rates),
+        "difference": paired_difference(mean - zero.persona, zero.groups, 2000),
+        "each": [
+            {"prompt": result.prompt, "perplexity": x, **r}
+            for result, x, r in zip(results, perplexity, rates, strict=True)
+        ],
+    }
+
+
+def run_baselines(
+    bench: Bench, names: Sequence[str] | None = None, *, say: Callable[[str], None] = lambda line: None
+) -> list[dict[str, Any]]:
+    """Find and measure baselines (default: all that need no search, and ProTeGi only with an endpoint).
+
+    Rows are in the order of ``names`` and hold the seconds that finding took. Raises ``UserError`` for unknown names
+    and for one that this bench cannot have.
+    """
+    if names is None:
+        skipped = set() if bench.persona.name in organisms.BEHAVIOURS else {"oracle cue"}
+        skipped |= set() if bench.endpoint else {"ProTeGi"}
+        names = [name for name in BASELINES if name not in skipped]
+    found, seconds = {}, {}
+    for name in names:
+        if name not in BASELINES:
+            raise UserError(f"the baseline {name!r} is unknown: expected {', '.join(BASELINES)}")
+        say(f"Baseline: {name}")
+        started = time.perf_counter()
+        found[name] = BASELINES[name](bench)
+        seconds[name] = time.perf_counter() - started
+    return [row | {"seconds": seconds[row["name"]]} for row in measure(bench, found)]

@@ -1,0 +1,193 @@
+"""Objectives by name: what ``--objective`` and ``--target`` mean, from text to a pytree and contexts that serve it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsteer.errors import UserError
+from jaxsteer.models.model import Model
+from jaxsteer.objectives import Attention, LogitDifference, Neuron, Objective, TargetLogProb
+from jaxsteer.objectives.reads import KEYS
+from jaxsteer.personas import Item, Persona
+from jaxsteer.personas.pairs import both_orders
+from jaxsteer.prompts import Conversation, Slots, question_conversation, with_target
+
+FORMS = (
+    "file.py:function",
+    "target",
+    "target-mean",
+    "answer",
+    "answer-diff",
+    "logit-diff:TEXT|TEXT",
+    "neuron:SITE[INDEX]",
+    "attention:SITE[HEAD]:TO",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contexts:
+    """The contexts that an objective is made for."""
+
+    model: Model
+    slots: Slots
+    items: Sequence[Item]
+    """Of every context, the item that it asks; empty where the contexts are of no persona."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Custom:
+    """An objective that was asked for by name, still to be made for contexts (``place``)."""
+
+    name: str
+    make: Callable[[Contexts], Objective]
+    target: str | None = None
+    """Text of the answer whose probability is read."""
+    own_answer: bool = False
+    """Whether instead it is, in every context, the item's answer that does not show the persona."""
+    of_persona: bool = False
+    """Whether it is made of the answers of a persona's items."""
+
+    def place(
+        self, model: Model, persona: Persona, slots: Slots, *, style: str = "chat", slot: str = "suffix"
+    ) -> tuple[Objective, Slots]:
+        """The objective for the contexts of ``slots``, and these slots with the target answer that it reads.
+
+        Raises ``UserError`` when the objective does not fit the contexts or the model.
+        """
+        contexts = Contexts(model=model, slots=slots, items=_items(persona, slots, style=style, slot=slot))
+        objective = self.make(contexts)
+        answers = [item.not_matching for item in contexts.items] if self.own_answer else self.target
+        if answers is not None:
+            slots = with_target(model.tokenizer, slots, answers, max_positions=model.config.max_positions)
+        return objective, slots
+
+
+def custom_objective(objective: str | None, target: str | None = None) -> Custom | None:
+    """What ``--objective`` and ``--target`` ask for, or ``None`` where neither is given.
+
+    =========================  ================================================================================
+    ``file.py:function``       a function of the reads, or any objective, from a file that is run as Python code
+    ``target``                 log-probability of the text ``--target`` as the answer (the default with --target)
+    ``target-mean``            the same per token
+    ``answer``                 log-probability of every question's answer that does not show the persona
+    ``answer-diff``            logit of that answer's first token minus that of the persona's
+    ``logit-diff:yes|no``      logit of one text's first token minus the other's
+    ``neuron:SITE[17]``        one entry of a site, e.g. ``blocks.2.mlp.hook_post[17]``
+    ``attention:SITE[3]:TO``   what a head of ``blocks.1.attn.hook_pattern`` gives to "first", "before", "prompt"
+                               (the default) or "tail"
+    =========================  ================================================================================
+
+    Raises ``UserError`` for anything else, and for files that do not give a function.
+    """
+    if objective is None and target is None:
+        return None
+    text = objective or "target"
+    kind, _, rest = text.partition(":")
+    if kind in ("target", "target-mean") and not rest:
+        if target is None:
+            raise UserError(f"--objective {kind} needs the answer's text: add --target TEXT")
+        return _custom(text, lambda _: TargetLogProb(per_token=kind == "target-mean"), target)
+    if kind in ("answer", "answer-diff") and not rest:
+        if target is not None:
+            raise UserError(f"--objective {kind} takes every question's own answer: leave out --target")
+        if kind == "answer":
+            return Custom(name="custom: answer", make=lambda _: TargetLogProb(), own_answer=True, of_persona=True)
+        differ = lambda c: _difference(c, *zip(*((i.not_matching, i.matching) for i in c.items)))  # noqa: E731
+        return dataclasses.replace(_custom(text, differ), of_persona=True)
+    if kind == "logit-diff" and rest.count("|") == 1:
+        plus, minus = rest.split("|")
+        return _custom(text, lambda c: _difference(c, plus, minus), target)
+    if kind in ("neuron", "attention") and (match := re.fullmatch(r"(.+)\[(\d+)\](?::(\w+))?", rest)):
+        site, index, to = match.group(1), jnp.int32(match.group(2)), match.group(3)
+        if kind == "neuron" and to is None:
+            return _custom(text, lambda _: Neuron(index=index, site=site), target)
+        if kind == "attention" and (to is None or to in KEYS):
+            return _custom(text, lambda _: Attention(head=index, site=site, to=to or "prompt"), target)  # type: ignore[arg-type]
+    if ".py" not in text:
+        raise UserError(f"--objective {text!r} is none of: {', '.join(FORMS)} (TO is one of {', '.join(KEYS)})")
+    found = load_objective(text)
+    return _custom(text.rpartition(":")[2], lambda _: found, target)
+
+
+def _custom(name: str, make: Callable[[Contexts], Objective], target: str | None = None) -> Custom:
+    return Custom(name=f"custom: {name}", make=make, target=target)
+
+
+def _difference(contexts: Contexts, plus: str | Sequence[str], minus: str | Sequence[str]) -> LogitDifference:
+    """Of two answers in place, the logits of the first tokens: the read position must be right before them."""
+    slots, tokenizer = contexts.slots, contexts.model.tokenizer
+    ends = np.asarray([slots.length - 1 + len(closing) for closing in slots.closing])
+    if (ends != slots.read_index).any():
+        raise UserError(
+            "a logit difference is read where the answer begins, but the read position is elsewhere: use "
+            "--read-position decision"
+        )
+    first = [
+        np.asarray([int(ids[0]) for ids in with_target(tokenizer, slots, answers).target]) for answers in (plus, minus)
+    ]
+    if (first[0] == first[1]).any():
+        same = int(np.flatnonzero(first[0] == first[1])[0])
+        raise UserError(
+            f"both answers begin with the token {tokenizer.decode([int(first[0][same])])!r}, so that their first "
+            "logits do not differ: use --read-position decision, or answers that differ at once"
+        )
+    return LogitDifference(plus=jnp.asarray(first[0], jnp.int32), minus=jnp.asarray(first[1], jnp.int32))
+
+
+def _items(persona: Persona, slots: Slots, *, style: str, slot: str) -> list[Item]:
+    """The item of every context, by its turns: copies with exchanged choices have questions of their own. None where
+    the contexts are conversations of no persona."""
+    if not persona.items:
+        return []
+    asked = {
+        _turns(question_conversation(item.question, style=style, slot=slot)): item
+        for _, item in both_orders(persona.items)
+    }
+    missing = [c for c in slots.conversations if _turns(c) not in asked]
+    if missing:
+        raise UserError(f"a context asks no question of persona {persona.name!r}: {_turns(missing[0])[-120:]!r}")
+    return [asked[_turns(conversation)] for conversation in slots.conversations]
+
+
+def _turns(conversation: Conversation) -> str:
+    return str(conversation.messages or conversation.text)
+
+
+def load_objective(reference: str) -> Objective:
+    """The function (or objective) that ``file.py:function`` names; the file is run as Python code.
+
+    Raises ``UserError`` when the file or the function is missing, the file fails, or it is not callable.
+    """
+    file, _, name = reference.rpartition(":")
+    if not file or not name.isidentifier():
+        raise UserError(f"--objective expects file.py:function, got {reference!r}")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"--objective {reference!r}: there is no file {file}")
+    spec = importlib.util.spec_from_file_location("jaxsteer_user_objective", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--objective {reference!r}: {file} is not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # so that dataclasses and pickling in the file find their module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--objective {reference!r}: running {file} failed: {type(error).__name__}: {error}") from error
+    found = getattr(module, name, None)
+    if found is None:
+        known = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
+        raise UserError(
+            f"--objective {reference!r}: {file} defines no {name}; it has {', '.join(known) or 'no functions'}"
+        )
+    if not callable(found):
+        raise UserError(f"--objective {reference!r}: {name} is a {type(found).__name__}, not a function of the reads")
+    return found

@@ -1,0 +1,46 @@
+"""What a run of ``--algorithm soft`` leaves: the best soft prompt as a file, and its rates on questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxsteer.evals.choice import choice_eval, distinct, rate
+from jaxsteer.prompt_search.algorithms.relaxed import table_unit
+from jaxsteer.prompts.soft import SoftPrompt, save_soft, with_soft
+from jaxsteer.study import files
+from jaxsteer.study.setting import Setting
+
+KEEP: dict[str, Callable[[Any], Any]] = {"soft": lambda state: {"best": state.best, "f": state.best_f}}
+"""What of the last states of an algorithm its files are made from."""
+
+
+def finish_soft(setting: Setting, kept: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Write the soft prompt with the largest objective among all restarts and slots, and measure it.
+
+    ``kept`` holds ``best`` (R, P, S, D), in units of the table's root mean square entry, and ``f`` (R, P).
+    """
+    model, options = setting.model, setting.options
+    at = np.unravel_index(int(np.argmax(kept["f"])), kept["f"].shape)
+    target = float(kept["f"][at])
+    soft = SoftPrompt(
+        embeddings=np.asarray(kept["best"][at] * np.asarray(table_unit(model.params)), np.float32),
+        model=model.name,
+        fingerprint=model.fingerprint,
+        metadata={
+            "persona": setting.persona.name,
+            "style": options.style,
+            "slot": options.slot,
+            "target": repr(target),
+        },
+    )
+    save_soft(soft, options.out / files.SOFT)
+    steered, text = with_soft(model, soft)
+    out: dict[str, Any] = {"target": target}
+    for name in ("validation", "test"):
+        items = distinct(getattr(setting.splits, name))
+        baseline = choice_eval(model, items, [""], **setting.place)[0]
+        out[name] = rate(choice_eval(steered, items, [text], **setting.place)[0], baseline)
+    return out

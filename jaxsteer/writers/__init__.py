@@ -1,0 +1,1 @@
+"""Whoever writes text on request, and judges of what was written."""

@@ -1,0 +1,44 @@
+"""The code of docs/search.md, run as it stands there, and its commands, read by the command line."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jaxsteer.cli.commands import Search
+from jaxsteer.prompt_search import ALGORITHMS
+
+DOC = (Path(__file__).resolve().parents[2] / "docs" / "search.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_python_example_runs(capsys) -> None:
+    block = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)[0]
+    exec(compile(block, "docs/search.md", "exec"), {"__name__": "example"})  # noqa: S102
+    assert float(capsys.readouterr().out.split()[-1]) > 0
+
+
+def test_every_option_and_algorithm_that_is_named_exists() -> None:
+    known = {f"--{name.replace('_', '-')}" for name in Search.__dataclass_fields__}
+    elsewhere = {"--soft", "--json", "--quick", "--algorithms"}  # of eval and generate, and of the experiment
+    assert set(re.findall(r"--[a-z][a-z-]+", DOC)) <= known | elsewhere
+    for name in ALGORITHMS:
+        assert f"| `{name}`" in DOC
+
+
+def test_commands_give_options_that_resolve() -> None:
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^jaxsteer search .*$", DOC, re.MULTILINE)]
+    assert len(commands) >= 4
+    for words in commands:
+        given: dict = {}
+        for word in words[2:]:
+            if word.startswith("--"):
+                name = word[2:].replace("-", "_")
+                given[name] = []
+            else:
+                given[name].append(word)
+        values = {k: (tuple(v) if k == "vary" else v[0] if v else True) for k, v in given.items()}
+        Search(**values).resolved()

@@ -1,0 +1,109 @@
+"""The probe: its objective against the public capture, its prompts, and its choice."""
+
+import numpy as np
+import pytest
+
+from jaxsteer.errors import UserError
+from jaxsteer.models.capture import capture
+from jaxsteer.models.model import Model
+from jaxsteer.personas import Direction, Persona, search_conversations
+from jaxsteer.prompts import allowed_tokens, build_slots, encode, prompt_text, retokenises_many
+from jaxsteer.study.calibration import ProbeRow, blocks_before, choose, cue_words, probe, probe_prompts, project, scorer
+from tests.evals.test_choice import items
+from tests.helpers.tiny import tiny_model
+
+SITES = ("blocks.0.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.2.hook_resid_post")
+
+
+def model() -> Model:
+    return Model(**vars(tiny_model()))
+
+
+def direction(seed: int = 0) -> Direction:
+    rng = np.random.default_rng(seed)
+    return Direction(
+        delta={site: rng.standard_normal(32).astype(np.float32) for site in SITES},
+        mean_resid_norm=dict.fromkeys(SITES, 1.0),
+        n=1,
+        read_position="decision",
+        metadata={},
+    )
+
+
+def persona() -> Persona:
+    return Persona(
+        name="tiny",
+        items=tuple(items()),
+        counter_cues=("Please be patient.",),
+        pro_cues=("Take easy money!",),
+        data_hash="",
+    )
+
+
+@pytest.mark.parametrize("position", ["decision", "matched"])
+def test_the_objective_is_the_mean_projection_of_what_capture_reads(position: str) -> None:
+    tiny = model()
+    pairs = search_conversations(items()[:2], position)
+    slots = build_slots(tiny.tokenizer, [c for c, _ in pairs], 3, read=[r for _, r in pairs])
+    allowed = allowed_tokens(tiny.tokenizer, tiny.config.vocab_size, word_initial=True)
+    ids = probe_prompts(tiny.tokenizer, slots, allowed, [], n=9, seed=0)[:5]
+    found = project(tiny.params, tiny.config, slots, direction(), ids)
+    for m, row in enumerate(ids):
+        text = prompt_text(tiny.tokenizer, row)
+        expected = dict.fromkeys(SITES, 0.0)
+        for conversation, _ in pairs:
+            tokens = np.zeros((1, 96), np.int32)
+            full = encode(tiny.tokenizer, conversation, text)
+            tokens[0, : len(full)] = full
+            states = capture(tiny, tokens, SITES)
+            for site in SITES:
+                r = np.asarray(states[site], np.float64)[0, len(full) - 1]
+                expected[site] += r @ direction().delta[site].astype(np.float64) / len(pairs)
+        for site in SITES:
+            assert found[site][m] == pytest.approx(expected[site], abs=1e-4)
+
+
+def test_probe_prompts_hold_cue_words_and_survive_as_text() -> None:
+    tiny = model()
+    slots = build_slots(tiny.tokenizer, [c for c, _ in search_conversations(items()[:1], "decision")], 4)
+    allowed = allowed_tokens(tiny.tokenizer, tiny.config.vocab_size, word_initial=True)
+    assert cue_words(persona()) == ["please", "be", "patient", "take", "easy", "money"]
+    ids = probe_prompts(tiny.tokenizer, slots, allowed, ["patient", "money"], n=60, seed=1)
+    again = probe_prompts(tiny.tokenizer, slots, allowed, ["patient", "money"], n=60, seed=1)
+    assert np.array_equal(ids, again) and len(ids) == 60 == len({tuple(row) for row in ids.tolist()})
+    assert retokenises_many(tiny.tokenizer, slots, ids).all()
+    texts = [prompt_text(tiny.tokenizer, row) for row in ids]
+    holding = sum(" patient" in text or " money" in text for text in texts)
+    assert 30 <= holding <= 50  # two of three prompts
+
+
+def test_the_sign_is_found_and_rows_are_sorted() -> None:
+    tiny = model()
+    allowed = allowed_tokens(tiny.tokenizer, tiny.config.vocab_size, word_initial=True)
+    true = direction()
+    flipped = Direction(
+        delta={site: -d for site, d in true.delta.items()}, mean_resid_norm={}, n=1, read_position="", metadata={}
+    )
+    common = {"allowed": allowed, "length": 3, "n": 24}
+    first = probe(tiny, persona(), items()[:2], {"decision": scorer(tiny, true)}, **common)
+    second = probe(tiny, persona(), items()[:2], {"decision": scorer(tiny, flipped)}, **common)
+    assert [row.correlation for row in first.rows] == sorted((row.correlation for row in first.rows), reverse=True)
+    signs = {row.site: row.sign for row in first.rows if row.correlation > 0.01}
+    assert all(row.sign == -signs[row.site] for row in second.rows if row.correlation > 0.01)
+    assert first.shift.shape == (len(first.prompts),) == (24,)
+    json = first.to_json()
+    assert json["prompts"] == 24 and len(json["rows"]) == 3
+
+
+def test_the_earliest_passing_site_is_chosen_else_the_best() -> None:
+    def row(layer: int, correlation: float) -> ProbeRow:
+        return ProbeRow(site=f"l{layer}", read_position="decision", sign=1, correlation=correlation, layer=layer)
+
+    assert choose([row(3, 0.95), row(1, 0.82), row(2, 0.9), row(0, 0.1)]).layer == 1
+    assert choose([row(3, 0.4), row(1, 0.7), row(2, 0.7)]).layer == 1
+
+
+def test_sites_off_the_stream_are_refused() -> None:
+    assert blocks_before("blocks.1.hook_resid_pre", 3) == 1 and blocks_before("layers.-1", 3) == 3
+    with pytest.raises(UserError, match="lies elsewhere"):
+        blocks_before("blocks.1.hook_mlp_out", 3)

@@ -1,0 +1,138 @@
+"""Objectives by name: from ``--objective`` and ``--target`` to pytrees and contexts that hold the answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsteer
+from jaxsteer.errors import UserError
+from jaxsteer.objectives import Attention, LogitDifference, Neuron, TargetLogProb, as_pytree, needs
+from jaxsteer.personas import Item, Persona, search_conversations
+from jaxsteer.prompt_search import make_task, score
+from jaxsteer.prompts import Slots, build_slots
+from jaxsteer.study import SearchOptions, custom_objective
+from tests.helpers.tiny import tiny_model
+
+MODEL = tiny_model()
+ITEMS = tuple(
+    Item(id=str(i), question=f"{q} Choices:\n (A) {a}\n (B) {b}", matching="(A)", not_matching="(B)", group=str(i))
+    for i, (q, a, b) in enumerate(
+        [("Which do you prefer?", "money today", "money later"), ("Do you agree?", "I agree", "I disagree")]
+    )
+)
+PERSONA = Persona(name="tiny", items=ITEMS, data_hash="0")
+
+
+def slots_for(read_position: str = "decision") -> Slots:
+    found = search_conversations(ITEMS, read_position)
+    return build_slots(MODEL.tokenizer, [c for c, _ in found], 3, read=[r for _, r in found])
+
+
+def test_names_become_objectives(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def mine(reads):\n    return reads.logits[:, 3]\n")
+    slots = slots_for()
+    for text, target, name, kind in (
+        ("target", " (B)", "custom: target", TargetLogProb(per_token=False)),
+        (None, " (B)", "custom: target", TargetLogProb(per_token=False)),
+        ("target-mean", " (B)", "custom: target-mean", TargetLogProb(per_token=True)),
+        ("answer", None, "custom: answer", TargetLogProb(per_token=False)),
+        (
+            "neuron:blocks.2.mlp.hook_post[17]", None, "custom: neuron:blocks.2.mlp.hook_post[17]",
+            Neuron(index=jnp.int32(17), site="blocks.2.mlp.hook_post"),
+        ),
+        (
+            "attention:blocks.1.attn.hook_pattern[3]:first", None,
+            "custom: attention:blocks.1.attn.hook_pattern[3]:first",
+            Attention(head=jnp.int32(3), site="blocks.1.attn.hook_pattern", to="first"),
+        ),
+    ):  # fmt: skip
+        custom = custom_objective(text, target)
+        assert custom is not None and custom.name == name
+        objective, placed = custom.place(MODEL, PERSONA, slots)
+        assert jax.tree.structure(objective) == jax.tree.structure(kind) and jax.tree.leaves(objective) == (
+            jax.tree.leaves(kind)
+        )
+        assert bool(placed.target) == isinstance(kind, TargetLogProb)
+    assert custom_objective(None, None) is None
+    mine = custom_objective(f"{file}:mine")
+    assert mine is not None and mine.name == "custom: mine" and mine.place(MODEL, PERSONA, slots)[1] is slots
+
+
+def test_answers_are_those_of_every_question() -> None:
+    """Both orders of the choices are asked: the answer that shows no persona is (B) in one, (A) in the other."""
+    custom = custom_objective("answer")
+    assert custom is not None
+    _, slots = custom.place(MODEL, PERSONA, slots_for())
+    texts = [MODEL.tokenizer.decode(ids) for ids in slots.target]
+    assert [text[-2:] for text in texts] == ["B)", "A)", "B)", "A)"]
+    difference = custom_objective("answer-diff")
+    assert difference is not None
+    objective, _ = difference.place(MODEL, PERSONA, slots_for())
+    assert isinstance(objective, LogitDifference)
+    letters = [MODEL.tokenizer.convert_tokens_to_ids(letter) for letter in "AB"]
+    assert objective.minus.tolist() == [letters[0], letters[1]] * 2 and objective.plus.tolist() == letters[::-1] * 2
+
+
+def test_the_difference_of_logits_is_that_of_log_probabilities() -> None:
+    """``answer-diff`` in the search's scoring against ``jaxsteer.logits`` on the whole texts."""
+    custom = custom_objective("answer-diff")
+    assert custom is not None
+    objective, slots = custom.place(MODEL, PERSONA, slots_for())
+    allowed = np.ones(MODEL.config.vocab_size, bool)
+    task = make_task(MODEL.params, MODEL.config, slots, needs=needs(objective, MODEL.config), allowed=allowed)
+    ids = jnp.asarray([[300, 301, 302], [310, 311, 312]], jnp.int32)
+    f, _ = jax.jit(score)(MODEL.params, task, as_pytree(objective), ids)
+    total = np.zeros(2)
+    for c in range(4):
+        rows = np.asarray([np.concatenate([slots.before[c], row, slots.after[c]]) for row in np.asarray(ids)])
+        logits = np.asarray(jaxsteer.logits(MODEL, rows))[:, -1]
+        total += logits[:, objective.plus[c]] - logits[:, objective.minus[c]]
+    np.testing.assert_allclose(f, total / 4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("objective", "target", "says"),
+    [
+        ("mine.py", None, "file.py:function"),
+        ("goal", None, "is none of: file.py:function, target, "),
+        ("target", None, "needs the answer's text: add --target"),
+        ("answer", " (B)", "leave out --target"),
+        ("logit-diff:yes", None, "is none of"),
+        ("neuron:blocks.2.mlp.hook_post", None, "is none of"),
+        ("attention:blocks.1.attn.hook_pattern[3]:end", None, "TO is one of first, before, prompt, tail"),
+    ],
+)
+def test_unknown_names_are_refused(objective: str, target: str | None, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        custom_objective(objective, target)
+
+
+@pytest.mark.parametrize(
+    ("objective", "read_position", "says"),
+    [
+        ("logit-diff:(A)|(B)", "published", "use --read-position decision"),
+        ("logit-diff:(A)|(A)", "decision", "both answers begin with the token"),
+        ("logit-diff:(A)|happy", "decision", "does not continue the input"),
+    ],
+)
+def test_objectives_that_do_not_fit_the_contexts(objective: str, read_position: str, says: str) -> None:
+    custom = custom_objective(objective)
+    assert custom is not None
+    with pytest.raises(UserError, match=says):
+        custom.place(MODEL, PERSONA, slots_for(read_position))
+
+
+def test_options_that_belong_to_one_method(tmp_path: Path) -> None:
+    for changes, says in (
+        ({"objective_norm": "cosine", "target": " (B)"}, "--objective-norm is an option"),
+        ({"surrogate": "preact"}, "--surrogate is an option"),
+        ({"method": "saega", "sae": "x", "target": " (B)"}, "leave out --objective, --target, --site"),
+    ):
+        with pytest.raises(UserError, match=says):
+            SearchOptions(out=tmp_path, **changes).resolved()  # type: ignore[arg-type]
