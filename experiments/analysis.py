@@ -43,7 +43,7 @@ from jaxsteer.prompts.tokens import decoded
 from jaxsteer.report import run_folders
 from jaxsteer.sae import SAE, load_sae
 from jaxsteer.study import files
-from jaxsteer.study.calibration import probe_prompts, stream_sites
+from jaxsteer.study.probe import probe_prompts, stream_sites
 from jaxsteer.study.setting import context_items, token_mask
 
 QUESTIONS, RANDOM = 24, 8

@@ -208,7 +208,7 @@ class DirectionProbe:
     def run(self) -> int:
         """Probe and print."""
         from jaxsteer.cli.tables import probe_table
-        from jaxsteer.study.calibration import choose
+        from jaxsteer.study.probe import choose
         from jaxsteer.study.probing import probe_positions
 
         probe = probe_positions(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxsteer.personas import Direction
-from jaxsteer.study.calibration import PASSES, WARNS, Probe, ProbeRow
+from jaxsteer.study.probe import PASSES, WARNS, Probe, ProbeRow
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:

@@ -28,7 +28,7 @@ from jaxsteer.processes import to_host
 from jaxsteer.prompt_search import Task, check_objective, make_task, score
 from jaxsteer.prompts import Slots, first_allowed
 from jaxsteer.sae import SAE, latents_objective
-from jaxsteer.study.calibration import WARNS, Probe, ProbeRow, Scorer, choose, probe, scorer, stream_sites
+from jaxsteer.study.probe import WARNS, Probe, ProbeRow, Scorer, choose, probe, scorer, stream_sites
 from jaxsteer.study.probing import DIRECTION_ITEMS, PROBE_ITEMS
 from jaxsteer.study.setting import Setting, context_items
 

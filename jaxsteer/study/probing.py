@@ -9,7 +9,7 @@ from jaxsteer.checkpoints.loading import load
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Persona, contrast_pairs, load_persona, mean_difference, split
-from jaxsteer.study.calibration import Probe, Scorer, probe, scorer, stream_sites
+from jaxsteer.study.probe import Probe, Scorer, probe, scorer, stream_sites
 from jaxsteer.study.setting import context_items, token_mask
 
 log = logging.getLogger(__name__)

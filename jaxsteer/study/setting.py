@@ -25,10 +25,10 @@ from jaxsteer.prompts import (
     render,
 )
 from jaxsteer.sae import SAE, check_sae
-from jaxsteer.study.calibration import blocks_before
 from jaxsteer.study.initial_prompts import first_prompts, listed_texts
 from jaxsteer.study.named_objectives import Custom
 from jaxsteer.study.options import SearchOptions
+from jaxsteer.study.probe import blocks_before
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

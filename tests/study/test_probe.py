@@ -8,7 +8,7 @@ from jaxsteer.models.capture import capture
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Direction, Persona, search_conversations
 from jaxsteer.prompts import allowed_tokens, build_slots, encode, prompt_text, retokenises_many
-from jaxsteer.study.calibration import ProbeRow, blocks_before, choose, cue_words, probe, probe_prompts, project, scorer
+from jaxsteer.study.probe import ProbeRow, blocks_before, choose, cue_words, probe, probe_prompts, project, scorer
 from tests.evals.test_choice import items
 from tests.helpers.tiny import tiny_model
 
