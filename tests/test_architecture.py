@@ -4,78 +4,25 @@ from __future__ import annotations
 
 import ast
 import graphlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from docs.house import MODULES, PICTURE, ROOMS, ROOT, dotted, draw, imports, package_of, room
 
-# From the roof to the ground. A module may import its own room and the rooms after it. checkpoints_convert is a package
-# of its own that stands among them.
-ROOMS = (
-    "cli",
-    "serve",
-    "report",
-    "study",
-    "planning",
-    "axis",
-    "circuits",
-    "explain",
-    "evals",
-    "prompt_search",
-    "lens",
-    "rewrite",
-    "personas",
-    "sae",
-    "objectives",
-    "steer",
-    "prompts",
-    "organisms",
-    "checkpoints",
-    "checkpoints_convert",
-    "models",
-    "writers",
-    "files",
-    "statistics",
-    "processes",
-    "errors",
-)
 # The only module that may see pickle: its unpickler imports and calls nothing.
 UNPICKLES = "jaxsteer.files.torchfile"
 FORBIDDEN = ("flax.nnx", "torch", "jax.pmap", "jax.experimental.shard_map", "jax.experimental.pjit", "pickle")
+# Rooms that parse, print and draw, and what they would compute with.
+PRINTERS = ("cli", "serve", "report")
+COMPUTES = ("jax.numpy", "scipy", "optax", "flax", "einops", "sklearn")
+ONLY_DRAWS = ("numpy",)  # pages arrange numbers in arrays to draw them
 LONGEST_MODULE = 450
 
-MODULES = sorted(
-    path for package in ("jaxsteer", "checkpoints_convert") for path in (ROOT / package).rglob("*.py") if path.is_file()
-)
 
-
-def dotted(path: Path) -> str:
-    """The module's import name."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imports(tree: ast.AST, package: str) -> Iterator[str]:
-    """Every name that a module imports, wherever the statement stands: ``from a.b import c`` gives ``a.b.c``."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = package.split(".")
-                base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
-def room(name: str) -> str | None:
-    """The room that an import name belongs to; None for the package itself and for other packages."""
-    parts = name.split(".")
-    if parts[0] == "checkpoints_convert":
-        return parts[0]
-    return parts[1] if parts[0] == "jaxsteer" and len(parts) > 1 and parts[1] in ROOMS else None
+def under(name: str, packages: tuple[str, ...]) -> bool:
+    """Whether an import name is one of these packages or lies in one."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 def complaints(module: str, package: str, source: str) -> list[str]:
@@ -86,16 +33,17 @@ def complaints(module: str, package: str, source: str) -> list[str]:
         target = room(name)
         if here and target and ROOMS.index(target) < ROOMS.index(here):
             found.append(f"{module} imports {name}: {target} is above {here}")
+        if here in PRINTERS and under(name, COMPUTES if here == "report" else COMPUTES + ONLY_DRAWS):
+            found.append(f"{module} imports {name}: {here} computes nothing")
         if not (module == UNPICKLES and name in ("pickle", "pickletools")):
-            found += [f"{module} imports {name}" for bad in FORBIDDEN if name == bad or name.startswith(f"{bad}.")]
+            found += [f"{module} imports {name}"] * under(name, FORBIDDEN)
     return found
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_module_keeps_the_rules(path: Path):
     source, module = path.read_text(encoding="utf-8"), dotted(path)
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    assert not complaints(module, package, source)
+    assert not complaints(module, package_of(path), source)
     assert source.count("\n") <= LONGEST_MODULE, f"{module} has {source.count(chr(10))} lines"
     assert ".pmap(" not in source and "trust_remote_code=True" not in source
 
@@ -113,9 +61,8 @@ def test_no_module_imports_itself_by_a_detour():
     known = {dotted(path): path for path in MODULES}
     graph: dict[str, set[str]] = {}
     for module, path in known.items():
-        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
         tree = without_typing(ast.parse(path.read_text(encoding="utf-8")))
-        targets = {name if name in known else name.rpartition(".")[0] for name in imports(tree, package)}
+        targets = {name if name in known else name.rpartition(".")[0] for name in imports(tree, package_of(path))}
         graph[module] = {target for target in targets if target in known and not module.startswith(f"{target}.")}
     try:
         graphlib.TopologicalSorter(graph).prepare()
@@ -135,6 +82,10 @@ def without_typing(tree: ast.Module) -> ast.Module:
     return tree
 
 
+def test_the_picture_of_the_house_is_current():
+    assert PICTURE.read_text(encoding="utf-8") == draw(), "run `python docs/house.py`"
+
+
 def test_the_package_root_imports_no_room():
     """Its public names are imported when they are first used, so that no room can depend on another through it."""
     tree = without_typing(ast.parse((ROOT / "jaxsteer" / "__init__.py").read_text(encoding="utf-8")))
@@ -152,6 +103,9 @@ def test_the_package_root_imports_no_room():
         ("jaxsteer.models.config", "from torch.nn import functional"),
         ("jaxsteer.steer.imports", "import pickle"),
         ("jaxsteer.files.whole", "from jaxsteer.models import config"),
+        ("jaxsteer.report.page", "from scipy import stats"),
+        ("jaxsteer.cli.vector", "import numpy as np"),
+        ("jaxsteer.cli.vector", "from jax import numpy"),
         ("checkpoints_convert.convert", "from jaxsteer.prompt_search import epo"),
         ("jaxsteer.models.config", "import checkpoints_convert.hf"),
         ("checkpoints_convert.convert", "def f():\n    from jaxsteer.checkpoints import loading"),

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from tyro.conf import Positional, arg, subcommand
 
 from jaxsteer.errors import UserError
@@ -116,7 +115,7 @@ def facts(vectors: Vectors) -> dict[str, Any]:
         {
             "site": site,
             "shape": list(array.shape),
-            "norm": float(np.linalg.norm(array)),
+            "norm": vectors.norm(site),
             "mean_resid_norm": vectors.mean_resid_norm.get(site),
             "value": vectors.values.get(site),
         }

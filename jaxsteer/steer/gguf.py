@@ -128,5 +128,5 @@ def write_control_vector(vectors: Vectors, path: str | os.PathLike[str], *, mode
 def _added(vectors: Vectors, site: str) -> np.ndarray:
     array, scale = vectors.arrays[site], np.float32(vectors.coefficient)
     if vectors.coefficient_units == "mean_resid_norm":
-        scale = np.float32(vectors.coefficient * vectors.stream_norm(site) / max(float(np.linalg.norm(array)), 1e-30))
+        scale = np.float32(vectors.coefficient * vectors.stream_norm(site) / max(vectors.norm(site), 1e-30))
     return array * scale

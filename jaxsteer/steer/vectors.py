@@ -133,6 +133,10 @@ class Vectors:
         cap = {"floor": operations.floor, "ceiling": operations.ceiling, "clamp": operations.clamp}[self.operation]
         return cap(sites, vectors, np.asarray([self.values[site] for site in sites]), positions=positions)
 
+    def norm(self, site: str) -> float:
+        """Length of the vectors at a site (of all their entries together)."""
+        return float(np.linalg.norm(self.arrays[site]))
+
     def stream_norm(self, site: str) -> float:
         """Mean norm of the stream at a site. Raises ``UserError`` where the file does not hold it."""
         if site not in self.mean_resid_norm:
