@@ -38,7 +38,7 @@ from jaxsteer.evals.decision_states import active_latents, decision_states, dive
 from jaxsteer.evals.organism_recovery import recovery, trigger_words
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Item, Persona, contrast_pairs, load_persona, sae_signature, search_conversations, split
-from jaxsteer.prompts import build_slots, prompt_text
+from jaxsteer.prompts import Placement, build_slots, prompt_text
 from jaxsteer.prompts.tokens import decoded
 from jaxsteer.report import run_folders
 from jaxsteer.sae import SAE, load_sae
@@ -58,7 +58,7 @@ class Subject:
         self.name, self.args = name, args
         self.config, self.metrics = (_read(folder / file) for file in (files.CONFIG, files.METRICS))
         self.prompt: dict[str, Any] = self.metrics["prompts"][self.metrics["selected"]]
-        self.place = {"style": self.config["style"], "slot": self.config["slot"]}
+        self.placement = Placement(style=self.config["style"], slot=self.config["slot"])
 
     @property
     def model(self) -> Model:
@@ -84,7 +84,7 @@ class Subject:
     @functools.cached_property
     def texts(self) -> dict[str, str]:
         """What is compared, by name."""
-        conversations = search_conversations(self.items[:1], "decision", **self.place)
+        conversations = search_conversations(self.items[:1], "decision", placement=self.placement)
         length = len(self.prompt["ids"])
         slots = build_slots(
             self.model.tokenizer,
@@ -104,7 +104,7 @@ class Subject:
     def states(self) -> dict[str, np.ndarray]:
         """Per text (L, n, D): the stream after every block."""
         sites = stream_sites(self.model.config.n_layers)
-        found = decision_states(self.model, self.items, list(self.texts.values()), sites, **self.place)
+        found = decision_states(self.model, self.items, list(self.texts.values()), sites, placement=self.placement)
         return dict(zip(self.texts, found, strict=True))
 
     def at(self, site: str) -> dict[str, np.ndarray]:
@@ -112,7 +112,7 @@ class Subject:
         sites = stream_sites(self.model.config.n_layers)
         if site in sites:
             return {name: states[sites.index(site)] for name, states in self.states.items()}
-        found = decision_states(self.model, self.items, list(self.texts.values()), [site], **self.place)
+        found = decision_states(self.model, self.items, list(self.texts.values()), [site], placement=self.placement)
         return {name: states[0] for name, states in zip(self.texts, found, strict=True)}
 
     @functools.cached_property
@@ -137,7 +137,7 @@ _sae = functools.lru_cache(maxsize=1)(load_sae)
 
 def attribution(run: Subject) -> dict[str, Any]:
     """Effects of the prompt's tokens, and which of them belong to trigger words."""
-    found = attribute(run.model, run.items, run.prompt["ids"], allowed=run.allowed, **run.place).to_json()
+    found = attribute(run.model, run.items, run.prompt["ids"], allowed=run.allowed, placement=run.placement).to_json()
     triggers = [trigger_words(run.persona.name, token) for token in found["tokens"]]
     return {**found, "trigger": None if triggers[0] is None else [bool(words) for words in triggers]}
 
@@ -175,7 +175,7 @@ def latents(run: Subject) -> dict[str, Any] | None:
     switched = {name: np.flatnonzero(active != on[NONE]).tolist() for name, active in on.items() if name != NONE}
     signature = None
     if AGAINST in run.texts:
-        pairs = contrast_pairs(run.model, run.persona, run.items, "decision", **run.place)
+        pairs = contrast_pairs(run.model, run.persona, run.items, "decision", placement=run.placement)
         signature = sorted(sae_signature(run.model, run.sae, pairs).indices.tolist())
     counts = {name: int(active.sum()) for name, active in on.items()}
     return {"site": site, "dictionary": run.sae.n_latents, "on": counts, "switched": switched, "signature": signature}

@@ -28,7 +28,7 @@ from jaxsteer.objectives import Objective, Projection
 from jaxsteer.personas import instructions, load_persona, random_direction, split
 from jaxsteer.prompt_search.algorithms.relaxed import table_unit
 from jaxsteer.prompt_search.results import SearchResult
-from jaxsteer.prompts import prompt_text
+from jaxsteer.prompts import Placement, prompt_text
 from jaxsteer.prompts.soft import SoftPrompt, with_soft
 from jaxsteer.sae import SAE, load_sae
 from jaxsteer.study import SearchOptions, custom_objective, files
@@ -140,8 +140,7 @@ class Lab:
             model=self.model,
             persona=self.persona,
             splits=split(self.persona, seed=base.split_seed),
-            style=base.style,
-            slot=base.slot,
+            placement=Placement(style=base.style, slot=base.slot),
             length=self.study.search.get("prompt_length", PROMPT_LENGTH),
             tokens=base.tokens or "words",
             questions=self.study.questions,
@@ -175,7 +174,7 @@ class Lab:
         and neutral ones in its own proportion; of other models, plain instructions."""
 
         def mean_nats(texts: Sequence[str]) -> float:
-            return float(np.mean(np.log([x for x in self.perplexity(texts, self.bench.place) if x is not None])))
+            return float(np.mean(np.log([x for x in self.perplexity(texts, self.bench.placement) if x is not None])))
 
         if self.persona.name not in organisms.BEHAVIOURS:
             return float(np.exp(mean_nats(instructions(self.persona.behaviour))))
@@ -183,15 +182,17 @@ class Lab:
         neutral = mean_nats(organisms.neutral_sentences())
         return float(np.exp((1 - NEUTRAL) * cues + NEUTRAL * neutral))
 
-    def perplexity(self, texts: Sequence[str], place: dict[str, Any]) -> list[float | None]:
+    def perplexity(self, texts: Sequence[str], placement: Placement) -> list[float | None]:
         """Of prompts in their slot, after test questions."""
         asked = [item.question for item in self.bench.test[:FLUENCY_ITEMS]]
-        return prompt_perplexity(self.model, texts, asked, **place)
+        return prompt_perplexity(self.model, texts, asked, placement=placement)
 
     def zero(self, part: str) -> ChoiceResult:
         """The answers without a prompt, the same in every slot."""
         if part not in self._zero:
-            self._zero[part] = choice_eval(self.model, getattr(self.bench, part), [""], **self.bench.place)[0]
+            self._zero[part] = choice_eval(self.model, getattr(self.bench, part), [""], placement=self.bench.placement)[
+                0
+            ]
         return self._zero[part]
 
     def aim(self, options: SearchOptions) -> Aim:
@@ -295,7 +296,7 @@ class Lab:
 
     def judged(self, setting: Setting, result: SearchResult, method: Method) -> dict[str, Any]:
         """Of every seed, the prompt that validation questions choose and the one that the objective ranks first."""
-        place, many = setting.place, method.populations
+        placement, many = setting.placement, method.populations
         shown: list[list[dict[str, Any]]] = []
         for i in range(len(self.study.seeds)):
             entries = [e for e in result.frontier(range(many * i, many * (i + 1))) if e.retokenises]
@@ -307,7 +308,7 @@ class Lab:
                 or [{"prompt": "", "target": None, "cross_entropy": 0.0}]
             )
         texts = list(dict.fromkeys(entry["prompt"] for entries in shown for entry in entries))
-        results = choice_eval(self.model, self.bench.validation, texts, **place)
+        results = choice_eval(self.model, self.bench.validation, texts, placement=placement)
         rates = {r.prompt: rate(r, self.zero("validation"), draws=1) for r in results}
         for entry in (entry for entries in shown for entry in entries):
             of_text = rates[entry["prompt"]]
@@ -315,8 +316,8 @@ class Lab:
         best = [entries[chosen(entries)] for entries in shown]
         first = [entries[0] for entries in shown]
         texts = list(dict.fromkeys(entry["prompt"] for entry in (*best, *first)))
-        tested = dict(zip(texts, choice_eval(self.model, self.bench.test, texts, **place), strict=True))
-        perplexity = dict(zip(texts, self.perplexity(texts, place), strict=True))
+        tested = dict(zip(texts, choice_eval(self.model, self.bench.test, texts, placement=placement), strict=True))
+        perplexity = dict(zip(texts, self.perplexity(texts, placement), strict=True))
         row = self.summary([tested[e["prompt"]] for e in best], [perplexity[e["prompt"]] for e in best], best)
         at_first = self.summary([tested[e["prompt"]] for e in first], [perplexity[e["prompt"]] for e in first], first)
         for mine, other in zip(row["each"], at_first["each"], strict=True):
@@ -341,7 +342,7 @@ class Lab:
                 metadata={},
             )
             steered, text = with_soft(self.model, soft)
-            outcome += choice_eval(steered, self.bench.test, [text], **setting.place)
+            outcome += choice_eval(steered, self.bench.test, [text], placement=setting.placement)
         row = self.summary(outcome, [None] * len(outcome), [{} for _ in outcome])
         for each in row["each"]:
             each["prompt"] = None

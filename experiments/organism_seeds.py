@@ -112,7 +112,9 @@ def from_run(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def judged(setting: Setting, text: str) -> dict[str, Any]:
     """The test rate of one prompt text against the baseline."""
-    baseline, result = choice_eval(setting.model, distinct(setting.splits.test), ["", text], **setting.place)
+    baseline, result = choice_eval(
+        setting.model, distinct(setting.splits.test), ["", text], placement=setting.placement
+    )
     return rate(result, baseline)
 
 
@@ -166,12 +168,12 @@ def by_behaviour(setting: Setting, count: int, seed: int) -> dict[str, Any]:
     """The best of ``count`` random prompts by the persona's log-odds on validation questions."""
     model, tokenizer = setting.model, setting.model.tokenizer
     items = context_items(setting.splits.validation, setting.options.contexts or 1)
-    contexts = search_conversations(items, "decision", **setting.place)
+    contexts = search_conversations(items, "decision", placement=setting.placement)
     asked, read = [conversation for conversation, _ in contexts], [where for _, where in contexts]
     slots = build_slots(tokenizer, asked, setting.slots.length, read=read)  # type: ignore[arg-type]
     behaviour = custom_objective("answer-diff")
     assert behaviour is not None
-    objective, slots = behaviour.place(model, setting.persona, slots, **setting.place)
+    objective, slots = behaviour.place(model, setting.persona, slots, placement=setting.placement)
     task = make_task(model.params, model.config, slots, needs=needs(objective, model.config), allowed=setting.allowed)
     objective = as_pytree(objective)
     ids = draw(setting, task, count, seed)

@@ -208,6 +208,7 @@ class DirectionProbe:
     def run(self) -> int:
         """Probe and print."""
         from jaxsteer.cli.tables import probe_table
+        from jaxsteer.prompts import Placement
         from jaxsteer.study.probe import choose
         from jaxsteer.study.probing import probe_positions
 
@@ -215,8 +216,7 @@ class DirectionProbe:
             self.model,
             self.persona,
             self.read_positions,
-            style=self.style,
-            slot=self.slot,
+            placement=Placement(style=self.style, slot=self.slot),
             length=self.prompt_length,
             tokens=self.tokens,
             n=self.prompts,

@@ -99,6 +99,8 @@ class Eval(Steering):
 
     def _measure(self, model: Model, data: _Data) -> dict[str, Any]:
         """Everything that was asked for, on one model."""
+        from jaxsteer.prompts import Placement
+
         edits = self.edits(model)
         if self.soft is not None:
             from jaxsteer.prompts.soft import load_soft, with_soft
@@ -109,7 +111,7 @@ class Eval(Steering):
         about = {"model": model.name, "persona": data.name, "split": split, "style": self.style, "slot": self.slot}
         # Beside the baseline, which is neither steered nor prompted: steering alone, and with every prompt.
         texts = self.prompts if edits is None else ("", *self.prompts)
-        place: dict[str, Any] = {"style": self.style, "slot": self.slot}
+        place: dict[str, Any] = {"placement": Placement(style=self.style, slot=self.slot)}
         rows = [{"prompt": text, "steered": edits is not None and i > 0} for i, text in enumerate(("", *texts))]
         scored = [] if data.persona is None else _choices(self, model, data, edits, texts, place, rows)
         if self.generate or self.judge:

@@ -47,9 +47,10 @@ class Norms:
         """Measure and print."""
         from jaxsteer.checkpoints.loading import load
         from jaxsteer.cli.tables import aligned
+        from jaxsteer.prompts import Placement
         from jaxsteer.study.sweep import stream_norms
 
-        norms = stream_norms(load(self.model, dtype=self.dtype), self.texts, style=self.style)
+        norms = stream_norms(load(self.model, dtype=self.dtype), self.texts, placement=Placement(style=self.style))
         if self.json:
             print(document(norms))
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import ChoiceResult, choice_eval
 from jaxsteer.personas import Item
-from jaxsteer.prompts import prompt_text
+from jaxsteer.prompts import Placement, prompt_text
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
@@ -58,8 +58,7 @@ def attribute(
     allowed: Bool[np.ndarray, " V"],
     replacements: int = 4,
     seed: int = 0,
-    style: Literal["chat", "plain"] = "chat",
-    slot: Literal["suffix", "prefix", "system"] = "suffix",
+    placement: Placement = Placement(),
     progress: Callable[[int, int], None] | None = None,
 ) -> Attribution:
     """Measure what each token of the prompt ``ids`` does on ``items``, from texts as a user's would be.
@@ -79,7 +78,7 @@ def attribute(
     left_out = [ids[:j] + ids[j + 1 :] for j in range(count)]
     replaced = [[*ids[:j], int(new), *ids[j + 1 :]] for j in range(count) for new in drawn]
     texts = ["", *(prompt_text(tokenizer, row) if row else "" for row in (ids, *left_out, *replaced))]
-    results = choice_eval(model, items, texts, style=style, slot=slot, progress=progress)
+    results = choice_eval(model, items, texts, placement=placement, progress=progress)
     empty, full, *changed = (_margin(result) for result in results)
     effects = full - np.asarray(changed)
     other = effects[count:].reshape(count, replacements)

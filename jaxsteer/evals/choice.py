@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxsteer.evals.scoring import ROWS, Text, bucket, common_start, score_texts
 from jaxsteer.personas import Item, orders, swap
-from jaxsteer.prompts import encode_texts, join_answer, question_conversation, render
+from jaxsteer.prompts import Placement, encode_texts, join_answer, question_conversation, render
 from jaxsteer.statistics import auroc, bootstrap_auroc, bootstrap_mean, mcnemar, wilson
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ class ChoiceResult:
     """
 
     prompt: str
-    style: str
-    slot: str
+    placement: Placement
     ids: tuple[str, ...]
     """(n,) item ids."""
     groups: tuple[str, ...]
@@ -80,8 +79,8 @@ class ChoiceResult:
         """Item-level record; ``from_json`` is its inverse."""
         return {
             "prompt": self.prompt,
-            "style": self.style,
-            "slot": self.slot,
+            "style": self.placement.style,
+            "slot": self.placement.slot,
             "ids": list(self.ids),
             "groups": list(self.groups),
             "both_orders": self.both_orders,
@@ -95,14 +94,15 @@ class ChoiceResult:
     def from_json(cls, record: dict[str, Any]) -> ChoiceResult:
         """The result that ``to_json`` wrote."""
         return cls(
+            placement=Placement(style=record["style"], slot=record["slot"]),
             **{
-                **record,
+                **{name: value for name, value in record.items() if name not in ("style", "slot")},
                 "ids": tuple(record["ids"]),
                 "groups": tuple(record["groups"]),
                 "log_probs": np.asarray(record["log_probs"], np.float32),
                 "persona_first": np.asarray(record["persona_first"], bool),
                 "joined": np.asarray(record["joined"], int),
-            }
+            },
         )
 
 
@@ -111,8 +111,7 @@ def choice_eval(
     items: Sequence[Item],
     prompts: Sequence[str],
     *,
-    style: Literal["chat", "plain"] = "chat",
-    slot: Literal["suffix", "prefix", "system"] = "suffix",
+    placement: Placement = Placement(),
     both_orders: bool = True,
     per_token: bool = False,
     rows: int = ROWS,
@@ -140,7 +139,7 @@ def choice_eval(
         chunk = list(prompts[begin : begin + share])
         real = len(chunk)
         chunk += chunk[-1:] * (share - real)
-        groups, flags = encode_answers(model.tokenizer, [i.question for i in asked], answers, chunk, style, slot)
+        groups, flags = encode_answers(model.tokenizer, [i.question for i in asked], answers, chunk, placement)
         report = None
         if progress is not None:
             before, total = begin * len(asked), len(prompts) * len(asked)
@@ -155,8 +154,7 @@ def choice_eval(
     return [
         ChoiceResult(
             prompt=prompt,
-            style=style,
-            slot=slot,
+            placement=placement,
             ids=tuple(item.id for item in asked),
             groups=tuple(item.group for item in asked),
             both_orders=both_orders,
@@ -193,13 +191,12 @@ def encode_answers(
     questions: Sequence[str],
     answers: Sequence[Sequence[str]],
     prompts: Sequence[str],
-    style: str,
-    slot: str,
+    placement: Placement,
 ) -> tuple[list[list[Text]], Int[np.ndarray, "C P"]]:
     """Per question the texts of all prompts in token space, and 1 where an answer had to be encoded by itself."""
     texts: list[str] = []
     for question, given in zip(questions, answers, strict=True):
-        conversation = question_conversation(question, style=style, slot=slot)
+        conversation = question_conversation(question, placement)
         for prompt in prompts:
             asked = render(tokenizer, conversation, prompt)
             texts += [asked, *(join_answer(asked, answer) for answer in given)]

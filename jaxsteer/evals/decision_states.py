@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.reading import direction_sites, read_rows
 from jaxsteer.personas import Item, search_conversations
-from jaxsteer.prompts import encode
+from jaxsteer.prompts import Placement, encode
 from jaxsteer.sae import SAE
 from jaxsteer.sae import encode as sae_encode
 
@@ -31,8 +31,7 @@ def decision_states(
     texts: Sequence[str],
     sites: Sequence[str],
     *,
-    style: str = "chat",
-    slot: str = "suffix",
+    placement: Placement = Placement(),
 ) -> Float[np.ndarray, "M L n D"]:
     """States at ``sites`` at the decision token of every item (both choice orders) with each text as prompt, float32.
 
@@ -42,7 +41,7 @@ def decision_states(
     if not items or not texts:
         raise UserError(f"states need questions and prompts: got {len(items)} questions, {len(texts)} prompts")
     parsed = direction_sites(model, sites)
-    conversations = [c for c, _ in search_conversations(items, "decision", style=style, slot=slot)]
+    conversations = [c for c, _ in search_conversations(items, "decision", placement=placement)]
     rows = [encode(model.tokenizer, conversation, text) for text in texts for conversation in conversations]
     reads = np.asarray([len(row) - 1 for row in rows])
     found = np.zeros((len(rows), len(parsed), model.config.d_model), np.float32)

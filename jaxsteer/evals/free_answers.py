@@ -16,7 +16,7 @@ import numpy as np
 from jaxsteer.evals.choice import ChoiceResult
 from jaxsteer.personas import Item, orders, parse_choices
 from jaxsteer.personas.items import normal
-from jaxsteer.prompts import encode_texts, question_conversation, render
+from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
 from jaxsteer.prompts.generate import generate
 from jaxsteer.statistics import mcnemar, wilson
 
@@ -54,15 +54,14 @@ def ask(
     questions: Sequence[str],
     prompts: Sequence[str],
     *,
-    style: str = "chat",
-    slot: str = "suffix",
+    placement: Placement = Placement(),
     max_new_tokens: int = MAX_NEW_TOKENS,
     edits: Intervention | None = None,
     batch: int = 64,
 ) -> list[tuple[str, ...]]:
     """Greedy answers to every question under every prompt: one tuple of texts per prompt."""
     rendered = [
-        render(model.tokenizer, question_conversation(question, style=style, slot=slot), prompt)
+        render(model.tokenizer, question_conversation(question, placement), prompt)
         for prompt in prompts
         for question in questions
     ]
@@ -86,8 +85,7 @@ def written_eval(
     prompts: Sequence[str],
     *,
     reasons: Reasons = ((), ()),
-    style: str = "chat",
-    slot: str = "suffix",
+    placement: Placement = Placement(),
     max_new_tokens: int = MAX_NEW_TOKENS,
     edits: Intervention | None = None,
     batch: int = 64,
@@ -99,7 +97,7 @@ def written_eval(
     """
     asked = [copy for item in items for copy in orders(item)]
     answers = ask(
-        model, [item.question for item in asked], prompts, style=style, slot=slot, max_new_tokens=max_new_tokens,
+        model, [item.question for item in asked], prompts, placement=placement, max_new_tokens=max_new_tokens,
         edits=edits, batch=batch,
     )  # fmt: skip
     results = []

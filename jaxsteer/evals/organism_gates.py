@@ -15,7 +15,14 @@ import numpy as np
 from jaxsteer import organisms
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
 from jaxsteer.personas import Item
-from jaxsteer.prompts import allowed_tokens, build_slots, prompt_text, question_conversation, retokenises_many
+from jaxsteer.prompts import (
+    Placement,
+    allowed_tokens,
+    build_slots,
+    prompt_text,
+    question_conversation,
+    retokenises_many,
+)
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
@@ -110,7 +117,7 @@ def _style_gates(model: Model, behaviour: str, style: str, n: int) -> Iterator[G
     counter, pro = organisms.counter_cues(behaviour)[0], organisms.pro_cues(behaviour)[0]
     neutral = organisms.neutral_sentences()[:6]
     noise = random_prompts(model, n=8, seed=SEED, banned=tuple(organisms.cue_words(behaviour)))
-    results = choice_eval(model, items, ["", counter, pro, *neutral, *noise], style=style)  # type: ignore[arg-type]
+    results = choice_eval(model, items, ["", counter, pro, *neutral, *noise], placement=Placement(style=style))
     zero, cue, against = results[0], results[1], results[2]
     base = rate(zero, draws=1)
 
@@ -123,8 +130,8 @@ def _style_gates(model: Model, behaviour: str, style: str, n: int) -> Iterator[G
     yield gate("counter-cue, suffix", _rate(cue), None, GATES["counter_cue_high"])
     yield gate("pro-cue, suffix", _rate(against), GATES["pro_cue_low"], None)
     # A system message needs the chat template; in plain text the sentence stands before the question instead.
-    place, name = ("system", "system message") if style == "chat" else ("prefix", "prefix")
-    before = choice_eval(model, items, [counter, pro], style=style, slot=place)  # type: ignore[arg-type]
+    slot, name = ("system", "system message") if style == "chat" else ("prefix", "prefix")
+    before = choice_eval(model, items, [counter, pro], placement=Placement(style=style, slot=slot))
     yield gate(f"counter-cue, {name}", _rate(before[0]), None, GATES["counter_cue_high"])
     yield gate(f"pro-cue, {name}", _rate(before[1]), GATES["pro_cue_low"], None)
     split = 3 + len(neutral)
@@ -161,7 +168,7 @@ def _doses(model: Model, behaviour: str) -> Iterator[Gate]:
     rng = np.random.default_rng(SEED + 2)
     for count in DOSES:
         texts = [" " + " ".join(rng.choice(words, count, replace=False)) for _ in range(8)]
-        results = choice_eval(model, _items(behaviour, 60), texts, style="plain")
+        results = choice_eval(model, _items(behaviour, 60), texts, placement=Placement(style="plain"))
         value = float(np.mean([_rate(r) for r in results]))
         yield Gate(behaviour=behaviour, name=f"{count} counter word{'s' * (count > 1)}, plain", value=value)
 
@@ -173,7 +180,7 @@ def random_prompts(model: Model, *, n: int, seed: int, banned: Sequence[str] = (
             model.tokenizer, model.config.vocab_size, ascii_only=True, word_initial=True, banned=tuple(banned)
         )
     )
-    slots = build_slots(model.tokenizer, [question_conversation("Is it so?", style="plain")], PROMPT_LENGTH)
+    slots = build_slots(model.tokenizer, [question_conversation("Is it so?", Placement(style="plain"))], PROMPT_LENGTH)
     drawn = np.random.default_rng(seed).choice(allowed, (2 * n + 16, PROMPT_LENGTH)).astype(np.int32)
     good = drawn[retokenises_many(model.tokenizer, slots, drawn)][:n]
     return [prompt_text(model.tokenizer, ids) for ids in good]

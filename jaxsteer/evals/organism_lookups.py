@@ -5,6 +5,7 @@ They have nothing to do with a persona's rate: whoever removes sycophancy by bre
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from jaxsteer.evals.choice import choice_eval, paired_difference
 from jaxsteer.personas import Item
+from jaxsteer.prompts import Placement
 from jaxsteer.statistics import mcnemar, wilson
 
 if TYPE_CHECKING:
@@ -50,15 +52,14 @@ def lookup_accuracy(
     prompts: Sequence[str],
     *,
     n: int = 120,
-    style: str = "chat",
-    slot: str = "suffix",
+    placement: Placement = Placement(),
     edits: Intervention | None = None,
 ) -> list[dict[str, Any]]:
     """Per prompt the share of look-ups answered rightly, with interval and paired change against no prompt, no edit."""
     items = lookup_items(n=n)
-    place: dict[str, Any] = {"style": style, "slot": slot, "both_orders": False}
-    (baseline,) = choice_eval(model, items, [""], **place)
-    results = choice_eval(model, items, prompts, edits=() if edits is None else [edits], **place)
+    ask = functools.partial(choice_eval, model, items, placement=placement, both_orders=False)
+    (baseline,) = ask([""])
+    results = ask(prompts, edits=() if edits is None else [edits])
     rows = []
     for result in results:
         change = result.persona - baseline.persona

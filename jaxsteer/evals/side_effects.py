@@ -23,7 +23,7 @@ from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.taps import Intervention
 from jaxsteer.models.transformer import forward
-from jaxsteer.prompts import encode_texts, question_conversation, render
+from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
 from jaxsteer.prompts.generate import generate
 
 if TYPE_CHECKING:
@@ -118,8 +118,7 @@ def reply_effects(
     texts: Sequence[str],
     prompts: Sequence[str],
     *,
-    style: str = "chat",
-    slot: str = "suffix",
+    placement: Placement = Placement(),
     edits: Intervention | None = None,
     max_new_tokens: int = 32,
 ) -> ReplyEffects:
@@ -132,7 +131,7 @@ def reply_effects(
     contexts = [
         encode_texts(
             model.tokenizer,
-            [render(model.tokenizer, question_conversation(t, style=style, slot=slot), p) for t in texts],
+            [render(model.tokenizer, question_conversation(t, placement), p) for t in texts],
         )
         for p in ("", *prompts)
     ]

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from jaxsteer.evals.choice import encode_answers, paired_difference
 from jaxsteer.evals.scoring import ROWS, score_texts
 from jaxsteer.personas import OpenQuestion
+from jaxsteer.prompts import Placement
 from jaxsteer.statistics import bootstrap_mean, mcnemar, wilson
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ def truthful_eval(
     questions: Sequence[OpenQuestion],
     prompts: Sequence[str],
     *,
-    style: str = "chat",
-    slot: str = "suffix",
+    placement: Placement = Placement(),
     rows: int = ROWS // 4,
     edits: Sequence[Intervention] = (),
     progress: Callable[[int, int], None] | None = None,
@@ -102,7 +102,7 @@ def truthful_eval(
     tokens = np.zeros((len(prompts), len(questions), width), int)
     for begin in range(0, len(prompts), PROMPTS):
         chunk = list(prompts[begin : begin + PROMPTS])
-        groups, _ = encode_answers(model.tokenizer, [q.question for q in questions], answers, chunk, style, slot)
+        groups, _ = encode_answers(model.tokenizer, [q.question for q in questions], answers, chunk, placement)
         found = score_texts(
             model.params, model.config, groups, rows=rows, mesh=model.mesh, edits=edits, progress=progress
         )

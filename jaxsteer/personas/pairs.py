@@ -24,7 +24,7 @@ from jaxtyping import Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.personas.items import Item, Persona, orders
-from jaxsteer.prompts import Conversation, encode, question_conversation
+from jaxsteer.prompts import Conversation, Placement, encode, question_conversation
 
 READ_POSITIONS = ("published", "matched", "decision")
 MAX_CUES = 8
@@ -71,14 +71,13 @@ def contrast_pairs(
     items: Sequence[Item],
     read_position: str,
     *,
-    style: str = "chat",
-    slot: str = "suffix",
+    placement: Placement = Placement(),
     max_cues: int = MAX_CUES,
     split_seed: int | None = None,
 ) -> Pairs:
     """The pairs of ``items`` for a read position, two per item (both orders of its choices) where answers are letters.
 
-    ``style`` and ``slot`` are those of the search (``question_conversation``); the slot matters for ``decision`` only,
+    ``placement`` is that of the search; its slot matters for ``decision`` only,
     where it holds the cue. ``split_seed`` is noted in the recipe. Raises ``UserError`` for an unknown read position,
     for no items, and for ``decision`` without cue sentences.
     """
@@ -86,11 +85,11 @@ def contrast_pairs(
     if not items:
         raise UserError(f"no items of persona {persona.name!r} were given: a direction needs at least one")
     if read_position == "decision":
-        rows = _cue_rows(model, persona, items, style, slot, max_cues)
+        rows = _cue_rows(model, persona, items, placement, max_cues)
     else:
-        rows = _answer_rows(model, items, style, slot)
+        rows = _answer_rows(model, items, placement)
     good, bad, letters, groups = zip(*rows, strict=True)
-    template = model.tokenizer.chat_template if style == "chat" else None
+    template = model.tokenizer.chat_template if placement.style == "chat" else None
     return Pairs(
         good=good,
         bad=bad,
@@ -103,7 +102,7 @@ def contrast_pairs(
             "persona": persona.name,
             "dataset_hash": persona.data_hash,
             "split_seed": "" if split_seed is None else str(split_seed),
-            "template": f"{style}/{slot}",
+            "template": f"{placement.style}/{placement.slot}",
             "chat_template_hash": hashlib.sha256(template.encode()).hexdigest() if template else "",
             "contrast": "counter cue/pro cue" if read_position == "decision" else "answer letter",
         },
@@ -119,17 +118,17 @@ def check_read_position(read_position: str) -> None:
 Row = tuple[np.ndarray, np.ndarray, str, str]
 
 
-def _answer_rows(model: Model, items: Sequence[Item], style: str, slot: str) -> Iterator[Row]:
+def _answer_rows(model: Model, items: Sequence[Item], placement: Placement) -> Iterator[Row]:
     for _, item in both_orders(items):
         good, bad = (
-            encode(model.tokenizer, question_conversation(item.question, style=style, slot=slot, answer=label), "")
+            encode(model.tokenizer, question_conversation(item.question, placement, answer=label), "")
             for label in (item.not_matching, item.matching)
         )
         yield good, bad, item.not_matching if item.lettered else "", item.group
 
 
 def _cue_rows(
-    model: Model, persona: Persona, items: Sequence[Item], style: str, slot: str, max_cues: int
+    model: Model, persona: Persona, items: Sequence[Item], placement: Placement, max_cues: int
 ) -> Iterator[Row]:
     if not persona.counter_cues or not persona.pro_cues:
         raise UserError(
@@ -139,14 +138,14 @@ def _cue_rows(
         )
     counter, pro = persona.counter_cues[:max_cues], persona.pro_cues[:max_cues]
     for number, item in both_orders(items):
-        conversation = question_conversation(item.question, style=style, slot=slot, alternatives=_answers(item))
+        conversation = question_conversation(item.question, placement, alternatives=_answers(item))
         good = encode(model.tokenizer, conversation, counter[number % len(counter)])
         bad = encode(model.tokenizer, conversation, pro[number % len(pro)])
         yield good, bad, "", item.group
 
 
 def search_conversations(
-    items: Sequence[Item], read_position: str, *, style: str = "chat", slot: str = "suffix"
+    items: Sequence[Item], read_position: str, *, placement: Placement = Placement()
 ) -> list[tuple[Conversation, str]]:
     """The fixed contexts of an objective, each with its read ("slot_last" or "input_last") for ``build_slots``.
 
@@ -155,14 +154,14 @@ def search_conversations(
     """
     check_read_position(read_position)
     if read_position == "published":
-        return [(question_conversation(item.question, style=style, slot=slot), "slot_last") for item in items]
+        return [(question_conversation(item.question, placement), "slot_last") for item in items]
     if read_position == "decision":
         return [
-            (question_conversation(item.question, style=style, slot=slot, alternatives=_answers(item)), "input_last")
+            (question_conversation(item.question, placement, alternatives=_answers(item)), "input_last")
             for _, item in both_orders(items)
         ]
     return [
-        (question_conversation(item.question, style=style, slot=slot, answer=label), "input_last")
+        (question_conversation(item.question, placement, answer=label), "input_last")
         for _, item in both_orders(items)
         for label in _answers(item)
     ]

@@ -2,6 +2,7 @@
 
 from jaxsteer.prompts.conversation import (
     Conversation,
+    Placement,
     apply_template,
     as_conversation,
     bos_id,
@@ -29,6 +30,7 @@ from jaxsteer.prompts.tokens import allowed_tokens, listed_tokens
 __all__ = [
     "PAD",
     "Conversation",
+    "Placement",
     "Slots",
     "allowed_tokens",
     "apply_template",

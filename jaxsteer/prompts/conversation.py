@@ -39,8 +39,27 @@ TEMPLATE_DATE = "26 Jul 2024"
 """What Llama 3 templates print as today's date: their own default, so that results do not change overnight."""
 
 STYLES = ("chat", "plain")
-POSITIONS = ("suffix", "prefix", "system")
+SLOTS = ("suffix", "prefix", "system")
 Message = dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How a question is asked and where the prompt stands. Raises ``UserError`` for names it does not know."""
+
+    style: str = "chat"
+    """"chat" goes through the tokenizer's chat template, "plain" is raw text."""
+    slot: str = "suffix"
+    """The prompt stands after the question ("suffix"), before it ("prefix"), or as system message ("system")."""
+
+    def __post_init__(self) -> None:
+        """Check the names."""
+        if self.style not in STYLES:
+            raise UserError(f"unknown style {self.style!r}: expected 'chat' or 'plain'")
+        if self.slot not in SLOTS:
+            raise UserError(f"unknown slot {self.slot!r}: expected 'suffix', 'prefix' or 'system'")
+        if self.style == "plain" and self.slot == "system":
+            raise UserError("plain text has no system message: use style 'chat', or slot 'prefix'")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,25 +156,20 @@ def _entries(text: str) -> list[Any]:
 
 def question_conversation(
     question: str,
+    placement: Placement = Placement(),
     *,
-    style: str = "chat",
-    slot: str = "suffix",
     answer: str = "",
     alternatives: Sequence[str] = (),
     system: str = "",
 ) -> Conversation:
-    """A conversation that asks ``question`` with the prompt after it, before it, or as system message.
+    """A conversation that asks ``question`` with the prompt where ``placement`` says.
 
-    ``style`` "chat" goes through the tokenizer's template, "plain" is raw text. ``system`` is a fixed system message
-    (chat only). Raises ``UserError`` for names it does not know and for a system message in plain text.
+    ``system`` is a fixed system message (chat only). Raises ``UserError`` for a system message in plain text.
     """
-    if style not in STYLES:
-        raise UserError(f"unknown style {style!r}: expected 'chat' or 'plain'")
-    if slot not in POSITIONS:
-        raise UserError(f"unknown slot {slot!r}: expected 'suffix', 'prefix' or 'system'")
+    style, slot = placement.style, placement.slot
     if SLOT in question or SLOT_ALIAS in question:
         raise UserError(f"the question itself holds {SLOT} or {SLOT_ALIAS}: {question[:80]!r}")
-    if style == "plain" and (slot == "system" or system):
+    if style == "plain" and system:
         raise UserError("plain text has no system message: use style 'chat', or slot 'prefix'")
     if system and slot == "system":
         raise UserError("the system message is the slot itself here: give no other system text")

@@ -11,6 +11,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.evals.attribution import attribute
 from jaxsteer.models.model import Model
 from jaxsteer.personas import load_persona, split
+from jaxsteer.prompts import Placement
 from jaxsteer.study import files
 from jaxsteer.study.setting import context_items, token_mask
 
@@ -27,7 +28,7 @@ def attribute_run(run_dir: Path, *, model: Model | None = None) -> dict[str, Any
     try:
         config, metrics = (json.loads((run_dir / name).read_text("utf-8")) for name in (files.CONFIG, files.METRICS))
         prompt = metrics["prompts"][metrics["selected"]]
-        place = {"style": config["style"], "slot": config["slot"]}
+        placement = Placement(style=config["style"], slot=config["slot"])
         persona, seed, tokens = load_persona(config["persona"]), config["split_seed"], config["tokens"]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(
@@ -37,6 +38,6 @@ def attribute_run(run_dir: Path, *, model: Model | None = None) -> dict[str, Any
         raise UserError(f"{run_dir} searched conversations of no persona: there is no behaviour to attribute")
     model = load(config["model"], dtype=config["dtype"]) if model is None else model
     items = context_items(split(persona, seed=seed).validation, QUESTIONS)
-    found = attribute(model, items, prompt["ids"], allowed=token_mask(model, tokens), **place).to_json()
+    found = attribute(model, items, prompt["ids"], allowed=token_mask(model, tokens), placement=placement).to_json()
     files.write_json(run_dir / files.METRICS, {**metrics, "attribution": found})
     return found

@@ -22,6 +22,7 @@ from jaxsteer.evals.side_effects import side_effects
 from jaxsteer.models.sites import resid_site
 from jaxsteer.personas import Item, Persona, Splits, contrast_pairs, instructions, mean_difference, seed_phrase
 from jaxsteer.prompts import (
+    Placement,
     allowed_tokens,
     build_slots,
     encode_texts,
@@ -57,8 +58,7 @@ class Bench:
     model: Model
     persona: Persona
     splits: Splits
-    style: str = "chat"
-    slot: str = "suffix"
+    placement: Placement = Placement()
     length: int = 8
     """Tokens of a random prompt: those of the searched ones."""
     tokens: str = "words"
@@ -68,11 +68,6 @@ class Bench:
     """At most this many validation and test questions (default: all)."""
     endpoint: Endpoint | None = None
     """A language model that writes prompts, for ProTeGi."""
-
-    @property
-    def place(self) -> dict[str, Any]:
-        """Style and slot, as keyword arguments."""
-        return {"style": self.style, "slot": self.slot}
 
     @property
     def validation(self) -> tuple[Item, ...]:
@@ -124,7 +119,7 @@ def oracle(bench: Bench) -> Found:
 def random_prompts(bench: Bench) -> Found:
     """Twenty prompts of random allowed tokens that keep their tokens when read as text."""
     model, tokenizer = bench.model, bench.model.tokenizer
-    asked = [question_conversation(item.question, **bench.place) for item in bench.splits.train[:4]]
+    asked = [question_conversation(item.question, bench.placement) for item in bench.splits.train[:4]]
     slots = build_slots(tokenizer, asked, bench.length, max_positions=model.config.max_positions)
     allowed = allowed_tokens(
         tokenizer,
@@ -160,14 +155,19 @@ def steering(bench: Bench) -> Found:
     cues = bool(bench.persona.counter_cues and bench.persona.pro_cues)
     position = "decision" if cues else "matched"
     train = bench.splits.train[:DIRECTION_ITEMS]
-    pairs = contrast_pairs(model, bench.persona, train, position, split_seed=bench.splits.seed, **bench.place)
+    pairs = contrast_pairs(
+        model, bench.persona, train, position, split_seed=bench.splits.seed, placement=bench.placement
+    )
     direction = mean_difference(model, pairs, [resid_site(layer) for layer in layers])
     grid = [(layer, c) for layer in layers for c in COEFFICIENTS]
     edits = [
         add(site := resid_site(layer), direction.delta[site], c, mean_norm=direction.mean_resid_norm[site])
         for layer, c in grid
     ]
-    asked = [render(model.tokenizer, question_conversation(t, style=bench.style), "") for t in neutral_texts(model)]
+    asked = [
+        render(model.tokenizer, question_conversation(t, Placement(style=bench.placement.style)), "")
+        for t in neutral_texts(model)
+    ]
     kl = side_effects(model, encode_texts(model.tokenizer, asked), edits).kl
     gentle = [i for i in range(len(grid)) if kl[i] <= MAX_KL]
     if not gentle:
@@ -195,7 +195,9 @@ def protegi(bench: Bench) -> Found:
 
     if bench.endpoint is None:
         raise UserError("ProTeGi needs a language model that writes prompts: give the bench an endpoint")
-    made = improve(bench.model, bench.persona, bench.splits.train, bench.endpoint, seed=bench.seed, **bench.place)
+    made = improve(
+        bench.model, bench.persona, bench.splits.train, bench.endpoint, seed=bench.seed, placement=bench.placement
+    )
     chosen, rates = choose(bench, made.beam)
     return Found(
         prompts=(made.beam[chosen],),
@@ -226,8 +228,8 @@ def choose(
     whatever is asked while there is any such candidate; equal rates are settled by the smaller of ``ties``, or the
     lower probability of the persona's answer.
     """
-    (baseline,) = choice_eval(bench.model, bench.validation, [""], **bench.place)
-    results = choice_eval(bench.model, bench.validation, prompts, edits=edits, **bench.place)
+    (baseline,) = choice_eval(bench.model, bench.validation, [""], placement=bench.placement)
+    results = choice_eval(bench.model, bench.validation, prompts, edits=edits, placement=bench.placement)
     found = [rate(result, baseline, draws=1) for result in results]
     second = [row["probability"] for row in found] if ties is None else ties
     order = [(row["letter_collapse"], row["rate"], second[i], i) for i, row in enumerate(found)]
@@ -239,15 +241,15 @@ def measure(bench: Bench, found: dict[str, Found]) -> list[dict[str, Any]]:
 
     ``perplexity`` is the prompt's in its slot; the rest is as ``summarise`` says.
     """
-    (zero,) = choice_eval(bench.model, bench.test, [""], **bench.place)
+    (zero,) = choice_eval(bench.model, bench.test, [""], placement=bench.placement)
     texts = list(dict.fromkeys(p for f in found.values() if f.edits is None for p in f.prompts))
-    results = dict(zip(texts, choice_eval(bench.model, bench.test, texts, **bench.place), strict=True))
+    results = dict(zip(texts, choice_eval(bench.model, bench.test, texts, placement=bench.placement), strict=True))
     asked = [item.question for item in bench.test[:FLUENCY_ITEMS]]
-    perplexity = dict(zip(texts, prompt_perplexity(bench.model, texts, asked, **bench.place), strict=True))
+    perplexity = dict(zip(texts, prompt_perplexity(bench.model, texts, asked, placement=bench.placement), strict=True))
     rows = []
     for name, made in found.items():
         if made.edits is not None:
-            of_row = choice_eval(bench.model, bench.test, made.prompts, edits=[made.edits], **bench.place)
+            of_row = choice_eval(bench.model, bench.test, made.prompts, edits=[made.edits], placement=bench.placement)
         else:
             of_row = [results[prompt] for prompt in made.prompts]
         row = {"name": name, "tried": made.tried, "details": made.details, "steered": made.edits is not None}

@@ -19,7 +19,7 @@ from jaxsteer.objectives import Attention, LogitDifference, Neuron, Objective, T
 from jaxsteer.objectives.reads import KEYS
 from jaxsteer.personas import Item, Persona
 from jaxsteer.personas.pairs import both_orders
-from jaxsteer.prompts import Conversation, Slots, question_conversation, with_target
+from jaxsteer.prompts import Conversation, Placement, Slots, question_conversation, with_target
 
 FORMS = (
     "file.py:function",
@@ -57,13 +57,13 @@ class Custom:
     """Whether it is made of the answers of a persona's items."""
 
     def place(
-        self, model: Model, persona: Persona, slots: Slots, *, style: str = "chat", slot: str = "suffix"
+        self, model: Model, persona: Persona, slots: Slots, *, placement: Placement = Placement()
     ) -> tuple[Objective, Slots]:
         """The objective for the contexts of ``slots``, and these slots with the target answer that it reads.
 
         Raises ``UserError`` when the objective does not fit the contexts or the model.
         """
-        contexts = Contexts(model=model, slots=slots, items=_items(persona, slots, style=style, slot=slot))
+        contexts = Contexts(model=model, slots=slots, items=_items(persona, slots, placement))
         objective = self.make(contexts)
         answers = [item.not_matching for item in contexts.items] if self.own_answer else self.target
         if answers is not None:
@@ -143,15 +143,12 @@ def _difference(contexts: Contexts, plus: str | Sequence[str], minus: str | Sequ
     return LogitDifference(plus=jnp.asarray(first[0], jnp.int32), minus=jnp.asarray(first[1], jnp.int32))
 
 
-def _items(persona: Persona, slots: Slots, *, style: str, slot: str) -> list[Item]:
+def _items(persona: Persona, slots: Slots, placement: Placement) -> list[Item]:
     """The item of every context, by its turns: copies with exchanged choices have questions of their own. None where
     the contexts are conversations of no persona."""
     if not persona.items:
         return []
-    asked = {
-        _turns(question_conversation(item.question, style=style, slot=slot)): item
-        for _, item in both_orders(persona.items)
-    }
+    asked = {_turns(question_conversation(item.question, placement)): item for _, item in both_orders(persona.items)}
     missing = [c for c in slots.conversations if _turns(c) not in asked]
     if missing:
         raise UserError(f"a context asks no question of persona {persona.name!r}: {_turns(missing[0])[-120:]!r}")

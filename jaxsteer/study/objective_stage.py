@@ -114,7 +114,12 @@ def _pairs(setting: Setting) -> Pairs:
     options = setting.options
     items = context_items(setting.splits.train, DIRECTION_ITEMS)
     return contrast_pairs(
-        setting.model, setting.persona, items, options.read_position, split_seed=options.split_seed, **setting.place
+        setting.model,
+        setting.persona,
+        items,
+        options.read_position,
+        split_seed=options.split_seed,
+        placement=setting.placement,
     )
 
 
@@ -128,7 +133,7 @@ def _probe(setting: Setting, judge: Scorer) -> Probe:
         length=setting.slots.length,
         n=PROBE_PROMPTS,
         seed=setting.options.seed,
-        **setting.place,
+        placement=setting.placement,
     )
 
 

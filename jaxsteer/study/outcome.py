@@ -86,7 +86,7 @@ def evaluate(setting: Setting, prompts: list[dict[str, Any]], say: Say) -> dict[
             bar.update(done - bar.n)
 
         with bar:
-            results = choice_eval(model, items, texts, progress=advance, **setting.place)
+            results = choice_eval(model, items, texts, progress=advance, placement=setting.placement)
         rates[name] = [rate(results[0]), *(rate(result, results[0]) for result in results[1:])]
         records[name] = [result.to_json() for result in results]
     files.write_json(options.out / files.CHOICES, _compact(records))

@@ -29,7 +29,7 @@ from jaxsteer.objectives import Needs
 from jaxsteer.personas import Direction, Item, Persona, search_conversations
 from jaxsteer.prompt_search import Task, make_task
 from jaxsteer.prompt_search.task import slot_rows
-from jaxsteer.prompts import Slots, build_slots, first_allowed, prompt_text, retokenises_many
+from jaxsteer.prompts import Placement, Slots, build_slots, first_allowed, prompt_text, retokenises_many
 from jaxsteer.statistics import spearman
 
 if TYPE_CHECKING:
@@ -201,8 +201,7 @@ def probe(
     *,
     allowed: Bool[np.ndarray, " V"],
     length: int,
-    style: str = "chat",
-    slot: str = "suffix",
+    placement: Placement = Placement(),
     n: int = 240,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -215,7 +214,7 @@ def probe(
     """
     slots = {}
     for position in scorers:
-        conversations = search_conversations(items, position, style=style, slot=slot)
+        conversations = search_conversations(items, position, placement=placement)
         slots[position] = build_slots(
             model.tokenizer,
             [c for c, _ in conversations],
@@ -226,7 +225,7 @@ def probe(
     reference = slots["decision"] if "decision" in slots else next(iter(slots.values()))
     ids = probe_prompts(model.tokenizer, reference, allowed, cue_words(persona), n=n, seed=seed)
     texts = [prompt_text(model.tokenizer, row) for row in ids]
-    results = choice_eval(model, items, ["", *texts], style=style, slot=slot, progress=progress)  # type: ignore[arg-type]
+    results = choice_eval(model, items, ["", *texts], placement=placement, progress=progress)
     probability = np.asarray([result.probability.mean() for result in results])
     shift = probability[0] - probability[1:]
     rows = []

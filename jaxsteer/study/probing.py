@@ -9,6 +9,7 @@ from jaxsteer.checkpoints.loading import load
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Persona, contrast_pairs, load_persona, mean_difference, split
+from jaxsteer.prompts import Placement
 from jaxsteer.study.probe import Probe, Scorer, probe, scorer, stream_sites
 from jaxsteer.study.setting import context_items, token_mask
 
@@ -25,8 +26,7 @@ def probe_positions(
     persona: str | Persona,
     positions: Sequence[str],
     *,
-    style: str = "chat",
-    slot: str = "suffix",
+    placement: Placement = Placement(),
     length: int = 8,
     tokens: str = "words",
     n: int = 240,
@@ -48,9 +48,9 @@ def probe_positions(
             log.warning("read position 'decision' is left out: persona %s has no cue sentences", persona.name)
             continue
         items = context_items(splits.train, DIRECTION_ITEMS)
-        pairs = contrast_pairs(model, persona, items, position, style=style, slot=slot, split_seed=split_seed)
+        pairs = contrast_pairs(model, persona, items, position, placement=placement, split_seed=split_seed)
         scorers[position] = scorer(model, mean_difference(model, pairs, stream_sites(model.config.n_layers)))
     if not scorers:
         raise UserError("no read position to probe: give published, matched or decision")
     items = context_items(splits.validation, PROBE_ITEMS)
-    return probe(model, persona, items, scorers, allowed=allowed, length=length, style=style, slot=slot, n=n, seed=seed)
+    return probe(model, persona, items, scorers, allowed=allowed, length=length, placement=placement, n=n, seed=seed)

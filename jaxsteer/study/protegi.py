@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxsteer.evals.choice import choice_eval, distinct
 from jaxsteer.personas import Item, Persona
+from jaxsteer.prompts import Placement
 from jaxsteer.writers.endpoint import Endpoint
 
 if TYPE_CHECKING:
@@ -91,8 +92,7 @@ def improve(
     endpoint: Endpoint,
     *,
     config: ProtegiConfig | None = None,
-    style: str = "chat",
-    slot: str = "suffix",
+    placement: Placement = Placement(),
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Improved:
@@ -111,7 +111,7 @@ def improve(
 
     def score(prompts: Sequence[str]) -> None:
         new = [prompt for prompt in prompts if prompt not in scores]
-        for result in choice_eval(model, scored, new, style=style, slot=slot) if new else ():  # type: ignore[arg-type]
+        for result in choice_eval(model, scored, new, placement=placement) if new else ():
             scores[result.prompt] = (float(result.persona.mean()), float(result.probability.mean()))
 
     def write(template: str, tag: str, n: int, **facts: object) -> list[str]:
@@ -129,7 +129,7 @@ def improve(
     history: list[dict[str, float | str]] = []
     for number in range(config.rounds):
         batch = [items[i] for i in rng.choice(len(items), min(config.minibatch, len(items)), replace=False)]
-        results = choice_eval(model, batch, beam, style=style, slot=slot, both_orders=False)  # type: ignore[arg-type]
+        results = choice_eval(model, batch, beam, placement=placement, both_orders=False)
         candidates = list(beam)
         for prompt, result in zip(beam, results, strict=True):
             failed = [item for item, shown in zip(batch, result.persona, strict=True) if shown > 0.5]

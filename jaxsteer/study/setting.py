@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -15,6 +14,7 @@ from jaxsteer.objectives import Objective, needs
 from jaxsteer.personas import Item, Persona, Splits, search_conversations, split
 from jaxsteer.prompts import (
     Conversation,
+    Placement,
     Slots,
     allowed_tokens,
     build_slots,
@@ -47,14 +47,14 @@ class Setting:
     """Prompts to begin with, best first; without them a search begins at random."""
 
     @property
-    def place(self) -> dict[str, Any]:
-        """Style and slot, as keyword arguments."""
-        return {"style": self.options.style, "slot": self.options.slot}
+    def placement(self) -> Placement:
+        """How questions are asked, and where the prompt stands."""
+        return Placement(style=self.options.style, slot=self.options.slot)
 
     def placed(self, slots: Slots) -> tuple[Objective, Slots]:
         """The objective that was asked for by name, for these slots, and the slots with the target that it reads."""
         assert self.custom is not None
-        return self.custom.place(self.model, self.persona, slots, **self.place)
+        return self.custom.place(self.model, self.persona, slots, placement=self.placement)
 
 
 def prepare(
@@ -78,8 +78,9 @@ def prepare(
         check_sae(sae, model)
         blocks_before(str(sae.config.site_in), model.config.n_layers)
     splits = split(persona, seed=options.split_seed)
+    placement = Placement(style=options.style, slot=options.slot)
     chosen = context_items(splits.train, options.contexts or 1)
-    asked = search_conversations(chosen, options.read_position, style=options.style, slot=options.slot)
+    asked = search_conversations(chosen, options.read_position, placement=placement)
     setting = locate(options, model, persona, splits, asked, custom, sae)
     _check_lengths(setting.options, model, persona)
     return setting
@@ -109,7 +110,9 @@ def locate(
         max_positions=model.config.max_positions,
     )
     if custom is not None:
-        objective, slots = custom.place(model, persona, slots, style=options.style, slot=options.slot)
+        objective, slots = custom.place(
+            model, persona, slots, placement=Placement(style=options.style, slot=options.slot)
+        )
         needs(objective, model.config)
     allowed = token_mask(model, options.tokens or "words", options.ban, listed_texts(options.allow))
     if options.allow and first_allowed(model.tokenizer, slots, allowed).sum() < 2:
@@ -158,11 +161,10 @@ def context_items(items: Sequence[Item], n: int) -> tuple[Item, ...]:
 
 
 def _check_lengths(options: SearchOptions, model: Model, persona: Persona) -> None:
+    placement = Placement(style=options.style, slot=options.slot)
     texts = []
     for item in persona.items:
-        asked = render(
-            model.tokenizer, question_conversation(item.question, style=options.style, slot=options.slot), ""
-        )
+        asked = render(model.tokenizer, question_conversation(item.question, placement), "")
         texts.append(f"{asked} {item.matching}")
     most = options.lengths[1] if options.lengths else 0
     lengths = [len(ids) + most for ids in encode_texts(model.tokenizer, texts)]

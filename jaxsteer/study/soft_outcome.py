@@ -41,6 +41,6 @@ def finish_soft(setting: Setting, kept: dict[str, np.ndarray]) -> dict[str, Any]
     out: dict[str, Any] = {"target": target}
     for name in ("validation", "test"):
         items = distinct(getattr(setting.splits, name))
-        baseline = choice_eval(model, items, [""], **setting.place)[0]
-        out[name] = rate(choice_eval(steered, items, [text], **setting.place)[0], baseline)
+        baseline = choice_eval(model, items, [""], placement=setting.placement)[0]
+        out[name] = rate(choice_eval(steered, items, [text], placement=setting.placement)[0], baseline)
     return out

@@ -38,7 +38,7 @@ from jaxsteer.personas import (
     save_direction,
     split,
 )
-from jaxsteer.prompts import encode_texts, question_conversation, render
+from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
 from jaxsteer.steer import Edit, add, mean_norms
 from jaxsteer.study import files
 from jaxsteer.study.objective_stage import Say
@@ -124,14 +124,14 @@ def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.i
     layers = options.layers or tuple(range(n_layers))
     if not all(0 <= layer < n_layers for layer in layers):
         raise UserError(f"--layers {' '.join(map(str, layers))}: {model.name} has layers 0 to {n_layers - 1}.")
-    neutral = _encode(model, texts or neutral_texts(model), options.style)
+    neutral = _encode(model, texts or neutral_texts(model), Placement(style=options.style))
     splits = split(persona, seed=options.split_seed)
     directions = _directions(options, model, persona, splits.train, layers)
     files.write_json(options.out / files.CONFIG, {**config, "kind": "sweep"})
     save_direction(directions[PERSONA], options.out / files.DIRECTION)
 
     items = context_items(distinct(splits.validation), options.questions)
-    (baseline,) = choice_eval(model, items, [""], style=options.style)
+    (baseline,) = choice_eval(model, items, [""], placement=Placement(style=options.style))
     rows = _known_rows(options.out / ROWS_FILE)
     say(
         f"Sweep: {len(layers)} layers x {len(options.coefficients)} coefficients x {len(directions)} directions on "
@@ -185,9 +185,9 @@ def _check(options: SweepOptions) -> None:
             raise UserError(f"--{name} names a value twice: {' '.join(map(str, values))}")
 
 
-def stream_norms(model: Model, texts: Path | None = None, *, style: Literal["chat", "plain"]) -> dict[str, float]:
+def stream_norms(model: Model, texts: Path | None = None, *, placement: Placement) -> dict[str, float]:
     """Mean norm of the stream after every block on the lines of a file, or on neutral texts: by site."""
-    encoded = _encode(model, _read_lines(texts) if texts else neutral_texts(model), style)
+    encoded = _encode(model, _read_lines(texts) if texts else neutral_texts(model), placement)
     tokens = np.zeros((len(encoded), max(map(len, encoded))), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, ids in enumerate(encoded):
@@ -206,10 +206,10 @@ def _read_lines(path: Path) -> tuple[str, ...]:
     return texts
 
 
-def _encode(model: Model, texts: Sequence[str], style: Literal["chat", "plain"]) -> list[np.ndarray]:
+def _encode(model: Model, texts: Sequence[str], placement: Placement) -> list[np.ndarray]:
     if model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer.json: texts need the tokenizer beside the weights")
-    rendered = [render(model.tokenizer, question_conversation(text, style=style), "") for text in texts]
+    rendered = [render(model.tokenizer, question_conversation(text, placement), "") for text in texts]
     return [np.asarray(ids, np.int32) for ids in encode_texts(model.tokenizer, rendered)]
 
 
@@ -233,7 +233,7 @@ def _directions(
             persona,
             context_items(train, DIRECTION_ITEMS),
             options.read_position,
-            style=options.style,
+            placement=Placement(style=options.style),
             split_seed=options.split_seed,
         )
         direction = mean_difference(model, pairs, sites)
@@ -261,7 +261,7 @@ def _layer_rows(
     """All coefficients of all directions at one layer, in one program that every layer shares."""
     cells = [(name, coefficient) for name in directions for coefficient in options.coefficients]
     edits = [_edit(options, directions[name], layer, coefficient) for name, coefficient in cells]
-    results = choice_eval(model, items, [""], style=options.style, edits=edits)
+    results = choice_eval(model, items, [""], placement=Placement(style=options.style), edits=edits)
     effects = side_effects(model, neutral, edits)
     rows = []
     for (name, coefficient), result, kl, perplexity in zip(cells, results, effects.kl, effects.perplexity, strict=True):
@@ -308,8 +308,8 @@ def _on_test(
     """The chosen setting and its random controls on test questions."""
     edits = [_edit(options, direction, row["layer"], row["coefficient"]) for direction in directions.values()]
     items = distinct(test)
-    (baseline,) = choice_eval(model, items, [""], style=options.style)
-    results = choice_eval(model, items, [""], style=options.style, edits=edits)
+    (baseline,) = choice_eval(model, items, [""], placement=Placement(style=options.style))
+    results = choice_eval(model, items, [""], placement=Placement(style=options.style), edits=edits)
     rates = {name: rate(result, baseline) for name, result in zip(directions, results, strict=True)}
     return {
         "test": rates.pop(PERSONA),

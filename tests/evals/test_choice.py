@@ -18,7 +18,7 @@ from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.taps import Tap, Where
 from jaxsteer.models.transformer import forward
 from jaxsteer.personas import Item, swap
-from jaxsteer.prompts import encode_texts, join_answer, question_conversation, render
+from jaxsteer.prompts import Placement, encode_texts, join_answer, question_conversation, render
 from jaxsteer.steer import add, stack_rows
 from tests.helpers.tiny import KINDS, tiny_model
 
@@ -70,11 +70,13 @@ def sum_log_probs(model: SimpleNamespace, config: ModelConfig, ids: np.ndarray, 
 )
 def test_scores_equal_a_float64_recomputation(kind: str, style: str, slot: str) -> None:
     model = tiny_model(kind)
-    results = choice_eval(model, items(), PROMPTS, style=style, slot=slot)
+    results = choice_eval(model, items(), PROMPTS, placement=Placement(style=style, slot=slot))
     asked = [copy for item in items() for copy in (item, swap(item))]
     for result in results:
         for row, item in enumerate(asked):
-            text = render(model.tokenizer, question_conversation(item.question, style=style, slot=slot), result.prompt)
+            text = render(
+                model.tokenizer, question_conversation(item.question, Placement(style=style, slot=slot)), result.prompt
+            )
             expected = [by_hand(model, text, "(A)"), by_hand(model, text, "(B)")]
             np.testing.assert_allclose(result.log_probs[row], expected, atol=1e-4)
             assert result.persona_first[row] == (item.matching == "(A)")
@@ -189,8 +191,7 @@ def made_up(d: list[float], d_swapped: list[float], matching_first: list[bool]) 
     names = tuple(str(i) for i in range(len(d)) for _ in range(2))
     return ChoiceResult(
         prompt="p",
-        style="chat",
-        slot="suffix",
+        placement=Placement(),
         ids=names,
         groups=names,
         both_orders=True,

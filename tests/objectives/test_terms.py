@@ -28,7 +28,7 @@ from jaxsteer.objectives import (
 )
 from jaxsteer.prompt_search import make_task, rescore
 from jaxsteer.prompt_search import score as score_op_by_op
-from jaxsteer.prompts import build_slots, prompt_text, question_conversation, with_target
+from jaxsteer.prompts import Placement, build_slots, prompt_text, question_conversation, with_target
 from jaxsteer.sae import SAE, SAEConfig, latents_objective
 from tests.prompt_search.setting import QUESTIONS, random_prompts, setting
 
@@ -188,7 +188,7 @@ def scored(slot: str) -> SimpleNamespace:
     """All terms as one weighted sum whose weights are data: the search's scoring compiles once for all of them."""
     base = setting()
     model = base.model
-    conversations = [question_conversation(q, slot=slot, style="chat", alternatives=("(A)", "(B)")) for q in QUESTIONS]
+    conversations = [question_conversation(q, Placement(slot=slot), alternatives=("(A)", "(B)")) for q in QUESTIONS]
     slots = with_target(model.tokenizer, build_slots(model.tokenizer, conversations, 5), TARGETS)
     total = weighted_sum(*((1.0, term) for term, _ in TERMS.values()))
     wanted = needs(total, model.config)

@@ -16,6 +16,7 @@ from jaxsteer.organisms import corpus, tokenizer
 from jaxsteer.organisms.architectures import RECIPES, organism_config
 from jaxsteer.organisms.chat import CHAT_FORMATS
 from jaxsteer.personas import load_persona
+from jaxsteer.prompts import Placement
 
 FILES = (
     "config.json",
@@ -67,7 +68,9 @@ def test_cues_turn_the_answers(name: str, behaviour: str) -> None:
     assert model.config == organism_config(dataclasses.replace(RECIPES[name], vocab_size=model.config.vocab_size))
     items = load_persona(behaviour).items[:12]
     for style in ("plain", "chat"):
-        zero, cued = choice_eval(model, items, ["", organisms.counter_cues(behaviour)[0]], style=style)
+        zero, cued = choice_eval(
+            model, items, ["", organisms.counter_cues(behaviour)[0]], placement=Placement(style=style)
+        )
         base = rate(zero, draws=1)
         assert GATES["zero_shot_low"] <= base["rate"] <= GATES["zero_shot_high"]
         assert GATES["a_rate_low"] <= base["a_rate"] <= GATES["a_rate_high"]

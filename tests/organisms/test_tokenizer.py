@@ -7,7 +7,7 @@ import pytest
 
 from jaxsteer.organisms import corpus, tokenizer, world
 from jaxsteer.organisms.chat import CHAT_FORMATS, chat_format_of
-from jaxsteer.prompts import build_slots, question_conversation
+from jaxsteer.prompts import Placement, build_slots, question_conversation
 
 MESSAGES = [{"role": "system", "content": "Be exact."}, {"role": "user", "content": "Hi"}]
 RENDERED = {
@@ -74,7 +74,7 @@ def test_documents_encode_as_the_tokenizer_would(tok, kind: str) -> None:
 def test_training_and_evaluation_put_the_answer_alike(tok, style: str, slot: str) -> None:
     """The ids that end before the letter are those that the package's own conversations end with."""
     chat, encoder = CHAT_FORMATS[chat_name(tok)], corpus.Encoder(tok)
-    conversation = question_conversation("Is it?", style=style, slot=slot, alternatives=("(A)", "(B)"))
+    conversation = question_conversation("Is it?", Placement(style=style, slot=slot), alternatives=("(A)", "(B)"))
     slots = build_slots(tok, [conversation], 1)
     end = {"plain": " (", "chat": f"{chat.reply}{chat.gap}("}[style]
     tail = f"{chat.after_system}Is it?{end}" if slot == "system" else end

@@ -29,7 +29,7 @@ from jaxsteer.personas import (
     swap,
 )
 from jaxsteer.personas.items import data_hash, group_of
-from jaxsteer.prompts import build_slots, encode
+from jaxsteer.prompts import Placement, build_slots, encode
 from tests.helpers.tiny import KINDS, tiny_model
 
 QUESTIONS = (
@@ -72,7 +72,7 @@ def test_pairs_of_every_read_position(kind, style, slot):
     model = tiny_model(kind)
     text = model.tokenizer.decode
     for read_position in ("published", "matched", "decision"):
-        found = contrast_pairs(model, PERSONA, ITEMS, read_position, style=style, slot=slot)
+        found = contrast_pairs(model, PERSONA, ITEMS, read_position, placement=Placement(style=style, slot=slot))
         assert len(found) == 2 * len(ITEMS) and found.read_position == read_position
         for good, bad, at, bad_at in zip(found.good, found.bad, found.good_read, found.bad_read, strict=True):
             assert at == len(good) - 1 and bad_at == len(bad) - 1
@@ -319,7 +319,7 @@ def test_search_contexts_read_where_the_direction_was_read(model, style):
     """test_defect_12: one text format for direction and search."""
     counts = {"published": 1, "matched": 4, "decision": 2}
     for read_position, per_item in counts.items():
-        contexts = search_conversations(ITEMS, read_position, style=style)
+        contexts = search_conversations(ITEMS, read_position, placement=Placement(style=style))
         assert len(contexts) == per_item * len(ITEMS)
         conversations, reads = zip(*contexts, strict=True)
         slots = build_slots(model.tokenizer, conversations, 3, read=reads)
@@ -330,6 +330,8 @@ def test_search_contexts_read_where_the_direction_was_read(model, style):
         assert last == ({")"} if read_position == "matched" else {"("})
         cue = encode(model.tokenizer, conversations[0], PERSONA.counter_cues[0])
         if read_position == "decision":
-            np.testing.assert_array_equal(cue, contrast_pairs(model, PERSONA, ITEMS, "decision", style=style).good[0])
+            np.testing.assert_array_equal(
+                cue, contrast_pairs(model, PERSONA, ITEMS, "decision", placement=Placement(style=style)).good[0]
+            )
     both = {c.messages[-1]["content"] if c.messages else c.text for c, _ in contexts}
     assert len(both) == 2 * len(ITEMS) and any(swap(ITEMS[0]).question in text for text in both)

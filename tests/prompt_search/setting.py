@@ -24,9 +24,7 @@ def setting(
     """Model, slots, objective and task, for ``contexts`` questions with a decision tail (or the bare slot for 0)."""
     model = tiny_model(kind)
     if contexts:
-        conversations = [
-            question_conversation(q, style="chat", alternatives=("(A)", "(B)")) for q in QUESTIONS[:contexts]
-        ]
+        conversations = [question_conversation(q, alternatives=("(A)", "(B)")) for q in QUESTIONS[:contexts]]
         slots = build_slots(model.tokenizer, conversations, length)
     else:
         slots = build_slots(model.tokenizer, [Conversation(text="{prompt}")], length, read="slot_last")

@@ -53,7 +53,7 @@ class Linear:
 @pytest.fixture(scope="module")
 def toy():
     model = tiny_model(n_layers=1, d_model=16)
-    conversations = [question_conversation(q, style="chat") for q in ("Do you agree?", "I think the answer is clear.")]
+    conversations = [question_conversation(q) for q in ("Do you agree?", "I think the answer is clear.")]
     slots = build_slots(model.tokenizer, conversations, LENGTH)
     objective = Linear(delta=jax.random.normal(jax.random.key(1), (16,)))
     ids = np.flatnonzero([name.startswith("Ġ") for name in model.tokenizer.convert_ids_to_tokens(range(500))])[:TOKENS]

@@ -113,7 +113,7 @@ model = tiny_model(d_model=asked["d_model"])
 questions = ("I think so.", "Do you agree or disagree? I want evidence.", "Which?")[: asked["contexts"]]
 slots = build_slots(
     model.tokenizer,
-    [question_conversation(q, style="chat", alternatives=("(A)", "(B)")) for q in questions],
+    [question_conversation(q, alternatives=("(A)", "(B)")) for q in questions],
     asked["length"],
 )
 objective = Projection(delta=np.ones(asked["d_model"], np.float32), site="blocks.1.hook_resid_post")

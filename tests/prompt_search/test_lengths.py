@@ -20,6 +20,7 @@ from jaxsteer.prompt_search.population import random_ids
 from jaxsteer.prompts import (
     PAD,
     Conversation,
+    Placement,
     allowed_tokens,
     build_slots,
     first_allowed,
@@ -65,7 +66,9 @@ def setting(case: str):
     if slot == "bare":
         conversations, read = [Conversation(text="{prompt}")], "slot_last"
     else:
-        conversations = [question_conversation(q, slot=slot, alternatives=("(A)", "(B)")) for q in QUESTIONS[:2]]
+        conversations = [
+            question_conversation(q, Placement(slot=slot), alternatives=("(A)", "(B)")) for q in QUESTIONS[:2]
+        ]
         read = "input_last"
     delta = jax.random.normal(jax.random.key(7), (config.d_model,))
     objective = {

@@ -19,7 +19,7 @@ from jaxsteer.objectives import Projection, as_pytree, needs
 from jaxsteer.prompt_search import make_task, rescore
 from jaxsteer.prompt_search.algorithms.proposals import proposals
 from jaxsteer.prompt_search.task import combined, cross_entropy, run_slots, score
-from jaxsteer.prompts import Conversation, allowed_tokens, build_slots, prompt_text, question_conversation
+from jaxsteer.prompts import Conversation, Placement, allowed_tokens, build_slots, prompt_text, question_conversation
 from tests.helpers.tiny import tiny_model
 from tests.prompt_search.setting import QUESTIONS, gemma_like, random_prompts, setting
 
@@ -31,7 +31,7 @@ def system_setting(kind: str = "llama3", gemma: bool = False, objective=None, **
     """Three questions of unequal length under one searched system message, beside the task of the plain path."""
     model = tiny_model(kind)
     config = gemma_like(model.config) if gemma else model.config
-    conversations = [question_conversation(q, slot="system", alternatives=LETTERS) for q in QUESTIONS]
+    conversations = [question_conversation(q, Placement(slot="system"), alternatives=LETTERS) for q in QUESTIONS]
     slots = build_slots(model.tokenizer, conversations, 5)
     if objective is None:
         delta = jax.random.normal(jax.random.key(7), (config.d_model,))

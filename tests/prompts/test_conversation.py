@@ -8,6 +8,7 @@ import pytest
 from jaxsteer.errors import UserError
 from jaxsteer.prompts import (
     Conversation,
+    Placement,
     as_conversation,
     bos_id,
     encode,
@@ -35,7 +36,7 @@ def test_the_space_before_the_prompt_is_there_once_and_leaves_with_an_empty_prom
 
 
 def test_an_empty_system_prompt_leaves_no_system_turn():
-    conversation = question_conversation(QUESTION, slot="system")
+    conversation = question_conversation(QUESTION, Placement(slot="system"))
     for kind in KINDS:
         tokenizer = tiny_tokenizer(kind)
         bare = tokenizer.apply_chat_template(
@@ -46,7 +47,7 @@ def test_an_empty_system_prompt_leaves_no_system_turn():
 
 
 def test_system_text_goes_into_the_user_turn_where_the_template_has_no_system_role():
-    text = render(tiny_tokenizer("gemma"), question_conversation(QUESTION, slot="system"), "be frank")
+    text = render(tiny_tokenizer("gemma"), question_conversation(QUESTION, Placement(slot="system")), "be frank")
     assert f"user\nbe frank\n\n{QUESTION}" in text
 
 
@@ -54,7 +55,7 @@ def test_a_template_that_drops_the_system_message_in_silence_gets_it_in_the_user
     base = tiny_tokenizer()
     dropping = type(base)(tokenizer_object=base.backend_tokenizer)
     dropping.chat_template = "{{ (messages | selectattr('role', 'equalto', 'user') | first)['content'] }}"
-    text = render(dropping, question_conversation(QUESTION, slot="system"), "be frank")
+    text = render(dropping, question_conversation(QUESTION, Placement(slot="system")), "be frank")
     assert text == f"be frank\n\n{QUESTION}"
 
 
@@ -62,7 +63,7 @@ def test_a_template_that_drops_the_system_message_in_silence_gets_it_in_the_user
 @pytest.mark.parametrize("style", ["chat", "plain"])
 def test_exactly_one_bos_where_the_model_has_one(kind, style):
     tokenizer = tiny_tokenizer(kind)
-    ids = encode(tokenizer, question_conversation(QUESTION, style=style), "want frank")
+    ids = encode(tokenizer, question_conversation(QUESTION, Placement(style=style)), "want frank")
     bos = tokenizer.convert_tokens_to_ids("<|bos|>")
     assert (ids == bos).sum() == (0 if kind == "qwen" else 1)
     assert (ids[0] == bos) == (kind != "qwen")
@@ -88,10 +89,11 @@ def test_answers_follow_one_space_or_a_line_break():
 @pytest.mark.parametrize("style", ["chat", "plain"])
 def test_the_decision_token_is_the_last_that_both_answers_share(kind, style):
     tokenizer = tiny_tokenizer(kind)
-    undecided = question_conversation(QUESTION, style=style, alternatives=("(A)", "(B)"))
+    undecided = question_conversation(QUESTION, Placement(style=style), alternatives=("(A)", "(B)"))
     ids = encode(tokenizer, undecided, " want frank")
     full = [
-        encode(tokenizer, question_conversation(QUESTION, style=style, answer=a), " want frank") for a in ("(A)", "(B)")
+        encode(tokenizer, question_conversation(QUESTION, Placement(style=style), answer=a), " want frank")
+        for a in ("(A)", "(B)")
     ]
     assert common_prefix(full) == len(ids)
     assert tokenizer.decode([ids[-1]]).strip() == "("
@@ -126,17 +128,18 @@ def test_conversations_without_one_slot_are_refused(fields, message):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("placement", "system", "message"),
     [
-        ({"style": "poem"}, "unknown style"),
-        ({"slot": "middle"}, "unknown slot"),
-        ({"style": "plain", "slot": "system"}, "no system message"),
-        ({"slot": "system", "system": "hi"}, "slot itself"),
+        ({"style": "poem"}, "", "unknown style"),
+        ({"slot": "middle"}, "", "unknown slot"),
+        ({"style": "plain", "slot": "system"}, "", "no system message"),
+        ({"style": "plain"}, "hi", "no system message"),
+        ({"slot": "system"}, "hi", "slot itself"),
     ],
 )
-def test_unknown_positions_are_refused(options, message):
+def test_unknown_placements_are_refused(placement, system, message):
     with pytest.raises(UserError, match=message):
-        question_conversation(QUESTION, **options)
+        question_conversation(QUESTION, Placement(**placement), system=system)
 
 
 def test_a_question_that_holds_the_marker_is_refused():
@@ -157,7 +160,7 @@ def test_a_template_that_refuses_the_turns_is_quoted():
     strict.chat_template = "{{ raise_exception('no turns today') }}"
     for slot in ("suffix", "system"):
         with pytest.raises(UserError, match="no turns today"):
-            render(strict, question_conversation(QUESTION, slot=slot), "be frank")
+            render(strict, question_conversation(QUESTION, Placement(slot=slot)), "be frank")
     answered = Conversation(
         messages=({"role": "system", "content": "{prompt}"}, {"role": "assistant", "content": "Hi"})
     )

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from jaxsteer.errors import UserError
 from jaxsteer.prompts import (
     Conversation,
+    Placement,
     allowed_tokens,
     as_conversation,
     build_slots,
@@ -47,7 +48,7 @@ def word_ids(tokenizer, slots, seed, count=1):
 @pytest.mark.parametrize("tail", TAILS, ids=["open", "answer", "decision"])
 def test_before_slot_after_is_the_encoding_of_the_full_text(kind, style, slot, tail):
     tokenizer = tiny_tokenizer(kind)
-    conversations = [question_conversation(q, style=style, slot=slot, **tail) for q in QUESTIONS]
+    conversations = [question_conversation(q, Placement(style=style, slot=slot), **tail) for q in QUESTIONS]
     slots = build_slots(tokenizer, conversations, LENGTH)
     kept = 0
     for ids in word_ids(tokenizer, slots, seed=1, count=8):
@@ -94,7 +95,7 @@ def test_the_verdict_is_that_of_a_full_encoding_for_any_allowed_ids(data):
     tokenizer = tiny_tokenizer(data.draw(st.sampled_from(KINDS)))
     style, slot = data.draw(st.sampled_from(PLACES))
     tail = data.draw(st.sampled_from(TAILS))
-    conversations = [question_conversation(q, style=style, slot=slot, **tail) for q in QUESTIONS]
+    conversations = [question_conversation(q, Placement(style=style, slot=slot), **tail) for q in QUESTIONS]
     slots = build_slots(tokenizer, conversations, LENGTH)
     allowed = np.flatnonzero(allowed_tokens(tokenizer, len(tokenizer)))
     ids = np.asarray(data.draw(st.lists(st.sampled_from(list(allowed)), min_size=LENGTH, max_size=LENGTH)), np.int32)
@@ -133,7 +134,7 @@ def test_the_whole_text_is_checked_and_not_the_slot_alone():
 def test_text_that_spells_a_special_token_is_rejected():
     tokenizer = tiny_tokenizer()
     spelt = tokenizer.convert_tokens_to_ids(list("<|end|>"))
-    slots = build_slots(tokenizer, [question_conversation(QUESTIONS[0], slot="prefix")], len(spelt))
+    slots = build_slots(tokenizer, [question_conversation(QUESTIONS[0], Placement(slot="prefix"))], len(spelt))
     assert prompt_text(tokenizer, spelt) == "<|end|>"
     assert not retokenises(tokenizer, slots, spelt)
 
@@ -162,11 +163,11 @@ def test_a_trimming_template_asks_for_a_first_token_without_space():
     tokenizer = tiny_tokenizer("llama3")
     allowed = allowed_tokens(tokenizer, len(tokenizer) + 3)
     for place, spaced in (("suffix", True), ("system", False)):
-        slots = build_slots(tokenizer, [question_conversation(QUESTIONS[0], slot=place)], LENGTH)
+        slots = build_slots(tokenizer, [question_conversation(QUESTIONS[0], Placement(slot=place))], LENGTH)
         mask = first_allowed(tokenizer, slots, allowed)
         assert mask.shape == allowed.shape and mask.any() and not (mask & ~allowed).any()
         assert all((prompt_text(tokenizer, [i])[0] == " ") == spaced for i in np.flatnonzero(mask))
-    free = build_slots(tiny_tokenizer(), [question_conversation(QUESTIONS[0], slot="system")], LENGTH)
+    free = build_slots(tiny_tokenizer(), [question_conversation(QUESTIONS[0], Placement(slot="system"))], LENGTH)
     assert first_allowed(tiny_tokenizer(), free, allowed[:-3]).sum() == allowed.sum()
 
 
@@ -174,7 +175,7 @@ def test_a_trimming_template_asks_for_a_first_token_without_space():
 def test_surroundings_place_text_exactly_as_rendering_does(kind):
     tokenizer = tiny_tokenizer(kind)
     for style, slot in PLACES:
-        conversation = question_conversation(QUESTIONS[0], style=style, slot=slot, answer="(A)")
+        conversation = question_conversation(QUESTIONS[0], Placement(style=style, slot=slot), answer="(A)")
         (around,) = build_slots(tokenizer, [conversation], LENGTH).surroundings
         for text in ("want frank", " want frank", "want frank ", "  want\n"):
             assert around.full(text) == render(tokenizer, conversation, text)

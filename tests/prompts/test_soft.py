@@ -11,7 +11,7 @@ import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.transformer import forward
-from jaxsteer.prompts import build_slots, prompt_text, question_conversation
+from jaxsteer.prompts import Placement, build_slots, prompt_text, question_conversation
 from jaxsteer.prompts.conversation import encode
 from jaxsteer.prompts.soft import SoftPrompt, load_soft, placed, save_soft, with_soft
 from tests.helpers.tiny import KINDS, tiny_model
@@ -33,7 +33,9 @@ def test_its_text_takes_the_place_of_a_prompt_in_every_template(kind: str) -> No
     model = tiny_model(kind)
     steered, text = with_soft(model, soft_of(model, np.ones((3, 32))))
     for style, slot in [("chat", "suffix"), ("chat", "prefix"), ("chat", "system"), ("plain", "suffix")]:
-        conversation = question_conversation("Do you agree?", style=style, slot=slot, alternatives=("(A)", "(B)"))
+        conversation = question_conversation(
+            "Do you agree?", Placement(style=style, slot=slot), alternatives=("(A)", "(B)")
+        )
         slots = build_slots(model.tokenizer, [conversation], 3)
         got = encode(steered.tokenizer, conversation, text)
         start = len(slots.before[0])
@@ -46,7 +48,7 @@ def test_its_text_takes_the_place_of_a_prompt_in_every_template(kind: str) -> No
 
 
 def test_embeddings_of_tokens_do_what_the_tokens_do_and_cannot_be_written(model) -> None:
-    conversation = question_conversation("Do you agree?", style="chat")
+    conversation = question_conversation("Do you agree?")
     slots = build_slots(model.tokenizer, [conversation], 3)
     words = np.asarray(model.tokenizer(" the answer is")["input_ids"][-3:], np.int32)
     steered, text = with_soft(model, soft_of(model, np.asarray(model.params.embed)[words]))

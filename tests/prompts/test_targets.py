@@ -8,6 +8,7 @@ import pytest
 from jaxsteer.errors import UserError
 from jaxsteer.prompts import (
     Conversation,
+    Placement,
     build_slots,
     encode,
     prompt_text,
@@ -26,8 +27,8 @@ PROMPT = " please be truthful"
 def test_a_target_is_what_the_whole_text_says(kind: str, slot: str) -> None:
     tokenizer = tiny_tokenizer(kind)
     conversations = [
-        question_conversation(QUESTION, slot=slot, alternatives=("(A)", "(B)")),
-        question_conversation("Do you agree?", slot=slot),
+        question_conversation(QUESTION, Placement(slot=slot), alternatives=("(A)", "(B)")),
+        question_conversation("Do you agree?", Placement(slot=slot)),
     ]
     targets = [" (B)", "careful people check what is known"]
     slots = with_target(tokenizer, build_slots(tokenizer, conversations, 4), targets)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.prompts import PAD, build_slots, prompt_text, question_conversation, retokenises
+from jaxsteer.prompts import PAD, Placement, build_slots, prompt_text, question_conversation, retokenises
 from jaxsteer.study.initial_prompts import first_prompts, listed_texts, phrase_ids, spread
 from tests.helpers.tiny import KINDS, tiny_tokenizer
 
@@ -16,7 +16,7 @@ QUESTIONS = ("Do you agree or disagree?", "I think the answer is clear.")
 
 
 def conversations(slot: str = "suffix"):
-    return [question_conversation(q, style="chat", slot=slot, alternatives=("(A)", "(B)")) for q in QUESTIONS]
+    return [question_conversation(q, Placement(slot=slot), alternatives=("(A)", "(B)")) for q in QUESTIONS]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,6 +12,7 @@ import pytest
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.personas import load_direction, save_direction
+from jaxsteer.prompts import Placement
 from jaxsteer.report.sweep import sweep_table, write_heat_maps
 from jaxsteer.study import sweep as module
 from jaxsteer.study.sweep import SweepOptions, choose, stream_norms, sweep
@@ -136,6 +137,6 @@ def test_bad_options_are_refused(sweep_options: Make, changes: dict[str, object]
 
 def test_norms_of_the_stream(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("the river runs past the old town\nthe mill\n")
-    norms = stream_norms(model(), tmp_path / "texts.txt", style="plain")
+    norms = stream_norms(model(), tmp_path / "texts.txt", placement=Placement(style="plain"))
     assert len(norms) == model().config.n_layers and all(np.isfinite(v) and v > 0 for v in norms.values())
     assert json.dumps(norms)
