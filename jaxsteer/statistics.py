@@ -12,8 +12,8 @@ Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
 
 
-def wilson(successes: float | int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson score interval of a proportion. ``successes`` may be fractional (a tie counts half).
+def wilson(successes: float | int, n: float, z: float = Z95) -> tuple[float, float]:
+    """Wilson score interval of a proportion. Both numbers may be fractional (a tie counts half).
 
     Returns (low, high) in [0, 1]; with n = 0 nothing is known and the interval is (0, 1).
     """
@@ -24,6 +24,25 @@ def wilson(successes: float | int, n: int, z: float = Z95) -> tuple[float, float
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def rate_interval(values: np.ndarray, groups: Sequence[str]) -> tuple[float, float]:
+    """95 % interval of a rate whose rows come in groups: a question in both orders of its choices is one group.
+
+    Wilson's interval at the effective number of rows: that number of independent rows whose mean varies as much as the
+    mean of (n,) ``values`` in [0, 1] does over groups (Kish's design effect). It lies between the number of groups,
+    which all rows alike within a group give and which is taken where every row is equal (0 or 100 %), and n. With no
+    group nothing is known and the interval is (0, 1).
+    """
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        return 0.0, 1.0
+    _, member = np.unique(np.asarray(groups), return_inverse=True)
+    rate, n_groups = float(values.mean()), int(member.max()) + 1
+    residuals = np.bincount(member, weights=values - rate)
+    variance = float(residuals @ residuals) * n_groups / max(1, n_groups - 1) / len(values) ** 2
+    rows = n_groups if variance == 0 else min(max(rate * (1 - rate) / variance, n_groups), len(values))
+    return wilson(rate * rows, rows)
 
 
 def mcnemar(entered: int, left: int) -> float:
