@@ -29,18 +29,17 @@ from jaxtyping import Array, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.log_probs import label_log_probs
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import put
 from jaxsteer.models.taps import Intervention, Tap, Where, checked, make_where, no_tap
-from jaxsteer.models.transformer import embed, make_context, prefill, run_layers, unembed
+from jaxsteer.models.transformer import embed, make_context, prefill, run_layers
 from jaxsteer.processes import to_host
 
 ROWS = 512
 """Rows run at once by default."""
 SHORT = 128
 """Up to this length all batches of a call are padded alike: compiling costs more than the padding."""
-LOGITS = 2**24
-"""Logits held at once, in floats."""
 TRUNK, PADDING = 0, -1
 
 
@@ -157,15 +156,7 @@ def _score(
     )
     x = run_layers(params, config, embed(params, config, ids, behind), context, 0, config.n_layers, tap=behind)
     x = jnp.take_along_axis(x, at[:, :, None], axis=1)
-
-    def one(row: tuple[Array, Array]) -> Array:
-        logits = unembed(params, config, row[0])
-        return logits[row[1]] - jax.nn.logsumexp(logits)
-
-    flat = (x.reshape(-1, x.shape[-1]), target.reshape(-1))
-    rows = max(1, LOGITS // config.vocab_size)
-    found = jax.vmap(lambda *row: one(row))(*flat) if len(flat[1]) <= rows else lax.map(one, flat, batch_size=rows)
-    return found.reshape(target.shape)
+    return label_log_probs(params, config, x.reshape(-1, x.shape[-1]), target.reshape(-1)).reshape(target.shape)
 
 
 def score_texts(

@@ -15,17 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.log_probs import label_log_probs
 from jaxsteer.models.params import Params
 from jaxsteer.models.sites import Site, parse_site
 from jaxsteer.models.transformer import Context, Keep, run_and_keep, unembed
-
-VOCABULARY_BLOCK = 2**24
-"""Logits held at once, in floats: 64 MiB. Rows of cross-entropy are taken in chunks of this size."""
 
 SPANS = ("prompt", "tail")
 """Stretches of a row's own tokens: the searched ones, and those after them up to the end of the input."""
@@ -353,39 +350,3 @@ def _target_log_probs(
     hidden = _at(x, at.reshape(len(x), -1), 1)
     log_probs = label_log_probs(params, config, hidden, target.ids.reshape(-1))
     return jnp.where(target.mask, log_probs.reshape(rows, n), 0.0)
-
-
-@jax.custom_vjp
-def entry(values: Float[Array, " V"], index: Int[Array, " *k"]) -> Float[Array, " *k"]:
-    """``values[index]``. Its gradient is written as a comparison: that of a gather is a scatter, which accelerators do
-    entry by entry."""
-    return values[index]
-
-
-def _entry_forward(values: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
-    return values[index], (index, jnp.arange(len(values)))
-
-
-def _entry_backward(kept: tuple[Array, Array], change: Array) -> tuple[Array, None]:
-    index, place = kept
-    here = jnp.where(place == index[..., None], change[..., None], 0.0)
-    return here.reshape(-1, len(place)).sum(0), None
-
-
-entry.defvjp(_entry_forward, _entry_backward)
-
-
-def label_log_probs(
-    params: Params, config: ModelConfig, hidden: Float[Array, "n D"], labels: Int[Array, "n ..."]
-) -> Float[Array, "n ..."]:
-    """Log-probabilities of labels (one or k per row), in chunks so that few rows of logits exist at a time."""
-
-    @jax.checkpoint
-    def one(row: tuple[Array, Array]) -> Array:
-        logits = unembed(params, config, row[0])
-        return entry(logits, row[1]) - jax.nn.logsumexp(logits)
-
-    rows = max(1, VOCABULARY_BLOCK // config.vocab_size)
-    if hidden.shape[0] <= rows:
-        return jax.vmap(lambda h, y: one((h, y)))(hidden, labels)
-    return lax.map(one, (hidden, labels), batch_size=rows)

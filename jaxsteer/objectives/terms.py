@@ -19,8 +19,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxsteer.errors import UserError
+from jaxsteer.models.log_probs import entries
 from jaxsteer.objectives import Needs, Objective, Reads, needs
-from jaxsteer.objectives.reads import KEYS, entry
+from jaxsteer.objectives.reads import KEYS
 
 __all__ = [
     "Attention",
@@ -244,7 +245,7 @@ class Standardised(Term):
 
 def _logit(reads: Reads, ids: Int[Array, " c"]) -> Float[Array, " rows"]:
     row = _per_row(ids, reads)  # below 0 where a context has no id of its own
-    return jnp.where(row < 0, jnp.nan, jax.vmap(entry)(reads.logits, row))
+    return jnp.where(row < 0, jnp.nan, jax.vmap(entries)(reads.logits, row))
 
 
 def _per_row(values: Array, reads: Reads) -> Array:

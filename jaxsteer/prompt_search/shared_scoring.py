@@ -22,10 +22,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxsteer.models.attention import Shared
+from jaxsteer.models.log_probs import label_log_probs
 from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import Context, embed, make_context, run_and_cache, run_layers
 from jaxsteer.objectives import Objective
-from jaxsteer.objectives.reads import PATTERN, Layout, Target, label_log_probs, read
+from jaxsteer.objectives.reads import PATTERN, Layout, Target, read
 from jaxsteer.prompt_search.task import Task, combined, first_log_probs, score
 
 LEAST_SAVING = 0.1

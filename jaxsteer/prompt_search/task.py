@@ -33,6 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.attention import Prefix, Shared
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.log_probs import label_log_probs
 from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import (
     Context,
@@ -45,7 +46,7 @@ from jaxsteer.models.transformer import (
     unembed,
 )
 from jaxsteer.objectives import Needs, Objective, Reads
-from jaxsteer.objectives.reads import Layout, Target, label_log_probs, read
+from jaxsteer.objectives.reads import Layout, Target, read
 from jaxsteer.prompts.slots import PAD, Slots
 
 Combine = Literal["mean", "worst", "soft-min"]

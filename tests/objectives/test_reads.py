@@ -12,7 +12,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.sites import BLOCK_PLACES
 from jaxsteer.models.transformer import embed, make_context, positions_of
 from jaxsteer.objectives import Needs, Reads, needs
-from jaxsteer.objectives.reads import KEYS, PATTERN, Layout, entry, read
+from jaxsteer.objectives.reads import KEYS, PATTERN, Layout, read
 from tests.helpers.tiny import tiny_model
 
 MODEL = tiny_model()
@@ -115,13 +115,3 @@ def test_needs_are_found_by_tracing() -> None:
 def test_objectives_that_cannot_work_are_refused(objective, says: str) -> None:  # noqa: ANN001
     with pytest.raises(UserError, match=says):
         needs(objective, MODEL.config)
-
-
-@pytest.mark.parametrize("labels", [[3, 0, 3], [[1, 1], [0, 4], [2, 3]]])
-def test_an_entry_and_its_gradient_are_those_of_indexing_without_a_scatter(labels: list) -> None:
-    values, index = jnp.arange(15.0).reshape(3, 5), jnp.asarray(labels)
-    taken = lambda pick: lambda values: jnp.sum(jnp.sin(jax.vmap(pick)(values, index)))  # noqa: E731
-    np.testing.assert_array_equal(jax.vmap(entry)(values, index), jax.vmap(lambda v, i: v[i])(values, index))
-    want = jax.grad(taken(lambda v, i: v[i]))(values)
-    np.testing.assert_allclose(jax.grad(taken(entry))(values), want, rtol=1e-6)
-    assert "scatter" not in str(jax.make_jaxpr(jax.grad(taken(entry)))(values))

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from jaxsteer.models.log_probs import VOCABULARY_BLOCK
 from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import unembed
 from jaxsteer.objectives import Objective
-from jaxsteer.objectives.reads import VOCABULARY_BLOCK
 from jaxsteer.prompt_search.task import Task, pads_of, slot_loss
 from jaxsteer.prompts.slots import PAD
 

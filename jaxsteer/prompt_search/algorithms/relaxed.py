@@ -17,10 +17,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
+from jaxsteer.models.log_probs import VOCABULARY_BLOCK
 from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import scale_embeddings, unembed
 from jaxsteer.objectives import Objective
-from jaxsteer.objectives.reads import VOCABULARY_BLOCK
 from jaxsteer.prompt_search.task import Task, first_log_probs, run_slots
 
 Arguments = tuple[tuple[str, Any], ...]
