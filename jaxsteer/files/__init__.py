@@ -1,7 +1,22 @@
-"""Files, for every room: written whole or not at all, and those of torch read without torch and without risk."""
+"""Files, for every room: JSON and text, files written whole or not at all, those of torch read without torch."""
 
-from jaxsteer.files.json_files import read_json
+from jaxsteer.files.json_files import json_lines, kind_of, parse_json, read_json, read_json_lines, read_text
 from jaxsteer.files.torchfile import TORCH_ADVICE, describe, read_torch
-from jaxsteer.files.whole import write_bytes, write_text
+from jaxsteer.files.whole import append_text, make_directory, write_bytes, write_text, writing
 
-__all__ = ["TORCH_ADVICE", "describe", "read_json", "read_torch", "write_bytes", "write_text"]
+__all__ = [
+    "TORCH_ADVICE",
+    "append_text",
+    "describe",
+    "json_lines",
+    "kind_of",
+    "make_directory",
+    "parse_json",
+    "read_json",
+    "read_json_lines",
+    "read_text",
+    "read_torch",
+    "write_bytes",
+    "write_text",
+    "writing",
+]

@@ -1,30 +1,77 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and directories: the only place that writes them.
+
+Whatever stands in the way (a full disk, no permission, a name that is too long, a directory of that name) is a
+``FileError`` that names the path.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from jaxsteer.errors import FileError, UserError
+
+_ADVICE = {
+    errno.ENOSPC: "Free some space, or choose another place",
+    errno.EDQUOT: "Free some space, or choose another place",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EISDIR: "Choose another name",
+}
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What goes wrong with the disk inside the block is a ``FileError`` that says that ``path`` cannot be written."""
+    try:
+        yield
+    except FileError:
+        raise
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "Choose another place, or mend its permissions")
+        raise FileError(f"{path} cannot be written: {error.strerror or error}. {advice}.", error) from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{os.fspath(path)!r} cannot be written: {error.reason} in its name or in its text.") from error
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file under its final name only when it is complete: a crash leaves the old file, or none.
 
-    The directory must exist. Raises ``OSError`` as any writing does, with nothing left behind.
+    The directory must exist. Raises ``FileError`` with nothing left behind.
     """
     path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with writing(path):
+        # Only the start of the name, so that the longest names can be written too.
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:32]}.", delete=False) as file:
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """``write_bytes`` of UTF-8 text."""
-    write_bytes(path, text.encode("utf-8"))
+    with writing(path):
+        data = text.encode("utf-8")
+    write_bytes(path, data)
+
+
+def append_text(path: str | os.PathLike[str], text: str) -> None:
+    """Add UTF-8 text to the end of a file, which is made if it is missing. Raises ``FileError``."""
+    with writing(path), open(path, "ab") as file:
+        file.write(text.encode("utf-8"))
+
+
+def make_directory(path: str | os.PathLike[str]) -> Path:
+    """Make a directory and those above it, unless they exist. Raises ``FileError``. Returns the path."""
+    with writing(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
