@@ -34,7 +34,7 @@ from experiments.analysis_figures import figures_of
 from jaxsteer.checkpoints.loading import ORGANISM, load
 from jaxsteer.errors import UserError
 from jaxsteer.evals.attribution import attribute
-from jaxsteer.evals.decision_states import active_latents, decision_states, divergence, jaccard, principal, share_of_way
+from jaxsteer.evals.decision_states import active_latents, decision_states, divergence, jaccard, share_of_way
 from jaxsteer.evals.organism_recovery import recovery, trigger_words
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Item, Persona, contrast_pairs, load_persona, sae_signature, search_conversations, split
@@ -42,6 +42,7 @@ from jaxsteer.prompts import Placement, build_slots, prompt_text
 from jaxsteer.prompts.tokens import decoded
 from jaxsteer.report import run_folders
 from jaxsteer.sae import SAE, load_sae
+from jaxsteer.statistics import principal
 from jaxsteer.study import files
 from jaxsteer.study.probe import probe_prompts, stream_sites
 from jaxsteer.study.setting import context_items, token_mask

@@ -1,12 +1,16 @@
-"""Intervals and tests for rates measured on a few hundred questions (methods: Wilson 1927, McNemar 1947)."""
+"""Intervals and tests for rates measured on a few hundred questions (Wilson 1927, McNemar 1947); principal axes."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Float
 from scipy import stats
+
+from jaxsteer.errors import UserError
 
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -139,3 +143,36 @@ def _drawn_groups(groups: Sequence[str], draws: int, seed: int) -> tuple[np.ndar
     names, member = np.unique(np.asarray(groups), return_inverse=True)
     rng = np.random.default_rng(seed)
     return member, rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Principal:
+    """The axes along which states vary most."""
+
+    mean: Float[np.ndarray, " D"]
+    axes: Float[np.ndarray, "k D"]
+    """Of length 1; the entry of largest size is positive, because a principal axis has no sign of its own."""
+    explained: Float[np.ndarray, " k"]
+    """Share of the variance along each."""
+
+    def coordinates(self, states: Float[np.ndarray, "*rows D"]) -> Float[np.ndarray, "*rows k"]:
+        """States on the axes, in units of the stream."""
+        found: np.ndarray = (np.asarray(states, np.float64) - self.mean) @ self.axes.T
+        return found
+
+
+def principal(states: Float[np.ndarray, "n D"], axes: int = 2) -> Principal:
+    """Principal axes of n states, by the singular values of the centred states in float64.
+
+    Raises ``UserError`` for fewer than ``axes`` + 1 states, or states that are all the same.
+    """
+    x = np.asarray(states, np.float64)
+    if len(x) <= axes:
+        raise UserError(f"{axes} principal axes need at least {axes + 1} states, got {len(x)}")
+    mean = x.mean(0)
+    _, sizes, found = np.linalg.svd(x - mean, full_matrices=False)
+    if not sizes[0]:
+        raise UserError("all states are the same: they vary along no axis")
+    found = found[:axes]
+    signs = np.sign(found[np.arange(len(found)), np.abs(found).argmax(1)])
+    return Principal(mean=mean, axes=found * signs[:, None], explained=(sizes**2 / (sizes**2).sum())[:axes])

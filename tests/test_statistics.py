@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from jaxsteer.errors import UserError
 from jaxsteer.statistics import (
     auroc,
     bootstrap,
     bootstrap_auroc,
     bootstrap_mean,
     mcnemar,
+    principal,
     rate_interval,
     spearman,
     wilson,
@@ -102,3 +104,21 @@ def test_bootstrap_of_an_auroc_equals_the_slow_one() -> None:
     slow = bootstrap(lambda rows: float(auroc((score + positive)[rows], positive[rows]) or 0.5), groups, draws=2000)
     assert quick == pytest.approx(slow, abs=0.02)
     assert bootstrap_auroc(score, np.ones(60, bool), groups) is None
+
+
+def test_principal_axes_are_eigenvectors_of_the_covariance():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 6)) * [9, 4, 1, 1, 1, 1] + 3
+    got = principal(x, axes=2)
+    covariance = np.cov(x.T, bias=True)
+    for axis, share in zip(got.axes, got.explained, strict=True):
+        variance = axis @ covariance @ axis
+        np.testing.assert_allclose(covariance @ axis, variance * axis, atol=1e-9)
+        assert variance / np.trace(covariance) == pytest.approx(share)
+        assert np.linalg.norm(axis) == pytest.approx(1) and axis[np.abs(axis).argmax()] > 0
+    np.testing.assert_allclose(got.coordinates(x).mean(0), 0, atol=1e-12)
+    np.testing.assert_allclose(principal(-x, axes=2).axes, got.axes, atol=1e-9)  # no sign of its own
+    with pytest.raises(UserError, match="at least 3 states"):
+        principal(x[:2])
+    with pytest.raises(UserError, match="the same"):
+        principal(np.ones((5, 3)))

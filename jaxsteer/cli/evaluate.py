@@ -169,7 +169,7 @@ def _choices(
 
     def beside_baseline(evaluate: Any, on: Sequence[Any], **options: Any) -> list[Any]:
         (zero,) = evaluate(model, on, [""], **options)
-        return [zero, *evaluate(model, on, texts, edits=() if edits is None else [edits], **options)]
+        return [zero, *evaluate(model, on, texts, variants=() if edits is None else [edits], **options)]
 
     results = beside_baseline(choice_eval, data.items, per_token=asked.per_token, **place)
     for row, result in zip(rows, results, strict=True):

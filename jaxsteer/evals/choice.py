@@ -115,7 +115,7 @@ def choice_eval(
     both_orders: bool = True,
     per_token: bool = False,
     rows: int = ROWS,
-    edits: Sequence[Intervention] = (),
+    variants: Sequence[Intervention] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ChoiceResult]:
     """Score both answers of every item after question and prompt, for each text of ``prompts`` ("" is zero-shot).
@@ -123,15 +123,15 @@ def choice_eval(
     Prompts are texts and are tokenised in place, as a user's would be. ``both_orders`` adds the copy of every item
     with its choices exchanged, unless some answers are words instead of letters. ``per_token`` divides the summed
     log-probability of an answer by its tokens, which takes the advantage of short answers away.
-    ``rows`` texts are run at once; ``progress(done, total)`` counts texts. ``edits`` are
-    changes of the computation (``jaxsteer.steer``) that differ in their arrays only and run in one program.
-    Returns one result per prompt, or per edit and prompt (all prompts of the first edit first). Raises ``UserError``
-    for texts longer than the model's positions.
+    ``rows`` texts are run at once; ``progress(done, total)`` counts texts. ``variants`` are alternative edits
+    (``jaxsteer.steer``) that differ in their arrays only and run in one program. Returns one result per prompt, or per
+    variant and prompt (all prompts of the first variant first). Raises ``UserError`` for texts longer than the model's
+    positions.
     """
     both_orders = both_orders and all(item.lettered for item in items)
     asked = [copy for item in items for copy in (orders(item) if both_orders else (item,))]
     answers = [_answers(item) for item in asked]
-    log_probs = np.zeros((max(1, len(edits)), len(prompts), len(asked), 2), np.float32)
+    log_probs = np.zeros((max(1, len(variants)), len(prompts), len(asked), 2), np.float32)
     joined = np.zeros((len(prompts), len(asked)), int)
     share = -(-len(prompts) // -(-len(prompts) // PROMPTS)) if prompts else 1  # equal parts, of few sizes to compile
     share = bucket(share, 2) if share > 1 else 1
@@ -145,7 +145,7 @@ def choice_eval(
             before, total = begin * len(asked), len(prompts) * len(asked)
             report = lambda done, _, before=before, total=total: progress(min(before + done, total), total)  # noqa: E731
         scores = score_texts(
-            model.params, model.config, groups, rows=rows, mesh=model.mesh, edits=edits, progress=report
+            model.params, model.config, groups, rows=rows, mesh=model.mesh, variants=variants, progress=report
         )
         if per_token:
             scores = scores / np.asarray([[[len(a) for a in text.answers] for text in group] for group in groups])
@@ -158,12 +158,12 @@ def choice_eval(
             ids=tuple(item.id for item in asked),
             groups=tuple(item.group for item in asked),
             both_orders=both_orders,
-            log_probs=of_edit[p],
+            log_probs=of_variant[p],
             persona_first=np.asarray([a[0] == item.matching for a, item in zip(answers, asked, strict=True)]),
             joined=joined[p],
             per_token=per_token,
         )
-        for of_edit in log_probs
+        for of_variant in log_probs
         for p, prompt in enumerate(prompts)
     ]
 

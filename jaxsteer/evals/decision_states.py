@@ -76,39 +76,6 @@ def divergence(with_prompt: Float[np.ndarray, "L n D"], without: Float[np.ndarra
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Principal:
-    """The axes along which states vary most."""
-
-    mean: Float[np.ndarray, " D"]
-    axes: Float[np.ndarray, "k D"]
-    """Of length 1; the entry of largest size is positive, because a principal axis has no sign of its own."""
-    explained: Float[np.ndarray, " k"]
-    """Share of the variance along each."""
-
-    def coordinates(self, states: Float[np.ndarray, "*rows D"]) -> Float[np.ndarray, "*rows k"]:
-        """States on the axes, in units of the stream."""
-        found: np.ndarray = (np.asarray(states, np.float64) - self.mean) @ self.axes.T
-        return found
-
-
-def principal(states: Float[np.ndarray, "n D"], axes: int = 2) -> Principal:
-    """Principal axes of n states, by the singular values of the centred states in float64.
-
-    Raises ``UserError`` for fewer than ``axes`` + 1 states, or states that are all the same.
-    """
-    x = np.asarray(states, np.float64)
-    if len(x) <= axes:
-        raise UserError(f"{axes} principal axes need at least {axes + 1} states, got {len(x)}")
-    mean = x.mean(0)
-    _, sizes, found = np.linalg.svd(x - mean, full_matrices=False)
-    if not sizes[0]:
-        raise UserError("all states are the same: they vary along no axis")
-    found = found[:axes]
-    signs = np.sign(found[np.arange(len(found)), np.abs(found).argmax(1)])
-    return Principal(mean=mean, axes=found * signs[:, None], explained=(sizes**2 / (sizes**2).sum())[:axes])
-
-
 def share_of_way(
     states: Float[np.ndarray, "n D"], start: Float[np.ndarray, "a D"], end: Float[np.ndarray, "b D"]
 ) -> float:

@@ -59,7 +59,7 @@ def lookup_accuracy(
     items = lookup_items(n=n)
     ask = functools.partial(choice_eval, model, items, placement=placement, both_orders=False)
     (baseline,) = ask([""])
-    results = ask(prompts, edits=() if edits is None else [edits])
+    results = ask(prompts, variants=() if edits is None else [edits])
     rows = []
     for result in results:
         change = result.persona - baseline.persona

@@ -166,12 +166,12 @@ def score_texts(
     *,
     rows: int = ROWS,
     mesh: Mesh | None = None,
-    edits: Sequence[Intervention] = (),
+    variants: Sequence[Intervention] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[np.ndarray, "E C P A"]:
-    """Summed log-probabilities (float32, nats) of the A answers of every text, under every one of ``edits``.
+    """Summed log-probabilities (float32, nats) of the A answers of every text, under every edit of ``variants``.
 
-    A is the largest number of answers; a text with fewer has NaN behind them. Without edits E is 1. Edits differ in
+    A is the largest number of answers; a text with fewer has NaN behind them. Without variants E is 1. They differ in
     their arrays only (layers, vectors, coefficients), not in their structure.
 
     ``groups`` are C lists of P texts each; what the texts of a list have in common at their start is computed once.
@@ -179,11 +179,11 @@ def score_texts(
     spread over its axis "prompts". ``progress(done, total)`` is called after each batch with counts of texts.
     Raises ``UserError`` for a text longer than the model's positions and for edits that cannot run together.
     """
-    n_edits = max(1, len(edits))
+    n_variants = max(1, len(variants))
     if not groups:
-        return np.zeros((n_edits, 0, 0, 2), np.float32)
+        return np.zeros((n_variants, 0, 0, 2), np.float32)
     n_answers = max(len(text.answers) for group in groups for text in group)
-    stacked = stack_edits(edits, config) if edits else None
+    stacked = stack_edits(variants, config) if variants else None
     per_group = len(groups[0])
     if any(len(group) != per_group for group in groups):
         raise ValueError(f"groups of different sizes: {sorted({len(g) for g in groups})}")
@@ -195,9 +195,9 @@ def score_texts(
         )
     if stacked is not None and per_group > 1:
         single = [[text] for group in groups for text in group]
-        found = score_texts(params, config, single, rows=rows, mesh=mesh, edits=edits, progress=progress)
-        return found.reshape(n_edits, len(groups), per_group, n_answers)
-    out = np.full((n_edits, len(groups), per_group, n_answers), np.nan, np.float32)
+        found = score_texts(params, config, single, rows=rows, mesh=mesh, variants=variants, progress=progress)
+        return found.reshape(n_variants, len(groups), per_group, n_answers)
+    out = np.full((n_variants, len(groups), per_group, n_answers), np.nan, np.float32)
     shards = 1 if mesh is None else mesh.shape["prompts"]
     size = max(1, rows // per_group)
     size = min(-(-size // shards), -(-len(groups) // shards)) * shards
@@ -219,7 +219,7 @@ def score_texts(
             scores = to_host(_score(params, config, *arrays))
         else:
             scores = to_host(_score_edits(params, config, tuple(arrays), stacked))
-        scores = scores.reshape(n_edits, size, per_group, -1).astype(np.float64)
+        scores = scores.reshape(n_variants, size, per_group, -1).astype(np.float64)
         for i, (g, group_rows) in enumerate(zip(chosen, packed, strict=False)):
             for p, row in enumerate(group_rows):
                 kept = scores[:, i, p, : len(row.answer)]
@@ -242,12 +242,12 @@ def _widths(starts: Sequence[int], rows: Sequence[_Row]) -> tuple[int, int, int]
     return bucket(max(starts)), bucket(max(len(r.ids) for r in rows)), bucket(max(len(r.at) for r in rows), 2)
 
 
-def stack_edits(edits: Sequence[Intervention], config: ModelConfig) -> Intervention:
-    """One pytree whose arrays have a leading axis over ``edits``.
+def stack_edits(variants: Sequence[Intervention], config: ModelConfig) -> Intervention:
+    """One pytree whose arrays have a leading axis over ``variants``.
 
     Raises ``UserError`` for edits that do not fit the model, that differ in kind, or that are made for certain rows.
     """
-    for edit in edits:
+    for edit in variants:
         checked(edit, config, None)
         if getattr(edit, "rows", None) is not None:
             raise UserError(
@@ -255,10 +255,10 @@ def stack_edits(edits: Sequence[Intervention], config: ModelConfig) -> Intervent
                 "edit for each setting instead."
             )
     try:
-        stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *edits)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *variants)
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"These {len(edits)} edits cannot run in one program: they must agree in operation, place, selector and "
+            f"These {len(variants)} edits cannot run in one program: they must agree in operation, place, selector and "
             f"the shapes of their arrays, and differ in values only ({str(error).splitlines()[0]})."
         ) from None
     return stacked

@@ -46,8 +46,8 @@ class SideEffects:
     """Tokens that the means are over."""
 
 
-def side_effects(model: Model, texts: Sequence[np.ndarray], edits: Sequence[Intervention]) -> SideEffects:
-    """Run neutral texts (lists of token ids) through the model as it is and under every one of ``edits``.
+def side_effects(model: Model, texts: Sequence[np.ndarray], variants: Sequence[Intervention]) -> SideEffects:
+    """Run neutral texts (lists of token ids) through the model as it is and under every edit of ``variants``.
 
     The edits run in one program and differ in their arrays only. All of a text counts as prompt. KL is over every
     token's next-token distribution, perplexity over every token but the first. Raises ``UserError`` for a text of
@@ -63,9 +63,9 @@ def side_effects(model: Model, texts: Sequence[np.ndarray], edits: Sequence[Inte
     width = min(bucket(max(lengths)), config.max_positions)
     shards = 1 if model.mesh is None else model.mesh.shape["prompts"]
     rows = max(1, min(LOGITS // (width * config.vocab_size), -(-len(texts) // shards))) * shards
-    stacked = stack_edits(edits, config)
+    stacked = stack_edits(variants, config)
     order = sorted(range(len(texts)), key=lambda i: lengths[i])
-    totals = np.zeros((3, len(edits)))
+    totals = np.zeros((3, len(variants)))
     counts = np.zeros(2, int)
     for begin in range(0, len(order), rows):
         tokens, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)

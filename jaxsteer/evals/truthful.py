@@ -81,14 +81,14 @@ def truthful_eval(
     *,
     placement: Placement = Placement(),
     rows: int = ROWS // 4,
-    edits: Sequence[Intervention] = (),
+    variants: Sequence[Intervention] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[TruthfulResult]:
     """Score all answers of every question after question and prompt, for each text of ``prompts`` ("" is zero-shot).
 
-    Returns one result per prompt, or per edit and prompt (all prompts of the first edit first). The answers of a
-    question run side by side in one row and do not see each other; ``rows`` such rows run at once. Raises ``UserError``
-    for texts longer than the model's positions.
+    Returns one result per prompt, or per edit of ``variants`` and prompt (all prompts of the first edit first). The
+    answers of a question run side by side in one row and do not see each other; ``rows`` such rows run at once. Raises
+    ``UserError`` for texts longer than the model's positions.
     """
     answers = [
         (q.best, *(a for a in q.correct if a != q.best), *(a for a in q.incorrect if a != q.best)) for q in questions
@@ -98,13 +98,13 @@ def truthful_eval(
     for i, q in enumerate(questions):
         right = sum(a != q.best for a in q.correct)
         kinds[i, 0], kinds[i, 1 : 1 + right], kinds[i, 1 + right : len(answers[i])] = BEST, RIGHT, WRONG
-    log_probs = np.zeros((max(1, len(edits)), len(prompts), len(questions), width), np.float32)
+    log_probs = np.zeros((max(1, len(variants)), len(prompts), len(questions), width), np.float32)
     tokens = np.zeros((len(prompts), len(questions), width), int)
     for begin in range(0, len(prompts), PROMPTS):
         chunk = list(prompts[begin : begin + PROMPTS])
         groups, _ = encode_answers(model.tokenizer, [q.question for q in questions], answers, chunk, placement)
         found = score_texts(
-            model.params, model.config, groups, rows=rows, mesh=model.mesh, edits=edits, progress=progress
+            model.params, model.config, groups, rows=rows, mesh=model.mesh, variants=variants, progress=progress
         )
         log_probs[:, begin : begin + len(chunk)] = found.swapaxes(1, 2)
         for c, group in enumerate(groups):
@@ -115,11 +115,11 @@ def truthful_eval(
             prompt=prompt,
             ids=tuple(q.id for q in questions),
             groups=tuple(q.group for q in questions),
-            log_probs=of_edit[p],
+            log_probs=of_variant[p],
             tokens=tokens[p],
             kinds=kinds,
         )
-        for of_edit in log_probs
+        for of_variant in log_probs
         for p, prompt in enumerate(prompts)
     ]
 

@@ -4,7 +4,6 @@ from jaxsteer.personas.dataset_formats import Dataset, read_items
 from jaxsteer.personas.datasets import load_dataset, load_persona
 from jaxsteer.personas.directions import (
     Direction,
-    auroc,
     check_direction,
     diagnose,
     load_direction,
@@ -28,7 +27,6 @@ __all__ = [
     "Persona",
     "Signature",
     "Splits",
-    "auroc",
     "check_direction",
     "contrast_pairs",
     "diagnose",

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import rankdata
 
 from jaxsteer import __version__
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.models.reading import BATCH, direction_sites, read_rows
 from jaxsteer.personas.pairs import Pairs
+from jaxsteer.statistics import auroc
 from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, save_vectors
 
 SIGN = "matching→not matching"
@@ -140,21 +140,12 @@ def projections(
     return {site: (row[:n], row[n:]) for site, row in zip(direction.sites, out, strict=True)}
 
 
-def auroc(positive: Float[np.ndarray, " n"], negative: Float[np.ndarray, " m"]) -> float:
-    """Probability that a positive scores above a negative (ties count half); NaN when either is empty."""
-    n, m = len(positive), len(negative)
-    if not n or not m:
-        return float("nan")
-    ranks = rankdata(np.concatenate([positive, negative]))
-    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
-
-
 def diagnose(model: Model, direction: Direction, pairs: Pairs) -> Direction:
     """The direction with ``auroc`` of ``<r, v>`` on held-out ``pairs`` (good above bad) among its diagnostics."""
-    found = projections(model, direction, pairs)
-    diagnostics = {
-        site: {**direction.diagnostics.get(site, {}), "auroc": auroc(good, bad)} for site, (good, bad) in found.items()
-    }
+    diagnostics = {site: dict(facts) for site, facts in direction.diagnostics.items()}
+    for site, (good, bad) in projections(model, direction, pairs).items():
+        area = auroc(np.concatenate([good, bad]), np.arange(len(good) + len(bad)) < len(good))
+        diagnostics.setdefault(site, {})["auroc"] = float("nan") if area is None else area
     return dataclasses.replace(direction, diagnostics=diagnostics)
 
 

@@ -172,7 +172,7 @@ def steering(bench: Bench) -> Found:
     gentle = [i for i in range(len(grid)) if kl[i] <= MAX_KL]
     if not gentle:
         return Found(prompts=("",), tried=len(grid), details={"note": f"no setting stays below a KL of {MAX_KL}"})
-    chosen, rates = choose(bench, [""], edits=[edits[i] for i in gentle], ties=[float(kl[i]) for i in gentle])
+    chosen, rates = choose(bench, [""], variants=[edits[i] for i in gentle], ties=[float(kl[i]) for i in gentle])
     layer, coefficient = grid[gentle[chosen]]
     return Found(
         prompts=("",),
@@ -220,7 +220,7 @@ BASELINES: dict[str, Callable[[Bench], Found]] = {
 
 
 def choose(
-    bench: Bench, prompts: Sequence[str], *, edits: Sequence[Intervention] = (), ties: Sequence[float] | None = None
+    bench: Bench, prompts: Sequence[str], *, variants: Sequence[Intervention] = (), ties: Sequence[float] | None = None
 ) -> tuple[int, list[float]]:
     """(index of the best candidate on validation questions, the rates of all).
 
@@ -229,7 +229,7 @@ def choose(
     lower probability of the persona's answer.
     """
     (baseline,) = choice_eval(bench.model, bench.validation, [""], placement=bench.placement)
-    results = choice_eval(bench.model, bench.validation, prompts, edits=edits, placement=bench.placement)
+    results = choice_eval(bench.model, bench.validation, prompts, variants=variants, placement=bench.placement)
     found = [rate(result, baseline, draws=1) for result in results]
     second = [row["probability"] for row in found] if ties is None else ties
     order = [(row["letter_collapse"], row["rate"], second[i], i) for i, row in enumerate(found)]
@@ -249,7 +249,9 @@ def measure(bench: Bench, found: dict[str, Found]) -> list[dict[str, Any]]:
     rows = []
     for name, made in found.items():
         if made.edits is not None:
-            of_row = choice_eval(bench.model, bench.test, made.prompts, edits=[made.edits], placement=bench.placement)
+            of_row = choice_eval(
+                bench.model, bench.test, made.prompts, variants=[made.edits], placement=bench.placement
+            )
         else:
             of_row = [results[prompt] for prompt in made.prompts]
         row = {"name": name, "tried": made.tried, "details": made.details, "steered": made.edits is not None}

@@ -261,7 +261,7 @@ def _layer_rows(
     """All coefficients of all directions at one layer, in one program that every layer shares."""
     cells = [(name, coefficient) for name in directions for coefficient in options.coefficients]
     edits = [_edit(options, directions[name], layer, coefficient) for name, coefficient in cells]
-    results = choice_eval(model, items, [""], placement=Placement(style=options.style), edits=edits)
+    results = choice_eval(model, items, [""], placement=Placement(style=options.style), variants=edits)
     effects = side_effects(model, neutral, edits)
     rows = []
     for (name, coefficient), result, kl, perplexity in zip(cells, results, effects.kl, effects.perplexity, strict=True):
@@ -309,7 +309,7 @@ def _on_test(
     edits = [_edit(options, direction, row["layer"], row["coefficient"]) for direction in directions.values()]
     items = distinct(test)
     (baseline,) = choice_eval(model, items, [""], placement=Placement(style=options.style))
-    results = choice_eval(model, items, [""], placement=Placement(style=options.style), edits=edits)
+    results = choice_eval(model, items, [""], placement=Placement(style=options.style), variants=edits)
     rates = {name: rate(result, baseline) for name, result in zip(directions, results, strict=True)}
     return {
         "test": rates.pop(PERSONA),

@@ -149,7 +149,7 @@ def test_edits_score_as_whole_texts_do(compile_counter: object) -> None:
         for layer in (0, 2)
         for response in (False, True)
     ]
-    scores = score_texts(model.params, model.config, groups, edits=edits)
+    scores = score_texts(model.params, model.config, groups, variants=edits)
     assert scores.shape == (4, 2, 2, 2)
     for e, edit in enumerate(edits):
         for c, group in enumerate(groups):
@@ -161,7 +161,7 @@ def test_edits_score_as_whole_texts_do(compile_counter: object) -> None:
                     assert scores[e, c, p, k] == pytest.approx(float(logp.sum()), abs=1e-4)
     assert np.abs(scores[0] - scores[1]).min() > 1e-3
     with compile_counter() as count:
-        score_texts(model.params, model.config, groups, edits=[e.replace(layer=jnp.int32(1)) for e in edits])
+        score_texts(model.params, model.config, groups, variants=[e.replace(layer=jnp.int32(1)) for e in edits])
         assert count.total() == 0
 
 
@@ -169,14 +169,14 @@ def test_edits_of_different_kinds_are_refused() -> None:
     model, text = tiny_model(), Text(context=np.arange(20, 26), answers=(np.array([3]), np.array([4])))
     push = Push(jnp.zeros(model.config.d_model), jnp.int32(0), jnp.asarray(True))
     with pytest.raises(UserError, match="must agree in operation"):
-        score_texts(model.params, model.config, [[text]], edits=[push, push.replace(vector=jnp.zeros(3))])
+        score_texts(model.params, model.config, [[text]], variants=[push, push.replace(vector=jnp.zeros(3))])
     good = add("blocks.1.hook_resid_post", np.ones(model.config.d_model))
     for edit, says in (
         (add("blocks.1.hook_resid_post", np.ones(3)), "3 components"),
         (stack_rows([good, None]), "2 rows of one batch"),
     ):
         with pytest.raises(UserError, match=says):
-            score_texts(model.params, model.config, [[text]], edits=[edit])
+            score_texts(model.params, model.config, [[text]], variants=[edit])
 
 
 def test_too_long_a_text_is_refused() -> None:

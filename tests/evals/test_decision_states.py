@@ -9,7 +9,7 @@ import pytest
 
 import jaxsteer
 from jaxsteer.errors import UserError
-from jaxsteer.evals.decision_states import active_latents, decision_states, divergence, jaccard, principal, share_of_way
+from jaxsteer.evals.decision_states import active_latents, decision_states, divergence, jaccard, share_of_way
 from jaxsteer.organisms import organism_sae_dir
 from jaxsteer.personas import load_persona, search_conversations
 from jaxsteer.prompts import encode
@@ -50,24 +50,6 @@ def test_divergence_is_the_mean_over_rows(case):
     assert not same.relative_norm.any()
     with pytest.raises(ValueError, match="zero"):
         divergence(np.zeros((1, 1, 4)), np.ones((1, 1, 4)))
-
-
-def test_principal_axes_are_eigenvectors_of_the_covariance():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(40, 6)) * [9, 4, 1, 1, 1, 1] + 3
-    got = principal(x, axes=2)
-    covariance = np.cov(x.T, bias=True)
-    for axis, share in zip(got.axes, got.explained, strict=True):
-        variance = axis @ covariance @ axis
-        np.testing.assert_allclose(covariance @ axis, variance * axis, atol=1e-9)
-        assert variance / np.trace(covariance) == pytest.approx(share)
-        assert np.linalg.norm(axis) == pytest.approx(1) and axis[np.abs(axis).argmax()] > 0
-    np.testing.assert_allclose(got.coordinates(x).mean(0), 0, atol=1e-12)
-    np.testing.assert_allclose(principal(-x, axes=2).axes, got.axes, atol=1e-9)  # no sign of its own
-    with pytest.raises(UserError, match="at least 3 states"):
-        principal(x[:2])
-    with pytest.raises(UserError, match="the same"):
-        principal(np.ones((5, 3)))
 
 
 def test_share_of_way():

@@ -16,7 +16,6 @@ from jaxsteer.personas import (
     Item,
     Pairs,
     Persona,
-    auroc,
     check_direction,
     contrast_pairs,
     diagnose,
@@ -189,13 +188,11 @@ def test_a_planted_direction_is_recovered_and_points_from_bad_to_good():
         np.testing.assert_allclose(flipped.delta[site], -direction.delta[site], atol=1e-5)
 
 
-def test_projections_and_auroc(model, pairs):
+def test_projections(model, pairs):
     direction = mean_difference(model, pairs, SITES)
     good, bad = projections(model, direction, pairs)["blocks.0.hook_resid_post"]
     delta = direction.delta["blocks.0.hook_resid_post"]
     assert np.mean(good - bad) == pytest.approx(np.linalg.norm(delta), rel=1e-4)
-    assert auroc(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == pytest.approx(3.5 / 4)
-    assert np.isnan(auroc(np.array([]), np.array([1.0])))
 
 
 def test_letter_diagnostics_are_only_there_for_answers(model, pairs):
