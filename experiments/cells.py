@@ -34,8 +34,8 @@ from jaxsteer.sae import SAE, load_sae
 from jaxsteer.study import SearchOptions, custom_objective, files
 from jaxsteer.study.baselines import FLUENCY_ITEMS, Bench, run_baselines, summarise
 from jaxsteer.study.objective_stage import Aim, find_aim, task_of
-from jaxsteer.study.pipeline import conclude, in_units, problem_of, progress_of, search_problems
 from jaxsteer.study.setting import Setting, prepare
+from jaxsteer.study.stages import conclude, in_units, problem_of, progress_of, search_problems
 from jaxsteer.writers.endpoint import Endpoint
 
 PROMPT_LENGTH = 8

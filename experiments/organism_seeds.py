@@ -51,8 +51,8 @@ from jaxsteer.prompts import build_slots, prompt_text, retokenises_many
 from jaxsteer.sae import SAE, latents_objective, load_sae
 from jaxsteer.study import SearchOptions, custom_objective, files, run
 from jaxsteer.study.outcome import finals
-from jaxsteer.study.pipeline import search
 from jaxsteer.study.setting import Setting, context_items, prepare
+from jaxsteer.study.stages import search
 
 POSITIONS = ("decision", "matched", "published")
 LATENTS = (1, 4, 16, 64)

@@ -110,7 +110,6 @@ def test_every_room_of_the_package_has_its_place():
     assert rooms | modules <= set(ROOMS)
 
 
-@pytest.mark.xfail(strict=True, reason="study and cli")
 def test_no_module_imports_itself_by_a_detour():
     """Inside a room too: every import counts, also those in functions, but for those that only a type checker sees."""
     known = {dotted(path): path for path in MODULES}

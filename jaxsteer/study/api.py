@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
+from jaxsteer.study.dispatch import run
 from jaxsteer.study.object_store import stored
 from jaxsteer.study.options import SearchOptions
-from jaxsteer.study.pipeline import run
 
 
 def search(*, out: str | Path, **options: Any) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from jaxsteer.study.named_objectives import Custom, custom_objective
 from jaxsteer.study.objective_stage import RANDOM, Say, task_of
 from jaxsteer.study.options import SearchOptions
 from jaxsteer.study.outcome import environment, finals, random_prompt, select
-from jaxsteer.study.pipeline import described, load_model, search, spent
 from jaxsteer.study.setting import Setting, locate
+from jaxsteer.study.stages import described, load_model, search, spent
 
 
 def run_own(options: SearchOptions, path: Path, *, model: Model | None, say: Say) -> dict[str, Any]:

@@ -34,9 +34,9 @@ from jaxsteer.study.named_objectives import custom_objective
 from jaxsteer.study.objective_stage import RANDOM, Aim, Say, find_aims, task_of, try_objective
 from jaxsteer.study.options import SearchOptions
 from jaxsteer.study.outcome import environment
-from jaxsteer.study.pipeline import conclude, in_units, load_model, problem_of, progress_of, search_problems
 from jaxsteer.study.problem_table import COLUMNS, rows_of
 from jaxsteer.study.setting import Setting, prepare
+from jaxsteer.study.stages import conclude, in_units, load_model, problem_of, progress_of, search_problems
 
 PROBLEMS, FRONTIERS = "problems.csv", "frontiers.jsonl"
 

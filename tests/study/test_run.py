@@ -138,7 +138,7 @@ def test_a_custom_objective_from_a_file(options: Make, tmp_path) -> None:  # noq
     ],
 )
 def test_refused_before_any_work(options: Make, changes: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import jaxsteer.study.pipeline as module
+    import jaxsteer.study.dispatch as module
 
     monkeypatch.setattr(module, "find_aim", lambda *_: pytest.fail("work was done"))
     with pytest.raises(UserError, match=message):
@@ -170,7 +170,7 @@ def test_selection_never_takes_a_prompt_that_changes_as_text() -> None:
 
 
 def test_ctrl_c_keeps_and_evaluates_what_was_found(options: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    import jaxsteer.study.pipeline as module
+    import jaxsteer.study.stages as module
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
