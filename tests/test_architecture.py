@@ -31,8 +31,6 @@ KNOWN = {
     "jaxsteer.prompt_search.driver._search_wave",
     "jaxsteer.prompt_search.driver.run_search",
     "jaxsteer.prompt_search.rescore._score_whole",
-    "jaxsteer.prompt_search.task",
-    "jaxsteer.prompt_search.task.make_task",
     "jaxsteer.prompts.generate.generate",
     "jaxsteer.prompts.generate.stream",
     "jaxsteer.sae.exploration.explore",

@@ -25,7 +25,7 @@ from jaxsteer.models.sharding import AXES, stored_chunks
 from jaxsteer.planning.chips import Chip, Topology
 from jaxsteer.planning.hlo import Costs, program_costs
 from jaxsteer.planning.programs import Program, Work, build
-from jaxsteer.prompt_search.task import ROWS
+from jaxsteer.prompt_search.contexts import ROWS
 
 _TRIES = 5
 """Micro-batches that are compiled at most."""

@@ -29,9 +29,9 @@ from jaxsteer.models.transformer import embed, make_context, run_layers
 from jaxsteer.objectives import Projection, Standardised, needs
 from jaxsteer.prompt_search.algorithms import ALGORITHMS
 from jaxsteer.prompt_search.compiling import WAVE, programs
+from jaxsteer.prompt_search.contexts import make_task
 from jaxsteer.prompt_search.problem import abstract as abstract_problems
 from jaxsteer.prompt_search.problem import make_problem
-from jaxsteer.prompt_search.task import make_task
 from jaxsteer.prompts.slots import Slots
 from jaxsteer.sae.dictionary import SAE, SPECS, encode
 from jaxsteer.steer import add

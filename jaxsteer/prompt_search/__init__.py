@@ -1,18 +1,20 @@
-"""Fluent gradient ascent over prompts: objectives, tasks, EPO, the Pareto archive and the driver."""
+"""Searches for prompts: contexts and scores, the algorithms, the Pareto archive, the driver and resuming."""
 
 from jaxsteer.prompt_search.algorithms import ALGORITHMS, make_search
 from jaxsteer.prompt_search.algorithms.epo import EpoConfig, epo
 from jaxsteer.prompt_search.checking import check_objective
+from jaxsteer.prompt_search.contexts import Combination, Task, TokenMask, make_task
 from jaxsteer.prompt_search.driver import Progress, run_search, standardise
 from jaxsteer.prompt_search.population import Search
 from jaxsteer.prompt_search.problem import FLUENCY, Fluency, Problem, make_problem
 from jaxsteer.prompt_search.rescore import Rescored, rescore
 from jaxsteer.prompt_search.results import Found, SearchResult
 from jaxsteer.prompt_search.resume import Store
-from jaxsteer.prompt_search.task import Task, make_task, score
+from jaxsteer.prompt_search.scoring import score
 
 __all__ = [
     "ALGORITHMS",
+    "Combination",
     "FLUENCY",
     "EpoConfig",
     "Fluency",
@@ -24,6 +26,7 @@ __all__ = [
     "SearchResult",
     "Store",
     "Task",
+    "TokenMask",
     "check_objective",
     "epo",
     "make_problem",

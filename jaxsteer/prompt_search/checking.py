@@ -11,7 +11,8 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.params import Params
 from jaxsteer.objectives import Objective, as_pytree, needs
 from jaxsteer.processes import to_host
-from jaxsteer.prompt_search.task import Task, score
+from jaxsteer.prompt_search.contexts import Task
+from jaxsteer.prompt_search.scoring import score
 from jaxsteer.prompts import PAD
 
 SAMPLES = 4

@@ -27,9 +27,9 @@ from jaxtyping import Array, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.params import Params
+from jaxsteer.prompt_search.contexts import Task
 from jaxsteer.prompt_search.population import Search, Summary
 from jaxsteer.prompt_search.problem import Problem, abstract
-from jaxsteer.prompt_search.task import Task
 
 WAVE = 64
 """Problems per device that are searched together at most; others wait on the host."""

@@ -24,12 +24,13 @@ from jaxsteer.processes import PREEMPTED, as_first, preempted, several
 from jaxsteer.prompt_search.checking import check_objective, check_scores
 from jaxsteer.prompt_search.compiling import GIB, WAVE, default_budget, plan_search
 from jaxsteer.prompt_search.constraints import Valid
+from jaxsteer.prompt_search.contexts import MEAN, Task
 from jaxsteer.prompt_search.on_devices import OnDevices, TextCheck
 from jaxsteer.prompt_search.population import Search, random_ids
 from jaxsteer.prompt_search.problem import FIRST_DRAW, Problem
 from jaxsteer.prompt_search.results import SearchResult, Wave, from_json, joined, to_json
 from jaxsteer.prompt_search.resume import Store, digest
-from jaxsteer.prompt_search.task import Task, score
+from jaxsteer.prompt_search.scoring import score
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def standardise(
     objective = as_pytree(objective)
     key = jax.random.fold_in(jax.random.key(seed), FIRST_DRAW)
     ids = random_ids(key, task, samples)
-    mean = task.replace(combine="mean")  # type: ignore[attr-defined]
+    mean = dataclasses.replace(task, combine=MEAN)
     f, _ = jax.jit(score)(params, mean, objective, ids)
     offset, scale = float(jnp.mean(f)), float(jnp.std(f))
     if not np.isfinite(offset) or not scale > 0:

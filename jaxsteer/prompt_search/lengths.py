@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from jaxsteer.errors import UserError
-from jaxsteer.prompt_search.task import Task
+from jaxsteer.prompt_search.contexts import Task
 from jaxsteer.prompts.slots import PAD
 
 SWAP, INSERT, DELETE = range(3)

@@ -18,10 +18,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxsteer.errors import UserError
 from jaxsteer.models.params import Params
 from jaxsteer.prompt_search.constraints import repeats, repetition
+from jaxsteer.prompt_search.contexts import Task
 from jaxsteer.prompt_search.pareto import Archive, empty_archive, insert
 from jaxsteer.prompt_search.problem import FIRST_DRAW, Problem
+from jaxsteer.prompt_search.scoring import score
 from jaxsteer.prompt_search.shared_scoring import score_children, starts
-from jaxsteer.prompt_search.task import Task, score
 from jaxsteer.prompts.slots import PAD
 
 

@@ -17,7 +17,7 @@ from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import embed, make_context, positions_of, run_layers, unembed
 from jaxsteer.objectives import Needs, Objective, as_pytree
 from jaxsteer.objectives.reads import Layout, read
-from jaxsteer.prompt_search.task import combined, make_target, row_tails
+from jaxsteer.prompt_search.contexts import MEAN, Combination, make_target, row_tails
 from jaxsteer.prompts.conversation import encode
 from jaxsteer.prompts.slots import Slots, resized
 
@@ -40,13 +40,12 @@ def rescore(
     needs: Needs,
     texts: Sequence[str],
     *,
-    combine: str = "mean",
-    temperature: float = 1.0,
+    combine: Combination = MEAN,
 ) -> list[Rescored]:
     """Objective and cross-entropy of prompt texts: every context is rendered, tokenised and run as a whole.
 
     The texts must re-tokenise in place (``prompts.retokenises``) to at most ``slots.length`` tokens; the caller keeps
-    others out. ``combine`` and ``temperature`` as in ``make_task``.
+    others out. ``combine`` as in ``make_task``.
     """
     objective = as_pytree(objective)
     width = max(len(b) + slots.length + len(a) for b, a in zip(slots.before, row_tails(slots), strict=True))
@@ -69,7 +68,7 @@ def rescore(
         f, x = _score_whole(
             model.params, model.config, needs, slots.length, objective, tokens, mask, start, count, layout
         )
-        target = combined(f[:, None], jnp.full(len(slots), 1 / len(slots)), combine, temperature)[0]
+        target = combine(f[:, None], jnp.full(len(slots), 1 / len(slots)))[0]
         out.append(Rescored(target=float(target), cross_entropy=float(jnp.mean(x))))
     return out
 

@@ -27,7 +27,8 @@ from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import Context, embed, make_context, run_and_cache, run_layers
 from jaxsteer.objectives import Objective
 from jaxsteer.objectives.reads import PATTERN, Layout, Target, read
-from jaxsteer.prompt_search.task import Task, combined, first_log_probs, score
+from jaxsteer.prompt_search.contexts import Task
+from jaxsteer.prompt_search.scoring import first_log_probs, score
 
 LEAST_SAVING = 0.1
 """Share of tokens that must be saved: less does not pay for the parents' pass and the longer rows."""
@@ -210,7 +211,7 @@ def _score_pairs(
         ),
     )
     reads, x, depth = read(params, config, task.needs, x, context, layout)
-    f = combined(objective(reads).reshape(contexts, -1), task.weight, task.combine, task.temperature)
+    f = task.combine(objective(reads).reshape(contexts, -1), task.weight)
     # Above the deepest read only the tokens that predict another slot token matter.
     n = plan.predicts.shape[1]
     picked = lambda a: jnp.take_along_axis(a, plan.predicts, axis=1)  # noqa: E731

@@ -70,7 +70,8 @@ def run_own(options: SearchOptions, path: Path, *, model: Model | None, say: Say
     prompts = finals(setting, objective, result)
     files.write_lines(options.out / files.PARETO, prompts)
     text = random_prompt(setting)
-    control = rescore(model, setting.slots, objective, needs(objective, model.config), [text], **options.combining)[0]
+    reads = needs(objective, model.config)
+    control = rescore(model, setting.slots, objective, reads, [text], combine=options.combination)[0]
     metrics = {
         **described(setting, site, result, units),
         "conversations": len(conversations),

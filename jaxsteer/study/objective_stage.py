@@ -25,7 +25,7 @@ from jaxsteer.personas import (
     sae_signature,
 )
 from jaxsteer.processes import to_host
-from jaxsteer.prompt_search import Task, check_objective, make_task, score
+from jaxsteer.prompt_search import Combination, Task, TokenMask, check_objective, make_task, score
 from jaxsteer.prompts import Slots, first_allowed
 from jaxsteer.sae import SAE, latents_objective
 from jaxsteer.study.probe import WARNS, Probe, ProbeRow, Scorer, choose, probe, scorer, stream_sites
@@ -102,11 +102,10 @@ def task_of(setting: Setting, objective: Objective, slots: Slots | None = None) 
         setting.model.config,
         slots,
         needs=needs(objective, setting.model.config),
-        allowed=setting.allowed,
-        allowed_first=first_allowed(setting.model.tokenizer, slots, setting.allowed),
+        allowed=TokenMask(setting.allowed, first_allowed(setting.model.tokenizer, slots, setting.allowed)),
         batch=options.batch,
+        combine=options.combination,
         least=options.lengths[0] if options.lengths else None,
-        **options.combining,
     )
 
 
@@ -216,7 +215,8 @@ def _judge(setting: Setting, place: Callable[[Slots], tuple[Objective, Slots]], 
 
     def judge(slots: Slots, ids: np.ndarray) -> dict[str, np.ndarray]:
         objective, slots = place(slots)
-        task = dataclasses.replace(task_of(setting, objective, slots), combine="mean")  # as behaviour is averaged
+        task = task_of(setting, objective, slots)
+        task = dataclasses.replace(task, combine=Combination())  # as behaviour is averaged
         f, _ = jax.jit(score)(setting.model.params, task, as_pytree(objective), ids)
         return {name: to_host(f)}
 

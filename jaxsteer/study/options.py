@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxsteer.errors import UserError
+from jaxsteer.prompt_search import Combination
 from jaxsteer.study.algorithm import AlgorithmOptions
 from jaxsteer.study.initial_prompts import listed_texts, texts_of
 
@@ -135,9 +136,9 @@ class SearchOptions(AlgorithmOptions):
     """No progress bars."""
 
     @property
-    def combining(self) -> dict[str, Any]:
-        """How contexts are combined, as ``make_task`` and ``rescore`` take it."""
-        return {"combine": self.combine, "temperature": self.combine_temperature}
+    def combination(self) -> Combination:
+        """How contexts are combined."""
+        return Combination(self.combine, self.combine_temperature)
 
     @property
     def lengths(self) -> tuple[int, int] | None:

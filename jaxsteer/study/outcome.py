@@ -38,7 +38,7 @@ def finals(setting: Setting, objective: Objective, result: SearchResult) -> list
     good = [found for found in result.found if found.retokenises]
     texts = [prompt_text(tokenizer, found.ids) for found in good]
     model, reads = setting.model, needs(objective, setting.model.config)
-    again = rescore(model, setting.slots, objective, reads, texts, **setting.options.combining)
+    again = rescore(model, setting.slots, objective, reads, texts, combine=setting.options.combination)
     rows = [
         _row(found, text, new.target, new.cross_entropy) for found, text, new in zip(good, texts, again, strict=True)
     ]

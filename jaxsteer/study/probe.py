@@ -28,7 +28,7 @@ from jaxsteer.models.transformer import block, embed, layer_weights
 from jaxsteer.objectives import Needs
 from jaxsteer.personas import Direction, Item, Persona, search_conversations
 from jaxsteer.prompt_search import Task, make_task
-from jaxsteer.prompt_search.task import slot_rows
+from jaxsteer.prompt_search.scoring import slot_rows
 from jaxsteer.prompts import Placement, Slots, build_slots, first_allowed, prompt_text, retokenises_many
 from jaxsteer.statistics import spearman
 

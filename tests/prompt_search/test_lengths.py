@@ -12,7 +12,7 @@ import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.objectives import Projection, TargetLogProb, as_pytree, needs
-from jaxsteer.prompt_search import Store, make_problem, make_search, make_task, rescore, run_search, score
+from jaxsteer.prompt_search import Store, TokenMask, make_problem, make_search, make_task, rescore, run_search, score
 from jaxsteer.prompt_search.algorithms.proposals import proposals, proposals_and_insertions
 from jaxsteer.prompt_search.constraints import repetition, text_filter
 from jaxsteer.prompt_search.lengths import DELETE, INSERT, SWAP, Edits, draw_edits, edited
@@ -86,8 +86,8 @@ def setting(case: str):
     def task_of(length: int, least: int | None = None):
         slots = slots_of(length)
         return make_task(
-            model.params, config, slots, needs=needs(objective, config), allowed=allowed, batch=8, least=least,
-            allowed_first=first_allowed(model.tokenizer, slots, allowed),
+            model.params, config, slots, needs=needs(objective, config), batch=8, least=least,
+            allowed=TokenMask(allowed, first_allowed(model.tokenizer, slots, allowed)),
         )  # fmt: skip
 
     return dataclasses.replace(model, config=config), slots_of, as_pytree(objective), task_of

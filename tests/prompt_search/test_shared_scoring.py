@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from jaxsteer.objectives import as_pytree, needs
-from jaxsteer.prompt_search import make_task
+from jaxsteer.prompt_search import Combination, make_task
+from jaxsteer.prompt_search.scoring import score
 from jaxsteer.prompt_search.shared_scoring import score_children, shares, starts, stratified
-from jaxsteer.prompt_search.task import score
 from tests.prompt_search.setting import gemma_like, random_prompts, setting
 
 whole = jax.jit(score)
@@ -60,7 +60,12 @@ def test_windows_soft_caps_and_multipliers() -> None:
     """A window of 4 ends inside the parent for some tokens and inside the context for others."""
     s = setting(contexts=2)
     task = make_task(
-        s.model.params, gemma_like(s.model.config), s.slots, needs=s.needs, allowed=s.allowed, combine="worst"
+        s.model.params,
+        gemma_like(s.model.config),
+        s.slots,
+        needs=s.needs,
+        allowed=s.allowed,
+        combine=Combination("worst"),
     )
     agree(s, task, s.objective, (0, 2, 3, 5))
 

@@ -16,9 +16,9 @@ import pytest
 from jaxsteer.errors import UserError
 from jaxsteer.models.transformer import embed
 from jaxsteer.objectives import Projection, as_pytree, needs
-from jaxsteer.prompt_search import make_task, rescore
+from jaxsteer.prompt_search import Combination, make_task, rescore
 from jaxsteer.prompt_search.algorithms.proposals import proposals
-from jaxsteer.prompt_search.task import combined, cross_entropy, run_slots, score
+from jaxsteer.prompt_search.scoring import cross_entropy, run_slots, score
 from jaxsteer.prompts import Conversation, Placement, allowed_tokens, build_slots, prompt_text, question_conversation
 from tests.helpers.tiny import tiny_model
 from tests.prompt_search.setting import QUESTIONS, gemma_like, random_prompts, setting
@@ -88,10 +88,11 @@ def test_every_candidate_runs_its_slot_once() -> None:
 
 @pytest.mark.parametrize("how", ["soft-min"])
 def test_text_gives_the_scores_of_the_ids(how: str) -> None:
-    s = system_setting("organism", combine=how, temperature=0.5)
+    combine = Combination(how, 0.5)
+    s = system_setting("organism", combine=combine)
     f, x = scored(s.model.params, s.task, s.objective, s.ids[:2])
     texts = [prompt_text(s.model.tokenizer, row) for row in np.asarray(s.ids[:2])]
-    again = rescore(s.model, s.slots, s.objective, s.task.needs, texts, combine=how, temperature=0.5)
+    again = rescore(s.model, s.slots, s.objective, s.task.needs, texts, combine=combine)
     np.testing.assert_allclose([r.target for r in again], f, atol=1e-4)
     np.testing.assert_allclose([r.cross_entropy for r in again], x, atol=1e-4)
 
@@ -123,16 +124,16 @@ def test_slots_that_are_read_or_differ_run_in_every_context() -> None:
 def test_a_soft_minimum_lies_between_the_worst_and_the_mean() -> None:
     scores = jnp.asarray([[1.0, 5.0], [3.0, 5.0], [8.0, 5.0]])
     weight = jnp.full(3, 1 / 3)
-    np.testing.assert_allclose(combined(scores, weight), [4.0, 5.0], rtol=1e-6)
-    np.testing.assert_allclose(combined(scores, weight, "worst"), [1.0, 5.0])
-    np.testing.assert_allclose(combined(scores, weight, "soft-min", 1e-2), [1.0, 5.0], atol=0.02)
-    np.testing.assert_allclose(combined(scores, weight, "soft-min", 1e4), [4.0, 5.0], atol=1e-2)
-    middle = float(combined(scores, weight, "soft-min", 1.0)[0])
+    np.testing.assert_allclose(Combination()(scores, weight), [4.0, 5.0], rtol=1e-6)
+    np.testing.assert_allclose(Combination("worst")(scores, weight), [1.0, 5.0])
+    np.testing.assert_allclose(Combination("soft-min", 1e-2)(scores, weight), [1.0, 5.0], atol=0.02)
+    np.testing.assert_allclose(Combination("soft-min", 1e4)(scores, weight), [4.0, 5.0], atol=1e-2)
+    middle = float(Combination("soft-min")(scores, weight)[0])
     assert 1.0 < middle < 4.0
     assert middle == pytest.approx(-np.log(np.mean(np.exp([-1.0, -3.0, -8.0]))), rel=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"combine": "median"}, {"combine": "soft-min", "temperature": 0.0}])
+@pytest.mark.parametrize("options", [{"how": "median"}, {"how": "soft-min", "temperature": 0.0}])
 def test_combinations_that_cannot_be_are_refused(options: dict) -> None:
     with pytest.raises(UserError, match="combine"):
-        system_setting(**options)
+        Combination(**options)

@@ -10,7 +10,7 @@ from jaxsteer.models.config import llama_config
 from jaxsteer.models.params import init_params
 from jaxsteer.objectives import Projection, needs
 from jaxsteer.prompt_search import make_task
-from jaxsteer.prompt_search.task import score
+from jaxsteer.prompt_search.scoring import score
 from jaxsteer.prompts import Slots
 
 pytestmark = pytest.mark.parity

@@ -18,11 +18,11 @@ from jaxtyping import Array, Int, Key
 from jaxsteer.models.params import Params
 from jaxsteer.prompt_search.algorithms.probe_sampling import ProbeSampling, judge_children
 from jaxsteer.prompt_search.algorithms.proposals import proposals, proposals_and_insertions
+from jaxsteer.prompt_search.contexts import Task
 from jaxsteer.prompt_search.lengths import INSERT, INSERTIONS, draw_edits, edited
 from jaxsteer.prompt_search.population import Search, State, Summary, compete, positive, start, summary_of
 from jaxsteer.prompt_search.problem import Problem
 from jaxsteer.prompt_search.shared_scoring import stratified
-from jaxsteer.prompt_search.task import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,10 @@ from jaxtyping import Array, Float
 
 from jaxsteer.models.params import Params
 from jaxsteer.prompt_search.algorithms.relaxed import Arguments, allowed_at, make_optimizer, mixture_loss
+from jaxsteer.prompt_search.contexts import Task
 from jaxsteer.prompt_search.lengths import same_length
 from jaxsteer.prompt_search.population import Search, State, Summary, compete, judge, positive, start, summary_of
 from jaxsteer.prompt_search.problem import Problem
-from jaxsteer.prompt_search.task import Task
 
 GIVEN = 12.0
 """Logit of the tokens of a given first prompt, above all others: sampled nearly always at first."""

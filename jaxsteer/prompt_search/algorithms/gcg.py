@@ -18,11 +18,11 @@ from jaxsteer.models.params import Params
 from jaxsteer.prompt_search.algorithms.epo import mutate, usable_top_k
 from jaxsteer.prompt_search.algorithms.probe_sampling import ProbeSampling, judge_children
 from jaxsteer.prompt_search.algorithms.proposals import proposals
+from jaxsteer.prompt_search.contexts import Task
 from jaxsteer.prompt_search.lengths import same_length
 from jaxsteer.prompt_search.pareto import insert
 from jaxsteer.prompt_search.population import Search, State, Summary, positive, start, summary_of
 from jaxsteer.prompt_search.problem import Problem
-from jaxsteer.prompt_search.task import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,10 @@ from jaxtyping import Array, Int, Key
 
 from jaxsteer.models.params import Params
 from jaxsteer.prompt_search.algorithms.epo import draw_positions, evolve, replaced
+from jaxsteer.prompt_search.contexts import Task
 from jaxsteer.prompt_search.lengths import draw_edits, edited, same_length
 from jaxsteer.prompt_search.population import Search, positive
 from jaxsteer.prompt_search.problem import Problem
-from jaxsteer.prompt_search.task import Task
 from jaxsteer.prompts.slots import PAD
 
 

@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxsteer.models.params import Params
 from jaxsteer.prompt_search.algorithms.relaxed import Arguments, make_optimizer, nearest, table_unit
+from jaxsteer.prompt_search.contexts import Task
 from jaxsteer.prompt_search.lengths import same_length
 from jaxsteer.prompt_search.population import Search, State, Summary, compete, judge, positive, start, summary_of
 from jaxsteer.prompt_search.problem import Problem
-from jaxsteer.prompt_search.task import Task, slot_loss
+from jaxsteer.prompt_search.scoring import slot_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int, Key
 from jaxsteer.errors import UserError
 from jaxsteer.models.params import Params
 from jaxsteer.objectives import Objective, Reads
+from jaxsteer.prompt_search.contexts import Task
 from jaxsteer.prompt_search.population import State, judge
 from jaxsteer.prompt_search.problem import Problem
-from jaxsteer.prompt_search.task import Task, score
+from jaxsteer.prompt_search.scoring import score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

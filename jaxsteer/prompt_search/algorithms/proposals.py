@@ -14,7 +14,8 @@ from jaxsteer.models.log_probs import VOCABULARY_BLOCK
 from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import unembed
 from jaxsteer.objectives import Objective
-from jaxsteer.prompt_search.task import Task, pads_of, slot_loss
+from jaxsteer.prompt_search.contexts import Task
+from jaxsteer.prompt_search.scoring import pads_of, slot_loss
 from jaxsteer.prompts.slots import PAD
 
 

@@ -21,7 +21,8 @@ from jaxsteer.models.log_probs import VOCABULARY_BLOCK
 from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import scale_embeddings, unembed
 from jaxsteer.objectives import Objective
-from jaxsteer.prompt_search.task import Task, first_log_probs, run_slots
+from jaxsteer.prompt_search.contexts import Task
+from jaxsteer.prompt_search.scoring import first_log_probs, run_slots
 
 Arguments = tuple[tuple[str, Any], ...]
 """Keyword arguments that a frozen config can hold: ``(("b1", 0.8), ("weight_decay", 0.1))``."""
