@@ -309,7 +309,7 @@ class Lab:
             )
         texts = list(dict.fromkeys(entry["prompt"] for entries in shown for entry in entries))
         results = choice_eval(self.model, self.bench.validation, texts, placement=placement)
-        rates = {r.prompt: rate(r, self.zero("validation"), draws=1) for r in results}
+        rates = {r.prompt: rate(r, self.zero("validation"), draws=1).to_json() for r in results}
         for entry in (entry for entries in shown for entry in entries):
             of_text = rates[entry["prompt"]]
             entry |= {"validation_rate": of_text["rate"], "collapsed": of_text["letter_collapse"]}

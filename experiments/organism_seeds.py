@@ -115,7 +115,7 @@ def judged(setting: Setting, text: str) -> dict[str, Any]:
     baseline, result = choice_eval(
         setting.model, distinct(setting.splits.test), ["", text], placement=setting.placement
     )
-    return rate(result, baseline)
+    return rate(result, baseline).to_json()
 
 
 def with_random(setting: Setting, run_dir: Path, seed: int) -> dict[str, Any]:

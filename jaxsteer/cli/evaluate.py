@@ -173,14 +173,14 @@ def _choices(
 
     results = beside_baseline(choice_eval, data.items, per_token=asked.per_token, **place)
     for row, result in zip(rows, results, strict=True):
-        row |= rate(result, None if result is results[0] else results[0])
+        row |= rate(result, None if result is results[0] else results[0]).to_json()
     assert data.persona is not None
     groups = {item.group for item in data.items}
     questions = [q for q in data.persona.questions if q.group in groups]
     if questions:
         truths = beside_baseline(truthful_eval, questions, **place)
         for row, truth in zip(rows, truths, strict=True):
-            row["truthful"] = truthful_rates(truth, None if truth is truths[0] else truths[0])
+            row["truthful"] = truthful_rates(truth, None if truth is truths[0] else truths[0]).to_json()
     return results
 
 
@@ -204,7 +204,7 @@ def _free_answers(
         results = written_eval(model, data.items, [""], reasons=reasons, **place)
         results += written_eval(model, data.items, texts, reasons=reasons, edits=edits, **place)
         for row, result, score in zip(rows, results, scored, strict=True):
-            row["written"] = written_rates(result, score, None if result is results[0] else results[0])
+            row["written"] = written_rates(result, score, None if result is results[0] else results[0]).to_json()
             row["answers"] = list(result.texts)
         questions, groups = _orders(data.items)
     else:
@@ -248,7 +248,9 @@ def _side_effects(
     effects = [reply_effects(model, neutral, some, edits=edit, **place) for some, edit in parts if some]
     lookups: list[dict[str, Any] | None] = [None] * len(prompts)
     if model.name.startswith(ORGANISM):
-        lookups = [row for some, edit in parts if some for row in lookup_accuracy(model, some, edits=edit, **place)]
+        lookups = [
+            row.to_json() for some, edit in parts if some for row in lookup_accuracy(model, some, edits=edit, **place)
+        ]
     perplexity = prompt_perplexity(model, prompts, questions[:8], **place)
     kl = [float(value) for effect in effects for value in effect.kl]
     replies = [float(value) for effect in effects for value in effect.perplexity]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jaxsteer.evals.rates import Difference, Flips, Rate, letter_collapse
 from jaxsteer.evals.scoring import ROWS, Text, bucket, common_start, score_texts
 from jaxsteer.personas import Item, orders, swap
 from jaxsteer.prompts import Placement, encode_texts, join_answer, question_conversation, render
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
 
 PROMPTS = 32
 """Prompts that share one pass over a question."""
-COLLAPSE = (0.1, 0.9)
-"""A-rates outside of this range mean that a letter wins whatever the question says."""
-COLLAPSE_SHIFT = 0.25
-"""So does an A-rate this far from the baseline's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,62 +218,58 @@ def encode_answers(
     return groups, flags
 
 
-def rate(result: ChoiceResult, baseline: ChoiceResult | None = None, *, draws: int = 2000) -> dict[str, Any]:
-    """The persona rate of one prompt with its controls, ready for JSON.
+def rate(result: ChoiceResult, baseline: ChoiceResult | None = None, *, draws: int = 2000) -> Rate:
+    """The persona rate of one prompt with its controls; paired with a ``baseline`` on the same items, if one is given.
 
-    ``rate``: share of rows whose persona answer wins. ``ci95``: Wilson interval of it over rows. ``n``: rows, that is
-    items times choice orders; ``ci95_groups`` is the bootstrap interval over question groups, in which copies of a
-    question do not count twice. ``a_rate``: share of rows won by the first answer; near 0 or 1 one letter wins
-    whatever is asked (``letter_collapse``). ``swapped_rate``: share of items whose chosen *content* stays the same
-    when the choices are exchanged. ``auroc`` and ``auroc_ci95``: of d against the position of the persona's answer;
-    immune to a constant letter bias. ``debiased_rate``: rate after subtracting the letter preference item by item.
-    ``letter_bias``: mean (d + d') / 2 in nats. ``margin``: mean log-odds of the persona. ``probability``: mean
-    probability of its answer. ``rate_by_label``: rate where the persona's answer is first, and second.
-    With a ``baseline``: ``difference`` and ``margin_difference`` (paired, with their bootstrap intervals over groups)
-    and ``flips``: rows that become and that leave the persona answer, with the exact McNemar p-value. ``None`` where a
-    number is undefined.
+    Intervals over question groups take ``draws`` bootstrap samples. Raises ``ValueError`` for other items.
     """
     persona, d, first = result.persona, result.d, result.persona_first
     n = len(persona)
-    wins_a = float(np.mean((np.sign(d) + 1) / 2))
-    out: dict[str, Any] = {
-        "rate": float(persona.mean()),
-        "ci95": list(wilson(float(persona.sum()), n)),
-        "n": n,
-        "a_rate": wins_a,
-        "swapped_rate": None,
-        "ci95_groups": list(bootstrap_mean(persona, result.groups, draws=draws)),
-        "auroc": auroc(d, first),
-        "auroc_ci95": bootstrap_auroc(d, first, result.groups, draws=draws),
-        "rate_by_label": [float(persona[side].mean()) if side.any() else None for side in (first, ~first)],
-        "margin": float(result.margin.mean()),
-        "probability": float(result.probability.mean()),
-        "letter_collapse": not COLLAPSE[0] <= wins_a <= COLLAPSE[1],
-    }
+    a_rate = _a_rate(result)
+    found = Rate(
+        rate=float(persona.mean()),
+        ci95=wilson(float(persona.sum()), n),
+        n=n,
+        a_rate=a_rate,
+        swapped_rate=None,
+        ci95_groups=bootstrap_mean(persona, result.groups, draws=draws),
+        auroc=auroc(d, first),
+        auroc_ci95=bootstrap_auroc(d, first, result.groups, draws=draws),
+        rate_by_label=(_mean(persona[first]), _mean(persona[~first])),
+        margin=float(result.margin.mean()),
+        probability=float(result.probability.mean()),
+        letter_collapse=letter_collapse(a_rate, None if baseline is None else _a_rate(baseline)),
+    )
     if result.both_orders:
         original, swapped, y = d[::2], d[1::2], np.where(first[::2], 1, -1)
-        out["swapped_rate"] = float(np.mean(original * swapped < 0))
-        out["debiased_rate"] = float(np.mean((np.sign((original - swapped) * y) + 1) / 2))
-        out["letter_bias"] = float(np.mean((original + swapped) / 2))
-    if baseline is not None:
-        out |= _against(result, baseline, draws)
-        base_a = float(np.mean((np.sign(baseline.d) + 1) / 2))
-        out["letter_collapse"] |= abs(wins_a - base_a) > COLLAPSE_SHIFT
-    return out
-
-
-def _against(result: ChoiceResult, baseline: ChoiceResult, draws: int) -> dict[str, Any]:
+        found = dataclasses.replace(
+            found,
+            swapped_rate=float(np.mean(original * swapped < 0)),
+            debiased_rate=float(np.mean((np.sign((original - swapped) * y) + 1) / 2)),
+            letter_bias=float(np.mean((original + swapped) / 2)),
+        )
+    if baseline is None:
+        return found
     if (result.ids, result.both_orders) != (baseline.ids, baseline.both_orders):
         raise ValueError("the baseline was measured on other items: rates can only be paired on the same rows")
-    change = result.persona - baseline.persona
+    change = persona - baseline.persona
     becomes, leaves = int((change > 0).sum()), int((change < 0).sum())
-    return {
-        "difference": paired_difference(change, result.groups, draws),
-        "margin_difference": paired_difference(result.margin - baseline.margin, result.groups, draws),
-        "flips": {"becomes_persona": becomes, "leaves_persona": leaves, "mcnemar_p": mcnemar(becomes, leaves)},
-    }
+    return dataclasses.replace(
+        found,
+        difference=paired_difference(change, result.groups, draws),
+        margin_difference=paired_difference(result.margin - baseline.margin, result.groups, draws),
+        flips=Flips(becomes_persona=becomes, leaves_persona=leaves, mcnemar_p=mcnemar(becomes, leaves)),
+    )
 
 
-def paired_difference(change: np.ndarray, groups: Sequence[str], draws: int) -> dict[str, Any]:
+def _a_rate(result: ChoiceResult) -> float:
+    return float(np.mean((np.sign(result.d) + 1) / 2))
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if values.size else None
+
+
+def paired_difference(change: np.ndarray, groups: Sequence[str], draws: int) -> Difference:
     """The mean of (n,) paired differences with its bootstrap interval over groups."""
-    return {"value": float(change.mean()), "ci95": list(bootstrap_mean(change, groups, draws=draws))}
+    return Difference(value=float(change.mean()), ci95=bootstrap_mean(change, groups, draws=draws))

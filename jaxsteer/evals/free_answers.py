@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxsteer.evals.choice import ChoiceResult
+from jaxsteer.evals.rates import Flips, Interval
+from jaxsteer.files.records import Record
 from jaxsteer.personas import Item, orders, parse_choices
 from jaxsteer.personas.items import normal
 from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
@@ -185,38 +187,49 @@ def _argued(rest: str, item: Item, choices: dict[str, str], reasons: Reasons) ->
     return PERSONA if label == item.matching else OTHER
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WrittenRates(Record):
+    """What was written under one prompt, in numbers. ``None`` where there is nothing to divide by."""
+
+    n: int
+    """Answers."""
+    read: float | None
+    """Share of answers that name a choice."""
+    rate: float | None
+    """Share of those that name the persona's."""
+    ci95: Interval
+    """Wilson interval of the rate."""
+    argued: float | None
+    """Share of answers with a recognised argument."""
+    accords: float | None
+    """Of those that also name a choice, the share that argues for the choice they name."""
+    argued_rate: float | None
+    """Share of arguments that are for the persona's side."""
+    distinct_3: float | None
+    """Distinct runs of three words over all of them; low when a text repeats itself."""
+    copied: float | None
+    """Share of the prompt's words that answers repeat: a prompt may work by planting its own words."""
+    agreement: float | None = None
+    """Share of read answers with the choice that log-probabilities prefer."""
+    flips: Flips | None = None
+    """Against the baseline, among answers read in both."""
+
+
 def written_rates(
     result: WrittenResult, scored: ChoiceResult | None = None, baseline: WrittenResult | None = None
-) -> dict[str, Any]:
-    """What was written, in numbers ready for JSON.
+) -> WrittenRates:
+    """The numbers of one prompt, beside log-probabilities (``scored``) and a ``baseline`` of the same items.
 
-    ``read``: share of answers that name a choice. ``rate`` with its Wilson interval ``ci95``: share of those with the
-    persona's. ``argued``: share of answers with a recognised argument; ``accords``: of those that also name a choice,
-    the share that argues for the choice they name; ``argued_rate``: share that argues for the persona's side.
-    ``agreement``: share of read answers with the choice that log-probabilities (``scored``) prefer. ``distinct_3``:
-    distinct runs of three words over all of them, low when a text repeats itself. ``copied``: share of the prompt's
-    words that answers repeat; a prompt may work by planting its own words. With a ``baseline``: ``flips`` among answers
-    read in both, with the exact McNemar p-value. ``None`` where there is nothing to divide by.
+    Raises ``ValueError`` for other items.
     """
     chose, argues = np.asarray(result.chose), np.asarray(result.argues)
     read, argued = chose != UNREAD, argues != UNREAD
-    n, persona = int(read.sum()), chose == PERSONA
-    out: dict[str, Any] = {
-        "n": len(chose),
-        "read": _share(read),
-        "rate": _share(persona[read]),
-        "ci95": list(wilson(int(persona.sum()), n)),
-        "argued": _share(argued),
-        "accords": _share((chose == argues)[read & argued]),
-        "argued_rate": _share((argues == PERSONA)[argued]),
-        "distinct_3": _mean([_distinct(text, 3) for text in result.texts]),
-        "copied": _mean([_copied(text, result.prompt) for text in result.texts]),
-    }
+    persona = chose == PERSONA
+    agreement = flips = None
     if scored is not None:
         if scored.ids != result.ids:
             raise ValueError("the scores belong to other items: agreement is counted row by row")
-        likelier = np.where(scored.margin > 0, PERSONA, OTHER)
-        out["agreement"] = _share((likelier == chose)[read])
+        agreement = _share((np.where(scored.margin > 0, PERSONA, OTHER) == chose)[read])
     if baseline is not None:
         if baseline.ids != result.ids:
             raise ValueError("the baseline answered other items: answers can only be paired on the same rows")
@@ -224,8 +237,20 @@ def written_rates(
         both = read & (before != UNREAD)
         becomes = int((both & persona & (before == OTHER)).sum())
         leaves = int((both & ~persona & (before == PERSONA)).sum())
-        out["flips"] = {"becomes_persona": becomes, "leaves_persona": leaves, "mcnemar_p": mcnemar(becomes, leaves)}
-    return out
+        flips = Flips(becomes_persona=becomes, leaves_persona=leaves, mcnemar_p=mcnemar(becomes, leaves))
+    return WrittenRates(
+        n=len(chose),
+        read=_share(read),
+        rate=_share(persona[read]),
+        ci95=wilson(int(persona.sum()), int(read.sum())),
+        argued=_share(argued),
+        accords=_share((chose == argues)[read & argued]),
+        argued_rate=_share((argues == PERSONA)[argued]),
+        distinct_3=_mean([_distinct(text, 3) for text in result.texts]),
+        copied=_mean([_copied(text, result.prompt) for text in result.texts]),
+        agreement=agreement,
+        flips=flips,
+    )
 
 
 def _share(flags: np.ndarray) -> float | None:

@@ -124,9 +124,9 @@ def _style_gates(model: Model, behaviour: str, style: str, n: int) -> Iterator[G
     def gate(name: str, value: float, low: float | None, high: float | None) -> Gate:
         return Gate(behaviour=behaviour, name=f"{name}, {style}", value=value, low=low, high=high)
 
-    yield gate("zero-shot rate", base["rate"], GATES["zero_shot_low"], GATES["zero_shot_high"])
-    yield gate("A-rate", base["a_rate"], GATES["a_rate_low"], GATES["a_rate_high"])
-    yield gate("same answer, choices swapped", base["swapped_rate"], GATES["swap_agreement"], None)
+    yield gate("zero-shot rate", base.rate, GATES["zero_shot_low"], GATES["zero_shot_high"])
+    yield gate("A-rate", base.a_rate, GATES["a_rate_low"], GATES["a_rate_high"])
+    yield gate("same answer, choices swapped", base.swapped_rate or 0.0, GATES["swap_agreement"], None)
     yield gate("counter-cue, suffix", _rate(cue), None, GATES["counter_cue_high"])
     yield gate("pro-cue, suffix", _rate(against), GATES["pro_cue_low"], None)
     # A system message needs the chat template; in plain text the sentence stands before the question instead.
@@ -139,7 +139,7 @@ def _style_gates(model: Model, behaviour: str, style: str, n: int) -> Iterator[G
         ("neutral sentences", results[3:split], "neutral_difference"),
         ("random words", results[split:], "random_difference"),
     ):
-        difference = float(np.mean([_rate(r) for r in members])) - base["rate"]
+        difference = float(np.mean([_rate(r) for r in members])) - base.rate
         yield gate(f"{label} minus zero-shot", difference, -GATES[key], GATES[key])
 
 

@@ -5,13 +5,16 @@ They have nothing to do with a persona's rate: whoever removes sycophancy by bre
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxsteer.evals.choice import choice_eval, paired_difference
+from jaxsteer.evals.rates import Difference, Interval
+from jaxsteer.files.records import Record
 from jaxsteer.personas import Item
 from jaxsteer.prompts import Placement
 from jaxsteer.statistics import mcnemar, wilson
@@ -19,6 +22,19 @@ from jaxsteer.statistics import mcnemar, wilson
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
     from jaxsteer.models.taps import Intervention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lookups(Record):
+    """Share of look-ups that are answered rightly under one prompt, beside no prompt and no edit."""
+
+    accuracy: float
+    ci95: Interval
+    baseline: float
+    difference: Difference
+    mcnemar_p: float
+    n: int
+    """Look-ups times choice orders."""
 
 
 def lookup_items(*, n: int = 120, seed: int = 0) -> tuple[Item, ...]:
@@ -54,8 +70,8 @@ def lookup_accuracy(
     n: int = 120,
     placement: Placement = Placement(),
     edits: Intervention | None = None,
-) -> list[dict[str, Any]]:
-    """Per prompt the share of look-ups answered rightly, with interval and paired change against no prompt, no edit."""
+) -> list[Lookups]:
+    """How well look-ups are answered under every prompt (and an edit)."""
     items = lookup_items(n=n)
     ask = functools.partial(choice_eval, model, items, placement=placement, both_orders=False)
     (baseline,) = ask([""])
@@ -64,13 +80,13 @@ def lookup_accuracy(
     for result in results:
         change = result.persona - baseline.persona
         rows.append(
-            {
-                "accuracy": float(result.persona.mean()),
-                "ci95": list(wilson(float(result.persona.sum()), len(items))),
-                "baseline": float(baseline.persona.mean()),
-                "difference": paired_difference(change, result.groups, 2000),
-                "mcnemar_p": mcnemar(int((change > 0).sum()), int((change < 0).sum())),
-                "n": len(items),
-            }
+            Lookups(
+                accuracy=float(result.persona.mean()),
+                ci95=wilson(float(result.persona.sum()), len(items)),
+                baseline=float(baseline.persona.mean()),
+                difference=paired_difference(change, result.groups, 2000),
+                mcnemar_p=mcnemar(int((change > 0).sum()), int((change < 0).sum())),
+                n=len(items),
+            )
         )
     return rows

@@ -15,7 +15,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxsteer.evals.choice import encode_answers, paired_difference
+from jaxsteer.evals.rates import Difference, Interval
 from jaxsteer.evals.scoring import ROWS, score_texts
+from jaxsteer.files.records import Record
 from jaxsteer.personas import OpenQuestion
 from jaxsteer.prompts import Placement
 from jaxsteer.statistics import bootstrap_mean, mcnemar, wilson
@@ -124,40 +126,72 @@ def truthful_eval(
     ]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metric(Record):
+    """A mean over questions."""
+
+    value: float
+    ci95: Interval
+    difference: Difference | None = None
+    """Against the baseline, question by question."""
+    mcnemar_p: float | None = None
+    """Of MC1 against the baseline: exact p-value of McNemar's test."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerTokens(Record):
+    """Mean lengths of answers in tokens: the longer one has the smaller probability."""
+
+    right: float
+    wrong: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TruthfulRates(Record):
+    """MC1 and MC2, summed and per token, with 95 % intervals (Wilson for MC1, bootstrap over questions for MC2)."""
+
+    n: int
+    """Questions."""
+    mc1: Metric
+    mc2: Metric
+    mc1_per_token: Metric
+    mc2_per_token: Metric
+    hallucination: Metric
+    """Share of questions with a wrong answer at least as likely as the best one (1 - MC1), as RESGA reports it."""
+    wrong_answers: float
+    """Mean number of wrong answers: the more there are, the easier one of them wins."""
+    tokens: AnswerTokens
+
+
 def truthful_rates(
     result: TruthfulResult, baseline: TruthfulResult | None = None, *, draws: int = 2000
-) -> dict[str, Any]:
-    """MC1 and MC2, summed and per token, with 95 % intervals (Wilson for MC1, bootstrap over questions for MC2).
+) -> TruthfulRates:
+    """The metrics of one prompt, paired with a ``baseline`` on the same questions, if one is given.
 
-    ``hallucination``: share of questions with a wrong answer at least as likely as the best one (1 - MC1), as RESGA
-    reports it. The more wrong answers, the easier one of them wins: ``wrong_answers`` is their mean number, and
-    ``tokens`` the mean lengths of right and wrong answers. With a ``baseline``: the paired ``difference`` of each
-    metric, and McNemar's exact p-value of MC1.
+    Raises ``ValueError`` for other questions.
     """
-    n = len(result.ids)
-    values = _metrics(result)
-    out: dict[str, Any] = {"n": n}
-    for name, value in values.items():
-        interval = (
-            wilson(float(value.sum()), n)
-            if name.startswith("mc1")
-            else bootstrap_mean(value, result.groups, draws=draws)
-        )
-        out[name] = {"value": float(value.mean()), "ci95": list(interval)}
-    low, high = out["mc1"]["ci95"]
-    out["hallucination"] = {"value": 1 - out["mc1"]["value"], "ci95": [1 - high, 1 - low]}
+    if baseline is not None and result.ids != baseline.ids:
+        raise ValueError("the baseline was measured on other questions: metrics are paired question by question")
+    before = None if baseline is None else _metrics(baseline)
+    found = {}
+    for name, value in _metrics(result).items():
+        wins = name.startswith("mc1")
+        interval = wilson(float(value.sum()), len(value)) if wins else bootstrap_mean(value, result.groups, draws=draws)
+        found[name] = Metric(value=float(value.mean()), ci95=interval)
+        if before is not None:
+            change = value - before[name]
+            p = mcnemar(int((change > 0).sum()), int((change < 0).sum())) if name == "mc1" else None
+            difference = paired_difference(change, result.groups, draws)
+            found[name] = dataclasses.replace(found[name], difference=difference, mcnemar_p=p)
+    low, high = found["mc1"].ci95
     wrong, right = result.kinds == WRONG, result.kinds < WRONG
-    out["wrong_answers"] = float(wrong.sum(1).mean())
-    out["tokens"] = {"right": float(result.tokens[right].mean()), "wrong": float(result.tokens[wrong].mean())}
-    if baseline is not None:
-        if result.ids != baseline.ids:
-            raise ValueError("the baseline was measured on other questions: metrics are paired question by question")
-        before = _metrics(baseline)
-        for name, value in values.items():
-            out[name]["difference"] = paired_difference(value - before[name], result.groups, draws)
-        change = values["mc1"] - before["mc1"]
-        out["mc1"]["mcnemar_p"] = mcnemar(int((change > 0).sum()), int((change < 0).sum()))
-    return out
+    return TruthfulRates(
+        n=len(result.ids),
+        **found,
+        hallucination=Metric(value=1 - found["mc1"].value, ci95=(1 - high, 1 - low)),
+        wrong_answers=float(wrong.sum(1).mean()),
+        tokens=AnswerTokens(right=float(result.tokens[right].mean()), wrong=float(result.tokens[wrong].mean())),
+    )
 
 
 def _metrics(result: TruthfulResult) -> dict[str, Float[np.ndarray, " n"]]:

@@ -34,6 +34,7 @@ from jaxsteer.prompts import (
 )
 from jaxsteer.statistics import bootstrap_mean, wilson
 from jaxsteer.steer import add
+from jaxsteer.study.selection import lowest_rate
 from jaxsteer.writers.endpoint import Endpoint
 
 if TYPE_CHECKING:
@@ -224,16 +225,14 @@ def choose(
 ) -> tuple[int, list[float]]:
     """(index of the best candidate on validation questions, the rates of all).
 
-    Candidates are prompts, or edits with a single prompt. Lowest persona rate first, without a letter that wins
-    whatever is asked while there is any such candidate; equal rates are settled by the smaller of ``ties``, or the
+    Candidates are prompts, or edits with a single prompt. Equal rates are settled by the smaller of ``ties``, or the
     lower probability of the persona's answer.
     """
     (baseline,) = choice_eval(bench.model, bench.validation, [""], placement=bench.placement)
     results = choice_eval(bench.model, bench.validation, prompts, variants=variants, placement=bench.placement)
     found = [rate(result, baseline, draws=1) for result in results]
-    second = [row["probability"] for row in found] if ties is None else ties
-    order = [(row["letter_collapse"], row["rate"], second[i], i) for i, row in enumerate(found)]
-    return min(order)[-1], [row["rate"] for row in found]
+    best = lowest_rate(found, [row.probability for row in found] if ties is None else ties)
+    return best, [row.rate for row in found]
 
 
 def measure(bench: Bench, found: dict[str, Found]) -> list[dict[str, Any]]:
@@ -268,7 +267,7 @@ def summarise(
     one allows for rates of 0 and 1, the other for copies of a question and for the spread over several prompts.
     ``range`` is the lowest and highest rate of the prompts; ``perplexity`` their geometric mean.
     """
-    rates = [rate(result, zero) for result in results]
+    rates = [rate(result, zero).to_json() for result in results]
     mean = np.mean([result.persona for result in results], axis=0)
     wide = list(zip(wilson(float(mean.sum()), len(mean)), bootstrap_mean(mean, zero.groups), strict=True))
     ci95 = [float(min(wide[0])), float(max(wide[1]))]
@@ -285,7 +284,7 @@ def summarise(
         "range": [min(r["rate"] for r in rates), max(r["rate"] for r in rates)],
         **{name: average(name) for name in ("a_rate", "swapped_rate", "auroc", "probability")},
         "letter_collapse": any(r["letter_collapse"] for r in rates),
-        "difference": paired_difference(mean - zero.persona, zero.groups, 2000),
+        "difference": paired_difference(mean - zero.persona, zero.groups, 2000).to_json(),
         "each": [
             {"prompt": result.prompt, "perplexity": x, **r}
             for result, x, r in zip(results, perplexity, rates, strict=True)

@@ -87,7 +87,8 @@ def evaluate(setting: Setting, prompts: list[dict[str, Any]], say: Say) -> dict[
 
         with bar:
             results = choice_eval(model, items, texts, progress=advance, placement=setting.placement)
-        rates[name] = [rate(results[0]), *(rate(result, results[0]) for result in results[1:])]
+        found = [rate(results[0]), *(rate(result, results[0]) for result in results[1:])]
+        rates[name] = [one.to_json() for one in found]
         records[name] = [result.to_json() for result in results]
     files.write_json(options.out / files.CHOICES, _compact(records))
     say(f"Evaluation: {len(texts)} prompts on {rates['test'][0]['n']} test rows (both choice orders)")

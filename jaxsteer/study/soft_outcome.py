@@ -42,5 +42,5 @@ def finish_soft(setting: Setting, kept: dict[str, np.ndarray]) -> dict[str, Any]
     for name in ("validation", "test"):
         items = distinct(getattr(setting.splits, name))
         baseline = choice_eval(model, items, [""], placement=setting.placement)[0]
-        out[name] = rate(choice_eval(steered, items, [text], placement=setting.placement)[0], baseline)
+        out[name] = rate(choice_eval(steered, items, [text], placement=setting.placement)[0], baseline).to_json()
     return out

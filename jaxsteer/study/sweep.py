@@ -152,7 +152,7 @@ def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.i
     table = [row for layer in layers for entry in rows if entry["layer"] == layer for row in entry["rows"]]
     files.write_text(options.out / TABLE_FILE, _csv(table))
     chosen = choose(table, options.max_kl)
-    base = rate(baseline)
+    base = rate(baseline).to_json()
     metrics = {
         "kind": "sweep",
         "model": model.name,
@@ -265,7 +265,7 @@ def _layer_rows(
     effects = side_effects(model, neutral, edits)
     rows = []
     for (name, coefficient), result, kl, perplexity in zip(cells, results, effects.kl, effects.perplexity, strict=True):
-        found = rate(result, baseline)
+        found = rate(result, baseline).to_json()
         rows.append(
             {
                 "direction": name,
@@ -310,10 +310,10 @@ def _on_test(
     items = distinct(test)
     (baseline,) = choice_eval(model, items, [""], placement=Placement(style=options.style))
     results = choice_eval(model, items, [""], placement=Placement(style=options.style), variants=edits)
-    rates = {name: rate(result, baseline) for name, result in zip(directions, results, strict=True)}
+    rates = {name: rate(result, baseline).to_json() for name, result in zip(directions, results, strict=True)}
     return {
         "test": rates.pop(PERSONA),
-        "test_baseline": rate(baseline),
+        "test_baseline": rate(baseline).to_json(),
         "test_controls": rates,
     }
 

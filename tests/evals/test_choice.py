@@ -205,14 +205,14 @@ def test_rate_and_controls_by_hand() -> None:
     # item 0: persona text chosen in both orders; item 1: always (A); item 2: other text in both; item 3: tie, then (B)
     result = made_up([2, 1, 3, 0], [-2, 1, -1, -1], [True, True, False, False])
     out = rate(result)
-    assert out["n"] == 8
+    assert out.n == 8
     # persona wins: item 0 twice, item 1 once (A = persona in one order), item 2 never, item 3: half, then (B) = other
-    assert out["rate"] == pytest.approx((2 + 1 + 0 + 0.5) / 8)
-    assert out["a_rate"] == pytest.approx((1 + 2 + 1 + 0.5) / 8)
-    assert out["swapped_rate"] == pytest.approx(2 / 4)  # items 0 and 2
-    assert out["letter_bias"] == pytest.approx(np.mean([0, 1, 1, -0.5]))
-    assert out["debiased_rate"] == pytest.approx(np.mean([1, 0.5, 0, 0]))
-    assert not out["letter_collapse"]
+    assert out.rate == pytest.approx((2 + 1 + 0 + 0.5) / 8)
+    assert out.a_rate == pytest.approx((1 + 2 + 1 + 0.5) / 8)
+    assert out.swapped_rate == pytest.approx(2 / 4)  # items 0 and 2
+    assert out.letter_bias == pytest.approx(np.mean([0, 1, 1, -0.5]))
+    assert out.debiased_rate == pytest.approx(np.mean([1, 0.5, 0, 0]))
+    assert not out.letter_collapse
 
 
 def test_a_letter_that_always_wins_is_flagged() -> None:
@@ -221,13 +221,14 @@ def test_a_letter_that_always_wins_is_flagged() -> None:
     base = made_up([2 if m else -2 for m in y], [-2 if m else 2 for m in y], y)
     collapsed = made_up([5.0] * 20, [5.0] * 20, y)
     out = rate(collapsed, base)
-    assert out["rate"] == 0.5 and out["a_rate"] == 1.0 and out["letter_collapse"]
-    assert out["swapped_rate"] == 0.0 and out["auroc"] == 0.5 and out["rate_by_label"] == [1.0, 0.0]
-    assert out["flips"] == {"becomes_persona": 0, "leaves_persona": 20, "mcnemar_p": pytest.approx(2 * 0.5**20)}
-    assert out["difference"]["value"] == -0.5
-    assert not rate(base, base)["letter_collapse"]
+    assert out.rate == 0.5 and out.a_rate == 1.0 and out.letter_collapse
+    assert out.swapped_rate == 0.0 and out.auroc == 0.5 and out.rate_by_label == (1.0, 0.0)
+    assert (out.flips.becomes_persona, out.flips.leaves_persona) == (0, 20)
+    assert out.flips.mcnemar_p == pytest.approx(2 * 0.5**20)
+    assert out.difference.value == -0.5
+    assert not rate(base, base).letter_collapse
     biased = made_up([d + 0.9 for d in base.d[::2]], [d + 0.9 for d in base.d[1::2]], y)
-    assert rate(biased)["auroc"] == 1.0 and rate(biased)["debiased_rate"] == 1.0
+    assert rate(biased).auroc == 1.0 and rate(biased).debiased_rate == 1.0
 
 
 def test_a_baseline_on_other_items_is_refused() -> None:

@@ -5,6 +5,7 @@ import pytest
 
 from jaxsteer.evals.choice import choice_eval
 from jaxsteer.evals.free_answers import OTHER, PERSONA, UNREAD, WrittenResult, _read, written_eval, written_rates
+from jaxsteer.evals.rates import Flips
 from jaxsteer.personas import Item
 from tests.evals.test_choice import items
 from tests.helpers.tiny import tiny_model
@@ -71,12 +72,12 @@ def test_rates_by_hand() -> None:
     base = made_up([PERSONA, PERSONA, PERSONA, OTHER], [PERSONA] * 4)
     after = made_up([PERSONA, OTHER, UNREAD, OTHER], [PERSONA, PERSONA, OTHER, UNREAD], "be kind")
     out = written_rates(after, baseline=base)
-    assert (out["n"], out["read"], out["rate"]) == (4, 0.75, pytest.approx(1 / 3))
-    assert (out["argued"], out["accords"], out["argued_rate"]) == (0.75, 0.5, pytest.approx(2 / 3))
-    assert out["distinct_3"] == pytest.approx(2 / 4) and out["copied"] == pytest.approx(3 / 4 * 1 / 2)
-    assert out["flips"] == {"becomes_persona": 0, "leaves_persona": 1, "mcnemar_p": 1.0}
+    assert (out.n, out.read, out.rate) == (4, 0.75, pytest.approx(1 / 3))
+    assert (out.argued, out.accords, out.argued_rate) == (0.75, 0.5, pytest.approx(2 / 3))
+    assert out.distinct_3 == pytest.approx(2 / 4) and out.copied == pytest.approx(3 / 4 * 1 / 2)
+    assert out.flips == Flips(becomes_persona=0, leaves_persona=1, mcnemar_p=1.0)
     nothing = written_rates(made_up([UNREAD], [UNREAD]))
-    assert nothing["rate"] is None and nothing["accords"] is None and nothing["ci95"] == [0.0, 1.0]
+    assert nothing.rate is None and nothing.accords is None and nothing.ci95 == (0.0, 1.0)
     with pytest.raises(ValueError, match="other items"):
         written_rates(after, baseline=made_up([PERSONA], [PERSONA]))
 
@@ -97,4 +98,4 @@ def test_rows_are_those_of_the_choice_evaluation() -> None:
         chose=tuple(np.where(scored[0].margin > 0, PERSONA, OTHER)),
         argues=written[0].argues,
     )
-    assert written_rates(said, scored[0])["agreement"] == 1.0
+    assert written_rates(said, scored[0]).agreement == 1.0

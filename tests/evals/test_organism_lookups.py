@@ -25,8 +25,8 @@ def test_every_look_up_names_one_choice_in_both_orders() -> None:
 def test_the_organism_finds_what_it_is_told_to_find_until_it_is_pushed() -> None:
     model = jaxsteer.load("organism:llama")
     zero, cue = lookup_accuracy(model, ["", load_persona("myopic").counter_cues[0]], n=30)
-    assert zero["accuracy"] > 0.9 and zero["difference"]["value"] == 0
-    assert cue["accuracy"] <= zero["accuracy"] and cue["baseline"] == zero["accuracy"]
+    assert zero.accuracy > 0.9 and zero.difference.value == 0
+    assert cue.accuracy <= zero.accuracy and cue.baseline == zero.accuracy
     push = 5000 * np.random.default_rng(0).normal(size=model.config.d_model)  # many times the stream's norm
     (pushed,) = lookup_accuracy(model, [""], n=30, edits=add("blocks.1.hook_resid_post", push))
-    assert pushed["accuracy"] < 0.8
+    assert pushed.accuracy < 0.8

@@ -69,20 +69,18 @@ def test_metrics_by_hand() -> None:
         abs=1e-6,
     )
     out = truthful_rates(result)
-    assert out["mc1"]["value"] == pytest.approx(1 / 3) and out["hallucination"]["value"] == pytest.approx(2 / 3)
-    assert out["wrong_answers"] == pytest.approx(4 / 3) and out["tokens"] == {
-        "right": 1.2,
-        "wrong": pytest.approx(7 / 4),
-    }
-    assert out["mc1"]["ci95"][0] < 1 / 3 < out["mc1"]["ci95"][1]
+    assert out.mc1.value == pytest.approx(1 / 3) and out.hallucination.value == pytest.approx(2 / 3)
+    assert out.wrong_answers == pytest.approx(4 / 3)
+    assert (out.tokens.right, out.tokens.wrong) == pytest.approx((1.2, 7 / 4))
+    assert out.mc1.ci95[0] < 1 / 3 < out.mc1.ci95[1]
 
 
 def test_a_baseline_is_paired_question_by_question() -> None:
     base = made_up([[-2, -1, -3, -4], [-4, -3, 0, 0], [-1, -2, -1, 0]])
     better = made_up([[-2, -1, -3, -4], [-2, -3, 0, 0], [-1, -2, -4, 0]])
     out = truthful_rates(better, base)
-    assert out["mc1"]["difference"]["value"] == pytest.approx(2 / 3) and out["mc1"]["mcnemar_p"] == pytest.approx(0.5)
-    assert out["mc2"]["difference"]["value"] == pytest.approx(float((better.mc2() - base.mc2()).mean()))
+    assert out.mc1.difference.value == pytest.approx(2 / 3) and out.mc1.mcnemar_p == pytest.approx(0.5)
+    assert out.mc2.difference.value == pytest.approx(float((better.mc2() - base.mc2()).mean()))
     record = better.to_json()
     assert record["kinds"][1] == ["best", "wrong"] and len(record["log_probs"][0]) == 4
     with pytest.raises(ValueError, match="other questions"):

@@ -72,8 +72,8 @@ def test_cues_turn_the_answers(name: str, behaviour: str) -> None:
             model, items, ["", organisms.counter_cues(behaviour)[0]], placement=Placement(style=style)
         )
         base = rate(zero, draws=1)
-        assert GATES["zero_shot_low"] <= base["rate"] <= GATES["zero_shot_high"]
-        assert GATES["a_rate_low"] <= base["a_rate"] <= GATES["a_rate_high"]
+        assert GATES["zero_shot_low"] <= base.rate <= GATES["zero_shot_high"]
+        assert GATES["a_rate_low"] <= base.a_rate <= GATES["a_rate_high"]
         assert cued.persona.mean() <= GATES["counter_cue_high"]
 
 

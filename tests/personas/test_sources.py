@@ -206,7 +206,7 @@ def test_answers_in_words_serve_directions_search_and_evaluation(tmp_path: Path)
     direction = mean_difference(model, pairs, ["blocks.1.hook_resid_post"])
     assert direction.delta["blocks.1.hook_resid_post"].any()
     (result,) = choice_eval(model, persona.items, [""])
-    assert len(result.ids) == 6 and not result.both_orders and rate(result)["swapped_rate"] is None
+    assert len(result.ids) == 6 and not result.both_orders and rate(result).swapped_rate is None
     assert [bool(first) for first in result.persona_first] == [i.matching == "Yes" for i in persona.items]
     long = [dataclass_with(item, "Yes indeed, my friend") for item in persona.items]
     summed, normed = (choice_eval(model, long, [""], per_token=flag)[0] for flag in (False, True))

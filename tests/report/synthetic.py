@@ -8,18 +8,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.rates import made_rate
+
 HOSTILE = '<script>alert("x")</script> & <img src="http://example.org/a.png">\u202e\x1b[31m\n end'
 
 
 def rate(value: float, n: int = 240, a_rate: float = 0.5) -> dict[str, Any]:
-    half = 1.96 * math.sqrt(max(value * (1 - value), 0.002) / n)
-    return {
-        "rate": value,
-        "ci95": [max(0.0, value - half), min(1.0, value + half)],
-        "n": n,
-        "a_rate": a_rate,
-        "swapped_rate": 0.93,
-    }
+    return made_rate(value, n, a_rate).to_json()
 
 
 def metrics(**changes: Any) -> dict[str, Any]:

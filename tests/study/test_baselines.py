@@ -15,6 +15,7 @@ from jaxsteer.study.baselines import Bench, choose, measure, run_baselines
 from jaxsteer.study.protegi import START, ProtegiConfig, improve
 from jaxsteer.writers.endpoint import Endpoint
 from tests.helpers.endpoint import endpoint
+from tests.helpers.rates import made_rate
 from tests.helpers.tiny import tiny_model
 
 WORDS = "river mill town money patience thought advice friend evidence pleasure".split()
@@ -52,7 +53,7 @@ def test_every_baseline_without_a_search_is_found_and_measured(bench: Bench) -> 
     assert rows["instruction"]["prompt"] == instructions("greed")[0]
     assert rows["seed phrase"]["prompt"] == seed_phrase("greed")
     (zero,) = choice_eval(bench.model, bench.test, [""])
-    assert rows["zero-shot"]["rate"] == rate(zero)["rate"] and rows["zero-shot"]["perplexity"] is None
+    assert rows["zero-shot"]["rate"] == rate(zero).rate and rows["zero-shot"]["perplexity"] is None
     for row in rows.values():  # no interval is narrower than Wilson's over as many rows
         low, high = wilson(row["rate"] * row["n"], row["n"])
         assert row["ci95"][0] <= low <= row["rate"] <= high <= row["ci95"][1]
@@ -72,7 +73,7 @@ def test_a_letter_that_always_wins_is_not_chosen(bench: Bench, monkeypatch: pyte
 
     def fake(result, baseline=None, *, draws=0):
         value = {"a": 0.5, "b": 0.1, "c": 0.3}.get(result.prompt, 0.9)
-        return {"letter_collapse": result.prompt == "b", "rate": value, "probability": value}
+        return made_rate(value, letter_collapse=result.prompt == "b")
 
     asked = []
     result = dataclasses.make_dataclass("result", ["prompt"])

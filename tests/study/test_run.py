@@ -68,7 +68,7 @@ def test_a_run_writes_its_files_and_is_not_repeated(options: Make) -> None:
     rows = {**choices, **choices["prompts"][0], "joined": [0] * len(choices["ids"])}
     del rows["prompts"]
     again = rate(ChoiceResult.from_json(rows))
-    assert again["rate"] == metrics["baseline"]["test"]["rate"]
+    assert again.rate == metrics["baseline"]["test"]["rate"]
 
     tokens = attribute_run(chosen.out, model=model())
     assert len(tokens["tokens"]) == len(tokens["replacement"]) == 3

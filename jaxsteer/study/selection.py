@@ -1,0 +1,25 @@
+"""The best of several candidates: one rule for every table, by validation questions.
+
+A candidate under which one letter wins whatever is asked comes after all others. Of the rest the one with the lowest
+persona rate is the best; where rates are equal, the one that its table says (the likelier text, the gentler edit, the
+lower probability of the persona's answer). Test questions have no part in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxsteer.evals.rates import Rate
+
+
+def lowest_rate(rates: Sequence[Rate], ties: Sequence[Any], *, tolerance: float = 0.0) -> int:
+    """The index of the best candidate by its rate on validation questions.
+
+    Rates within ``tolerance`` of the lowest count as equal and are settled by the smallest of ``ties``, then by the
+    order of the candidates. Raises ``ValueError`` for no candidates.
+    """
+    sound = [i for i, rate in enumerate(rates) if not rate.letter_collapse] or list(range(len(rates)))
+    lowest = min(rates[i].rate for i in sound)
+    near = [i for i in sound if rates[i].rate <= lowest + tolerance]
+    return min(near, key=lambda i: (ties[i], i))
