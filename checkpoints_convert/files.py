@@ -5,19 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from jaxsteer.errors import UserError
+from jaxsteer.files import parse_json, read_json, reading
+from jaxsteer.files.json_files import decoded
+
+log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -78,7 +84,7 @@ class Tensor:
     ) -> Iterator[np.ndarray]:
         """The tensor's values, in its own dtype, so many rows (of the first axis) at a time; the last may be fewer.
 
-        ``update`` (of a digest) gets the bytes while they are in the processor's cache. Where ``memory`` is given
+        ``update`` gets the bytes in pieces, see ``_fill``. Where ``memory`` is given
         (uint8, at least one block), every block is a view of it, which the next block overwrites. Raises ``UserError``
         naming file and tensor if the file ends early or cannot be read.
         """
@@ -106,85 +112,137 @@ class Tensor:
             ) from error
 
     def _fill(self, stream: io.FileIO, data: memoryview, update: Callable[[memoryview], object]) -> None:
-        done = 0
-        while done < len(data):
-            count = stream.readinto(data[done : done + _READ])
-            if not count:
-                raise UserError(f"{self.file} ended while tensor {self.name!r} was read. Download it again.")
-            update(data[done : done + count])
-            done += count
+        """Read ``data`` in pieces; ``update`` gets each, of whole values and while it is in the processor's cache."""
+        for start in range(0, len(data), _READ):
+            piece = data[start : start + _READ]
+            done = 0
+            while done < len(piece):
+                count = stream.readinto(piece[done:])
+                if not count:
+                    raise UserError(f"{self.file} ended while tensor {self.name!r} was read. Download it again.")
+                done += count
+            update(piece)
+
+
+def all_finite(data: memoryview, dtype: np.dtype) -> bool:
+    """Whether none of the values in these bytes is NaN or infinite: their exponents are not all ones."""
+    bits = np.frombuffer(data, f"u{dtype.itemsize}")
+    infinity = np.asarray(np.inf, dtype).view(bits.dtype)
+    magnitude = np.asarray((1 << 8 * dtype.itemsize - 1) - 1, bits.dtype)
+    return not bits.size or bool((bits & magnitude).max() < infinity)
 
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model directory, all of them present, in the order of their names."""
-    if (directory / INDEX).is_file():
-        weight_map = _read_index(directory)
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-        absent = [file.name for file in files if not file.is_file()]
-        if absent:
-            raise UserError(
-                f"{directory} is incomplete: {INDEX} names {', '.join(absent)}, which "
-                f"{'is' if len(absent) == 1 else 'are'} missing. Download the missing files."
-            )
-        return files
-    if (directory / SINGLE).is_file():
+    weight_map = read_index(directory)
+    if weight_map is None:
         return [directory / SINGLE]
-    if list(directory.glob("*.bin")) or list(directory.glob("*.pt")):
+    files = [directory / name for name in sorted(set(weight_map.values()))]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
         raise UserError(
-            f"{directory} holds only PyTorch pickle files, which jaxsteer does not open. Save the model as safetensors "
-            f"(transformers: model.save_pretrained(directory))."
+            f"{directory} is incomplete: {INDEX} names {', '.join(absent)}, which "
+            f"{'is' if len(absent) == 1 else 'are'} missing. Download the missing files."
         )
-    raise UserError(f"{directory} holds no weights: expected {SINGLE}, or {INDEX} with its files.")
+    return files
 
 
-def _read_index(directory: Path) -> dict[str, str]:
-    path = directory / INDEX
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        weight_map = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a safetensors index with a 'weight_map' ({error!r}).") from None
-    for file in weight_map.values():
-        if Path(file).name != file:
-            raise UserError(f"{path} names the file {file!r}; only files in the same directory are read.")
+def read_index(directory: Path) -> dict[str, str] | None:
+    """Tensor -> the file that holds it, of a model in several files; ``None`` if all of it is in ``SINGLE``.
+
+    Where ``SINGLE`` lies beside an index of other files, it is taken, as transformers does, and a warning says so: the
+    index is left over from another model. Raises ``UserError`` for a directory without weights, for an index that
+    cannot be read, and for an adapter beside the weights, which would have to be merged into them.
+    """
+    if (directory / ADAPTER).exists():
+        raise UserError(
+            f"{directory} holds an adapter ({ADAPTER}) beside a model, and adapters are not applied. Merge it into the "
+            f"model (peft: merge_and_unload) and save the result, or move {ADAPTER} away to use the model without it."
+        )
+    single, path = (directory / SINGLE).is_file(), directory / INDEX
+    if not path.is_file():
+        if single:
+            return None
+        raise UserError(_no_weights(directory))
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path} is not a safetensors index: it has no object 'weight_map' of tensors and files.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise UserError(f"{path} puts {name!r} into the file {file!r}; only files in the same directory are read.")
+    others = sorted(set(weight_map.values()) - {SINGLE})
+    if single and others:
+        log.warning(
+            "%s holds %s, which is loaded, and an index of %s, which is not: %s is left over from another model",
+            directory, SINGLE, ", ".join(others[:3]) + " ..." * (len(others) > 3), INDEX,
+        )  # fmt: skip
+        return None
     return weight_map
 
 
+def _no_weights(directory: Path) -> str:
+    if list(directory.glob("*.bin")) or list(directory.glob("*.pt")):
+        return (
+            f"{directory} holds only PyTorch pickle files, which jaxsteer does not open. Save the model as safetensors "
+            f"(transformers: model.save_pretrained(directory))."
+        )
+    return f"{directory} holds no weights: expected {SINGLE}, or {INDEX} with its files."
+
+
 def read_header(file: Path) -> list[Tensor]:
-    """The tensors of one safetensors file, after checking that the file holds all the bytes that it announces."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
+    """The tensors of one safetensors file, after checking that they fill it, one after the other, without gaps.
+
+    Raises ``UserError`` for a file that is truncated, damaged, or gives bytes to several tensors.
+    """
+    with reading(file), open(file, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise UserError(
                 f"{file} is truncated or not a safetensors file: its header should take {length:,} bytes and the file "
                 f"has {size:,}. Download it again."
             )
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = [
-                (name, str(entry["dtype"]), tuple(map(int, entry["shape"])), tuple(map(int, entry["data_offsets"])))
-                for name, entry in header.items()
-            ]
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{file} has a damaged safetensors header ({error!r}). Download it again.") from None
-    data = 8 + length
-    tensors = []
-    for name, dtype, shape, (begin, end) in entries:
-        if data + end > size:
+        header = parse_json(decoded(stream.read(length), f"the header of {file}"), f"the header of {file}")
+    if not isinstance(header, dict):
+        raise UserError(f"{file} has a damaged safetensors header: it is no object. Download it again.")
+    header.pop("__metadata__", None)
+    tensors = [_tensor(file, name, entry, 8 + length, size) for name, entry in header.items()]
+    end = 8 + length
+    for tensor, nbytes in sorted(tensors, key=lambda found: (found[0].offset, found[1])):
+        if tensor.offset != end:
             raise UserError(
-                f"{file} is truncated: tensor {name!r} ends at byte {data + end:,} and the file has {size:,}. "
-                f"Download it again."
+                f"{file}: tensor {tensor.name!r} begins at byte {tensor.offset:,}, where the one before it ends at "
+                f"{end:,}, so that tensors overlap or leave a gap. The file is damaged. Download it again."
             )
-        width = _WIDTHS.get(dtype)
-        if begin < 0 or min(shape, default=0) < 0 or (width and end - begin != math.prod(shape) * width):
-            raise UserError(
-                f"{file}: tensor {name!r} of shape {shape} and dtype {dtype} cannot take the {end - begin:,} bytes "
-                f"that the header gives it. The file is damaged."
-            )
-        tensors.append(Tensor(name=name, file=file, dtype=dtype, shape=shape, offset=data + begin))
-    return tensors
+        end += nbytes
+    if end != size:
+        raise UserError(f"{file}: its tensors end at byte {end:,} and the file has {size:,}. Download it again.")
+    return [tensor for tensor, _ in tensors]
+
+
+def _tensor(file: Path, name: str, entry: Any, data: int, size: int) -> tuple[Tensor, int]:
+    """One entry of a header whose data begins at byte ``data``, and how many bytes it takes."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    counts = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not isinstance(dtype, str) or not counts or not all(type(n) is int and n >= 0 for n in [*shape, *offsets]):
+        raise UserError(
+            f"{file} has a damaged safetensors header: {name!r} is {str(entry)[:200]}, where a dtype, a shape and two "
+            f"data_offsets were expected. Download it again."
+        )
+    begin, end = offsets
+    if data + end > size:
+        raise UserError(
+            f"{file} is truncated: tensor {name!r} ends at byte {data + end:,} and the file has {size:,}. "
+            f"Download it again."
+        )
+    width = _WIDTHS.get(dtype)
+    if end < begin or (width and end - begin != math.prod(shape) * width):
+        raise UserError(
+            f"{file}: tensor {name!r} of shape {tuple(shape)} and dtype {dtype} cannot take the {end - begin:,} bytes "
+            f"that the header gives it. The file is damaged."
+        )
+    return Tensor(name=name, file=file, dtype=dtype, shape=tuple(shape), offset=data + begin), end - begin
 
 
 def read_headers(directory: Path) -> dict[str, Tensor]:
@@ -195,13 +253,12 @@ def read_headers(directory: Path) -> dict[str, Tensor]:
             if tensor.name in tensors:
                 raise UserError(f"Tensor {tensor.name!r} is in {tensors[tensor.name].file.name} and in {file.name}.")
             tensors[tensor.name] = tensor
-    if (directory / INDEX).is_file():
-        for name, file_name in _read_index(directory).items():
-            if name not in tensors or tensors[name].file.name != file_name:
-                raise UserError(
-                    f"{directory / INDEX} says that tensor {name!r} is in {file_name}, and it is not there. Download "
-                    f"{file_name} again, or mend the index."
-                )
+    for name, file_name in (read_index(directory) or {}).items():
+        if name not in tensors or tensors[name].file.name != file_name:
+            raise UserError(
+                f"{directory / INDEX} says that tensor {name!r} is in {file_name}, and it is not there. Download "
+                f"{file_name} again, or mend the index."
+            )
     return tensors
 
 

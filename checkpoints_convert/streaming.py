@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from checkpoints_convert.files import DTYPES, Tensor, content_hash, file_states, read_headers, side_files
+from checkpoints_convert.files import DTYPES, Tensor, all_finite, content_hash, file_states, read_headers, side_files
 from checkpoints_convert.hf import config_from_hf
 from checkpoints_convert.names import Leaf, assign, expected_leaves
 from checkpoints_convert.work import Work, discard, kept_or_discarded, locked, work_directory
@@ -72,8 +72,8 @@ class Job(NamedTuple):
 class Values:
     """The values to store of one tensor, still as it lies in the file ([out, in]): an iterable of blocks of rows.
 
-    The digests are complete after one iteration. Raises ``UserError`` where a value does not fit the dtype ``target``,
-    and as ``Tensor.blocks`` does.
+    The digests are complete after one iteration. Raises ``UserError`` where a value is NaN or infinite or does not fit
+    the dtype ``target``, and as ``Tensor.blocks`` does.
     """
 
     def __init__(self, tensor: Tensor, target: np.dtype, rows: int, memory: np.ndarray | None = None) -> None:
@@ -85,7 +85,7 @@ class Values:
         """Of the values in the dtype to store, which is what the index records."""
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for block in self.tensor.blocks(self.rows, self.memory, self.source_digest.update):
+        for block in self.tensor.blocks(self.rows, self.memory, self._update):
             if block.dtype == self.target:
                 yield block
                 continue
@@ -93,10 +93,18 @@ class Values:
             self.digest.update(values.reshape(-1).view(np.uint8).data)
             yield values
 
+    def _update(self, data: memoryview) -> None:
+        self.source_digest.update(data)
+        if not all_finite(data, DTYPES[self.tensor.dtype]):
+            raise UserError(
+                f"Tensor {self.tensor.name!r} in {self.tensor.file} holds NaN or infinity, so that nothing the model "
+                f"computes could be right. Download the file again; if it is so at its source, the model is broken."
+            )
+
     def _cast(self, values: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
             cast = values.astype(self.target)
-        if np.isinf(cast.astype(np.float32)).any() and not np.isinf(values.astype(np.float64)).any():
+        if not all_finite(np.ascontiguousarray(cast).reshape(-1).view(np.uint8).data, self.target):
             raise UserError(
                 f"Tensor {self.tensor.name!r} in {self.tensor.file} has values beyond the range of {self.target.name}. "
                 f"Convert with --dtype bfloat16 or float32."
@@ -232,6 +240,7 @@ def _run(job: Job, directory: Path, out: Path, progress: bool, *, source: str | 
         "config": job.config.to_json(),
         "dtype": job.dtype,
         "ignored_tensors": job.ignored,
+        "finite": True,  # ``Values`` has looked at every weight; checkpoints of before are looked at when they are loaded
         "fingerprint": fingerprint(job.config, index),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -2,7 +2,7 @@
 
 from jaxsteer.files.json_files import json_lines, kind_of, parse_json, read_json, read_json_lines, read_text
 from jaxsteer.files.torchfile import TORCH_ADVICE, describe, read_torch
-from jaxsteer.files.whole import append_text, make_directory, write_bytes, write_text, writing
+from jaxsteer.files.whole import append_text, make_directory, reading, write_bytes, write_text, writing
 
 __all__ = [
     "TORCH_ADVICE",
@@ -16,6 +16,7 @@ __all__ = [
     "read_json_lines",
     "read_text",
     "read_torch",
+    "reading",
     "write_bytes",
     "write_text",
     "writing",

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from jaxsteer.errors import FileError, UserError
+from jaxsteer.files.whole import reading
 
 MAX_BYTES = 1 << 30
 MAX_DEPTH = 64
@@ -30,12 +31,10 @@ def read_text(path: str | os.PathLike[str]) -> str:
     Raises ``UserError`` for a file that cannot be read, is larger than ``MAX_BYTES``, or is not UTF-8 (with the line).
     """
     try:
-        with open(path, "rb") as file:
+        with reading(path), open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        reason = "it does not exist" if missing else error.strerror or str(error)
-        raise FileError(f"{path} cannot be read: {reason}.", error) from None
+    except FileError:
+        raise
     except ValueError as error:  # a name that no file can have
         raise UserError(f"{os.fspath(path)!r} is not the name of a file: {error}.") from None
     if len(data) > MAX_BYTES:
@@ -97,11 +96,9 @@ def parse_json(text: str, where: str | os.PathLike[str], *, line: int | None = N
     try:
         value = json.loads(text, **hooks)
     except json.JSONDecodeError as error:
-        at = f"{where}, line {(line or 1) + error.lineno - 1}, column {error.colno}"
-        what = (
-            f"{error.msg}, got {text[error.pos : error.pos + 20]!r}" if error.pos < len(text) else "it ends too early"
-        )
-        raise UserError(f"{at}: not JSON: {what if text.strip() else 'it is empty'}.") from None
+        rest = text[error.pos : error.pos + 20]
+        what = f"{error.msg}, got {rest!r}" if rest else "it ends too early" if text.strip() else "it is empty"
+        _refuse(where, (line or 1) + error.lineno - 1, f"not JSON: {what} at column {error.colno}")
     except RecursionError:
         _refuse(where, line, f"values are nested more than {MAX_DEPTH} deep")
     if _SURROGATE_ESCAPE.search(text):

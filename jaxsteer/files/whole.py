@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and directories: the only place that writes them.
+"""Files that are written whole or not at all, and directories: the only place that makes them.
 
 Whatever stands in the way (a full disk, no permission, a name that is too long, a directory of that name) is a
 ``FileError`` that names the path.
@@ -21,6 +21,18 @@ _ADVICE = {
     errno.ENAMETOOLONG: "Choose a shorter name",
     errno.EISDIR: "Choose another name",
 }
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What goes wrong with the disk inside the block is a ``FileError`` that says that ``path`` cannot be read."""
+    try:
+        yield
+    except FileError:
+        raise
+    except OSError as error:
+        reason = "it does not exist" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+        raise FileError(f"{path} cannot be read: {reason}.", error) from error
 
 
 @contextlib.contextmanager

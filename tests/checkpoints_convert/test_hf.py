@@ -516,9 +516,9 @@ def test_refused_by_name_in_every_family(
 
 
 def test_files_that_are_no_config(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no config.json"):
+    with pytest.raises(UserError, match="config.json cannot be read: it does not exist"):
         config_from_hf(tmp_path)
-    for text, says in (("{", "cannot be read as JSON"), ("[]", "list where an object")):
+    for text, says in (("{", "not JSON"), ("[]", "holds a list where a JSON object")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=says):
             config_from_hf(tmp_path)
