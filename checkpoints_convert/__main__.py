@@ -26,6 +26,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="check OUT against SRC, or against its own hashes")
     parser.add_argument("--source", help="origin to record (default: the name of SRC)")
     parser.add_argument("--revision", help="revision to record")
+    parser.add_argument(
+        "--ignore-field",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="field of config.json to leave aside",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
     if options.src is None and not options.verify:
@@ -34,7 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.verify:
             return report(verify(options.out, options.src, progress=not options.quiet), options.out, options.src)
         origin = {"source": options.source, "revision": options.revision}
-        convert(options.src, options.out, dtype=options.dtype, progress=not options.quiet, **origin)
+        ignored = options.ignore_field
+        convert(
+            options.src, options.out, dtype=options.dtype, progress=not options.quiet, ignore_fields=ignored, **origin
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -28,19 +28,13 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_py
 def _rope_from_hf(parameters: dict[str, Any]) -> Rope:
     """One rotary table from transformers' ``rope_parameters`` (already checked)."""
     kind = parameters.get("rope_type", "default")
-    if kind == "default":
-        return Rope(theta=float(parameters["rope_theta"]))
-    rope = Rope(theta=float(parameters["rope_theta"]), kind=kind, factor=float(parameters["factor"]))
-    if kind == "linear":
-        return rope
-    return Rope(
-        theta=rope.theta,
-        kind="llama3",
-        factor=rope.factor,
-        low_freq_factor=float(parameters["low_freq_factor"]),
-        high_freq_factor=float(parameters["high_freq_factor"]),
-        original_max_positions=int(parameters["original_max_position_embeddings"]),
-    )
+    fields: dict[str, Any] = {"theta": float(parameters["rope_theta"]), "kind": kind}
+    if kind != "default":
+        fields["factor"] = float(parameters["factor"])
+    if kind == "llama3":
+        fields |= {name: float(parameters[name]) for name in ("low_freq_factor", "high_freq_factor")}
+        fields["original_max_positions"] = int(parameters["original_max_position_embeddings"])
+    return Rope(**fields)
 
 
 def _sliding(config: Any, where: str) -> list[bool]:

@@ -13,9 +13,36 @@ import numpy as np
 
 from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import read_json
+from jaxsteer.models.config import ModelConfig
 
+RECORD = "jaxsteer.json"
+"""What a converted checkpoint says of itself."""
+WEIGHTS = "weights"
+DTYPES = ("float32", "float16", "bfloat16")
 Leaf = tuple[str, ...]
 """Path of a leaf in the checkpoint: ("embed",) or ("layers", "007", "q")."""
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """The record of a converted checkpoint, with what loading needs: a config, the stored dtype, the fingerprint.
+
+    Raises ``UserError`` for a directory that has none, and for one that was damaged.
+    """
+    record = read_json(checkpoint / RECORD)
+    if record.get("format") != "jaxsteer-checkpoint" or not {"config", "dtype", "fingerprint"} <= record.keys():
+        raise UserError(f"{checkpoint / RECORD} is not the record of a converted checkpoint. Convert it again.")
+    try:
+        if not isinstance(record["config"], dict):
+            raise TypeError("its config is no object")
+        ModelConfig.from_json(record["config"])
+        if record["dtype"] not in DTYPES:
+            raise ValueError(f"the dtype {record['dtype']!r} is none of {', '.join(DTYPES)}")
+        for name, kind in (("fingerprint", str), ("ignored_tensors", list), ("ignored_config_fields", list)):
+            if not isinstance(record.get(name, kind()), kind):
+                raise ValueError(f"{name} is {record[name]!r}")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{checkpoint / RECORD} is damaged: {error}. Convert the model again.") from error
+    return record
 
 
 def read_index(weights: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ import math
 import os
 import queue
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +28,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from checkpoints_convert.files import DTYPES, Tensor, all_finite, content_hash, file_states, read_headers, side_files
-from checkpoints_convert.hf import config_from_hf
+from checkpoints_convert.hf import config_from_hf, stop_tokens
 from checkpoints_convert.names import Leaf, assign, expected_leaves
+from checkpoints_convert.stored import RECORD, WEIGHTS
 from checkpoints_convert.work import Work, discard, kept_or_discarded, locked, work_directory
 from jaxsteer.errors import UserError
-from jaxsteer.files import write_text
+from jaxsteer.files import make_directory, read_json, write_text
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.sharding import stored_chunks
 
@@ -40,8 +41,6 @@ log = logging.getLogger(__name__)
 
 CONVERTER_VERSION = 5
 """Raised whenever the same source would give another checkpoint; part of the cache key."""
-RECORD = "jaxsteer.json"
-WEIGHTS = "weights"
 INDEX = "index.json"
 THREADS = min(8, os.cpu_count() or 1)
 """So many leaves are converted at a time, each with one block in memory."""
@@ -56,6 +55,8 @@ class Job(NamedTuple):
     tensors: dict[Leaf, Tensor]
     ignored: list[str]
     dtype: str
+    ignored_fields: tuple[str, ...]
+    """Fields of config.json that the user has declared to change no number."""
     groups: dict[str, list[Leaf]]
     """The leaves in stream order, in what is finished at a time: one layer, or one leaf outside the layers."""
 
@@ -120,11 +121,13 @@ def convert(
     progress: bool = True,
     source: str | None = None,
     revision: str | None = None,
+    ignore_fields: Collection[str] = (),
 ) -> Path:
     """Convert the Hugging Face directory ``src`` into the checkpoint directory ``out``, and return ``out``.
 
     ``dtype`` is "float32", "float16" or "bfloat16"; by default the dtype that holds most of the weights is kept
-    (float64 becomes float32). ``source`` and ``revision`` are recorded as the origin.
+    (float64 becomes float32). ``source`` and ``revision`` are recorded as the origin. ``ignore_fields`` are names of
+    fields of config.json that change no number although jaxsteer does not know them.
 
     Everything that can be wrong with the source is checked before any weight is read, and ``out`` appears only when it
     is complete. A conversion that was killed, interrupted or stopped by a full disk goes on where it was when it is
@@ -142,9 +145,9 @@ def convert(
         _check_output(out)
     if dtype is not None and dtype not in OUT_DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported: give one of {', '.join(OUT_DTYPES)}.")
-    job = plan(src, dtype)
+    job = plan(src, dtype, ignore_fields)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(out.parent)
         with locked(work, lambda: log.warning("Another process is converting to %s; waiting for it.", out)) as waited:
             if _is_full(out):
                 discard(work)
@@ -158,15 +161,19 @@ def convert(
     return out
 
 
-def plan(src: Path, dtype: str | None) -> Job:
-    """The job of converting ``src``, from its config.json and the headers of its files. Raises ``UserError``."""
-    config = config_from_hf(src)
+def plan(src: Path, dtype: str | None, ignore_fields: Collection[str] = ()) -> Job:
+    """The job of converting ``src``, from its JSON files and the headers of its weights. Raises ``UserError``."""
+    config = config_from_hf(src, ignore_fields=ignore_fields)
+    stop_tokens(src)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # which transformers will read
+        if (src / name).is_file():
+            read_json(src / name)
     tensors, ignored = assign(read_headers(src), config)
     chosen = dtype or _own_dtype(tensors)
     groups: dict[str, list[Leaf]] = {}
     for leaf in tensors:
         groups.setdefault(".".join(leaf[:2]), []).append(leaf)
-    return Job(src, config, tensors, ignored, chosen, groups)
+    return Job(src, config, tensors, ignored, chosen, tuple(ignore_fields), groups)
 
 
 def _is_full(out: Path) -> bool:
@@ -181,8 +188,8 @@ def _check_output(out: Path) -> None:
 def _is_result(out: Path, job: Job) -> bool:
     """Whether a checkpoint that another process has made is what this job would make."""
     try:
-        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json(out / RECORD)
+    except UserError:
         return False
     wanted = {"converter_version": CONVERTER_VERSION, "dtype": job.dtype, "source_hash": source_hash(job)}
     return wanted.items() <= record.items()
@@ -240,7 +247,8 @@ def _run(job: Job, directory: Path, out: Path, progress: bool, *, source: str | 
         "config": job.config.to_json(),
         "dtype": job.dtype,
         "ignored_tensors": job.ignored,
-        "finite": True,  # ``Values`` has looked at every weight; checkpoints of before are looked at when they are loaded
+        "finite": True,  # ``Values`` has looked at every weight; where this is missing, loading does
+        "ignored_config_fields": sorted(job.ignored_fields),
         "fingerprint": fingerprint(job.config, index),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -14,13 +14,11 @@ import numpy as np
 
 from checkpoints_convert.files import DTYPES, content_hash, side_files
 from checkpoints_convert.names import Leaf, expected_leaves
-from checkpoints_convert.stored import open_leaf, read_index, read_stored
+from checkpoints_convert.stored import RECORD, WEIGHTS, open_leaf, read_index, read_record, read_stored
 from checkpoints_convert.streaming import (
     CONVERTER_VERSION,
     OUT_DTYPES,
-    RECORD,
     THREADS,
-    WEIGHTS,
     Job,
     Values,
     block_rows,
@@ -28,7 +26,6 @@ from checkpoints_convert.streaming import (
     plan,
 )
 from jaxsteer.errors import UserError
-from jaxsteer.files import read_json
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.sharding import stored_shape
 
@@ -46,14 +43,15 @@ def verify(
     from tqdm.auto import tqdm
 
     out = Path(out)
-    record = read_json(out / RECORD)
-    if record.get("format") != "jaxsteer-checkpoint" or record.get("converter_version") != CONVERTER_VERSION:
+    record = read_record(out)
+    if record.get("converter_version") != CONVERTER_VERSION:
         raise UserError(
             f"{out} was not written by version {CONVERTER_VERSION} of the converter, the only one that this version of "
             f"jaxsteer can verify. Convert the model again."
         )
     config, index = ModelConfig.from_json(record["config"]), read_index(out / WEIGHTS)
-    job = None if src is None else plan(Path(src), record["dtype"])
+    ignored = record.get("ignored_config_fields", ())
+    job = None if src is None else plan(Path(src), record["dtype"], ignored)
     differences = _of_the_index(record, config, index)
     if job is not None and job.config != config:
         theirs = config.to_json()

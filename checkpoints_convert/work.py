@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError, first_line
-from jaxsteer.files import write_text
+from jaxsteer.files import read_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +126,8 @@ class Work:
 
     def done(self, group: str) -> dict[str, Any] | None:
         """What ``finish`` noted about a group, or None if it is not complete."""
-        text = _text(self._note(group))
-        return None if text is None else json.loads(text)
+        note = self._note(group)
+        return read_json(note) if note.is_file() else None
 
     def finish(self, group: str, files: Path, note: dict[str, Any]) -> None:
         """Declare a group complete, after its ``files`` have reached the disk."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from checkpoints_convert.hf import config_from_hf, ignored_fields
-from jaxsteer.checkpoints.loading import RECORD, locate, read_record
+from checkpoints_convert.stored import RECORD, read_record
+from jaxsteer.checkpoints.loading import locate
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_json
 from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig
@@ -39,10 +41,11 @@ class Description:
     """Of a converted checkpoint: tensors of its source that were left out."""
 
 
-def describe(source: str) -> Description:
+def describe(source: str, *, ignore_fields: Collection[str] = ()) -> Description:
     """The description of any source of ``jaxsteer.load``, or of a config.json file.
 
-    Of a hub id, only config.json is downloaded. Raises ``UserError`` as ``load`` does, for unsupported models too.
+    Of a hub id, only config.json is downloaded. ``ignore_fields`` is that of ``load``. Raises ``UserError`` as ``load``
+    does, for unsupported models too.
     """
     path = Path(source).expanduser()
     if path.name == "config.json" and path.is_file():
@@ -51,7 +54,9 @@ def describe(source: str) -> Description:
     converted = (directory / RECORD).is_file()
     raw = read_json(directory / "config.json") if (directory / "config.json").is_file() else None
     record: dict[str, Any] = read_record(directory) if converted else {}
-    config = ModelConfig.from_json(record["config"]) if converted else config_from_hf(directory)
+    config = (
+        ModelConfig.from_json(record["config"]) if converted else config_from_hf(directory, ignore_fields=ignore_fields)
+    )
     return Description(
         name=name,
         directory=directory,
@@ -59,7 +64,7 @@ def describe(source: str) -> Description:
         config=config,
         dtype=record["dtype"] if converted else _declared_dtype(raw or {}),
         converted=converted,
-        ignored_fields=tuple(ignored_fields(raw)) if raw else (),
+        ignored_fields=tuple(ignored_fields(raw, ignore_fields)) if raw else (),
         ignored_tensors=tuple(record.get("ignored_tensors", ())),
     )
 

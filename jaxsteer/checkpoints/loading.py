@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from checkpoints_convert.hf import quiet_transformers
+from checkpoints_convert.hf import config_from_hf, quiet_transformers, stop_tokens
+from checkpoints_convert.stored import RECORD, read_record
 from jaxsteer.checkpoints.remote import side_files
-from jaxsteer.checkpoints.restoring import restore
+from jaxsteer.checkpoints.restoring import check_finite, restore
 from jaxsteer.errors import UserError, first_line
-from jaxsteer.files import read_json, write_text
+from jaxsteer.files import make_directory, write_text
 from jaxsteer.files.stores import is_url
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.model import Model
@@ -31,8 +32,6 @@ from jaxsteer.processes import from_first
 log = logging.getLogger(__name__)
 
 ORGANISM = "organism:"
-RECORD = "jaxsteer.json"
-"""What a converted checkpoint says of itself."""
 HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "merges.txt")
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -43,11 +42,13 @@ def load(
     dtype: str | jnp.dtype | None = None,
     mesh: Mesh | None = None,
     layers: int | None = None,
+    ignore_fields: Collection[str] = (),
 ) -> Model:
     """Load a model.
 
     ``source`` is ``organism:NAME`` (a small model that ships with the package), a converted checkpoint directory, a
-    Hugging Face directory (converted on first use into the cache: ``$JAXSTEER_CACHE`` or ``~/.cache/jaxsteer``), a hub
+    Hugging Face directory (converted on first use into the cache: ``$JAXSTEER_CACHE``, else
+    ``$XDG_CACHE_HOME/jaxsteer`` or ``~/.cache/jaxsteer``), a hub
     id ``owner/name`` or ``owner/name@revision``, or the URL of a converted checkpoint in an object store
     (``gs://bucket/name``, ``s3://bucket/name``).
 
@@ -60,34 +61,36 @@ def load(
     up to layer k are those of the whole model; its logits are what the final norm and the unembedding make of the last
     of them. ``config.n_layers`` is k; the fingerprint stays that of the whole checkpoint.
 
-    Raises ``UserError`` when the source cannot be found, is damaged or is not supported.
+    ``ignore_fields`` are names of fields of a config.json that change no number although jaxsteer does not know them;
+    such a model would be refused otherwise.
+
+    Raises ``UserError`` when the source cannot be found, is damaged or is not supported, and when weights are NaN or
+    infinite, naming the first of them.
     """
     name = str(source)
-    checkpoint = _checkpoint_of(name)
+    checkpoint = _checkpoint_of(name, ignore_fields)
     record = read_record(checkpoint)
     config = _first(ModelConfig.from_json(record["config"]), layers)
     target = _dtype(dtype, record["dtype"])
+    params = restore(
+        checkpoint / "weights",
+        config,
+        dtype=target,
+        mesh=mesh,
+        url=f"{name.rstrip('/')}/weights" if is_url(name) else None,
+    )
+    # Conversion has looked at every weight since it says so; float16 cannot hold all that the other dtypes can.
+    if record.get("finite") is not True or (target == jnp.float16 and record["dtype"] != "float16"):
+        check_finite(params, config, name)
     return Model(
-        params=restore(
-            checkpoint / "weights",
-            config,
-            dtype=target,
-            mesh=mesh,
-            url=f"{name.rstrip('/')}/weights" if is_url(name) else None,
-        ),
+        params=params,
         config=config,
         tokenizer=load_tokenizer(checkpoint),
         name=name if name.startswith(ORGANISM) or not Path(name).is_dir() else Path(name).resolve().name,
         fingerprint=record["fingerprint"],
         mesh=mesh,
-        stop_tokens=_stop_tokens(checkpoint),
+        stop_tokens=stop_tokens(checkpoint),
     )
-
-
-def _stop_tokens(checkpoint: Path) -> tuple[int, ...]:
-    path = checkpoint / "generation_config.json"
-    ids = read_json(path).get("eos_token_id") if path.is_file() else None
-    return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)
 
 
 def _first(config: ModelConfig, layers: int | None) -> ModelConfig:
@@ -117,14 +120,28 @@ def _dtype(asked: str | jnp.dtype | None, stored: str) -> jnp.dtype:
 
 
 def cache_dir() -> Path:
-    """Where converted checkpoints are kept: ``$JAXSTEER_CACHE`` or ``~/.cache/jaxsteer``."""
-    return Path(os.environ.get("JAXSTEER_CACHE") or Path.home() / ".cache" / "jaxsteer")
+    """Where converted checkpoints are kept: ``$JAXSTEER_CACHE``, ``$XDG_CACHE_HOME/jaxsteer`` or ``~/.cache/jaxsteer``.
+
+    The first of the variables that is set counts; a relative ``XDG_CACHE_HOME`` does not, as its standard says.
+    """
+    if own := os.environ.get("JAXSTEER_CACHE"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME") or ""
+    try:
+        return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "jaxsteer"
+    except RuntimeError:
+        raise UserError("There is no home directory to keep a cache in. Set JAXSTEER_CACHE to a directory.") from None
 
 
-def _checkpoint_of(source: str) -> Path:
+def _checkpoint_of(source: str, ignore_fields: Collection[str]) -> Path:
     """The converted checkpoint of any source, made if it does not exist yet."""
     directory, name, revision = locate(source)
-    return directory if (directory / RECORD).is_file() else _converted(directory, name, revision)
+    if (directory / RECORD).is_file():
+        return directory
+    found = _converted(directory, name, revision, ignore_fields)
+    if not set(read_record(found).get("ignored_config_fields", ())) <= set(ignore_fields):
+        config_from_hf(directory, ignore_fields=ignore_fields)  # raises: it was converted with less doubt than now
+    return found
 
 
 def locate(source: str, patterns: Sequence[str] = HUB_PATTERNS) -> tuple[Path, str, str | None]:
@@ -189,12 +206,13 @@ def _download(repo: str, revision: str | None, patterns: Sequence[str]) -> tuple
     return path, repo, path.name
 
 
-def _converted(directory: Path, source: str, revision: str | None = None) -> Path:
+def _converted(directory: Path, source: str, revision: str | None = None, ignore_fields: Collection[str] = ()) -> Path:
     """The converted form of a Hugging Face directory in the cache; converts on first use.
 
     Where several processes run one program (``jax.distributed``), the first converts and tells the others the place.
     """
-    out = cache_dir() / "checkpoints" / from_first(lambda: _converted_here(directory, source, revision).name)
+    name = from_first(lambda: _converted_here(directory, source, revision, ignore_fields).name)
+    out = cache_dir() / "checkpoints" / name
     if not (out / RECORD).is_file():
         raise UserError(
             f"{source} was converted by the first process, but for this one it is not in {out}. Set JAXSTEER_CACHE to "
@@ -203,7 +221,7 @@ def _converted(directory: Path, source: str, revision: str | None = None) -> Pat
     return out
 
 
-def _converted_here(directory: Path, source: str, revision: str | None) -> Path:
+def _converted_here(directory: Path, source: str, revision: str | None, ignore_fields: Collection[str]) -> Path:
     """The converted form of a Hugging Face directory, made by this process if it does not exist yet.
 
     The key is the hash of the contents, so a changed file is converted anew. The contents are hashed while they are
@@ -230,9 +248,8 @@ def _converted_here(directory: Path, source: str, revision: str | None) -> Path:
     if found := known():
         return found
     try:
-        (cache_dir() / "locks").mkdir(parents=True, exist_ok=True)
-        memo.parent.mkdir(exist_ok=True)
-        checkpoints.mkdir(exist_ok=True)
+        for folder in (cache_dir() / "locks", memo.parent, checkpoints):
+            make_directory(folder)
     except OSError as error:
         raise UserError(
             f"The cache directory {cache_dir()} cannot be written ({error.strerror}). Set JAXSTEER_CACHE to a "
@@ -246,7 +263,7 @@ def _converted_here(directory: Path, source: str, revision: str | None) -> Path:
         fresh = checkpoints / f"new-{key}"
         if not (fresh / RECORD).is_file():
             print(f"Converting {source} for first use (kept in {checkpoints})", file=sys.stderr, flush=True)
-            convert(directory, fresh, progress=False, source=source, revision=revision)
+            convert(directory, fresh, progress=False, source=source, revision=revision, ignore_fields=ignore_fields)
         digest = read_record(fresh)["source_hash"]
         write_text(memo, digest)
         if (place(digest) / RECORD).is_file():  # the same contents at another path
@@ -258,14 +275,6 @@ def _converted_here(directory: Path, source: str, revision: str | None) -> Path:
 
 
 # Reading the checkpoint
-
-
-def read_record(checkpoint: Path) -> dict[str, Any]:
-    """The metadata record of a converted checkpoint, with the keys that loading needs."""
-    record = read_json(checkpoint / RECORD)
-    if record.get("format") != "jaxsteer-checkpoint" or not {"config", "dtype", "fingerprint"} <= record.keys():
-        raise UserError(f"{checkpoint}/jaxsteer.json is not the record of a converted checkpoint. Convert it again.")
-    return record
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -30,6 +30,7 @@ from jaxsteer.models.sharding import (
     stored_sharding,
     top_shardings,
 )
+from jaxsteer.processes import to_host
 
 BATCH_BYTES = 256 << 20
 """Layers are read in batches of at most this size (leaf by leaf, if a layer is larger): so much exists twice."""
@@ -85,6 +86,27 @@ def restore(
             stacks |= jax.block_until_ready(put({name: stacks.pop(name) for name in names}, batch, start))
             del batch
     return Params(layers=Layers(**stacks), **top)
+
+
+def check_finite(params: Params, config: ModelConfig, name: str) -> None:
+    """Raise ``UserError`` if a weight of the model ``name`` is NaN or infinite, naming the leaves."""
+    found = to_host(_finite({leaf: getattr(params, leaf) for leaf in top_shapes(config)}, params.layers))
+    bad = [leaf for leaf, finite in found[0].items() if not finite]
+    for leaf in layer_shapes(config):
+        bad += [f"layers/{layer:03d}/{leaf}" for layer in np.flatnonzero(~getattr(found[1], leaf))]
+    if bad:
+        raise UserError(
+            f"{len(bad)} leaves of the model {name} hold NaN or infinity as {params.embed.dtype}, among them "
+            f"{', '.join(bad[:3])}, so that nothing it computes could be right. Load it in another dtype, or convert "
+            f"it again from its source."
+        )
+
+
+@jax.jit
+def _finite(top: dict[str, jax.Array], layers: Layers) -> tuple[dict[str, jax.Array], Layers]:
+    """Whether leaves are finite, those of layers layer by layer."""
+    each = jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(axis=range(1, leaf.ndim)), layers)
+    return {name: jnp.isfinite(leaf).all() for name, leaf in top.items()}, each
 
 
 class _Programs(NamedTuple):

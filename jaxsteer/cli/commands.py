@@ -100,6 +100,8 @@ class Convert:
     """Directory to make; it appears only when it is complete. What was interrupted goes on when it is run again."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Of the stored weights (default: as they are)."""
+    ignore_field: tuple[str, ...] = ()
+    """Names of fields of config.json that change no number although jaxsteer does not know them."""
     verify: bool = False
     """Compare OUT with SRC bit for bit instead (a single directory: with the hashes it recorded); exit status 1 if they
     differ."""
@@ -118,7 +120,7 @@ class Convert:
             return report(verify(out, src), out, src)
         if self.out is None:
             raise UserError(f"no output was given: jaxsteer convert {self.src} OUT")
-        print(f"Wrote {convert(self.src, self.out, dtype=self.dtype)}")
+        print(f"Wrote {convert(self.src, self.out, dtype=self.dtype, ignore_fields=self.ignore_field)}")
         return 0
 
 

@@ -25,6 +25,8 @@ class Inspect:
     """Devices, times mesh-model, that rows are divided over."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights on the devices (default: as they are stored)."""
+    ignore_field: tuple[str, ...] = ()
+    """Names of fields of config.json that change no number although jaxsteer does not know them."""
     json: bool = False
     """Print JSON instead of text."""
 
@@ -39,7 +41,7 @@ def inspection(asked: Inspect) -> dict[str, Any]:
     """Everything that the command tells, as a JSON object."""
     from jaxsteer.checkpoints.inspect import attention_kinds, describe, memory, parameters, site_shapes
 
-    about = describe(asked.source)
+    about = describe(asked.source, ignore_fields=asked.ignore_field)
     config = about.config
     dtype = asked.dtype or about.dtype
     mesh = {"model": asked.mesh_model, "prompts": asked.mesh_prompts}

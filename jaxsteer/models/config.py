@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+MAX_LAYERS = 10_000
+"""More than any model has; what a config repeats for every layer stays small."""
 GLOBAL_WINDOW = 2**30
 """Window of a layer with full attention: longer than any sequence, so that windows are plain data."""
 
@@ -24,6 +26,18 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_positions: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that give no angles."""
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+            _check_positive(f"rope {name}", getattr(self, name))
+        if self.kind not in ("default", "linear", "llama3"):
+            raise ValueError(f"the rope kind must be default, linear or llama3, got {self.kind!r}")
+        if self.kind == "llama3" and (self.original_max_positions < 1 or self.high_freq_factor < self.low_freq_factor):
+            raise ValueError(
+                f"a llama3 rope needs original_max_positions >= 1 and high_freq_factor >= low_freq_factor, got "
+                f"{self.original_max_positions}, {self.high_freq_factor} and {self.low_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +84,16 @@ class ModelConfig:
     """(L,) which table each layer uses."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot belong together, with both numbers in the message."""
+        """Refuse sizes that no model has or that cannot belong together, with the numbers in the message."""
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_mlp", "max_positions"):
+            most = MAX_LAYERS if name == "n_layers" else 2**31 - 1
+            if type(size := getattr(self, name)) is not int or not 1 <= size <= most:
+                raise ValueError(f"{name} must be a whole number from 1 to {most:,}, got {size!r}")
+        for name in ("norm_eps", "query_scale", "attn_softcap", "final_softcap"):
+            if (value := getattr(self, name)) is not None or not name.endswith("softcap"):
+                _check_positive(name, value)
+        if self.activation not in ("silu", "gelu_tanh"):
+            raise ValueError(f"the activation must be silu or gelu_tanh, got {self.activation!r}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
         if self.d_head % 2:
@@ -78,8 +101,12 @@ class ModelConfig:
         for name in ("windows", "rope_index"):
             if len(getattr(self, name)) != self.n_layers:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {self.n_layers} layers")
-        if max(self.rope_index) >= len(self.ropes):
-            raise ValueError(f"rope_index names table {max(self.rope_index)}, but there are {len(self.ropes)}")
+        for window in self.windows:
+            if type(window) is not int or not 1 <= window <= GLOBAL_WINDOW:
+                raise ValueError(f"windows must be whole numbers from 1 to {GLOBAL_WINDOW:,}, got {window!r}")
+        for table in self.rope_index:
+            if type(table) is not int or not 0 <= table < len(self.ropes):
+                raise ValueError(f"rope_index names table {table!r}, but there are {len(self.ropes)}")
 
     @property
     def windowed(self) -> bool:
@@ -92,12 +119,19 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> ModelConfig:
-        """The config that ``to_json`` wrote. Raises ``TypeError`` for unknown or missing fields."""
+        """The config that ``to_json`` wrote. Raises ``TypeError`` or ``ValueError`` for anything else."""
+        if missing := {"ropes", "windows", "rope_index"} - fields.keys():
+            raise TypeError(f"the config of a model has {', '.join(sorted(missing))}")
         fields = dict(fields)
         fields["ropes"] = tuple(Rope(**rope) for rope in fields["ropes"])
         fields["windows"] = tuple(fields["windows"])
         fields["rope_index"] = tuple(fields["rope_index"])
         return cls(**fields)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
 def llama_config(

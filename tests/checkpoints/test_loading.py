@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -19,11 +20,13 @@ import numpy as np
 import pytest
 from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.numpy import load_file, save_file
 
 import jaxsteer
-from checkpoints_convert import convert
+from checkpoints_convert import convert, verify
 from jaxsteer import UserError
 from jaxsteer.checkpoints import loading, restoring
+from jaxsteer.checkpoints.inspect import describe
 from jaxsteer.models import sharding
 from jaxsteer.models.params import layer_shapes
 from jaxsteer.models.sharding import make_mesh, shard_params, shard_rows
@@ -217,9 +220,73 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     (out / "weights" / "index.json").unlink()
     with pytest.raises(UserError, match="no weights/index.json.*Convert the model again"):
         jaxsteer.load(out)
-    (out / "jaxsteer.json").write_text("{}")
-    with pytest.raises(UserError, match="not the record"):
-        jaxsteer.load(out)
+    record = json.loads((out / "jaxsteer.json").read_text())
+    for changes, says in (
+        ({"format": None}, "not the record"),
+        ({"dtype": "int99"}, "the dtype 'int99' is none of float32"),
+        ({"dtype": ["float32"]}, "the dtype"),
+        ({"config": None}, "its config is no object"),
+        ({"config": record["config"] | {"n_layers": "3"}}, "is damaged: .*n_layers"),
+        ({"config": record["config"] | {"norm_eps": 0}}, "norm_eps must be a finite number"),
+        ({"config": record["config"] | {"windows": 5}}, "is damaged"),
+        ({"config": record["config"] | {"ropes": [{"theta": 0}]}}, "rope theta must be"),
+        ({"config": record["config"] | {"more": 1}}, "is damaged"),
+        ({"fingerprint": 7}, "fingerprint is 7"),
+    ):
+        (out / "jaxsteer.json").write_text(json.dumps(record | changes))
+        with pytest.raises(UserError, match="(?s)" + says):
+            jaxsteer.load(out)
+        with pytest.raises(UserError, match="(?s)" + says):
+            describe(str(out))
+
+
+def test_weights_of_before_are_looked_at_when_they_are_loaded(tmp_path: Path) -> None:
+    out = convert(hf_directory(tmp_path / "m", CONFIG), tmp_path / "out", progress=False)
+    record = json.loads((out / "jaxsteer.json").read_text())
+    del record["finite"]
+    (out / "jaxsteer.json").write_text(json.dumps(record))
+    jaxsteer.load(out)
+    for leaf in ("layers/001/up/0.0", "final_norm/0"):
+        chunk = out / "weights" / leaf
+        whole = chunk.read_bytes()
+        chunk.write_bytes(np.float32(np.inf).tobytes() + whole[4:])
+        with pytest.raises(UserError, match=f"1 leaves of the model .* float32, among them {leaf.rpartition('/')[0]}"):
+            jaxsteer.load(out)
+        chunk.write_bytes(whole)
+
+
+def test_a_dtype_that_cannot_hold_the_weights(tmp_path: Path) -> None:
+    directory = hf_directory(tmp_path / "m", CONFIG)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, directory / "model.safetensors")
+    out = convert(directory, tmp_path / "out", progress=False)
+    jaxsteer.load(out, dtype="bfloat16")
+    with pytest.raises(UserError, match="infinity as float16, among them final_norm"):
+        jaxsteer.load(out, dtype="float16")
+
+
+def test_a_field_that_was_ignored_once_is_ignored_only_when_asked_for(tmp_path: Path, cache: Path) -> None:
+    directory = hf_directory(tmp_path / "m", CONFIG)
+    fields = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(fields | {"unheard_of": 1}))
+    for _ in range(2):
+        with pytest.raises(UserError, match="unheard_of"):
+            jaxsteer.load(directory)
+        assert jaxsteer.load(directory, ignore_fields=["unheard_of"]).config == CONFIG
+    out = convert(directory, tmp_path / "out", progress=False, ignore_fields=["unheard_of"])
+    assert jaxsteer.load(out).config == CONFIG and not verify(out, directory, progress=False)
+
+
+def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXSTEER_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert loading.cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("JAXSTEER_CACHE")
+    assert loading.cache_dir() == tmp_path / "shared" / "jaxsteer"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert loading.cache_dir() == tmp_path / "home" / ".cache" / "jaxsteer"
 
 
 def test_truncated_weights_are_reported_by_load(tmp_path: Path, cache: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import checkpoints_convert.streaming as module
 from checkpoints_convert import convert, verify, write_hf
 from checkpoints_convert.__main__ import main
-from checkpoints_convert.files import read_headers
+from checkpoints_convert.files import all_finite, read_header, read_headers
 from checkpoints_convert.names import LAYER_NAMES, TOP_NAMES
 from jaxsteer import UserError, load
 from jaxsteer.models import sharding
@@ -149,7 +149,7 @@ def test_fingerprint_follows_weights_and_config(tmp_path: Path) -> None:
 def test_the_record_and_the_files_that_travel(tmp_path: Path) -> None:
     source = hf_directory(tmp_path / "hf")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
-        (source / name).write_text(f"{{}} {name}")
+        (source / name).write_text(json.dumps({"name": name}))
     (source / "optimizer.pt").write_text("not ours")
     out = convert(source, tmp_path / "deep" / "out", progress=False, source="owner/model", revision="abc")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -239,10 +239,114 @@ def test_truncated_and_damaged_files(tmp_path: Path) -> None:
         file.write_bytes(whole[:size])
         refuses(source, tmp_path / "out", says)
     file.write_bytes(whole[:8] + b"x" * header + whole[8 + header :])
-    refuses(source, tmp_path / "out", "damaged safetensors header")
+    refuses(source, tmp_path / "out", "the header of .*model.safetensors, line 1: not JSON")
     # the first shape, changed to one that does not fit its bytes
     file.write_bytes(whole.replace(b'"shape":[67,24]', b'"shape":[67,23]', 1))
     refuses(source, tmp_path / "out", "cannot take the")
+
+
+def raw_safetensors(path: Path, header: object, data: bytes = bytes(16)) -> Path:
+    """A safetensors file that says what ``header`` says, right or wrong."""
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def entry(begin: object = 0, end: object = 16, shape: object = (4,), dtype: object = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ({"a": entry(), "b": entry()}, "'b' begins at byte .* where the one before it ends at .*overlap"),
+        ({"a": entry(0, 12, [3]), "b": entry(8, 16, [2])}, "'b' begins .* overlap"),
+        ({"a": entry(8, 16, [2])}, "'a' begins .* leave a gap"),
+        ({"a": entry(0, 8, [2])}, "its tensors end at byte .* and the file has"),
+        ('{"a": ' + json.dumps(entry(0, 8, [2])) + ', "a": ' + json.dumps(entry(8, 16, [2])) + "}", "'a' occurs twice"),
+        ({"a": entry(shape=[4.0])}, "'a' is .* where a dtype, a shape and two data_offsets were expected"),
+        ({"a": entry(shape=[True, 4])}, "'a' is"),
+        ({"a": entry(shape=["4"])}, "'a' is"),
+        ({"a": entry(shape=4)}, "'a' is"),
+        ({"a": entry(shape=[-2, -2])}, "'a' is"),
+        ({"a": entry(dtype=["F32"])}, "'a' is"),
+        ({"a": entry(begin=16, end=0)}, "'a' .*cannot take"),
+        ({"a": entry() | {"data_offsets": [0]}}, "'a' is"),
+        ({"a": entry(end=10**30)}, "truncated: tensor 'a'"),
+        ({"a": entry(shape=[10**200, 10**200])}, "'a' .*cannot take"),
+        ({"a": 3}, "'a' is 3"),
+        ([], "is no object"),
+        ("[" * 10_000, "nested more than"),
+        ('{"a": {"dtype": "\\ud800"}}', "half a character"),
+    ],
+)
+def test_headers_that_no_writer_writes(tmp_path: Path, header: object, says: str) -> None:
+    with pytest.raises(UserError, match="(?s)m.safetensors.*" + says):
+        read_header(raw_safetensors(tmp_path / "m.safetensors", header))
+
+
+def test_headers_that_look_odd_and_are_right(tmp_path: Path) -> None:
+    header = {
+        "__metadata__": {"format": "pt"},
+        "b": entry(8, 16, [1, 2]),
+        "empty": entry(8, 8, [0]),
+        "a": entry(0, 8, [2]),
+    }
+    found = {tensor.name: tensor.offset for tensor in read_header(raw_safetensors(tmp_path / "m.safetensors", header))}
+    assert found["b"] - found["a"] == 8 == found["empty"] - found["a"]
+    assert read_header(raw_safetensors(tmp_path / "empty.safetensors", {}, b"")) == []
+
+
+@pytest.mark.parametrize("shards_are_there", [True, False])
+def test_an_index_of_another_model_is_left_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, shards_are_there: bool
+) -> None:
+    directory = shard(hf_directory(tmp_path / "hf", seed=1))
+    for file in [] if shards_are_there else directory.glob("model-*"):
+        file.unlink()
+    hf_directory(directory, seed=2)
+    assert equal(load(convert(directory, tmp_path / "out", progress=False)).params, random_params(CONFIG, 2))
+    assert "holds model.safetensors, which is loaded, and an index of model-00001-of-00003.safetensors" in caplog.text
+
+
+def test_an_index_of_the_one_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = hf_directory(tmp_path / "hf")
+    index = {"weight_map": dict.fromkeys(load_file(directory / "model.safetensors"), "model.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    convert(directory, tmp_path / "out", progress=False)
+    assert not caplog.text
+    index["weight_map"]["model.norm.weights"] = "model.safetensors"
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses(directory, tmp_path / "out2", "'model.norm.weights' is in model.safetensors, and it is not there")
+
+
+def test_an_adapter_beside_a_model_is_refused(tmp_path: Path) -> None:
+    directory = hf_directory(tmp_path / "hf")
+    (directory / "adapter_config.json").write_text("{}")
+    refuses(directory, tmp_path / "out", "an adapter .*merge_and_unload")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_weights_that_are_no_numbers(tmp_path: Path, dtype: str, value: float) -> None:
+    def spoil(tensors: dict[str, np.ndarray]) -> None:
+        for name, array in list(tensors.items()):
+            tensors[name] = array.astype(dtype)
+        tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = value
+
+    source = rewrite(hf_directory(tmp_path / "hf"), spoil)
+    for asked in (None, "float32"):
+        with pytest.raises(UserError, match="Tensor 'model.layers.1.mlp.up_proj.weight' in .* holds NaN or infinity"):
+            convert(source, tmp_path / "out", progress=False, dtype=asked)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_the_largest_numbers_are_numbers(tmp_path: Path) -> None:
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64):
+        largest = np.asarray([ml_dtypes.finfo(dtype).max, ml_dtypes.finfo(dtype).min, 0], dtype)
+        assert all_finite(largest.view(np.uint8).data, largest.dtype)
+    out = convert(hf_directory(tmp_path / "hf"), tmp_path / "out", progress=False)
+    assert json.loads((out / "jaxsteer.json").read_text())["finite"] is True
 
 
 def test_incomplete_directories(tmp_path: Path) -> None:

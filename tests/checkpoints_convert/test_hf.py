@@ -9,8 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig, PreTrainedConfig
 
-from checkpoints_convert.hf import auto_config, config_from_hf, config_to_hf, ignored_fields
+from checkpoints_convert.hf import (
+    HARMLESS,
+    NEUTRAL,
+    auto_config,
+    config_from_hf,
+    config_to_hf,
+    ignored_fields,
+    stop_tokens,
+)
 from jaxsteer import UserError
 from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig, Rope
 from jaxsteer.models.params import layer_shapes, top_shapes
@@ -466,7 +475,30 @@ def test_fields_that_are_left_aside_are_listed(tmp_path: Path) -> None:
         ({"norm_type": "layernorm"}, "norm_type"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"num_key_value_heads": 7}, "32 query heads.*7 key/value heads"),
-        ({"hidden_size": "big"}, "config.json"),
+        ({"hidden_size": "big"}, "'hidden_size' = 'big', where a whole number"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\]"),
+        ({"architectures": "LlamaForCausalLM"}, "a list was expected"),
+        ({"num_hidden_layers": 10**12}, "'num_hidden_layers' = 1000000000000, where a whole number from 1 to 10,000"),
+        ({"num_hidden_layers": 0}, "'num_hidden_layers' = 0"),
+        ({"num_hidden_layers": 2.0}, "'num_hidden_layers' = 2.0"),
+        ({"vocab_size": True}, "'vocab_size' = True"),
+        ({"head_dim": -64}, "'head_dim' = -64"),
+        ({"max_position_embeddings": 2**31}, "'max_position_embeddings'"),
+        ({"num_attention_heads": "32"}, "'num_attention_heads' = '32'"),
+        ({"rms_norm_eps": 0}, "'rms_norm_eps' = 0, where a finite number above 0"),
+        ({"rms_norm_eps": "1e-5"}, "'rms_norm_eps' = '1e-5'"),
+        ({"rms_norm_eps": float("nan")}, "NaN is not a number of JSON"),
+        ({"rope_theta": 0}, "'rope_theta' = 0"),
+        ({"rope_theta": -10000.0}, "'rope_theta' = -10000.0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "'factor' = 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": True}}, "'factor' = True"),
+        ({"rope_scaling": {"rope_type": ["linear"], "factor": 2}}, r"rope type \['linear'\]"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "'rope_theta' = 0"),
+        ({"rope_scaling": LLAMA_31["rope_scaling"] | {"high_freq_factor": 0.5}}, "high_freq_factor >= low_freq_factor"),
+        ({"rope_scaling": LLAMA_31["rope_scaling"] | {"original_max_position_embeddings": 0}}, "'original_max"),
+        ({"activation": "geglu"}, "'activation' = 'geglu'.*must be 'swiglu'"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"chunk_size_feed_forward": False}, "chunk_size_feed_forward"),
     ],
 )
 def test_refused_by_name(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
@@ -513,6 +545,65 @@ def test_refused_by_name_in_every_family(
 ) -> None:
     with pytest.raises(UserError, match="(?s)" + says):
         mapped(tmp_path, base, **changes)
+
+
+def test_bookkeeping_of_published_configs(tmp_path: Path) -> None:
+    known = HARMLESS | {name for name, values in NEUTRAL.items() if values}
+    missing = (GenerationConfig().to_dict() | PreTrainedConfig().to_dict()).keys() - known
+    assert not [name for name in missing if not name.startswith("_")]
+    plain = mapped(tmp_path, LLAMA_31)
+    for fields in (
+        {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}},  # SmolLM2
+        {"activation": "swiglu", "head_dim": 128},  # Falcon 3
+        {"unsloth_fixed": True, "unsloth_version": "2024.9", "pad_token_id": 128004},
+        {"max_sequence_length": 2048, "neftune_noise_alpha": 5.0, "use_flash_attn": True, "name_or_path": "x"},
+        {"attn_implementation": "eager", "loss_type": "ForCausalLMLoss", "pad_token": "<pad>"},
+        {"use_sliding_window": False, "keys_to_ignore_at_inference": ["past_key_values"], "qk_layer_norms": False},
+        {"min_p": 0.1, "stop_strings": ["x"], "watermarking_config": None, "classifier_dropout": 0.1},
+    ):
+        assert mapped(tmp_path, LLAMA_31, **fields) == plain
+
+
+def test_a_field_may_be_ignored_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--ignore-field logit_scale, ignore_fields=\['logit_scale'\]"):
+        mapped(tmp_path, LLAMA_31, logit_scale=0.5)
+    assert config_from_hf(tmp_path, ignore_fields=["logit_scale"]) == mapped(tmp_path, LLAMA_31)
+    assert ignored_fields(LLAMA_31 | {"logit_scale": 1}, ["logit_scale"]).count("logit_scale") == 1
+    inside = {"text_config": GEMMA_3_4B["text_config"] | {"logit_scale": 0.5}}
+    with pytest.raises(UserError, match="text_config, has the field 'logit_scale'"):
+        mapped(tmp_path, GEMMA_3_4B, **inside)
+    assert config_from_hf(tmp_path, ignore_fields=["logit_scale"]) == mapped(tmp_path, GEMMA_3_4B)
+    mapped(tmp_path, LLAMA_31)
+    for name in ("attention_bias", "rope_theta"):
+        with pytest.raises(UserError, match=f"'{name}' cannot be ignored"):
+            config_from_hf(tmp_path, ignore_fields=[name])
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "tokens"),
+    [
+        (None, {"eos_token_id": [2, 5]}, (2, 5)),
+        (None, {"eos_token_id": 2}, (2,)),
+        (None, {"text_config": {"eos_token_id": [1, 106]}}, (1, 106)),
+        (None, {"eos_token_id": 0, "text_config": {"eos_token_id": 1}}, (0,)),
+        ({"eos_token_id": [3]}, {"eos_token_id": [2, 5]}, (3,)),
+        ({"do_sample": True}, {"eos_token_id": [2, 5]}, (2, 5)),
+        ({"eos_token_id": None}, {"eos_token_id": None}, ()),
+        ({"eos_token_id": []}, {"eos_token_id": 2}, ()),
+    ],
+)
+def test_what_ends_an_answer(tmp_path: Path, generation: object, config: object, tokens: tuple[int, ...]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert stop_tokens(tmp_path) == tokens
+
+
+@pytest.mark.parametrize("ids", ["5", ["5"], 2.0, True, [True], {"a": 1}, [[2]], -1, 10**20, [None]])
+def test_what_is_no_token(tmp_path: Path, ids: object) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(UserError, match="generation_config.json has eos_token_id .* no ids of tokens"):
+        stop_tokens(tmp_path)
 
 
 def test_files_that_are_no_config(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture, dtype: str) 
 
 def test_a_source_that_has_changed(tmp_path: Path) -> None:
     source, out = pair(tmp_path)
-    edit(source, lambda tensors: tensors[UP].__setitem__(0, np.float32(np.nan)))
+    edit(source, lambda tensors: tensors[UP].__setitem__(0, np.float32(7)))
     (source / "tokenizer.json").write_text("{ }")
     (source / "generation_config.json").write_text("{}")
     assert verify(out, source, progress=False) == [
@@ -73,6 +73,8 @@ def test_a_source_that_has_changed(tmp_path: Path) -> None:
         "generation_config.json: only in the source",
         "tokenizer.json: differs from the source's",
     ]
+    edit(source, lambda tensors: tensors[UP].__setitem__(0, np.float32(np.nan)))
+    assert "layers/001/up: Tensor 'model.layers.1.mlp.up_proj.weight'" in verify(out, source, progress=False)[0]
     other = hf_directory(tmp_path / "other", tiny_config(n_layers=2))
     (found,) = verify(out, other, progress=False)
     assert found == "config: the source differs in n_layers, windows, rope_index"
