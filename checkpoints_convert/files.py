@@ -222,8 +222,10 @@ def read_header(file: Path) -> list[Tensor]:
 
 def _tensor(file: Path, name: str, entry: Any, data: int, size: int) -> tuple[Tensor, int]:
     """One entry of a header whose data begins at byte ``data``, and how many bytes it takes."""
-    fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype: Any = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
     counts = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
     if not isinstance(dtype, str) or not counts or not all(type(n) is int and n >= 0 for n in [*shape, *offsets]):
         raise UserError(
