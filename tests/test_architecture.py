@@ -26,8 +26,6 @@ KNOWN = {
     "jaxsteer.evals.scoring._score",
     "jaxsteer.models.config.llama_config",
     "jaxsteer.models.generation.start",
-    "jaxsteer.prompt_search.algorithms.probe_sampling._judge_favourites",
-    "jaxsteer.prompt_search.algorithms.probe_sampling.judge_children",
     "jaxsteer.prompt_search.driver._search_wave",
     "jaxsteer.prompt_search.driver.run_search",
     "jaxsteer.prompt_search.rescore._score_whole",

@@ -75,8 +75,8 @@ def programs(search: Search, mesh: Mesh | None) -> Programs:
                 lambda both: both[0].step < stop, lambda both: search.step(params, task, mine, both[0]), both
             )
 
-        rows, slots = problems.fluency.shape
-        none = Summary(jnp.zeros(rows), jnp.zeros((rows, slots)), jnp.zeros((rows, slots)))
+        rows, population = problems.fluency.shape
+        none = Summary(jnp.zeros(rows), jnp.zeros((rows, population)), jnp.zeros((rows, population)))
         return _each(one, problems, (states, none), counts[0])
 
     if mesh is not None:

@@ -1,14 +1,13 @@
-"""What all algorithms share: the state of one problem, its start, how prompts are judged and how slots keep their best.
+"""What all algorithms share: the state of one problem, its beginning, how candidates are evaluated and who survives.
 
-Slot k of a population minimises ``J_k = -f + fluency_k * x``; fluency weights belong to slots and never move. Letters:
-P slots, S prompt length, M candidates of a step, A archive capacity.
+Member k of a population minimises ``J_k = -f + fluency_k * x``; the weight belongs to the number k and never moves.
+Letters: P members, S prompt length, M candidates of a step, A archive capacity.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,36 +33,83 @@ class State:
     ids: Int[Array, "P S"]
     """The population: in a relaxed search, the best discrete prompts so far."""
     f: Float[Array, " P"]
+    """Its objectives, larger being better; -inf for a prompt that does not count."""
     x: Float[Array, " P"]
+    """Its cross-entropies, in nats per token."""
     archive: Archive
+    """The Pareto frontier of all prompts that were ever scored."""
     verified: Archive
     """The archive when texts were last checked. What the host never checks leaves it empty."""
     step: Int[Array, ""]
+    """Steps done."""
 
 
 class Summary(NamedTuple):
-    """What one step reports, per problem: the best objective, the best J of every slot, and its cross-entropy."""
+    """What one step reports, per problem."""
 
     best_target: Float[Array, ""]
+    """The best objective of the population."""
     loss: Float[Array, " P"]
+    """J of every member."""
     cross_entropy: Float[Array, " P"]
 
 
-class Search(NamedTuple):
-    """A search in the manner of Optax's gradient transformations: pure functions on one problem and its state.
+@runtime_checkable
+class InitFn(Protocol):
+    """The first function of a ``Search``."""
 
-    ``init(params, task, problem) -> State``; ``step(params, task, problem, state) -> (State, Summary)``. A state is any
-    pytree with the fields of ``State``; randomness comes from folding its step
-    into ``problem.key`` and from nowhere else.
+    def __call__(self, params: Params, task: Task, problem: Problem, /) -> Any:
+        """Draw the first population of one problem and score it.
+
+        Called once per problem, inside jit: pure, and with shapes that depend on shapes alone.
+
+        Args:
+            params: The model's parameters.
+            task: What candidates are scored against.
+            problem: The objective's arrays, the key, the fluency weights, and the first prompts where they are given.
+
+        Returns:
+            The first state: any pytree with the fields of ``State``, its ``step`` being 0.
+        """
+
+
+@runtime_checkable
+class StepFn(Protocol):
+    """The second function of a ``Search``."""
+
+    def __call__(self, params: Params, task: Task, problem: Problem, state: Any, /) -> tuple[Any, Summary]:
+        """Propose candidates, score them, and keep the best.
+
+        Called many times inside one loop on the device. All randomness comes from folding ``state.step`` into
+        ``problem.key``, so that a search that goes on from a saved state ends like one that never stopped.
+
+        Args:
+            params: The model's parameters.
+            task: What candidates are scored against.
+            problem: As given to ``init``.
+            state: What ``init`` or the last step returned. Between two steps the host may have taken members out
+                (``evict``): their ``f`` is -inf.
+
+        Returns:
+            The state one step on, of the same structure, shapes and dtypes: ``step`` is one more, and every prompt
+            that was scored has been offered to ``archive`` (``pareto.insert``). And what the step reports.
+        """
+
+
+class Search(NamedTuple):
+    """A search in the manner of Optax's gradient transformations: a pair of pure functions on one problem.
+
+    ``run_search`` runs any such pair over many problems; each sees its own problem alone. A user's own ``init`` may
+    return any pytree that has the fields of ``State``.
     """
 
-    init: Callable[[Params, Task, Problem], Any]
-    step: Callable[[Params, Task, Problem, Any], tuple[Any, Summary]]
+    init: InitFn
+    step: StepFn
     candidates: int
     """Prompts scored per problem and step."""
 
 
-def positive(config: Any, *names: str) -> None:
+def check_sizes(config: Any, *names: str) -> None:
     """Raise ``UserError`` for hyperparameters among ``names`` that are not above 0, and for a negative penalty."""
     for name in names:
         if not getattr(config, name) > 0:
@@ -86,11 +132,11 @@ def random_ids(key: Key[Array, ""], task: Task, rows: int) -> Int[Array, "rows S
     if not task.varies:
         return ids
     pads = jax.random.randint(jax.random.fold_in(key, 2), (rows, 1), 0, task.length - task.least + 1)
-    place = jnp.arange(task.length)
-    return jnp.where(place < pads, PAD, jnp.where(place == pads, ids[:, :1], ids))
+    column = jnp.arange(task.length)
+    return jnp.where(column < pads, PAD, jnp.where(column == pads, ids[:, :1], ids))
 
 
-def judge(
+def evaluate(
     params: Params,
     task: Task,
     problem: Problem,
@@ -104,7 +150,7 @@ def judge(
 
     A prompt without finite scores gets an objective of -inf, and so does one that is among ``known`` or before it in
     ``ids``: scored twice, it would be taken for two. With ``parents``, ``ids`` are as many children of each of them,
-    parent by parent, with positions from ``children.stratified``: what they share is computed once.
+    parent by parent, with positions from ``stratified``: what they share is computed once.
     """
     if parents is None:
         f, x = score(params, task, problem.objective, ids)
@@ -119,14 +165,14 @@ def judge(
     return jnp.where(good, f, -jnp.inf), jnp.where(good, x, jnp.inf)
 
 
-def start(
+def first_state(
     params: Params, task: Task, problem: Problem, *, population: int, archive: int, penalty: float = 0.0
 ) -> State:
     """The problem's own first prompts, or random ones, with their scores."""
     ids = problem.ids
     if ids is None:
         ids = random_ids(jax.random.fold_in(problem.key, FIRST_DRAW), task, population)
-    f, x = judge(params, task, problem, ids, penalty=penalty)
+    f, x = evaluate(params, task, problem, ids, penalty=penalty)
     empty = empty_archive(archive, task.length)
     known = insert(empty, ids, f, x, jnp.int32(0))
     return State(ids=ids, f=f, x=x, archive=known, verified=empty, step=jnp.int32(0))
@@ -135,7 +181,7 @@ def start(
 def select(
     f: Float[Array, " pool"], x: Float[Array, " pool"], fluency: Float[Array, " P"]
 ) -> tuple[Int[Array, " P"], Float[Array, " P"]]:
-    """For every slot the pool member with the least ``J = -f + fluency * x``; ties go to the earlier member."""
+    """For every member the prompt of the pool with the least ``J = -f + fluency * x``; ties go to the earlier."""
     loss = -f[None] + fluency[:, None] * x[None]
     best = jnp.argmin(loss, axis=1)
     return best, jnp.take_along_axis(loss, best[:, None], axis=1)[:, 0]
@@ -144,7 +190,8 @@ def select(
 def compete(
     state: Any, ids: Int[Array, "M S"], f: Float[Array, " M"], x: Float[Array, " M"], weights: Float[Array, " P"]
 ) -> Any:
-    """The state one step on: every slot takes the best of the population and the new prompts, the archive its share."""
+    """The state one step on: every member becomes the best of population and new prompts by its own weight, and the
+    archive takes its share."""
     all_ids, all_f, all_x = (jnp.concatenate(pair) for pair in ((state.ids, ids), (state.f, f), (state.x, x)))
     chosen, _ = select(all_f, all_x, weights)
     return dataclasses.replace(
@@ -168,9 +215,8 @@ def evict(state: Any, invalid: Bool[Array, " P"], invalid_archive: Bool[Array, "
     What they had pushed out of the archive since the last check comes back, as far as it is known, and so does what is
     left of the population.
     """
-    drop = lambda f, bad: jnp.where(bad, -jnp.inf, f)  # noqa: E731
-    f, before = drop(state.f, invalid), state.verified
-    archive = dataclasses.replace(state.archive, f=drop(state.archive.f, invalid_archive))
+    f, before = jnp.where(invalid, -jnp.inf, state.f), state.verified
+    archive = dataclasses.replace(state.archive, f=jnp.where(invalid_archive, -jnp.inf, state.archive.f))
     archive = insert(archive, before.ids, before.f, before.x, before.step)
     archive = insert(archive, state.ids, f, state.x, state.step)
     return dataclasses.replace(state, f=f, archive=archive, verified=archive)

@@ -27,7 +27,7 @@ FIRST_DRAW = 2**31
 class Fluency:
     """Fluency weights of a population: log-spaced from ``low`` to ``high``, and the restart's draw.
 
-    At a restart all slots take the member that is best under a weight drawn uniformly from
+    At a restart all members become the one that is best under a weight drawn uniformly from
     [``restart`` / ``spread``, ``restart`` * ``spread``].
     """
 
@@ -37,7 +37,7 @@ class Fluency:
     spread: float
 
     def weights(self, population: int) -> np.ndarray:
-        """(P,) float32 weights, smallest first: slot 0 cares most about the objective."""
+        """(P,) float32 weights, smallest first: member 0 cares most about the objective."""
         return np.geomspace(self.low, self.high, population).astype(np.float32)
 
     def draw(self) -> np.ndarray:
@@ -63,7 +63,7 @@ class Problem:
     key: Key[Array, ""]
     """All randomness of the problem: ``fold_in(key, step)``, and ``fold_in(key, FIRST_DRAW)`` for its start."""
     fluency: Float[Array, " P"]
-    """Weight of cross-entropy against the objective, slot by slot."""
+    """Weight of cross-entropy against the objective, member by member."""
     restart: Float[Array, " 2"]
     """Range of the weight that is drawn at a restart."""
     ids: Int[Array, "P S"] | None = None
@@ -85,7 +85,7 @@ def make_problem(
     its result does not depend on its company.
     """
     if ids is not None and len(ids) != population:
-        raise UserError(f"{len(ids)} initial prompts were given for a population of {population}: give one per slot")
+        raise UserError(f"{len(ids)} initial prompts were given for a population of {population}: give one per member")
     return Problem(
         objective=as_pytree(objective),
         key=jax.random.fold_in(jax.random.key(seed), restart),

@@ -53,7 +53,7 @@ class AlgorithmOptions:
     replace: int | None = None
     """Of gcg and mutation: tokens replaced in every child (default 1)."""
     samples: int | None = None
-    """Of gbda: prompts drawn per slot and step (default 8, paper 10)."""
+    """Of gbda: prompts drawn per member and step (default 8, paper 10)."""
     temperature: float | None = None
     """Of gbda: of the Gumbel softmax at the start (default 1)."""
     final_temperature: float | None = None

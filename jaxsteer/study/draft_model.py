@@ -8,7 +8,7 @@ from jaxsteer.checkpoints.loading import load
 from jaxsteer.errors import UserError
 from jaxsteer.objectives import Objective
 from jaxsteer.prompt_search import Task, standardise
-from jaxsteer.prompt_search.algorithms.probe_sampling import Draft, Drafted, with_draft
+from jaxsteer.prompt_search.algorithms.probe_sampling import Draft, PairedObjective, with_draft
 from jaxsteer.study.objective_stage import Say, find_aim, task_of
 from jaxsteer.study.setting import Setting, prepare
 
@@ -37,5 +37,5 @@ def drafted(setting: Setting, task: Task, objective: Objective, say: Say) -> tup
     raw = find_aim(beside, say).objective
     draft_task = task_of(beside, raw)
     standard, _ = standardise(model.params, draft_task, raw, seed=options.seed)
-    paired = Drafted(target=objective, draft=raw if options.raw_units else standard)
+    paired = PairedObjective(target=objective, draft=raw if options.raw_units else standard)
     return with_draft(task, Draft(params=model.params, task=draft_task)), paired

@@ -24,7 +24,14 @@ from jaxsteer.prompt_search.algorithms.gbda import GbdaConfig, gbda
 from jaxsteer.prompt_search.algorithms.gcg import GcgConfig, gcg
 from jaxsteer.prompt_search.algorithms.mutation import MutationConfig, mutation
 from jaxsteer.prompt_search.algorithms.pez import PezConfig, pez
-from jaxsteer.prompt_search.algorithms.probe_sampling import Draft, Drafted, ProbeSampling, judge_children, with_draft
+from jaxsteer.prompt_search.algorithms.probe_sampling import (
+    Children,
+    Draft,
+    PairedObjective,
+    ProbeSampling,
+    evaluate_children,
+    with_draft,
+)
 from jaxsteer.prompt_search.algorithms.proposals import proposals
 from jaxsteer.prompt_search.algorithms.relaxed import make_optimizer, mixture_loss, nearest
 from jaxsteer.prompt_search.algorithms.soft import SoftConfig, soft
@@ -288,13 +295,14 @@ def test_probe_sampling(toy) -> None:
     config = EpoConfig(population=2, children=32, top_k=4, archive=32, probe_sampling=ProbeSampling(), repetition=0.1)
     task = with_draft(toy.task, Draft(params=toy.params, task=toy.task))
     judged = jax.jit(
-        lambda problem, state, children: judge_children(
-            toy.params, task, problem, state, children, problem.key,
-            parents=jnp.arange(2), weight=jnp.asarray(problem.fluency), sampling=ProbeSampling(),
+        lambda problem, state, ids: evaluate_children(
+            toy.params, task, problem, state,
+            Children(ids, jnp.arange(2), jnp.asarray(problem.fluency), replace=1),
+            problem.key, sampling=ProbeSampling(),
         )
     )  # fmt: skip
     for sign, favourites in ((1.0, 1), (-1.0, 8)):
-        objective = Drafted(target=toy.objective, draft=Linear(delta=sign * toy.objective.delta))
+        objective = PairedObjective(target=toy.objective, draft=Linear(delta=sign * toy.objective.delta))
         problem = make_problem(objective, 2, fluency=NO_FLUENCY, seed=1)
         state = started(toy, epo(config), problem)
         children = jnp.asarray(np.random.default_rng(0).choice(toy.ids, (64, LENGTH)))
@@ -308,7 +316,7 @@ def test_probe_sampling(toy) -> None:
         if sign > 0:
             gain = want_f - np.repeat(np.asarray(state.f), 32)
             assert scored[np.argmax(gain)], "the draft's favourite is scored, and here the draft is right"
-    flat = Drafted(target=toy.objective, draft=Linear(delta=0 * toy.objective.delta))
+    flat = PairedObjective(target=toy.objective, draft=Linear(delta=0 * toy.objective.delta))
     problem = make_problem(flat, 2, fluency=NO_FLUENCY)
     new = jax.jit(epo(config).step)(toy.params, task, problem, started(toy, epo(config), problem))[0]
     assert np.all(np.isfinite(new.f)), "ranks that are all alike are no reason to stop"

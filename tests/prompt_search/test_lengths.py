@@ -15,7 +15,7 @@ from jaxsteer.objectives import Projection, TargetLogProb, as_pytree, needs
 from jaxsteer.prompt_search import Store, TokenMask, make_problem, make_search, make_task, rescore, run_search, score
 from jaxsteer.prompt_search.algorithms.proposals import proposals, proposals_and_insertions
 from jaxsteer.prompt_search.constraints import repetition, text_filter
-from jaxsteer.prompt_search.lengths import DELETE, INSERT, SWAP, Edits, draw_edits, edited
+from jaxsteer.prompt_search.lengths import DELETE, INSERT, SWAP, Mutations, apply_mutations, draw_mutations
 from jaxsteer.prompt_search.population import random_ids
 from jaxsteer.prompts import (
     PAD,
@@ -131,7 +131,7 @@ def test_edits_do_what_lists_do() -> None:
     parents = jnp.asarray([[PAD, PAD, 5, 6, 7, 8], [1, 2, 3, 4, 5, 6], [PAD, PAD, PAD, PAD, 3, 4]])
     at = jnp.asarray([[2, 3, 5, 2, 4], [0, 5, 3, 0, 5], [4, 5, 4, 5, 4]])
     kind = jnp.asarray([[INSERT, INSERT, INSERT, DELETE, DELETE], [SWAP, SWAP, SWAP, DELETE, DELETE], [INSERT] * 5])
-    got = np.asarray(edited(parents, Edits(at, kind), jnp.full((3, 5), 99))).reshape(3, 5, 6)
+    got = np.asarray(apply_mutations(parents, Mutations(at, kind), jnp.full((3, 5), 99))).reshape(3, 5, 6)
     for parent, row in enumerate(got):
         for child, ids in enumerate(row):
             want = [int(i) for i in parents[parent] if i != PAD]
@@ -148,11 +148,11 @@ def test_edits_keep_to_the_range_and_to_what_may_stand_first() -> None:
     task = task.replace(allowed_first=task.allowed_first.at[inner].set(False))
     full = jnp.full(MOST, task.ids[1]).at[MOST - LEAST].set(inner)  # second of a prompt of LEAST + 1 tokens
     parents = jnp.stack([shorter(full, n) for n in (LEAST, LEAST + 1, LEAST + 2, MOST)])
-    edits = draw_edits(jax.random.key(4), task, parents, 400)
+    edits = draw_mutations(jax.random.key(4), task, parents, 400)
     kinds = [np.bincount(row, minlength=3) / 400 for row in np.asarray(edits.kind)]
     assert kinds[0][DELETE] == 0 and kinds[3][INSERT] == 0
     assert 0.15 < kinds[1][DELETE] < 0.35 and 0.15 < kinds[2][INSERT] < 0.35 and kinds[2][SWAP] > 0.4
-    children = np.asarray(edited(parents, edits, jnp.full((4, 400), int(task.ids[2]))))
+    children = np.asarray(apply_mutations(parents, edits, jnp.full((4, 400), int(task.ids[2]))))
     length = (children != PAD).sum(1)
     assert set(length) == {2, 3, 4, 5, 6} and (children[:, -1] != PAD).all()
     first = children[np.arange(len(children)), MOST - length]

@@ -1,7 +1,7 @@
 """GCG, greedy coordinate gradient (arXiv 2307.15043), with the batch sampling and the buffer of its later versions.
 
 One prompt at a time: the token gradient at the best one proposes, many children are scored, the best of them goes on.
-It has one fluency weight, that of slot 0; the published method is the weight 0 with the log-probability of an answer
+It has one fluency weight, that of member 0; the published method is the weight 0 with the log-probability of an answer
 as objective. Letters: P rows of the buffer (1 without), W children of a step, S prompt length.
 """
 
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jaxsteer.errors import UserError
 from jaxsteer.models.params import Params
 from jaxsteer.prompt_search.algorithms.epo import mutate, usable_top_k
-from jaxsteer.prompt_search.algorithms.probe_sampling import ProbeSampling, judge_children
+from jaxsteer.prompt_search.algorithms.probe_sampling import Children, ProbeSampling, evaluate_children
 from jaxsteer.prompt_search.algorithms.proposals import proposals
 from jaxsteer.prompt_search.contexts import Task
-from jaxsteer.prompt_search.lengths import same_length
+from jaxsteer.prompt_search.lengths import require_one_length
 from jaxsteer.prompt_search.pareto import insert
-from jaxsteer.prompt_search.population import Search, State, Summary, positive, start, summary_of
+from jaxsteer.prompt_search.population import Search, State, Summary, check_sizes, first_state, summary_of
 from jaxsteer.prompt_search.problem import Problem
 
 
@@ -43,8 +43,8 @@ class GcgConfig:
     """Weight of the repetition penalty (``constraints.repetition``), subtracted from the objective."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that make no search."""
-        positive(self, "search_width", "top_k", "replace", "archive")
+        """Raise ``UserError`` for sizes that make no search."""
+        check_sizes(self, "search_width", "top_k", "replace", "archive")
         if self.buffer < 0:
             raise UserError(f"buffer must be 0 or more, got {self.buffer}")
 
@@ -64,8 +64,8 @@ def gcg(config: GcgConfig) -> Search:
     """GCG with ``config``, for one problem. The rows of its state are its buffer, the best last step first."""
 
     def init(params: Params, task: Task, problem: Problem) -> State:
-        same_length(task, "gcg")
-        return start(
+        require_one_length(task, "gcg")
+        return first_state(
             params, task, problem, population=config.population, archive=config.archive, penalty=config.repetition
         )
 
@@ -73,33 +73,23 @@ def gcg(config: GcgConfig) -> Search:
         key = jax.random.fold_in(problem.key, state.step)
         weight = problem.fluency[:1]
         loss = -state.f + weight * state.x
-        at = jnp.argmin(loss)[None]
-        parent = state.ids[at]
+        best = jnp.argmin(loss)[None]
+        parent = state.ids[best]
         tokens = proposals(params, task, problem.objective, parent, weight, usable_top_k(task, config.top_k))
-        children = mutate(key, parent, tokens, config.search_width, config.replace)
-        f, x = judge_children(
-            params,
-            task,
-            problem,
-            state,
-            children,
-            key,
-            parents=at,
-            weight=weight,
-            replace=config.replace,
-            penalty=config.repetition,
-            sampling=config.probe_sampling,
+        ids = mutate(key, parent, tokens, config.search_width, config.replace)
+        children = Children(ids, best, weight, config.replace)
+        f, x = evaluate_children(
+            params, task, problem, state, children, key, penalty=config.repetition, sampling=config.probe_sampling
         )
-        best = jnp.argmin(-f + weight * x)
-        worst = jnp.argmax(loss)
-        enters = (-f[best] + weight[0] * x[best] < loss[worst]) | (config.buffer == 0)
+        child, worst = jnp.argmin(-f + weight * x), jnp.argmax(loss)
+        enters = (-f[child] + weight[0] * x[child] < loss[worst]) | (config.buffer == 0)
         row = jnp.where(enters, worst, config.population)  # an index past the end writes nothing
         new = dataclasses.replace(
             state,
-            ids=state.ids.at[row].set(children[best]),
-            f=state.f.at[row].set(f[best]),
-            x=state.x.at[row].set(x[best]),
-            archive=insert(state.archive, children, f, x, state.step + 1),
+            ids=state.ids.at[row].set(ids[child]),
+            f=state.f.at[row].set(f[child]),
+            x=state.x.at[row].set(x[child]),
+            archive=insert(state.archive, ids, f, x, state.step + 1),
             step=state.step + 1,
         )
         return new, summary_of(new, jnp.broadcast_to(weight, new.f.shape))

@@ -1,4 +1,4 @@
-"""Random mutation: EPO's populations and selection without its gradient, the control for what the gradient is worth."""
+"""Random mutation: EPO without its gradient, the control for what the gradient is worth."""
 
 from __future__ import annotations
 
@@ -10,61 +10,52 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from jaxsteer.models.params import Params
-from jaxsteer.prompt_search.algorithms.epo import draw_positions, evolve, replaced
+from jaxsteer.prompt_search.algorithms.epo import EvolutionConfig, draw_positions, evolve, replace_tokens
 from jaxsteer.prompt_search.contexts import Task
-from jaxsteer.prompt_search.lengths import draw_edits, edited, same_length
-from jaxsteer.prompt_search.population import Search, positive
+from jaxsteer.prompt_search.lengths import apply_mutations, draw_mutations, require_one_length
+from jaxsteer.prompt_search.population import Search, check_sizes
 from jaxsteer.prompt_search.problem import Problem
 from jaxsteer.prompts.slots import PAD
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MutationConfig:
+class MutationConfig(EvolutionConfig):
     """Hyperparameters of random mutation."""
 
-    population: int = 16
-    children: int = 32
     replace: int = 1
     """Tokens replaced in every child."""
-    restart_every: int = 50
-    archive: int = 64
-    repetition: float = 0.0
-    """Weight of the repetition penalty (``constraints.repetition``), subtracted from the objective."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that make no search."""
-        positive(self, "population", "children", "replace", "restart_every", "archive")
-
-    @property
-    def candidates(self) -> int:
-        """Prompts scored per problem and step, M."""
-        return self.population * self.children
+        """Raise ``UserError`` for sizes that make no search."""
+        super().__post_init__()
+        check_sizes(self, "replace")
 
 
 @functools.cache
 def mutation(config: MutationConfig) -> Search:
-    """Evolution by uniform positions and uniform allowed tokens, with EPO's slots, selection, restarts and archive."""
+    """Evolution by uniform positions and uniform allowed tokens, with EPO's selection, restarts and archive."""
 
-    def children_of(
+    def make_children(
         params: Params, task: Task, problem: Problem, parents: Int[Array, "P S"], key: Key[Array, ""]
     ) -> Int[Array, "M S"]:
         where, what = jax.random.split(key)
         if task.varies:
             if config.replace > 1:
-                same_length(task, "replace > 1")
-            edits = draw_edits(where, task, parents, config.children)
-            begins = edits.at == (parents == PAD).sum(-1)[:, None]
-            return edited(parents, edits, _drawn(task, what, parents, edits.at[..., None], begins[..., None])[..., 0])
+                require_one_length(task, "replace > 1")
+            mutations = draw_mutations(where, task, parents, config.children)
+            begins = mutations.at == (parents == PAD).sum(-1)[:, None]
+            tokens = _draw_tokens(task, what, parents, mutations.at[..., None], begins[..., None])
+            return apply_mutations(parents, mutations, tokens[..., 0])
         position = draw_positions(where, (len(parents), config.children), task.length, config.replace)
-        return replaced(parents, position, _drawn(task, what, parents, position, position == 0))
+        return replace_tokens(parents, position, _draw_tokens(task, what, parents, position, position == 0))
 
-    return evolve(config, children_of, replace=config.replace)
+    return evolve(config, make_children, replace=config.replace)
 
 
-def _drawn(
+def _draw_tokens(
     task: Task, key: Key[Array, ""], parents: Int[Array, "P S"], position: Int[Array, "P E r"], begins: Array
 ) -> Int[Array, "P E r"]:
-    """Uniform allowed tokens for these places; ``begins`` says which of them are a prompt's first."""
+    """Uniform allowed tokens for these positions; ``begins`` says which of them are a prompt's first."""
     inner, first = jax.random.bits(key, (2, *position.shape))
     return jnp.where(
         begins, _other(task.first_ids, first, parents, position), _other(task.ids, inner, parents, position)

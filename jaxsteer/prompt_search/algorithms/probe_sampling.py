@@ -8,6 +8,7 @@ at most, S prompt length.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.params import Params
 from jaxsteer.objectives import Objective, Reads
 from jaxsteer.prompt_search.contexts import Task
-from jaxsteer.prompt_search.population import State, judge
+from jaxsteer.prompt_search.population import State, evaluate
 from jaxsteer.prompt_search.problem import Problem
 from jaxsteer.prompt_search.scoring import score
 
@@ -32,7 +33,7 @@ class ProbeSampling:
     favourites: int = 8
 
     def __post_init__(self) -> None:
-        """Refuse parts that are none."""
+        """Raise ``UserError`` for shares that are none."""
         if min(self.probes, self.favourites) < 1:
             raise UserError(f"probe sampling takes one in {self.probes} and one in {self.favourites}: give 1 or more")
 
@@ -46,9 +47,9 @@ class Draft:
 
 
 @struct.dataclass
-class Drafted:
-    """An objective of the large model with the one that stands for it in the draft: its own direction, or the same
-    answer's log-probability."""
+class PairedObjective:
+    """An objective of the large model and the one that stands for it in the draft: the projection on the draft's own
+    direction, or the log-probability of the same answer."""
 
     target: Objective
     draft: Objective
@@ -59,7 +60,7 @@ class Drafted:
 
 
 def with_draft(task: Task, draft: Draft) -> Task:
-    """The task with a draft beside it, for problems whose objective is ``Drafted``.
+    """The task with a draft beside it, for problems whose objective is a ``PairedObjective``.
 
     Raises ``UserError`` when the draft's contexts, prompt length or vocabulary are not the task's.
     """
@@ -78,70 +79,77 @@ def with_draft(task: Task, draft: Draft) -> Task:
     return dataclasses.replace(task, draft=draft)
 
 
-def judge_children(
+class Children(NamedTuple):
+    """Children of some members of a population, E of each, member by member."""
+
+    ids: Int[Array, "M S"]
+    parents: Int[Array, " P"]
+    """The members: rows of the state."""
+    weight: Float[Array, " P"]
+    """Their fluency weights, by which their children are ranked."""
+    replace: int
+    """Tokens in which a child differs from its parent, at positions from ``epo.draw_positions``."""
+
+    def of_parents(self, values: Float[Array, " P"]) -> Float[Array, " M"]:
+        """For every child the value of its parent."""
+        return jnp.repeat(values, len(self.ids) // len(self.parents))
+
+
+def evaluate_children(
     params: Params,
     task: Task,
     problem: Problem,
     state: State,
-    children: Int[Array, "M S"],
+    children: Children,
     key: Key[Array, ""],
     *,
-    parents: Int[Array, " P"],
-    weight: Float[Array, " P"],
-    replace: int = 1,
     penalty: float = 0.0,
     sampling: ProbeSampling | None = None,
 ) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
-    """``judge`` for the children of ``state.ids[parents]``, E each, parent by parent, ``replace`` tokens away.
+    """``evaluate`` for the children of a state's members.
 
     With ``sampling`` only probes and the draft's favourites are scored, the other children get an objective of -inf;
     children are ranked by how much they lower ``J = -f + weight * x`` of their parent.
     """
     if sampling is not None:
-        return _judge_favourites(params, task, problem, state, children, key, parents, weight, penalty, sampling)
-    shared = state.ids[parents] if replace == 1 else None
-    return judge(params, task, problem, children, penalty=penalty, known=state.ids, parents=shared)
+        return _evaluate_favourites(params, task, problem, state, children, key, penalty, sampling)
+    parents = state.ids[children.parents] if children.replace == 1 else None
+    return evaluate(params, task, problem, children.ids, penalty=penalty, known=state.ids, parents=parents)
 
 
-def _judge_favourites(
+def _evaluate_favourites(
     params: Params,
     task: Task,
     problem: Problem,
     state: State,
-    children: Int[Array, "M S"],
+    children: Children,
     key: Key[Array, ""],
-    parents: Int[Array, " P"],
-    weight: Float[Array, " P"],
     penalty: float,
     config: ProbeSampling,
 ) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
-    draft, m = task.draft, len(children)
-    if draft is None or not isinstance(problem.objective, Drafted):
-        raise UserError("probe sampling needs a draft model: give it with with_draft, and a Drafted objective")
-    per_child = jnp.repeat(weight, m // len(parents))
-    ids = jnp.concatenate([state.ids[parents], children])
-    f, x = score(draft.params, draft.task, problem.objective.draft, ids)
-    by_draft = _change(f[: len(parents)], x[: len(parents)], f[len(parents) :], x[len(parents) :], weight)
+    draft, ids, parents = task.draft, children.ids, children.parents
+    m, p = len(ids), len(parents)
+    if draft is None or not isinstance(problem.objective, PairedObjective):
+        raise UserError("probe sampling needs a draft model: give it with with_draft, and a PairedObjective")
+    per_child = children.of_parents(children.weight)
+    both = jnp.concatenate([state.ids[parents], ids])
+    f, x = score(draft.params, draft.task, problem.objective.draft, both)
+    before = children.of_parents(_finite(children.weight * x[:p] - f[:p]))
+    by_draft = _finite(per_child * x[p:] - f[p:]) - before
 
     n_probes, most = max(2, m // config.probes), max(1, m // config.favourites)
     probes = jax.random.permutation(jax.random.fold_in(key, m), m)[:n_probes]
-    probe_f, probe_x = judge(params, task, problem, children[probes], penalty=penalty)
-    base = jnp.repeat(_finite(weight * state.x[parents] - state.f[parents]), m // len(parents))
-    by_target = _finite(per_child[probes] * probe_x - probe_f) - base[probes]
+    probe_f, probe_x = evaluate(params, task, problem, ids[probes], penalty=penalty)
+    before = children.of_parents(_finite(children.weight * state.x[parents] - state.f[parents]))
+    by_target = _finite(per_child[probes] * probe_x - probe_f) - before[probes]
     agreement = (1 + _spearman(by_draft[probes], by_target)) / 2
     count = jnp.clip(jnp.floor((1 - agreement) * most), 1, most).astype(jnp.int32)
 
     favourites = jnp.argsort(by_draft)[:most]
-    top_f, top_x = _judge_first(params, task, problem, children[favourites], count, penalty)
+    top_f, top_x = _evaluate_first(params, task, problem, ids[favourites], count, penalty)
     f = jnp.full(m, -jnp.inf).at[favourites].set(top_f).at[probes].set(probe_f)
     x = jnp.full(m, jnp.inf).at[favourites].set(top_x).at[probes].set(probe_x)
     return f, x
-
-
-def _change(f0: Array, x0: Array, f: Array, x: Array, weight: Float[Array, " P"]) -> Float[Array, " M"]:
-    """J of every child less that of its parent."""
-    each = len(f) // len(f0)
-    return _finite(jnp.repeat(weight, each) * x - f) - jnp.repeat(_finite(weight * x0 - f0), each)
 
 
 def _finite(loss: Array) -> Array:
@@ -155,20 +163,20 @@ def _spearman(a: Float[Array, " B"], b: Float[Array, " B"]) -> Float[Array, ""]:
     return jnp.where(jnp.isfinite(rho), rho, -1.0)
 
 
-def _judge_first(
+def _evaluate_first(
     params: Params, task: Task, problem: Problem, ids: Int[Array, "K S"], count: Int[Array, ""], penalty: float
 ) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
-    """``judge`` for the first ``count`` prompts; -inf and inf for the rest, of which no whole batch is computed."""
+    """``evaluate`` for the first ``count`` prompts; -inf and inf for the rest, of which no whole batch is computed."""
     k = len(ids)
     batch = min(k, task.batch)
     padded = jnp.pad(ids, ((0, -k % batch), (0, 0)), mode="edge")
 
-    def one(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        chunk = judge(params, task, problem, lax.dynamic_slice_in_dim(padded, i * batch, batch), penalty=penalty)
-        put = lambda all_, some: lax.dynamic_update_slice_in_dim(all_, some, i * batch, 0)  # noqa: E731
-        return put(found[0], chunk[0]), put(found[1], chunk[1])
+    def one_batch(i: Array, scores: tuple[Array, Array]) -> tuple[Array, Array]:
+        ids = lax.dynamic_slice_in_dim(padded, i * batch, batch)
+        new = evaluate(params, task, problem, ids, penalty=penalty)
+        return jax.tree.map(lambda all_, some: lax.dynamic_update_slice_in_dim(all_, some, i * batch, 0), scores, new)
 
     empty = jnp.full(len(padded), -jnp.inf), jnp.full(len(padded), jnp.inf)
-    f, x = lax.fori_loop(0, -(-count // batch), one, empty)
+    f, x = lax.fori_loop(0, -(-count // batch), one_batch, empty)
     scored = jnp.arange(k) < count
     return jnp.where(scored, f[:k], -jnp.inf), jnp.where(scored, x[:k], jnp.inf)

@@ -1,14 +1,15 @@
-"""What the relaxed searches (PEZ, GBDA, soft prompts) share: optimizers, projection onto tokens, losses of embeddings.
+"""What the relaxed searches (PEZ, GBDA, soft prompts) share: the optimizer, nearest tokens, losses of embeddings.
 
-They move something continuous and are judged by discrete prompts alone: what they propose is scored as token ids by the
-same code as the candidates of every other search. Letters: P slots, n samples per slot, S prompt length, D width,
+They move something continuous, and discrete prompts alone count: what they propose is scored as token ids by the same
+code as the candidates of every other search. Letters: P members, n samples per member, S prompt length, D width,
 A allowed tokens, O openings (distinct texts before the slot).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,18 @@ from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import scale_embeddings, unembed
 from jaxsteer.objectives import Objective
 from jaxsteer.prompt_search.contexts import Task
+from jaxsteer.prompt_search.lengths import require_one_length
+from jaxsteer.prompt_search.population import (
+    Search,
+    State,
+    Summary,
+    check_sizes,
+    compete,
+    evaluate,
+    first_state,
+    summary_of,
+)
+from jaxsteer.prompt_search.problem import Problem
 from jaxsteer.prompt_search.scoring import first_log_probs, run_slots
 
 Arguments = tuple[tuple[str, Any], ...]
@@ -50,6 +63,88 @@ def make_optimizer(
     return made
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RelaxedConfig:
+    """Hyperparameters of every relaxed search."""
+
+    population: int
+    """Members that move side by side."""
+    optimizer: str | optax.GradientTransformation = "adamw"
+    """Name of an Optax optimizer, or from Python any gradient transformation."""
+    learning_rate: float = 0.1
+    """In units of the embedding table's root mean square entry, where embeddings move."""
+    arguments: Arguments = ()
+    """Further keyword arguments of the optimizer."""
+    archive: int = 64
+
+    def __post_init__(self) -> None:
+        """Raise ``UserError`` for sizes that make no search and optimizers that do not exist."""
+        check_sizes(self, "population", "learning_rate", "archive")
+        make_optimizer(self.optimizer, self.learning_rate, self.arguments)
+
+    @property
+    def candidates(self) -> int:
+        """Prompts scored per problem and step, besides one gradient of each member."""
+        return self.population
+
+
+class Moved(NamedTuple):
+    """What one step of gradient descent leaves: what moves, and the optimizer's state."""
+
+    value: Array
+    optimizer: Any
+
+
+@runtime_checkable
+class Relax(Protocol):
+    """How a relaxed search begins."""
+
+    def __call__(
+        self, params: Params, task: Task, problem: Problem, first: State, begin: Callable[[Array], Any], /
+    ) -> Any:
+        """The algorithm's state at the ``first`` prompts. ``begin(value)`` gives the optimizer's for what moves."""
+
+
+@runtime_checkable
+class Move(Protocol):
+    """How a relaxed search goes on."""
+
+    def __call__(
+        self, params: Params, task: Task, problem: Problem, state: Any, descend: Callable[[Array, Array], Moved], /
+    ) -> tuple[Any, Int[Array, "M S"]]:
+        """The state after its gradient step, and the prompts to score. ``descend(value, gradient)`` does the step."""
+
+
+def relaxed_search(algorithm: str, config: RelaxedConfig, relax: Relax, move: Move) -> Search:
+    """The search that descends on what ``relax`` makes of the first prompts, and scores the prompts of every ``move``.
+
+    The algorithm's state is a ``State`` with further fields, one of them ``optimizer``. Entries of a gradient that are
+    not finite count as 0. Prompts must have one length; the error that says so names the ``algorithm``.
+    """
+    optimizer = make_optimizer(config.optimizer, config.learning_rate, config.arguments)
+    penalty = getattr(config, "repetition", 0.0)
+
+    def init(params: Params, task: Task, problem: Problem) -> Any:
+        require_one_length(task, algorithm)
+        first = first_state(
+            params, task, problem, population=config.population, archive=config.archive, penalty=penalty
+        )
+        return relax(params, task, problem, first, optimizer.init)
+
+    def step(params: Params, task: Task, problem: Problem, state: Any) -> tuple[Any, Summary]:
+        def descend(value: Array, gradient: Array) -> Moved:
+            gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+            updates, after = optimizer.update(gradient, state.optimizer, value)
+            return Moved(optax.apply_updates(value, updates), after)
+
+        moved, ids = move(params, task, problem, state, descend)
+        f, x = evaluate(params, task, problem, ids, penalty=penalty, known=state.ids)
+        new = compete(moved, ids, f, x, problem.fluency)
+        return new, summary_of(new, problem.fluency)
+
+    return Search(init, step, config.candidates)
+
+
 def table_unit(params: Params) -> Float[Array, ""]:
     """Root mean square entry of the embedding table: the unit in which soft prompts move, so that a learning rate means
     the same for every model."""
@@ -76,6 +171,11 @@ def nearest(params: Params, task: Task, soft: Float[Array, "P S D"]) -> Int[Arra
     rows = (soft.reshape(population * length, -1), jnp.tile(jnp.arange(length), population))
     at_once = max(1, VOCABULARY_BLOCK // len(table))
     return lax.map(one, rows, batch_size=min(at_once, population * length)).reshape(population, length)
+
+
+def embedded(params: Params, ids: Int[Array, "P S"]) -> Float[Array, "P S D"]:
+    """The embeddings of tokens in float32, in units of ``table_unit``."""
+    return params.embed[ids].astype(jnp.float32) / table_unit(params)
 
 
 def soft_target(params: Params, task: Task, objective: Objective, rows: Float[Array, "P S D"]) -> Float[Array, " P"]:
