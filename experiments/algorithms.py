@@ -30,7 +30,7 @@ from jaxsteer.prompt_search import FLUENCY, Fluency, Search, make_problem, make_
 from jaxsteer.prompt_search.population import random_ids
 from jaxsteer.prompts import prompt_text, retokenises_many
 from jaxsteer.study import SearchOptions, files
-from jaxsteer.study.objective_stage import find_aim, task_of
+from jaxsteer.study.objective_stage import choose_objective, task_of
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.setting import Setting, prepare
 
@@ -57,9 +57,9 @@ THRESHOLD = 0.9
 
 def setting_of(args: argparse.Namespace, persona: str) -> tuple[Setting, Any, Any]:
     """Contexts, task and standardised objective of one persona: those of ``jaxsteer search --persona``."""
-    options = SearchOptions(out=Path("unused"), model=args.model, persona=persona, quiet=True).resolved()
-    setting = prepare(options, load(options.model), load_persona(persona))
-    raw = find_aim(setting, lambda _: None).objective
+    options = SearchOptions.of(out="unused", persona=persona).resolved()
+    setting = prepare(options.contexts, options.scoring, options.prompt, load(args.model), load_persona(persona))
+    raw = choose_objective(setting, options.objective, seed=options.algorithm.seed).objective
     task = task_of(setting, raw)
     return setting, task, standardise(setting.model.params, task, raw)[0]
 

@@ -19,23 +19,24 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer import __version__, organisms
+from jaxsteer import organisms
 from jaxsteer.checkpoints.loading import load
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
 from jaxsteer.evals.fluency import prompt_perplexity
 from jaxsteer.models.model import Model
-from jaxsteer.objectives import Objective, Projection
+from jaxsteer.objectives import Projection
 from jaxsteer.personas import instructions, load_persona, random_direction, split
 from jaxsteer.prompt_search.algorithms.relaxed import table_unit
-from jaxsteer.prompt_search.results import SearchResult
 from jaxsteer.prompts import Placement, prompt_text
 from jaxsteer.prompts.soft import SoftPrompt, with_soft
 from jaxsteer.sae import SAE, load_sae
 from jaxsteer.study import SearchOptions, custom_objective, files
 from jaxsteer.study.baselines import FLUENCY_ITEMS, Bench, run_baselines, summarise
-from jaxsteer.study.objective_stage import Aim, find_aim, task_of
-from jaxsteer.study.setting import Setting, prepare
-from jaxsteer.study.stages import conclude, in_units, problem_of, progress_of, search_problems
+from jaxsteer.study.objective_stage import ChosenObjective, choose_objective
+from jaxsteer.study.options import ContextOptions, ObjectiveOptions
+from jaxsteer.study.run_folder import opened
+from jaxsteer.study.setting import PersonaSetting, prepare
+from jaxsteer.study.stages import Ascent, Population, Searched, conclude, search
 from jaxsteer.writers.endpoint import Endpoint
 
 PROMPT_LENGTH = 8
@@ -43,9 +44,6 @@ TOLERANCE = 0.02
 """Validation rates that differ by less are equal, and the likelier text is taken."""
 NEUTRAL = 0.24
 """Share of neutral sentences among the sentences that the organisms' corpus puts into the slot."""
-NO_AIM = """out seed steps contexts fluency prompt_length init algorithm population children top_k restart_every replace
-    search_width buffer report_prompts batch""".split()
-"""Options that direction, probe and sign do not depend on: cells that differ in these alone share them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,24 +133,24 @@ class Lab:
         self.work, self.study = work, work.study
         self.model = load_once(work.model)
         self.persona = load_persona(work.persona)
-        base = self.options(Method(name="base", about="", search={}))
+        self.base = base = self.options(Method(name="base", about="", search={}))
         self.bench = Bench(
             model=self.model,
             persona=self.persona,
-            splits=split(self.persona, seed=base.split_seed),
-            placement=Placement(style=base.style, slot=base.slot),
+            splits=split(self.persona, seed=base.contexts.split_seed),
+            placement=base.contexts.placement,
             length=self.study.search.get("prompt_length", PROMPT_LENGTH),
-            tokens=base.tokens or "words",
+            tokens=base.prompt.tokens or "words",
             questions=self.study.questions,
             endpoint=Endpoint(url=self.study.endpoint) if self.study.endpoint else None,
         )
-        self._aims: dict[SearchOptions, Aim] = {}
+        self._chosen: dict[tuple[ContextOptions, ObjectiveOptions], ChosenObjective] = {}
         self._zero: dict[str, ChoiceResult] = {}
 
     def options(self, method: Method) -> SearchOptions:
         """The options of a method's search."""
         changed = {"slot": "suffix", **self.study.search, **(method.search or {})}
-        return SearchOptions(
+        return SearchOptions.of(
             out=self.work.run(method),
             model=self.work.model,
             persona=self.work.persona,
@@ -195,14 +193,17 @@ class Lab:
             ]
         return self._zero[part]
 
-    def aim(self, options: SearchOptions) -> Aim:
-        """Direction or signature with the site and sign that the probe chooses, made once for all that share it."""
-        base = self.options(Method(name="base", about="", search={}))
-        key = dataclasses.replace(options, **{name: getattr(base, name) for name in NO_AIM})
-        if key not in self._aims:
-            setting = prepare(key, self.model, self.persona, sae=self.sae if key.sae else None)
-            self._aims[key] = find_aim(setting, lambda _: None)
-        return self._aims[key]
+    def chosen(self, options: SearchOptions) -> ChosenObjective:
+        """Direction or signature with the site and sign that the probe chooses, made once for all that share it.
+
+        The probe's prompts are like those of the study's other searches, whatever a method varies.
+        """
+        key = options.contexts, options.objective
+        if key not in self._chosen:
+            base, sae = self.base, self.sae if options.objective.sae else None
+            setting = prepare(options.contexts, base.scoring, base.prompt, self.model, self.persona, sae=sae)
+            self._chosen[key] = choose_objective(setting, options.objective, seed=base.algorithm.seed, say=silent)
+        return self._chosen[key]
 
     def row(self, method: Method) -> dict[str, Any]:
         """Compute one cell."""
@@ -251,55 +252,56 @@ class Lab:
     def search(self, method: Method) -> dict[str, Any]:
         """Search with all seeds, choose on validation questions, and measure on test questions."""
         options = self.options(method)
-        custom = custom_objective(options.objective, options.target)
-        aim = self.aim(options) if custom is None else None
-        setting = prepare(options, self.model, self.persona, custom, self.sae if options.sae else None)
-        raw = aim.objective if aim is not None else setting.placed(setting.slots)[0]
-        task = task_of(setting, raw)
-        objective, units = in_units(setting, task, raw)
-        objectives: list[Objective] = [objective] * len(self.study.seeds)
-        if method.random:
-            assert aim is not None
-            objectives = [in_units(setting, task, _turned(aim, seed))[0] for seed in self.study.seeds]
-        problems = [
-            problem_of(
-                dataclasses.replace(setting, options=dataclasses.replace(setting.options, seed=seed)),
-                objective,
-                restart=restart,
-            )
-            for seed, objective in zip(self.study.seeds, objectives, strict=True)
-            for restart in range(method.populations)
-        ]
-        options.out.mkdir(parents=True, exist_ok=True)
-        with progress_of(options, method.name) as report:
-            result = search_problems(setting, task, problems, report, options.out / files.STATE, lambda _: None)
-        if result.interrupted:
-            raise KeyboardInterrupt
-        found = self.soft(setting, result) if options.algorithm == "soft" else self.judged(setting, result, method)
-        if method.keep and aim is not None:
-            header = {"format": files.FORMAT, "version": __version__, "data_hash": self.persona.data_hash}
-            files.write_json(options.out / files.CONFIG, {**header, **options.record()})
-            conclude(setting, aim, result, objective, units, {}, lambda _: None)
-            found["run"] = str(options.out.relative_to(self.study.out))
-        else:
-            shutil.rmtree(options.out, ignore_errors=True)
-        per_seed = result.candidates // len(self.study.seeds)
-        return found | {
+        custom = custom_objective(options.objective.objective, options.objective.target)
+        chosen = self.chosen(options) if custom is None else None
+        sae = self.sae if options.objective.sae else None
+        setting = prepare(options.contexts, options.scoring, options.prompt, self.model, self.persona, custom, sae)
+        out = self.work.run(method)
+        with opened(out, {"data_hash": self.persona.data_hash, **options.record()}, silent) as folder:
+            folder.begin()
+            ascents = self.ascents(method, setting, chosen, options.algorithm.fluency)
+            found = search(setting, ascents, options.algorithm, options.run, say=silent)
+            result = found[0].result
+            if result.interrupted:
+                raise KeyboardInterrupt
+            row = self.soft(setting, found) if options.algorithm.algorithm == "soft" else self.judged(setting, found)
+            if method.keep and chosen is not None:
+                conclude(folder, options, setting, chosen, found[0], {}, silent)
+                row["run"] = str(out.relative_to(self.study.out))
+            else:
+                shutil.rmtree(out, ignore_errors=True)
+        return row | {
             "candidates": result.candidates,
-            "tried": per_seed,
+            "tried": result.candidates // len(self.study.seeds),
             "search_s": result.search_s,
             "compile_s": result.compile_s,
-            "site": aim.chosen.site if aim is not None else None,
-            "read_position": options.read_position,
-            "probe_correlation": aim.chosen.correlation if aim is not None and not method.random else None,
+            "site": chosen.chosen.site if chosen is not None else None,
+            "read_position": setting.read_position,
+            "probe_correlation": chosen.chosen.correlation if chosen is not None and not method.random else None,
         }
 
-    def judged(self, setting: Setting, result: SearchResult, method: Method) -> dict[str, Any]:
+    def ascents(
+        self, method: Method, setting: PersonaSetting, chosen: ChosenObjective | None, fluency: str
+    ) -> list[Ascent]:
+        """The method's objective with the populations of all seeds, or a random one for each seed."""
+        by_seed = {
+            seed: tuple(Population(fluency=fluency, seed=seed, restart=i) for i in range(method.populations))
+            for seed in self.study.seeds
+        }
+        if method.random:
+            assert chosen is not None
+            return [Ascent(objective=_turned(chosen, seed), populations=mine) for seed, mine in by_seed.items()]
+        raw = chosen.objective if chosen is not None else setting.placed(setting.slots)[0]
+        return [Ascent(objective=raw, populations=tuple(one for mine in by_seed.values() for one in mine))]
+
+    def judged(self, setting: PersonaSetting, found: Sequence[Searched]) -> dict[str, Any]:
         """Of every seed, the prompt that validation questions choose and the one that the objective ranks first."""
-        placement, many = setting.placement, method.populations
+        placement = setting.placement
+        every = [(one.result, population) for one in found for population in range(len(one.result.archive.f))]
+        many = len(every) // len(self.study.seeds)
         shown: list[list[dict[str, Any]]] = []
-        for i in range(len(self.study.seeds)):
-            entries = [e for e in result.frontier(range(many * i, many * (i + 1))) if e.retokenises]
+        for result, begin in every[::many]:
+            entries = [e for e in result.frontier(range(begin, begin + many)) if e.retokenises]
             shown.append(
                 [
                     {"prompt": prompt_text(self.model.tokenizer, e.ids), **_scores(e)}
@@ -330,11 +332,11 @@ class Lab:
             "prompt": selected["prompt"],
         }
 
-    def soft(self, setting: Setting, result: SearchResult) -> dict[str, Any]:
+    def soft(self, setting: PersonaSetting, found: Sequence[Searched]) -> dict[str, Any]:
         """The rates of every seed's best soft prompt."""
         unit = np.asarray(table_unit(self.model.params))
         outcome = []
-        for best in result.kept["best"]:
+        for best in (best for one in found for best in one.result.kept["best"]):
             soft = SoftPrompt(
                 embeddings=np.asarray(best[0] * unit, np.float32),
                 model=self.model.name,
@@ -390,11 +392,15 @@ def _scores(entry: Any) -> dict[str, Any]:
     return {"target": entry.target, "cross_entropy": entry.cross_entropy, "step": entry.step}
 
 
-def _turned(aim: Aim, seed: int) -> Projection:
+def silent(_: str) -> None:
+    """Say nothing."""
+
+
+def _turned(chosen: ChosenObjective, seed: int) -> Projection:
     """The objective along a random direction of the same norm at the same site."""
-    assert aim.direction is not None
-    site = aim.chosen.site
-    return Projection(delta=jnp.asarray(random_direction(aim.direction, seed).delta[site]), site=site)
+    assert chosen.direction is not None
+    site = chosen.chosen.site
+    return Projection(delta=jnp.asarray(random_direction(chosen.direction, seed).delta[site]), site=site)
 
 
 @functools.lru_cache(maxsize=1)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -51,8 +50,8 @@ from jaxsteer.prompts import build_slots, prompt_text, retokenises_many
 from jaxsteer.sae import SAE, latents_objective, load_sae
 from jaxsteer.study import SearchOptions, custom_objective, files, run
 from jaxsteer.study.outcome import finals
-from jaxsteer.study.setting import Setting, context_items, prepare
-from jaxsteer.study.stages import search
+from jaxsteer.study.setting import PersonaSetting, context_items, prepare
+from jaxsteer.study.stages import Ascent, restarts, search
 
 POSITIONS = ("decision", "matched", "published")
 LATENTS = (1, 4, 16, 64)
@@ -76,14 +75,14 @@ def options_of(args: argparse.Namespace, persona: str, variant: str, seed: int) 
     """The options of one search: the defaults of ``jaxsteer search`` but for ``STEPS``."""
     position = variant if variant in POSITIONS else "decision"
     sized = variant.startswith("latents_")
-    return SearchOptions(
+    return SearchOptions.of(
         out=args.out / f"{persona}_{variant if sized else position}_s{seed}",
         model=args.model,
         method=args.method,
         sae=args.sae if args.method == "saega" else None,
         latents=int(variant.removeprefix("latents_")) if sized else None,
         persona=persona,
-        read_position=position,  # type: ignore[arg-type]
+        read_position=position,
         seed=seed,
         steps=STEPS,
         report_prompts=4,
@@ -110,7 +109,7 @@ def from_run(metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def judged(setting: Setting, text: str) -> dict[str, Any]:
+def judged(setting: PersonaSetting, text: str) -> dict[str, Any]:
     """The test rate of one prompt text against the baseline."""
     baseline, result = choice_eval(
         setting.model, distinct(setting.splits.test), ["", text], placement=setting.placement
@@ -118,17 +117,18 @@ def judged(setting: Setting, text: str) -> dict[str, Any]:
     return rate(result, baseline).to_json()
 
 
-def with_random(setting: Setting, run_dir: Path, seed: int) -> dict[str, Any]:
+def with_random(options: SearchOptions, setting: PersonaSetting, run_dir: Path, seed: int) -> dict[str, Any]:
     """The search of a finished decision run once more, at the same site: along a random direction of equal norm, or on
     as many random latents with the same weights.
     """
     raw, site = objective_of(setting, run_dir, random=seed)
-    result, objective, _ = search(setting, raw, lambda _: None)
-    best = next(row for row in finals(setting, objective, result) if row["retokenises"])
+    ascent = Ascent(objective=raw, populations=restarts(options.algorithm))
+    (found,) = search(setting, [ascent], options.algorithm, options.run)
+    best = next(row for row in finals(setting, found.objective, found.result) if row["retokenises"])
     return {"text": best["text"], "test": judged(setting, best["text"]), "target": best["target"], "site": site}
 
 
-def objective_of(setting: Setting, run_dir: Path, random: int | None = None) -> tuple[Objective, str]:
+def objective_of(setting: PersonaSetting, run_dir: Path, random: int | None = None) -> tuple[Objective, str]:
     """The objective of a finished decision run and its site; with ``random``, the control of that seed."""
     metrics = json.loads((run_dir / files.METRICS).read_text())
     if setting.sae is not None:
@@ -143,13 +143,13 @@ def objective_of(setting: Setting, run_dir: Path, random: int | None = None) -> 
     return Projection(delta=jnp.asarray(delta), site=site), site
 
 
-def draw(setting: Setting, task: Any, count: int, seed: int) -> np.ndarray:
+def draw(setting: PersonaSetting, task: Any, count: int, seed: int) -> np.ndarray:
     """Random allowed prompts that re-tokenise in place."""
     ids = np.asarray(random_ids(jax.random.key(seed + 1000), task, count))
     return ids[retokenises_many(setting.model.tokenizer, setting.slots, ids)]
 
 
-def by_objective(setting: Setting, run_dir: Path, count: int, seed: int) -> dict[str, Any]:
+def by_objective(setting: PersonaSetting, run_dir: Path, count: int, seed: int) -> dict[str, Any]:
     """The best of ``count`` random prompts by the decision objective of a finished run."""
     model = setting.model
     objective, site = objective_of(setting, run_dir)
@@ -164,10 +164,10 @@ def by_objective(setting: Setting, run_dir: Path, count: int, seed: int) -> dict
     return {"text": text, "test": judged(setting, text), "target": float(f[best]), "site": site}
 
 
-def by_behaviour(setting: Setting, count: int, seed: int) -> dict[str, Any]:
+def by_behaviour(setting: PersonaSetting, count: int, seed: int) -> dict[str, Any]:
     """The best of ``count`` random prompts by the persona's log-odds on validation questions."""
     model, tokenizer = setting.model, setting.model.tokenizer
-    items = context_items(setting.splits.validation, setting.options.contexts or 1)
+    items = context_items(setting.splits.validation, setting.scoring.contexts or 1)
     contexts = search_conversations(items, "decision", placement=setting.placement)
     asked, read = [conversation for conversation, _ in contexts], [where for _, where in contexts]
     slots = build_slots(tokenizer, asked, setting.slots.length, read=read)  # type: ignore[arg-type]
@@ -193,17 +193,17 @@ def cell(args: argparse.Namespace, model: Model, sae: SAE | None, persona: str, 
         row = from_run(run(options, model=model))
     else:
         options = options.resolved()
-        setting = prepare(options, model, load_persona(persona), sae=sae)
-        assert options.population and options.children and options.steps
-        count = options.population * options.children * options.steps
+        setting = prepare(options.contexts, options.scoring, options.prompt, model, load_persona(persona), sae=sae)
+        assert options.algorithm.steps
+        count = options.algorithm.make_search().candidates * options.algorithm.steps
         if variant in ("random_direction", "random_latents"):
             run(options, model=model)
-            aside = dataclasses.replace(options, out=args.out / f"{persona}_{variant}_s{seed}")
-            aside.out.mkdir(parents=True, exist_ok=True)
-            row = with_random(dataclasses.replace(setting, options=aside), options.out, seed)
+            aside = args.out / f"{persona}_{variant}_s{seed}"
+            aside.mkdir(parents=True, exist_ok=True)
+            row = with_random(options.at(aside), setting, Path(options.run.out), seed)
         elif variant == "random_search":
             run(options, model=model)
-            row = by_objective(setting, options.out, count, seed)
+            row = by_objective(setting, Path(options.run.out), count, seed)
         else:
             row = by_behaviour(setting, count, seed)
     row |= {"persona": persona, "variant": variant, "seed": seed, "triggers": trigger_words(persona, row["text"])}

@@ -8,7 +8,6 @@ import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from jaxsteer.personas import load_persona
 from jaxsteer.prompt_search import FLUENCY, EpoConfig, Fluency, make_problem, run_search, standardise
 from jaxsteer.prompt_search.algorithms import epo
 from jaxsteer.study import SearchOptions
-from jaxsteer.study.objective_stage import find_aim
+from jaxsteer.study.objective_stage import choose_objective
 from jaxsteer.study.setting import prepare
 
 SEEDS = (0, 1, 2)
@@ -46,12 +45,13 @@ def target(quick: bool) -> list[dict[str, Any]]:
     stands before the prompt. Compilation and the peer's warm-up are left out.
     """
     model = load("organism:llama")
-    options = SearchOptions(out=Path("unused"), persona="sycophancy", site=SITE).resolved()
-    aim = find_aim(prepare(options, model, load_persona("sycophancy")), lambda _: None)
+    options = SearchOptions.of(out="unused", persona="sycophancy", site=SITE).resolved()
+    setting = prepare(options.contexts, options.scoring, options.prompt, model, load_persona("sycophancy"))
+    chosen = choose_objective(setting, options.objective, seed=options.algorithm.seed)
     bos = slots_of(0, model.config.vocab_size)
-    task = task_of(model.params, model.config, aim.objective, bos)
-    objective, units = standardise(model.params, task, aim.objective)
-    direction = np.asarray(aim.objective.delta) / units["scale"]  # type: ignore[attr-defined]
+    task = task_of(model.params, model.config, chosen.objective, bos)
+    objective, units = standardise(model.params, task, chosen.objective)
+    direction = np.asarray(chosen.objective.delta) / units["scale"]  # type: ignore[attr-defined]
     search = epo(EpoConfig())
     weights = FLUENCY["loose"]
     step = jax.jit(search.step)

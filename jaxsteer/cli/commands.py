@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, subcommand
+from tyro.conf import Positional, arg, subcommand
 
 from jaxsteer.cli.chat import Chat
 from jaxsteer.cli.data import Data
@@ -26,18 +26,17 @@ from jaxsteer.errors import UserError
 from jaxsteer.study import SearchOptions
 from jaxsteer.study import run as run_search
 from jaxsteer.study.files import REPORT, document
+from jaxsteer.study.problem_table import number_of_searches
 
 Style = Literal["chat", "plain"]
 Slot = Literal["suffix", "prefix", "system"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Search(SearchOptions):
+class Search:
     """Find prompts that move a model away from a persona, and measure them on held-out questions."""
 
-    out: str  # type: ignore[assignment]  # a Path would take gs:// for gs:/
-    """Directory of the run's files, or its URL in an object store: gs://BUCKET/run, s3://BUCKET/run (docs/pods.md).
-    Must not hold another run's; a finished run of the same options is kept."""
+    options: Annotated[SearchOptions, arg(name="")]
 
     def run(self) -> int:
         """Do the search, write its report and print its table."""
@@ -47,17 +46,17 @@ class Search(SearchOptions):
         from jaxsteer.report import table, write_report
         from jaxsteer.study.object_store import stored
 
-        use_cores(self)
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(SearchOptions)}
-        with stored(self.out, say=print) as folder:
-            metrics = run_search(SearchOptions(**{**fields, "out": folder}), say=print)
+        options, out = self.options, str(self.options.run.out).rstrip("/")
+        use_cores(number_of_searches(options), options.model)
+        with stored(options.run.out, say=print) as folder:
+            metrics = run_search(options.at(folder), say=print)
             runs = metrics.get("runs")
             if is_first():
                 for name in runs or ():
                     write_report(folder / name)
                 if runs != {}:
                     write_report(folder)
-        page = f"{self.out.rstrip('/')}/{REPORT}"
+        page = f"{out}/{REPORT}"
         if is_first() and runs is not None:
             page = page if runs else "none: no run was finished"
             print(f"\n{runs_table(metrics)}\n\nReport: {page}; all problems: problems.csv")

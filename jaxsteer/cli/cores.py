@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 
-from jaxsteer.study import SearchOptions
+from jaxsteer.study.options import ModelOptions
 
 SHARE = 1 / 8
 """Of the free memory, that copies of the weights may take: larger models keep all cores busy with one search."""
 
 
-def use_cores(options: SearchOptions) -> None:
+def use_cores(searches: int, options: ModelOptions) -> None:
     """Make as many CPU devices as there are cores, searches and copies of the weights that fit.
 
     Nothing is done where the user has said how many there are (``JAX_NUM_CPU_DEVICES``, ``XLA_FLAGS``), where several
@@ -21,7 +21,6 @@ def use_cores(options: SearchOptions) -> None:
 
     from jaxsteer.checkpoints.inspect import describe, parameters
     from jaxsteer.prompt_search.compiling import free_memory
-    from jaxsteer.study.problem_table import rows_of
 
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if (
@@ -31,8 +30,6 @@ def use_cores(options: SearchOptions) -> None:
         or options.mesh_model > 1
     ):
         return
-    several = bool(options.vary) or options.problems is not None
-    searches = len(rows_of(options.vary, options.problems, options)) if several else options.restarts
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     devices = min(searches, cores)
     if devices > 1:

@@ -34,7 +34,7 @@ def demo(options: Demo) -> int:
             f"=== {number} of {len(options.personas)}: {persona} === the model {WHAT.get(persona, 'shows a persona')}"
         )
         metrics = run(
-            SearchOptions(
+            SearchOptions.of(
                 out=options.out / persona,
                 model=options.model,
                 persona=persona,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
@@ -14,21 +12,20 @@ from jaxsteer.errors import UserError
 def command_of(config: Mapping[str, Any]) -> str | None:
     """``jaxsteer search`` with those options of a run's config.json that are not the defaults; None for other files
     and for a run that several problems were pooled to."""
-    from jaxsteer.study import SearchOptions  # not before it is needed: it loads the model's libraries
+    from jaxsteer.study.options import OPTIONS, SearchOptions  # not before it is needed: it loads the model's libraries
 
     if "pooled" in config:
         return None
     try:
-        base = SearchOptions(out=Path("OUT"), preset=config["preset"], algorithm=config["algorithm"])
-        usual: Mapping[str, Any] = base.resolved().record()
+        given = {name: config[name] for name in ("preset", "algorithm")}
+        base = SearchOptions.of(out="OUT", **given)
+        usual = base.record()
     except (KeyError, UserError):
         return None
-    given = {"preset": config["preset"], "algorithm": config["algorithm"]}
-    first = {name: SearchOptions.__dataclass_fields__[name].default for name in given}
-    changed = {name: value for name, value in given.items() if value != first[name]}
-    names = {field.name for field in dataclasses.fields(SearchOptions)} - {"out", *given}
-    changed |= {
-        name: value for name, value in config.items() if name in names and _plain(value) != _plain(usual.get(name))
+    changed = {name: value for name, value in base.changed().items() if name in given} | {
+        name: config[name]
+        for name in OPTIONS
+        if name in config and name not in given and _plain(config[name]) != _plain(usual.get(name))
     }
     if config.get("vary"):
         changed.pop("problems", None)  # a hash of what --vary says
@@ -41,7 +38,9 @@ def _plain(value: Any) -> Any:
 
 def _flag(name: str, value: Any) -> Iterator[str]:
     flag = name.replace("_", "-")
-    if isinstance(value, bool):
+    if name == "raw_units":  # which may also be left to the preset
+        yield f"--{flag} {value}"
+    elif isinstance(value, bool):
         yield f"--{flag}" if value else f"--no-{flag}"
     elif name in ("problems", "init_from"):  # what they held is recorded, not where it was
         yield f"--{flag} {'TABLE' if name == 'problems' else 'RUN'}"

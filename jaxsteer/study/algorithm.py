@@ -1,9 +1,8 @@
-"""Options of one run that concern the algorithm, its sizes, and where it begins."""
+"""Options of one search that concern the algorithm, its sizes, and the units in which fluency is weighed."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Literal
 
 from jaxsteer.errors import UserError
@@ -31,13 +30,39 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 """Preset -> algorithm -> what its options are when they are not given. The rest are the algorithm's own defaults."""
 
 
+def flag(name: str) -> str:
+    """The flag of an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_positive(options: Any, *names: str) -> None:
+    """Raise ``UserError`` unless each of these options is at least 1, or not given."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"{flag(name)} must be at least 1, got {value}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AlgorithmOptions:
-    """Which algorithm, how large, and where it begins. An option that the algorithm does not have is refused."""
+    """Which algorithm searches, and how hard. An option that the algorithm does not have is refused."""
 
+    preset: Literal["default", "paper"] = "default"
+    """Values of all options below that are not given. paper: as published, in raw units, many more candidates."""
     algorithm: Literal["epo", "gcg", "mutation", "pez", "gbda", "soft"] = "epo"
     """epo: evolution guided by gradients. gcg: greedy coordinate gradient. mutation: evolution without gradients. pez,
     gbda: descent on embeddings or token probabilities. soft: free embeddings, not text (docs/search.md)."""
+    steps: int | None = None
+    """Steps of the search (default 60, paper 300; pez, gbda and soft, whose steps are small: 500, 200, 200)."""
+    fluency: Literal["ultra_strict", "strict", "medium", "loose"] = "medium"
+    """Weight of cross-entropy against the objective: 100 to 1000 (for --init), 2 to 12, 0.5 to 4, or 0.05 to 0.5 nats
+    per unit."""
+    raw_units: bool | None = None
+    """Objective in the stream's own units, not in standard deviations over random prompts (default no, paper yes)."""
+    restarts: int = 1
+    """Independent populations, searched side by side."""
+    seed: int = 0
+    """Seed of the search."""
     population: int | None = None
     """Prompts per population, one fluency weight each (epo and mutation: default 8, paper 16)."""
     children: int | None = None
@@ -71,50 +96,41 @@ class AlgorithmOptions:
     repetition: float | None = None
     """Weight of a penalty on tokens that stand more than once: sum over tokens of (count - 1)^1.5, per prompt token,
     is subtracted from the objective (default 0)."""
-    init: str | None = None
-    """A phrase to begin with, instead of random tokens: "Let's think critically". It sets the prompt's length.
-    --fluency ultra_strict keeps close to it."""
-    init_from: Path | None = None
-    """Begin with the prompts of this earlier run's Pareto frontier."""
-    allow: tuple[str, ...] = ()
-    """Texts of the only tokens that a prompt may use, with or without a space before them, or files of one text per
-    line. They take the place of --tokens."""
-    ban: tuple[str, ...] = ()
-    """Texts that no prompt may hold, in any case and however they are spelt in tokens."""
 
     @property
-    def hyperparameters(self) -> dict[str, Any]:
-        """What was given of the algorithm's hyperparameters, or filled in by the preset."""
+    def given(self) -> dict[str, Any]:
+        """The algorithm's hyperparameters that were given, or filled in by the preset."""
         given = {name: getattr(self, name) for name in HYPERPARAMETERS}
         given["probe_sampling"] = None if self.draft is None else ProbeSampling()
         return {name: value for name, value in given.items() if value is not None}
 
-    def sizes(self, preset: str) -> dict[str, Any]:
-        """The preset's values of what was not given, ``steps`` among them where the algorithm wants its own.
+    @property
+    def config(self) -> Any:
+        """The algorithm's own configuration, whose ``population`` is the number of prompts. Raises ``UserError``."""
+        return ALGORITHMS[self.algorithm][0](**self.given)
 
-        Raises ``UserError`` for options that the algorithm does not have.
-        """
-        known = {field.name for field in dataclasses.fields(ALGORITHMS[self.algorithm][0])}
-        for name in self.hyperparameters:
+    def make_search(self) -> Search:
+        """The algorithm."""
+        return ALGORITHMS[self.algorithm][1](self.config)
+
+    def check(self) -> None:
+        """Raise ``UserError`` for options that the algorithm does not have, and for values that make no search."""
+        known = _fields(ALGORITHMS[self.algorithm][0])
+        for name in self.given:
             if name not in known:
-                others = ", ".join(_flag(other) for other in HYPERPARAMETERS if other in known)
+                others = ", ".join(flag(other) for other in HYPERPARAMETERS if other in known)
                 name = "draft" if name == "probe_sampling" else name
-                raise UserError(f"{_flag(name)} is no option of --algorithm {self.algorithm}; it has {others}")
-        return SIZES[preset][self.algorithm]
+                raise UserError(f"{flag(name)} is no option of --algorithm {self.algorithm}; it has {others}")
+        check_positive(self, "population", "children", "steps", "top_k", "restart_every", "restarts")
+        self.make_search()
 
-    def make_search(self) -> tuple[Search, int]:
-        """The search, and how many prompts its population has."""
-        config, constructor = ALGORITHMS[self.algorithm]
-        made = config(**self.hyperparameters)
-        return constructor(made), made.population
+
+def _fields(config: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
 
 
 HYPERPARAMETERS = tuple(
     field.name
     for field in dataclasses.fields(AlgorithmOptions)
-    if field.name not in ("algorithm", "draft", "init", "init_from", "allow", "ban")
+    if any(field.name in _fields(config) for config, _ in ALGORITHMS.values())
 )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

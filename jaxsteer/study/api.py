@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from jaxsteer.errors import UserError
+from jaxsteer.models.model import Model
 from jaxsteer.study.dispatch import run
+from jaxsteer.study.files import RunDir
 from jaxsteer.study.object_store import stored
 from jaxsteer.study.options import SearchOptions
 
 
-def search(*, out: str | Path, **options: Any) -> dict[str, Any]:
+def search(*, out: RunDir, model: str | Model = "organism:llama", **options: Any) -> dict[str, Any]:
     """Search prompts as ``jaxsteer search`` does, with its options as keyword arguments; returns the metrics.
 
-    ``out`` may be a URL (docs/pods.md), and ``vary`` a dict: ``jaxsteer.search(out="runs/many", vary={"seed":
-    range(32)})``. Raises ``UserError``.
+    ``out`` may be a URL (docs/pods.md), ``model`` one that is loaded already, and ``vary`` a dict:
+    ``jaxsteer.search(out="runs/many", vary={"seed": range(32)})``. Raises ``UserError``.
     """
-    given = dict(options)
-    for name in ("problems", "init_from", "conversations"):
-        if given.get(name) is not None:
-            given[name] = Path(given[name])
-    if isinstance(given.get("vary"), dict):
-        given["vary"] = tuple(f"{name}={','.join(map(str, values))}" for name, values in given["vary"].items())
-    known = SearchOptions.__dataclass_fields__
-    if unknown := sorted(given.keys() - known.keys()):
-        raise UserError(f"jaxsteer.search has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    loaded = model if isinstance(model, Model) else None
+    wanted = SearchOptions.of(out=out, model=model.name if isinstance(model, Model) else model, **options)
     with stored(out) as folder:
-        return run(SearchOptions(out=folder, **given))
+        return run(wanted.at(folder), model=loaded)

@@ -20,6 +20,10 @@ STATE = "search-state"
 """Directory of what a search that is cut off needs to go on."""
 FORMAT = "jaxsteer.run/1"
 
+RunDir = str | Path
+"""Where the files of a run go: a directory, or the URL of a place in an object store, which stays a text (a path would
+take gs:// for gs:/)."""
+
 
 def plain(value: Any) -> Any:
     """``value`` with what JSON cannot hold replaced: NaN and infinities become ``None``, NumPy numbers plain ones."""

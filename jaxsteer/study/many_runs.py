@@ -13,32 +13,33 @@ import dataclasses
 import hashlib
 import io
 import re
-import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsteer import __version__
 from jaxsteer.errors import UserError
 from jaxsteer.files import write_text
 from jaxsteer.models.model import Model
-from jaxsteer.objectives import Objective
-from jaxsteer.personas import load_persona
-from jaxsteer.processes import from_first, is_first
+from jaxsteer.personas import Persona, load_persona
+from jaxsteer.processes import is_first
 from jaxsteer.prompt_search import SearchResult
 from jaxsteer.prompts import prompt_text
 from jaxsteer.sae import load_sae
 from jaxsteer.study import files
 from jaxsteer.study.named_objectives import custom_objective
-from jaxsteer.study.objective_stage import RANDOM, Aim, Say, find_aims, task_of, try_objective
-from jaxsteer.study.options import SearchOptions
+from jaxsteer.study.objective_stage import RANDOM, ChosenObjective, Say, choose_objectives, try_objective
+from jaxsteer.study.options import ContextOptions, ObjectiveOptions, SearchOptions, nested
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.problem_table import COLUMNS, rows_of
-from jaxsteer.study.setting import Setting, prepare
-from jaxsteer.study.stages import conclude, in_units, load_model, problem_of, progress_of, search_problems
+from jaxsteer.study.run_folder import opened
+from jaxsteer.study.setting import PersonaSetting, prepare
+from jaxsteer.study.stages import Ascent, Population, Searched, conclude, load_model, search, timed
 
 PROBLEMS, FRONTIERS = "problems.csv", "frontiers.jsonl"
+
+
+Key = tuple[ContextOptions, str | None]
+"""What a setting is made of: contexts, and the SAE that is read there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,21 @@ class Row:
     options: SearchOptions
     restart: int
 
+    @property
+    def key(self) -> Key:
+        """Problems with the same key share a setting."""
+        return self.options.contexts, self.options.objective.sae
+
+    @property
+    def population(self) -> Population:
+        """Its population."""
+        algorithm = self.options.algorithm
+        return Population(fluency=algorithm.fluency, seed=algorithm.seed, restart=self.restart)
+
     def columns(self) -> dict[str, Any]:
         """What tells it from other problems."""
-        names = [name for name in COLUMNS if name != "restart"]
-        return {**{name: getattr(self.options, name) for name in names}, "restart": self.restart}
+        flat = self.options.flat()
+        return {**{name: flat[name] for name in COLUMNS if name != "restart"}, "restart": self.restart}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,154 +71,148 @@ class Pool:
     """Problems with the same objective: they become a run of their own, in a folder."""
 
     folder: Path
-    setting: Setting
-    aim: Aim
+    options: SearchOptions
+    """Of that run."""
+    setting: PersonaSetting
+    chosen: ChosenObjective
     problems: list[int]
 
 
 def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> dict[str, Any]:
-    """Do all searches that ``options.vary`` or ``options.problems`` names; returns what metrics.json holds.
+    """Do all searches that ``vary`` or ``problems`` names; returns what metrics.json holds.
 
-    Directions, probes and units are made with ``options.seed``; a problem's own ``seed`` is that of its search. Raises
-    ``UserError`` before any expensive work for options that cannot work.
+    1. Every problem gets its options; those that cannot work are refused before any expensive work.
+    2. Problems with the same contexts share a setting. Those that also have the same direction and site share an
+       objective and are a pool. Pools with the same contexts and site are a group, which is one program.
+    3. The groups are searched in turn. After each, its problems join problems.csv and frontiers.jsonl, and its pools
+       are concluded as runs of their own.
+
+    Directions, probes and units are made with the seed of ``options``; a problem's own seed is that of its search.
     """
-    rows = [_row(row, options) for row in rows_of(options.vary, options.problems, options)]
-    personas = {name: load_persona(name) for name in dict.fromkeys(row.options.persona for row in rows)}
+    rows = [_row(row, options) for row in rows_of(options.problems)]
+    personas = {name: load_persona(name) for name in dict.fromkeys(row.options.contexts.persona for row in rows)}
     hashes = {name: persona.data_hash for name, persona in personas.items()}
     listed = hashlib.sha256(repr([row.columns() for row in rows]).encode()).hexdigest()[:16]
-    config = {**_header(hashes), **options.record(), "problems": listed}
-    finished = from_first(lambda: files.open_run(options.out, config))
-    if finished is not None:
-        say(f"{options.out} already holds this run: nothing to do")
-        return finished
-    started = time.perf_counter()
-    model = model or load_model(options, parallel=True)
-    custom = custom_objective(options.objective, options.target)
-    saes = {name: load_sae(name, mesh=model.mesh) for name in {row.options.sae for row in rows} if name}
-    settings = {
-        key: prepare(key, model, personas[key.persona], custom, saes.get(key.sae or ""))
-        for key in dict.fromkeys(_setting_of(row, options) for row in rows)
-    }
-    for setting in settings.values():
+    config = {"data_hash": hashes, **options.record(), "problems": listed}
+    with opened(options.run.out, config, say) as folder:
+        if folder.finished is not None:
+            return folder.finished
+        timing: dict[str, float] = {}
+        with timed(timing, "load_s"):
+            model = model or load_model(options.model, parallel=True)
+            settings = _settings(options, rows, personas, model)
+            folder.begin()
+        with timed(timing, "probe_s"):
+            groups = _grouped(rows, settings, options, say)
+        say(f"{len(rows)} problems in {len(groups)} programs, with {sum(map(len, groups))} objectives")
+        table: list[dict[str, Any]] = []
+        frontiers: list[dict[str, Any]] = []
+        runs: dict[str, Any] = {}
+        searched = {"compile_s": 0.0, "search_s": 0.0, "candidates": 0}
+        for number, pools in enumerate(groups):
+            ascents = [
+                Ascent(objective=pool.chosen.objective, populations=tuple(rows[i].population for i in pool.problems))
+                for pool in pools
+            ]
+            found = search(pools[0].setting, ascents, options.algorithm, options.run, group=number, say=say)
+            for pool, part in zip(pools, found, strict=True):
+                for at, problem in enumerate(pool.problems[: len(part.result.archive.f)]):
+                    frontiers += (frontier := _frontier(model, part.result, problem, at))
+                    table.append(_line(rows[problem], problem, pool, frontier))
+            files.write_lines(folder.path / FRONTIERS, frontiers)
+            _write_table(folder.path / PROBLEMS, table)
+            for pool, part in zip(pools, found, strict=True):
+                if len(part.result.archive.f):
+                    runs[pool.folder.name] = _conclude(pool, hashes, part, timing, say)
+            searched = {name: value + getattr(found[0].result, name) for name, value in searched.items()}
+            if found[0].result.interrupted:
+                break
+        metrics = {
+            "model": model.name,
+            "fingerprint": model.fingerprint,
+            "problems": len(rows),
+            "searched": len(table),
+            "interrupted": len(table) < len(rows),
+            "runs": runs,
+            "timing": {**timing, **searched},
+            "environment": environment(model),
+        }
+        return folder.finish(metrics)
+
+
+def _settings(
+    options: SearchOptions, rows: Sequence[Row], personas: Mapping[str, Persona], model: Model
+) -> dict[Key, PersonaSetting]:
+    """The settings of all problems; an objective by name is tried in each."""
+    custom = custom_objective(options.objective.objective, options.objective.target)
+    keys = list(dict.fromkeys(row.key for row in rows))
+    saes = {name: load_sae(name, mesh=model.mesh) if name else None for _, name in dict.fromkeys(keys)}
+    found: dict[Key, PersonaSetting] = {}
+    for contexts, sae in keys:
+        persona = personas[contexts.persona]
+        found[contexts, sae] = prepare(contexts, options.scoring, options.prompt, model, persona, custom, saes[sae])
+    for setting in found.values():
         try_objective(setting)
-    files.write_json(options.out / files.CONFIG, config)
-    timing = {"load_s": time.perf_counter() - started}
-    started = time.perf_counter()
-    groups = _grouped(rows, settings, options, say)
-    timing["probe_s"] = time.perf_counter() - started
-    say(f"{len(rows)} problems in {len(groups)} programs, with {sum(map(len, groups))} objectives")
-
-    table: list[dict[str, Any]] = []
-    frontiers: list[dict[str, Any]] = []
-    runs: dict[str, Any] = {}
-    searched = {"compile_s": 0.0, "search_s": 0.0, "candidates": 0}
-    for number, pools in enumerate(groups):
-        result, objectives = _search(options, rows, pools, number, say)
-        searched_here = [(pool, problem) for pool in pools for problem in pool.problems][: len(result.archive.f)]
-        for at, (pool, problem) in enumerate(searched_here):
-            found = _frontier(model, result, problem, at)
-            frontiers += found
-            table.append(_line(rows[problem], problem, pool, found))
-        files.write_lines(options.out / FRONTIERS, frontiers)
-        _write_table(options.out / PROBLEMS, table)
-        first = 0
-        for pool, (objective, units) in zip(pools, objectives, strict=True):
-            part = result.of(range(first, first := first + len(pool.problems)))
-            if len(part.archive.f):
-                runs[pool.folder.name] = _conclude(pool, hashes, part, objective, units, timing, say)
-        searched = {name: value + getattr(result, name) for name, value in searched.items()}
-        if result.interrupted:
-            break
-    metrics = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
-        "problems": len(rows),
-        "searched": len(table),
-        "interrupted": len(table) < len(rows),
-        "runs": runs,
-        "timing": {**timing, **searched},
-        "environment": environment(model),
-    }
-    files.write_json(options.out / files.METRICS, metrics)
-    if is_first():
-        shutil.rmtree(options.out / files.STATE, ignore_errors=True)
-    return files.plain(metrics)
+    return found
 
 
-def _row(row: dict[str, Any], options: SearchOptions) -> Row:
-    method = row.get("method", options.method)
-    if method == "saega" and options.sae is None:
+def _row(row: Mapping[str, Any], options: SearchOptions) -> Row:
+    method = row.get("method", options.objective.method)
+    if method == "saega" and options.objective.sae is None:
         raise UserError("a problem asks for saega, which reads a sparse autoencoder: give --sae PATH")
+    own = {name: value for name, value in row.items() if name != "restart"}
     if method == "resga":
-        row = {**row, "sae": None, "latents": None, "surrogate": "none"}
-    restart = row.pop("restart", 0)
-    changed = dataclasses.replace(options, **row, restarts=1, vary=(), problems=None).resolved()
-    if (changed.direction or "").startswith(RANDOM) and changed.site == "auto":
+        own |= {"sae": None, "latents": None, "surrogate": "none"}
+    alone = {"restarts": 1, "vary": (), "problems": None}
+    changed = nested({**options.flat(), **own, **alone}).resolved()
+    objective = changed.objective
+    if (objective.direction or "").startswith(RANDOM) and objective.site == "auto":
         raise UserError("a random direction needs a site, with --site or among the problems: none is special to it")
-    return Row(changed, restart)
-
-
-def _header(data_hash: Any) -> dict[str, Any]:
-    return {"format": files.FORMAT, "version": __version__, "data_hash": data_hash}
-
-
-def _setting_of(row: Row, options: SearchOptions) -> SearchOptions:
-    """The row's options, but for what a setting leaves open."""
-    return dataclasses.replace(
-        row.options, direction=options.direction, site="auto", fluency=options.fluency, seed=options.seed
-    )
+    return Row(changed, row.get("restart", 0))
 
 
 def _grouped(
-    rows: Sequence[Row], settings: dict[SearchOptions, Setting], options: SearchOptions, say: Say
+    rows: Sequence[Row],
+    settings: Mapping[Key, PersonaSetting],
+    options: SearchOptions,
+    say: Say,
 ) -> list[list[Pool]]:
     """All pools, those together that are one program: the same contexts, site and kind of objective."""
-    wanted: dict[tuple[SearchOptions, str | None], dict[str, list[int]]] = {}
+    wanted: dict[tuple[Key, ObjectiveOptions], dict[str, list[int]]] = {}
     for number, row in enumerate(rows):
-        alike = _setting_of(row, options), row.options.direction
-        wanted.setdefault(alike, {}).setdefault(row.options.site, []).append(number)
-    groups: dict[tuple[SearchOptions, str], list[Pool]] = {}
-    for (key, direction), sites in wanted.items():
+        anywhere = dataclasses.replace(row.options.objective, site="auto")
+        wanted.setdefault((row.key, anywhere), {}).setdefault(row.options.objective.site, []).append(number)
+    groups: dict[tuple[Key, str], list[Pool]] = {}
+    for (key, objective), sites in wanted.items():
         setting = settings[key]
-        directed = dataclasses.replace(setting, options=dataclasses.replace(setting.options, direction=direction))
-        for (site, problems), aim in zip(sites.items(), find_aims(directed, list(sites), say), strict=True):
-            # A prompt's length may be that of --init, which only the setting knows.
-            first = dataclasses.replace(rows[problems[0]].options, seed=options.seed, restarts=len(problems))
-            length = setting.options.prompt_length
-            folder = _folder(first, aim, site, sum(map(len, groups.values())))
-            mine = dataclasses.replace(
-                setting, options=dataclasses.replace(first, out=options.out / folder, prompt_length=length)
-            )
-            pool = Pool(folder=options.out / folder, setting=mine, aim=aim, problems=problems)
-            groups.setdefault((key, aim.chosen.site), []).append(pool)
+        found = choose_objectives(setting, objective, list(sites), seed=options.algorithm.seed, say=say)
+        for problems, chosen in zip(sites.values(), found, strict=True):
+            mine = _pooled(rows[problems[0]].options, options, setting, len(problems))
+            folder = Path(options.run.out) / _folder(mine, chosen, sum(map(len, groups.values())))
+            pool = Pool(folder=folder, options=mine.at(folder), setting=setting, chosen=chosen, problems=problems)
+            groups.setdefault((key, chosen.chosen.site), []).append(pool)
     return list(groups.values())
 
 
-def _folder(options: SearchOptions, aim: Aim, site: str, number: int) -> str:
-    place = aim.chosen.site if site == "auto" else site
-    words = [f"{number:03d}", Path(options.persona).stem, options.method, place]
-    if options.direction is not None:
-        words.append(Path(options.direction).stem)
+def _pooled(first: SearchOptions, options: SearchOptions, setting: PersonaSetting, restarts: int) -> SearchOptions:
+    """The options of the run that problems are pooled to, of the first of them."""
+    seed = options.algorithm.seed
+    # A prompt's length may be that of --init, which only the setting knows.
+    length = first.prompt.prompt_length or setting.slots.length
+    return dataclasses.replace(
+        first,
+        algorithm=dataclasses.replace(first.algorithm, seed=seed, restarts=restarts),
+        prompt=dataclasses.replace(first.prompt, prompt_length=length),
+    )
+
+
+def _folder(options: SearchOptions, chosen: ChosenObjective, number: int) -> str:
+    objective = options.objective
+    site = chosen.chosen.site if objective.site == "auto" else objective.site
+    words = [f"{number:03d}", Path(options.contexts.persona).stem, objective.method, site]
+    if objective.direction is not None:
+        words.append(Path(objective.direction).stem)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words))[:120]
-
-
-def _search(
-    options: SearchOptions, rows: Sequence[Row], pools: Sequence[Pool], number: int, say: Say
-) -> tuple[SearchResult, list[tuple[Objective, dict[str, Any]]]]:
-    """Search one group; its problems come in the order of its pools. Also every pool's objective, with its units."""
-    setting = pools[0].setting
-    task = task_of(setting, pools[0].aim.objective)
-    objectives = [in_units(pool.setting, task, pool.aim.objective) for pool in pools]
-    problems = [
-        problem_of(
-            dataclasses.replace(setting, options=rows[problem].options), objective, restart=rows[problem].restart
-        )
-        for pool, (objective, _) in zip(pools, objectives, strict=True)
-        for problem in pool.problems
-    ]
-    with progress_of(options, f"group {number}", group=number) as report:
-        state = options.out / files.STATE / str(number)
-        return search_problems(setting, task, problems, report, state, say), objectives
 
 
 def _frontier(model: Model, result: SearchResult, problem: int, at: int) -> list[dict[str, Any]]:
@@ -230,7 +236,7 @@ def _line(row: Row, problem: int, pool: Pool, found: Sequence[dict[str, Any]]) -
     return {
         "problem": problem,
         **row.columns(),
-        "site": pool.aim.chosen.site,
+        "site": pool.chosen.chosen.site,
         "run": pool.folder.name,
         "prompts": sum(entry["retokenises"] for entry in found),
         **{name: best.get(name) for name in ("target", "cross_entropy", "step", "text")},
@@ -248,25 +254,20 @@ def _write_table(path: Path, table: Sequence[dict[str, Any]]) -> None:
 
 
 def _conclude(
-    pool: Pool,
-    hashes: dict[str, str],
-    result: SearchResult,
-    objective: Objective,
-    units: dict[str, Any],
-    timing: dict[str, float],
-    say: Say,
+    pool: Pool, hashes: Mapping[str, str], found: Searched, timing: Mapping[str, float], say: Say
 ) -> dict[str, Any]:
     """Measure a pool and write its run, unless that is done; returns what the whole run's metrics say about it."""
-    options = pool.setting.options
-    config = {**_header(hashes[options.persona]), **options.record(), "pooled": len(pool.problems)}
-    metrics = from_first(lambda: files.open_run(pool.folder, config))
-    if metrics is None:
-        say(f"{pool.folder.name}: {len(pool.problems)} problems")
-        files.write_json(pool.folder / files.CONFIG, config)
-        metrics = conclude(pool.setting, pool.aim, result, objective, units, dict(timing), say)
+    options, problems = pool.options, len(pool.problems)
+    config = {"data_hash": hashes[options.contexts.persona], **options.record(), "pooled": problems}
+    with opened(pool.folder, config, lambda _: None) as folder:
+        metrics = folder.finished
+        if metrics is None:
+            say(f"{pool.folder.name}: {problems} problems")
+            folder.begin()
+            metrics = conclude(folder, options, pool.setting, pool.chosen, found, dict(timing), say)
     best = metrics["prompts"][metrics["selected"]] if metrics["selected"] is not None else None
     return {
-        "problems": len(pool.problems),
+        "problems": problems,
         "persona": metrics["persona"],
         "method": metrics["method"],
         "site": metrics["site"],

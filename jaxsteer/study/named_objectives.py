@@ -57,7 +57,7 @@ class Custom:
     """Whether it is made of the answers of a persona's items."""
 
     def place(
-        self, model: Model, persona: Persona, slots: Slots, *, placement: Placement = Placement()
+        self, model: Model, persona: Persona | None, slots: Slots, *, placement: Placement = Placement()
     ) -> tuple[Objective, Slots]:
         """The objective for the contexts of ``slots``, and these slots with the target answer that it reads.
 
@@ -101,8 +101,7 @@ def custom_objective(objective: str | None, target: str | None = None) -> Custom
             raise UserError(f"--objective {kind} takes every question's own answer: leave out --target")
         if kind == "answer":
             return Custom(name="custom: answer", make=lambda _: TargetLogProb(), own_answer=True, of_persona=True)
-        differ = lambda c: _difference(c, *zip(*((i.not_matching, i.matching) for i in c.items)))  # noqa: E731
-        return dataclasses.replace(_custom(text, differ), of_persona=True)
+        return dataclasses.replace(_custom(text, _answer_difference), of_persona=True)
     if kind == "logit-diff" and rest.count("|") == 1:
         plus, minus = rest.split("|")
         return _custom(text, lambda c: _difference(c, plus, minus), target)
@@ -120,6 +119,12 @@ def custom_objective(objective: str | None, target: str | None = None) -> Custom
 
 def _custom(name: str, make: Callable[[Contexts], Objective], target: str | None = None) -> Custom:
     return Custom(name=f"custom: {name}", make=make, target=target)
+
+
+def _answer_difference(contexts: Contexts) -> LogitDifference:
+    """Of every context's item, the answer that does not show the persona minus the one that does."""
+    items = contexts.items
+    return _difference(contexts, [item.not_matching for item in items], [item.matching for item in items])
 
 
 def _difference(contexts: Contexts, plus: str | Sequence[str], minus: str | Sequence[str]) -> LogitDifference:
@@ -143,10 +148,10 @@ def _difference(contexts: Contexts, plus: str | Sequence[str], minus: str | Sequ
     return LogitDifference(plus=jnp.asarray(first[0], jnp.int32), minus=jnp.asarray(first[1], jnp.int32))
 
 
-def _items(persona: Persona, slots: Slots, placement: Placement) -> list[Item]:
+def _items(persona: Persona | None, slots: Slots, placement: Placement) -> list[Item]:
     """The item of every context, by its turns: copies with exchanged choices have questions of their own. None where
     the contexts are conversations of no persona."""
-    if not persona.items:
+    if persona is None:
         return []
     asked = {_turns(question_conversation(item.question, placement)): item for _, item in both_orders(persona.items)}
     missing = [c for c in slots.conversations if _turns(c) not in asked]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.errors import UserError
+from jaxsteer.models.model import Model
 from jaxsteer.models.sites import parse_site
 from jaxsteer.objectives import Objective, Projection, as_pytree, needs
 from jaxsteer.personas import (
@@ -28,9 +29,10 @@ from jaxsteer.processes import to_host
 from jaxsteer.prompt_search import Combination, Task, TokenMask, check_objective, make_task, score
 from jaxsteer.prompts import Slots, first_allowed
 from jaxsteer.sae import SAE, latents_objective
-from jaxsteer.study.probe import WARNS, Probe, ProbeRow, Scorer, choose, probe, scorer, stream_sites
+from jaxsteer.study.options import ObjectiveOptions
+from jaxsteer.study.probe import WARNS, Probe, ProbeRow, Scorer, blocks_before, choose, probe, scorer, stream_sites
 from jaxsteer.study.probing import DIRECTION_ITEMS, PROBE_ITEMS
-from jaxsteer.study.setting import Setting, context_items
+from jaxsteer.study.setting import PersonaSetting, Setting, context_items
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Aim:
+class ChosenObjective:
     """The objective of a search, larger being farther from the persona, and where it came from."""
 
     objective: Objective
@@ -56,31 +58,44 @@ class Aim:
     """With the weights that the objective has: turned where the probe turned the sign."""
 
 
-def find_aim(setting: Setting, say: Say) -> Aim:
-    """Make the direction or the signature from train questions, and let the probe choose site and sign."""
-    return find_aims(setting, [setting.options.site], say)[0]
+def choose_objective(
+    setting: PersonaSetting, options: ObjectiveOptions, *, seed: int, say: Say = log.info
+) -> ChosenObjective:
+    """Make the direction or the signature from train questions, and let the probe choose site and sign.
+
+    ``seed`` is that of the probe's random prompts.
+    """
+    return choose_objectives(setting, options, [options.site], seed=seed, say=say)[0]
 
 
-def find_aims(setting: Setting, sites: Sequence[str], say: Say) -> list[Aim]:
-    """``find_aim`` at several sites, from one direction and one probe."""
+def choose_objectives(
+    setting: PersonaSetting, options: ObjectiveOptions, sites: Sequence[str], *, seed: int, say: Say
+) -> list[ChosenObjective]:
+    """``choose_objective`` at several sites, from one direction and one probe."""
     if setting.custom is not None:
-        aims = [_custom(setting, setting.custom.name)] * len(sites)
+        found = [_custom(setting, setting.custom.name, seed)] * len(sites)
     elif setting.sae is not None:
-        aims = [_saega(setting, setting.sae, say)] * len(sites)
+        found = [_saega(setting, options, setting.sae, seed, say)] * len(sites)
     else:
-        aims = _resga(setting, sites, say)
-    for chosen in {aim.chosen.site: aim.chosen for aim in aims}.values():
+        found = _resga(setting, options, sites, seed, say)
+    for chosen in {one.chosen.site: one.chosen for one in found}.values():
         say(
-            f"Probe: objective and behaviour rank {len(aims[0].table.prompts)} random prompts alike to "
+            f"Probe: objective and behaviour rank {len(found[0].table.prompts)} random prompts alike to "
             f"{chosen.correlation:.2f} at {chosen.site}{' (sign turned)' if chosen.sign < 0 else ''}"
         )
         if chosen.correlation < WARNS:
             log.warning(
                 "at %s (%s) the objective hardly ranks prompts by behaviour (rank correlation %.2f, below %.1f); "
                 "what the search finds may not change it. `jaxsteer direction probe` compares sites and positions",
-                chosen.site, setting.options.read_position, chosen.correlation, WARNS,
+                chosen.site, setting.read_position, chosen.correlation, WARNS,
             )  # fmt: skip
-    return aims
+    return found
+
+
+def check_site(site: str, model: Model) -> None:
+    """Raise ``UserError`` for a ``--site`` beyond the last layer or off the residual stream."""
+    if site != "auto":
+        blocks_before(site, model.config.n_layers)
 
 
 def try_objective(setting: Setting) -> None:
@@ -96,74 +111,71 @@ def try_objective(setting: Setting) -> None:
 def task_of(setting: Setting, objective: Objective, slots: Slots | None = None) -> Task:
     """The task of searching for ``objective`` in the setting's contexts (or in others of the same length)."""
     slots = slots or setting.slots
-    options = setting.options
     return make_task(
         setting.model.params,
         setting.model.config,
         slots,
         needs=needs(objective, setting.model.config),
         allowed=TokenMask(setting.allowed, first_allowed(setting.model.tokenizer, slots, setting.allowed)),
-        batch=options.batch,
-        combine=options.combination,
-        least=options.lengths[0] if options.lengths else None,
+        batch=setting.scoring.batch,
+        combine=setting.scoring.combination,
+        least=setting.least,
     )
 
 
-def _pairs(setting: Setting) -> Pairs:
-    options = setting.options
+def _pairs(setting: PersonaSetting) -> Pairs:
     items = context_items(setting.splits.train, DIRECTION_ITEMS)
     return contrast_pairs(
         setting.model,
         setting.persona,
         items,
-        options.read_position,
-        split_seed=options.split_seed,
+        setting.read_position,
+        split_seed=setting.splits.seed,
         placement=setting.placement,
     )
 
 
-def _probe(setting: Setting, judge: Scorer) -> Probe:
+def _probe(setting: PersonaSetting, judge: Scorer, seed: int) -> Probe:
     return probe(
         setting.model,
         setting.persona,
         context_items(setting.splits.validation, PROBE_ITEMS),
-        {setting.options.read_position: judge},
+        {setting.read_position: judge},
         allowed=setting.allowed,
         length=setting.slots.length,
         n=PROBE_PROMPTS,
-        seed=setting.options.seed,
+        seed=seed,
         placement=setting.placement,
     )
 
 
-def _resga(setting: Setting, sites: Sequence[str], say: Say) -> list[Aim]:
-    options, model = setting.options, setting.model
+def _resga(
+    setting: PersonaSetting, options: ObjectiveOptions, sites: Sequence[str], seed: int, say: Say
+) -> list[ChosenObjective]:
+    model = setting.model
     named = [site if site == "auto" else parse_site(site, model.config.n_layers).name for site in sites]
-    direction = _direction(setting, [site for site in named if site != "auto"], say)
-    table = _probe(setting, scorer(model, direction))
-    aims = []
+    direction = _direction(setting, options.direction, [site for site in named if site != "auto"], say)
+    table = _probe(setting, scorer(model, direction), seed)
+    found = []
     for site in named:
         chosen = choose(table.rows) if site == "auto" else _as_defined(table, site)
         delta = jnp.asarray(chosen.sign * direction.delta[chosen.site])
         objective = Projection(delta=delta, site=chosen.site, norm=options.objective_norm)
-        aims.append(Aim(objective=objective, chosen=chosen, table=table, direction=direction))
-    return aims
+        found.append(ChosenObjective(objective=objective, chosen=chosen, table=table, direction=direction))
+    return found
 
 
-def _direction(setting: Setting, sites: Sequence[str], say: Say) -> Direction:
+def _direction(setting: PersonaSetting, wanted: str | None, sites: Sequence[str], say: Say) -> Direction:
     """The direction that was asked for, at these sites at least."""
-    model, wanted = setting.model, setting.options.direction
+    model = setting.model
     if wanted is not None and not wanted.startswith(RANDOM):
-        direction = load_direction(Path(wanted).expanduser())
-        check_direction(direction, model)
-        if missing := sorted(set(sites) - set(direction.sites)):
-            raise UserError(f"--direction {wanted} has no {missing[0]}: it has {', '.join(direction.sites)}")
-        say(f"Direction: {wanted}, read at {setting.options.read_position}")
+        direction = direction_of_file(model, wanted, sites)
+        say(f"Direction: {wanted}, read at {setting.read_position}")
         return direction
     pairs = _pairs(setting)
     direction = mean_difference(model, pairs, list(dict.fromkeys([*stream_sites(model.config.n_layers), *sites])))
     if wanted is None:
-        say(f"Direction: difference of means over {len(pairs)} pairs of texts, read at {setting.options.read_position}")
+        say(f"Direction: difference of means over {len(pairs)} pairs of texts, read at {setting.read_position}")
         return direction
     say(f"Direction: {wanted}, as long as the difference of means over {len(pairs)} pairs of texts")
     rng = np.random.default_rng(int(wanted.removeprefix(RANDOM)))
@@ -177,20 +189,29 @@ def _direction(setting: Setting, sites: Sequence[str], say: Say) -> Direction:
     )
 
 
-def _saega(setting: Setting, sae: SAE, say: Say) -> Aim:
+def direction_of_file(model: Model, file: str, sites: Sequence[str]) -> Direction:
+    """What ``--direction FILE`` holds. Raises ``UserError`` unless it is this model's and has all ``sites``."""
+    direction = load_direction(Path(file).expanduser())
+    check_direction(direction, model)
+    if missing := sorted(set(sites) - set(direction.sites)):
+        raise UserError(f"--direction {file} has no {missing[0]}: it has {', '.join(direction.sites)}")
+    return direction
+
+
+def _saega(setting: PersonaSetting, options: ObjectiveOptions, sae: SAE, seed: int, say: Say) -> ChosenObjective:
     pairs = _pairs(setting)
-    signature = sae_signature(setting.model, sae, pairs, latents=setting.options.latents)
+    signature = sae_signature(setting.model, sae, pairs, latents=options.latents)
     say(
         f"Signature: {len(signature.indices)} of {sae.n_latents} latents, by their means over {len(pairs)} pairs of "
-        f"texts, read at {setting.options.read_position}; {signature.l0_bad:.1f} latents are active there"
+        f"texts, read at {setting.read_position}; {signature.l0_bad:.1f} latents are active there"
     )
     raw = latents_objective(sae, signature.indices, signature.weights, signature.site)
-    table = _probe(setting, _judge(setting, lambda slots: (raw, slots), signature.site))
+    table = _probe(setting, _judge(setting, lambda slots: (raw, slots), signature.site), seed)
     chosen = choose(table.rows)
     signature = dataclasses.replace(signature, weights=chosen.sign * signature.weights)
-    return Aim(
+    return ChosenObjective(
         objective=latents_objective(
-            sae, signature.indices, signature.weights, signature.site, surrogate=setting.options.surrogate
+            sae, signature.indices, signature.weights, signature.site, surrogate=options.surrogate
         ),
         chosen=chosen,
         table=table,
@@ -198,10 +219,10 @@ def _saega(setting: Setting, sae: SAE, say: Say) -> Aim:
     )
 
 
-def _custom(setting: Setting, name: str) -> Aim:
+def _custom(setting: PersonaSetting, name: str, seed: int) -> ChosenObjective:
     objective, _ = setting.placed(setting.slots)
-    table = _probe(setting, _judge(setting, setting.placed, name))
-    return Aim(objective=objective, chosen=_as_defined(table, name), table=table)
+    table = _probe(setting, _judge(setting, setting.placed, name), seed)
+    return ChosenObjective(objective=objective, chosen=_as_defined(table, name), table=table)
 
 
 def _as_defined(table: Probe, site: str) -> ProbeRow:

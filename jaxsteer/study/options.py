@@ -1,15 +1,24 @@
-"""Options of one run, and their presets."""
+"""Options of a search: one dataclass for every stage, with the fields that this stage reads.
+
+A flag, a key of config.json or of a configuration file, and a keyword argument of ``jaxsteer.search`` are the name of a
+field alone: ``nested`` and ``SearchOptions.flat`` lead from there to the stages and back.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from jaxsteer.errors import UserError
 from jaxsteer.prompt_search import Combination
-from jaxsteer.study.algorithm import AlgorithmOptions
+from jaxsteer.prompts import Placement
+from jaxsteer.study.algorithm import SIZES, AlgorithmOptions, check_positive, flag
+from jaxsteer.study.files import RunDir
 from jaxsteer.study.initial_prompts import listed_texts, texts_of
+from jaxsteer.study.option_values import converted
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
@@ -31,33 +40,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 Those of the algorithm are in ``algorithm.SIZES``."""
 
 
-NOT_RECORDED = ("out", "quiet", "memory_gib", "save_every", "resume")
-"""Options that decide nothing about the result."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The model that is searched against, and how it lies on the devices."""
+
+    model: str = "organism:llama"
+    """organism:NAME (llama, qwen2 or gemma3), a converted checkpoint, a Hugging Face directory, or a hub id."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights; by default float32 on CPU and the checkpoint's own elsewhere."""
+    mesh_model: int = 1
+    """Devices that the weights are split over; the others, if there are several, divide the problems. Part of the
+    result: sums over devices round otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SearchOptions(AlgorithmOptions):
-    """One search: a model, a persona, where to look, and how hard. ``None`` takes the preset's value."""
+class ContextOptions:
+    """The conversations in which prompts are scored and measured."""
 
-    out: Path
-    """Directory of the run's files. Must not hold another run's; a finished run of the same options is kept."""
-    model: str = "organism:llama"
-    """organism:NAME (llama, qwen2 or gemma3), a converted checkpoint, a Hugging Face directory, or a hub id."""
     persona: str = "sycophancy"
     """Built-in name (sycophancy, hallucination, myopic) or path of a .jsonl, .json or .csv dataset."""
-    method: Literal["resga", "saega"] = "resga"
-    """resga: ascend along the direction away from the persona. saega: raise and lower the latents of a sparse
-    autoencoder that tell the persona apart; needs --sae (both: arXiv 2601.02896)."""
-    sae: str | None = None
-    """Of saega: folder, file or hub_id:subfolder of a sparse autoencoder, in any known layout, or organism:NAME."""
-    latents: int | None = None
-    """Of saega: how many latents make the signature (default: 1 % of the dictionary)."""
-    site: str = "auto"
-    """Where direction and objective are read, e.g. blocks.2.hook_resid_post. auto: the earliest site at which the
-    probe's rank correlation reaches 0.8, else the best one. saega always reads the SAE's own site."""
-    read_position: Literal["published", "matched", "decision"] = "decision"
-    """The token at which direction and objective are read: published (end of answer, end of prompt), matched (end of
-    answer for both), decision (where the answer is decided; needs cue sentences)."""
     conversations: Path | None = None
     """Search in conversations of your own instead of a persona's questions: a .json or .jsonl file with a text or a
     list of messages each, in which {prompt} marks the slot (docs/search.md). With --objective, --target, or --direction
@@ -66,29 +67,35 @@ class SearchOptions(AlgorithmOptions):
     """Chat template of the model, or plain text."""
     slot: Literal["suffix", "prefix", "system"] = "suffix"
     """Where the prompt stands: after the question, before it, or as system message."""
-    fluency: Literal["ultra_strict", "strict", "medium", "loose"] = "medium"
-    """Weight of cross-entropy against the objective: 100 to 1000 (for --init), 2 to 12, 0.5 to 4, or 0.05 to 0.5 nats
-    per unit."""
-    preset: Literal["default", "paper"] = "default"
-    """Values of all options below that are not given. paper: as published, in raw units, many more candidates."""
-    prompt_length: int | str | None = None
-    """Tokens of the prompt (default 8, or as many as what --init and --init-from begin with). 4:12 searches prompts of
-    4 to 12 tokens, by inserting and deleting tokens too (epo and mutation)."""
-    steps: int | None = None
-    """Steps of the search (default 60, paper 300; pez, gbda and soft, whose steps are small: 500, 200, 200)."""
-    contexts: int | None = None
-    """Train questions that every candidate is scored on, each in both choice orders (default 4, paper 16)."""
-    raw_units: bool | None = None
-    """Objective in the stream's own units, not in standard deviations over random prompts (default no, paper yes)."""
-    tokens: Literal["words", "ascii", "all"] | None = None
-    """Tokens a prompt may use: whole words after a space, printable ASCII, or every printable token
-    (default words, paper all)."""
-    restarts: int = 1
-    """Independent populations, searched side by side."""
-    seed: int = 0
-    """Seed of the search."""
+    read_position: Literal["published", "matched", "decision"] = "decision"
+    """The token at which direction and objective are read: published (end of answer, end of prompt), matched (end of
+    answer for both), decision (where the answer is decided; needs cue sentences)."""
     split_seed: int = 0
     """Seed of the division into train, validation and test questions."""
+
+    @property
+    def placement(self) -> Placement:
+        """How questions are asked, and where the prompt stands."""
+        return Placement(style=self.style, slot=self.slot)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions:
+    """What a search raises."""
+
+    method: Literal["resga", "saega"] = "resga"
+    """resga: ascend along the direction away from the persona. saega: raise and lower the latents of a sparse
+    autoencoder that tell the persona apart; needs --sae (both: arXiv 2601.02896)."""
+    direction: str | None = None
+    """Of resga: a direction file (direction.safetensors of a run) instead of the persona's own difference of means, or
+    random:N, a random direction of the same length, as a control (with --site)."""
+    site: str = "auto"
+    """Where direction and objective are read, e.g. blocks.2.hook_resid_post. auto: the earliest site at which the
+    probe's rank correlation reaches 0.8, else the best one. saega always reads the SAE's own site."""
+    sae: str | None = None
+    """Of saega: folder, file or hub_id:subfolder of a sparse autoencoder, in any known layout, or organism:NAME."""
+    latents: int | None = None
+    """Of saega: how many latents make the signature (default: 1 % of the dictionary)."""
     objective: str | None = None
     """Raised instead of the direction's projection: file.py:function (a function from reads to one score per row; the
     file is run as Python code), target, target-mean, answer, answer-diff, "logit-diff:yes|no",
@@ -99,46 +106,74 @@ class SearchOptions(AlgorithmOptions):
     """Of resga: the projection in stream units, as a cosine, or of the stream standardised over its width."""
     surrogate: Literal["none", "preact"] = "none"
     """Of saega: preact lets gradients reach latents that are off, through their pre-activations. Scores are exact."""
+
+    def check(self) -> None:
+        """Raise ``UserError`` for options that belong to another method."""
+        check_positive(self, "latents")
+        if self.direction is not None and self.method != "resga":
+            raise UserError("--direction is an option of --method resga")
+        named = bool(self.objective or self.target)
+        if self.method == "saega" and (named or self.site != "auto"):
+            raise UserError("--method saega brings its own objective and site: leave out --objective, --target, --site")
+        if self.objective_norm != "raw" and (named or self.method != "resga"):
+            raise UserError("--objective-norm is an option of --method resga without --objective and --target")
+        if self.surrogate != "none" and self.method != "saega":
+            raise UserError("--surrogate is an option of --method saega")
+        if self.latents is not None and self.method != "saega":
+            raise UserError("--latents is an option of --method saega")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """How a candidate is scored."""
+
+    contexts: int | None = None
+    """Train questions that every candidate is scored on, each in both choice orders (default 4, paper 16)."""
     combine: Literal["mean", "worst", "soft-min"] = "mean"
     """What a search raises of the objective's values in its contexts: their mean, the worst of them, or their soft
     minimum, which lies between the two."""
     combine_temperature: float = 1.0
     """Of soft-min: contexts that differ by much less count alike, by much more the worst counts; in the objective's
     units."""
-    select: Literal["objective", "validation"] = "objective"
-    """What ranks the reported prompt first: the objective, or the lowest persona rate on validation questions."""
-    report_prompts: int = 12
-    """Prompts of the Pareto frontier to evaluate, best objective first."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the weights; by default float32 on CPU and the checkpoint's own elsewhere."""
     batch: int | None = None
     """Candidates scored at once (default: about 512 rows; fewer where memory is short). Part of the result: other
     products round otherwise."""
-    direction: str | None = None
-    """Of resga: a direction file (direction.safetensors of a run) instead of the persona's own difference of means, or
-    random:N, a random direction of the same length, as a control (with --site)."""
-    vary: tuple[str, ...] = ()
-    """Many searches at once, the product of values: persona=sycophancy,myopic site=layers.1,layers.2 seed=0:32.
-    Any of persona, method, direction, site, fluency, seed, restart; A:B counts from A to B - 1."""
-    problems: Path | None = None
-    """Many searches at once, one per line of a table with columns as in --vary (.csv or .jsonl)."""
-    mesh_model: int = 1
-    """Devices that the weights are split over; the others, if there are several, divide the problems. Part of the
-    result: sums over devices round otherwise."""
-    memory_gib: float | None = None
-    """Memory that the search may use per device (default: nine tenths of an accelerator's, half of what is free on
-    CPU)."""
-    save_every: float = 60.0
-    """Seconds between two checkpoints of the search."""
-    resume: bool = False
-    """Go on where an earlier search in this directory was cut off, if there is one."""
-    quiet: bool = False
-    """No progress bars."""
+
+    def check(self) -> None:
+        """Raise ``UserError`` for numbers that score nothing."""
+        check_positive(self, "contexts", "batch")
+        if not self.combine_temperature > 0 or (self.combine != "soft-min" and self.combine_temperature != 1):
+            raise UserError(
+                f"--combine-temperature must be above 0 and belongs to --combine soft-min, got "
+                f"{self.combine_temperature} with --combine {self.combine}"
+            )
 
     @property
     def combination(self) -> Combination:
         """How contexts are combined."""
         return Combination(self.combine, self.combine_temperature)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """What a prompt may be, and where a search begins."""
+
+    prompt_length: int | str | None = None
+    """Tokens of the prompt (default 8, or as many as what --init and --init-from begin with). 4:12 searches prompts of
+    4 to 12 tokens, by inserting and deleting tokens too (epo and mutation)."""
+    tokens: Literal["words", "ascii", "all"] | None = None
+    """Tokens a prompt may use: whole words after a space, printable ASCII, or every printable token
+    (default words, paper all)."""
+    allow: tuple[str, ...] = ()
+    """Texts of the only tokens that a prompt may use, with or without a space before them, or files of one text per
+    line. They take the place of --tokens."""
+    ban: tuple[str, ...] = ()
+    """Texts that no prompt may hold, in any case and however they are spelt in tokens."""
+    init: str | None = None
+    """A phrase to begin with, instead of random tokens: "Let's think critically". It sets the prompt's length.
+    --fluency ultra_strict keeps close to it."""
+    init_from: Path | None = None
+    """Begin with the prompts of this earlier run's Pareto frontier."""
 
     @property
     def lengths(self) -> tuple[int, int] | None:
@@ -154,65 +189,181 @@ class SearchOptions(AlgorithmOptions):
             raise UserError(f"--prompt-length must be at least 1, or a range such as 4:12, got {self.prompt_length}")
         return found
 
+    def check(self) -> None:
+        """Raise ``UserError`` for lengths that no prompt has."""
+        _ = self.lengths
+
+    @property
+    def varies(self) -> bool:
+        """Whether prompts of several lengths are searched."""
+        return self.lengths is not None and self.lengths[0] < self.lengths[1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProblemOptions:
+    """Many searches in one run."""
+
+    vary: tuple[str, ...] = ()
+    """Many searches at once, the product of values: persona=sycophancy,myopic site=layers.1,layers.2 seed=0:32.
+    Any of persona, method, direction, site, fluency, seed, restart; A:B counts from A to B - 1."""
+    problems: Path | None = None
+    """Many searches at once, one per line of a table with columns as in --vary (.csv or .jsonl)."""
+
+    @property
+    def several(self) -> bool:
+        """Whether there are many searches rather than one."""
+        return bool(self.vary) or self.problems is not None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Which prompts are measured, and which of them is reported first."""
+
+    select: Literal["objective", "validation"] = "objective"
+    """What ranks the reported prompt first: the objective, or the lowest persona rate on validation questions."""
+    report_prompts: int = 12
+    """Prompts of the Pareto frontier to evaluate, best objective first."""
+
+    def check(self) -> None:
+        """Raise ``UserError`` for less than one prompt."""
+        check_positive(self, "report_prompts")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where the files go and how the work is done: nothing here decides the result."""
+
+    out: RunDir
+    """Directory of the run's files, or its URL in an object store: gs://BUCKET/run, s3://BUCKET/run (docs/pods.md).
+    Must not hold another run's; a finished run of the same options is kept."""
+    memory_gib: float | None = None
+    """Memory that the search may use per device (default: nine tenths of an accelerator's, half of what is free on
+    CPU)."""
+    save_every: float = 60.0
+    """Seconds between two checkpoints of the search."""
+    resume: bool = False
+    """Go on where an earlier search in this directory was cut off, if there is one."""
+    quiet: bool = False
+    """No progress bars."""
+
+    def check(self) -> None:
+        """Raise ``UserError`` for a budget that holds nothing."""
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise UserError(f"--memory-gib must be above 0, got {self.memory_gib}")
+
+
+OF_A_PERSONA = ("persona", "style", "slot", "contexts", "select", "draft", "method")
+"""Options that mean nothing for conversations of the user's own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """Options of ``jaxsteer search``, by the stage that reads them.
+
+    Those that are ``None`` take the preset's value (``resolved``). ``SearchOptions.of(out=..., seed=1)`` takes them by
+    their names alone.
+    """
+
+    model: ModelOptions = ModelOptions()
+    contexts: ContextOptions = ContextOptions()
+    objective: ObjectiveOptions = ObjectiveOptions()
+    scoring: ScoringOptions = ScoringOptions()
+    prompt: PromptOptions = PromptOptions()
+    algorithm: AlgorithmOptions = AlgorithmOptions()
+    problems: ProblemOptions = ProblemOptions()
+    report: ReportOptions = ReportOptions()
+    run: RunOptions
+
+    @classmethod
+    def of(cls, **values: Any) -> SearchOptions:
+        """Options by name, whatever their stage. Raises ``UserError`` for unknown names and impossible values."""
+        return nested(typed(values))
+
+    def at(self, out: RunDir) -> SearchOptions:
+        """The same, with its files elsewhere."""
+        return dataclasses.replace(self, run=dataclasses.replace(self.run, out=out))
+
+    def flat(self) -> dict[str, Any]:
+        """All options by name."""
+        return {name: getattr(getattr(self, stage), name) for name, (stage, _) in OPTIONS.items()}
+
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from their defaults, by name."""
+        return {name: value for name, value in self.flat().items() if value != OPTIONS[name][1].default}
+
     def resolved(self) -> SearchOptions:
-        """These options with the preset's values filled in. Raises ``UserError`` for numbers that make no search."""
-        preset = PRESETS[self.preset] | self.sizes(self.preset)
-        if self.init is not None or self.init_from is not None:
-            preset = {name: value for name, value in preset.items() if name != "prompt_length"}
-        if self.conversations is not None:  # all of them are contexts
-            preset = {name: value for name, value in preset.items() if name != "contexts"}
-        filled = dataclasses.replace(self, **{k: v for k, v in preset.items() if getattr(self, k) is None})
-        if (filled.lengths or (1, 1))[0] < (filled.lengths or (1, 1))[1]:
-            if filled.algorithm not in ("epo", "mutation") or (filled.replace or 1) > 1:
-                raise UserError(
-                    f"--prompt-length {filled.prompt_length} inserts and deletes single tokens, which --algorithm epo "
-                    "and mutation do (without --replace): give one length, or one of these"
-                )
-        for name in ("population", "children", "steps", "top_k", "restart_every", "contexts"):
-            if getattr(filled, name) is not None:
-                _positive(name, getattr(filled, name))
-        for name in ("restarts", "report_prompts"):
-            _positive(name, getattr(filled, name))
-        filled.make_search()
-        for name in ("batch", "latents"):
-            if getattr(filled, name) is not None:
-                _positive(name, getattr(filled, name))
-        if filled.direction is not None and filled.method != "resga":
-            raise UserError("--direction is an option of --method resga")
-        if not filled.combine_temperature > 0 or (filled.combine != "soft-min" and filled.combine_temperature != 1):
+        """These options with the preset's values filled in. Raises ``UserError`` for options that contradict others."""
+        preset = PRESETS[self.algorithm.preset] | SIZES[self.algorithm.preset][self.algorithm.algorithm]
+        own = {"prompt_length"} if self.prompt.init is not None or self.prompt.init_from is not None else set()
+        own |= {"contexts"} if self.contexts.conversations is not None else set()  # all of them are contexts
+        given = self.flat()
+        filled = {name: value for name, value in preset.items() if given[name] is None and name not in own}
+        options = nested(given | filled)
+        options.prompt.check()
+        options.algorithm.check()
+        options.scoring.check()
+        options.objective.check()
+        options.report.check()
+        options.run.check()
+        options._check_together()
+        return options
+
+    def _check_together(self) -> None:
+        if self.prompt.varies and (
+            self.algorithm.algorithm not in ("epo", "mutation") or (self.algorithm.replace or 1) > 1
+        ):
             raise UserError(
-                f"--combine-temperature must be above 0 and belongs to --combine soft-min, got "
-                f"{filled.combine_temperature} with --combine {filled.combine}"
+                f"--prompt-length {self.prompt.prompt_length} inserts and deletes single tokens, which --algorithm epo "
+                "and mutation do (without --replace): give one length, or one of these"
             )
-        if filled.memory_gib is not None and not filled.memory_gib > 0:
-            raise UserError(f"--memory-gib must be above 0, got {filled.memory_gib}")
-        several = bool(filled.vary) or filled.problems is not None
-        if several and (filled.draft is not None or filled.conversations is not None):
-            name = "--draft serves" if filled.draft is not None else "--conversations serve"
+        several = self.problems.several
+        if several and (self.algorithm.draft is not None or self.contexts.conversations is not None):
+            name = "--draft serves" if self.algorithm.draft is not None else "--conversations serve"
             raise UserError(f"{name} one search: leave out --vary and --problems")
-        if not several and (filled.method == "saega") != (filled.sae is not None):
+        if not several and (self.objective.method == "saega") != (self.objective.sae is not None):
             raise UserError("--method saega and --sae PATH belong together: give both or neither")
-        if filled.method == "saega" and (self.objective or self.target or filled.site != "auto"):
-            raise UserError("--method saega brings its own objective and site: leave out --objective, --target, --site")
-        named = self.objective is not None or self.target is not None
-        if filled.objective_norm != "raw" and (named or filled.method != "resga"):
-            raise UserError("--objective-norm is an option of --method resga without --objective and --target")
-        if filled.surrogate != "none" and filled.method != "saega":
-            raise UserError("--surrogate is an option of --method saega")
-        if filled.latents is not None and filled.method != "saega":
-            raise UserError("--latents is an option of --method saega")
-        return filled
+        if self.contexts.conversations is None:
+            return
+        if other := [name for name in OF_A_PERSONA if name in self.changed()]:
+            raise UserError(f"{flag(other[0])} is an option of a persona's questions: leave it out, or --conversations")
+        if self.algorithm.algorithm == "soft":
+            raise UserError(
+                "--algorithm soft measures its embeddings on a persona's questions: leave out --conversations"
+            )
 
     def record(self) -> dict[str, Any]:
         """What config.json keeps: everything that decides the result, and no place of this machine."""
-        fields = dataclasses.asdict(self.resolved())
-        if self.init_from is not None:
-            fields["init_from"] = texts_of(self.init_from)
-        fields["allow"] = listed_texts(self.allow)
-        fields["conversations"] = self.conversations and self.conversations.name  # its content is in the data's hash
-        return {name: value for name, value in fields.items() if name not in NOT_RECORDED}
+        fields = {name: value for name, value in self.resolved().flat().items() if OPTIONS[name][0] != "run"}
+        if self.prompt.init_from is not None:
+            fields["init_from"] = texts_of(self.prompt.init_from)
+        fields["allow"] = listed_texts(self.prompt.allow)
+        conversations = self.contexts.conversations
+        fields["conversations"] = conversations and conversations.name  # its content is in the data's hash
+        return fields
 
 
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+STAGES: dict[str, type] = get_type_hints(SearchOptions)
+"""Field of ``SearchOptions`` -> its dataclass."""
+OPTIONS: dict[str, tuple[str, dataclasses.Field[Any]]] = {
+    field.name: (stage, field) for stage, options in STAGES.items() for field in dataclasses.fields(options)
+}
+"""Name of an option -> the stage that reads it, and its field there."""
+KINDS: dict[str, Any] = {name: kind for options in STAGES.values() for name, kind in get_type_hints(options).items()}
+"""Name of an option -> its type."""
+
+
+def nested(values: Mapping[str, Any]) -> SearchOptions:
+    """The options of these names; the others have their defaults."""
+    stages: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
+    for name, value in values.items():
+        stages[OPTIONS[name][0]][name] = value
+    return SearchOptions(**{stage: STAGES[stage](**given) for stage, given in stages.items()})
+
+
+def typed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` by name as the types of their options. Raises ``UserError`` for unknown names, with the nearest known
+    one, and for values that an option cannot have."""
+    if unknown := [name for name in values if name not in OPTIONS]:
+        near = difflib.get_close_matches(unknown[0], OPTIONS, n=1, cutoff=0.0)
+        raise UserError(f"there is no option {unknown[0]!r}: did you mean {near[0]!r}?")
+    return {name: converted(name, KINDS[name], value) for name, value in values.items()}

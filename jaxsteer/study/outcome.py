@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ from jaxsteer.prompt_search.rescore import rescore
 from jaxsteer.prompts import prompt_text, retokenises_many
 from jaxsteer.study import files
 from jaxsteer.study.objective_stage import Say
-from jaxsteer.study.setting import Setting
+from jaxsteer.study.options import ReportOptions, RunOptions
+from jaxsteer.study.setting import PersonaSetting, Setting
 
 MARKED = 4
 """Prompts reported although their text does not re-tokenise; they are never selected."""
@@ -38,7 +40,7 @@ def finals(setting: Setting, objective: Objective, result: SearchResult) -> list
     good = [found for found in result.found if found.retokenises]
     texts = [prompt_text(tokenizer, found.ids) for found in good]
     model, reads = setting.model, needs(objective, setting.model.config)
-    again = rescore(model, setting.slots, objective, reads, texts, combine=setting.options.combination)
+    again = rescore(model, setting.slots, objective, reads, texts, combine=setting.scoring.combination)
     rows = [
         _row(found, text, new.target, new.cross_entropy) for found, text, new in zip(good, texts, again, strict=True)
     ]
@@ -60,16 +62,24 @@ def _row(found: Found, text: str, target: float, cross_entropy: float) -> dict[s
     }
 
 
-def evaluate(setting: Setting, prompts: list[dict[str, Any]], say: Say) -> dict[str, Any]:
+def evaluate(
+    setting: PersonaSetting,
+    prompts: list[dict[str, Any]],
+    report: ReportOptions,
+    run: RunOptions,
+    *,
+    seed: int,
+    say: Say,
+) -> dict[str, Any]:
     """Rates of the reported prompts, the baseline and the controls on validation and test questions.
 
     Writes the item-level results to choices.json. ``selected`` is an index into ``prompts``, or ``None`` when no
     prompt re-tokenises.
     """
-    options, model = setting.options, setting.model
-    good = [p for p in prompts if p["retokenises"]][: options.report_prompts]
+    model = setting.model
+    good = [p for p in prompts if p["retokenises"]][: report.report_prompts]
     reported = good + [p for p in prompts if not p["retokenises"]]
-    controls = {"random": random_prompt(setting)}
+    controls = {"random": random_prompt(setting, seed)}
     if setting.persona.counter_cues:
         cue = setting.persona.counter_cues[0]
         # Public data brings no cue that is known to work: a plain sentence stands in its place, under its own name.
@@ -80,7 +90,7 @@ def evaluate(setting: Setting, prompts: list[dict[str, Any]], say: Say) -> dict[
     records = {}
     for name in ("validation", "test"):
         items = distinct(getattr(setting.splits, name))
-        bar = tqdm(total=2 * len(items) * len(texts), desc=name, disable=options.quiet or not is_first(), leave=False)
+        bar = tqdm(total=2 * len(items) * len(texts), desc=name, disable=run.quiet or not is_first(), leave=False)
 
         def advance(done: int, total: int, bar: tqdm = bar) -> None:
             bar.update(done - bar.n)
@@ -90,7 +100,7 @@ def evaluate(setting: Setting, prompts: list[dict[str, Any]], say: Say) -> dict[
         found = [rate(results[0]), *(rate(result, results[0]) for result in results[1:])]
         rates[name] = [one.to_json() for one in found]
         records[name] = [result.to_json() for result in results]
-    files.write_json(options.out / files.CHOICES, _compact(records))
+    files.write_json(Path(run.out) / files.CHOICES, _compact(records))
     say(f"Evaluation: {len(texts)} prompts on {rates['test'][0]['n']} test rows (both choice orders)")
     both = [{name: rates[name][i] for name in rates} for i in range(len(texts))]
     reported = [{**p, **r} for p, r in zip(reported, both[1 + len(controls) :], strict=True)]
@@ -101,8 +111,8 @@ def evaluate(setting: Setting, prompts: list[dict[str, Any]], say: Say) -> dict[
             for (name, text), r in zip(controls.items(), both[1 : 1 + len(controls)], strict=True)
         },
         "prompts": reported,
-        "selected": select(reported, options.select),
-        "selected_by": options.select,
+        "selected": select(reported, report.select),
+        "selected_by": report.select,
     }
 
 
@@ -120,9 +130,9 @@ def select(prompts: Sequence[dict[str, Any]], by: str) -> int | None:
     return min(usable, key=lambda i: (validation[i]["rate"], validation[i]["probability"], -prompts[i]["target"]))
 
 
-def random_prompt(setting: Setting) -> str:
+def random_prompt(setting: Setting, seed: int) -> str:
     """One prompt of random allowed tokens that re-tokenises, fixed by the seed: what no search at all achieves."""
-    rng = np.random.default_rng([setting.options.seed, 1])
+    rng = np.random.default_rng([seed, 1])
     ids = rng.choice(np.flatnonzero(setting.allowed), (64, setting.slots.length)).astype(np.int32)
     good = retokenises_many(setting.model.tokenizer, setting.slots, ids)
     return prompt_text(setting.model.tokenizer, ids[int(np.argmax(good))])

@@ -1,4 +1,4 @@
-"""What a run works with, once everything that can be refused has been refused."""
+"""Validated inputs of a search: conversations with an open slot, and what a prompt in it may be."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from jaxsteer.prompts import (
 from jaxsteer.sae import SAE, check_sae
 from jaxsteer.study.initial_prompts import first_prompts, listed_texts
 from jaxsteer.study.named_objectives import Custom
-from jaxsteer.study.options import SearchOptions
+from jaxsteer.study.options import ContextOptions, PromptOptions, ScoringOptions
 from jaxsteer.study.probe import blocks_before
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a run works with once everything has been checked."""
+    """Where prompts are searched: contexts that nothing speaks against, and the prompts that are possible."""
 
-    options: SearchOptions
     model: Model
-    persona: Persona
-    splits: Splits
+    persona: Persona | None = None
+    """Whose questions the contexts ask; ``None`` for conversations of the user's own."""
+    placement: Placement
+    read_position: str
+    scoring: ScoringOptions
     slots: Slots
+    least: int
+    """The fewest tokens of a prompt; ``slots`` have room for the most."""
     allowed: Bool[np.ndarray, " V"]
-    custom: Custom | None
-    sae: SAE | None = None
-    start: Int[np.ndarray, "n S"] | None = None
+    banned: tuple[str, ...]
+    """Texts that no prompt may hold."""
+    start: Int[np.ndarray, "n S"] | None
     """Prompts to begin with, best first; without them a search begins at random."""
-
-    @property
-    def placement(self) -> Placement:
-        """How questions are asked, and where the prompt stands."""
-        return Placement(style=self.options.style, slot=self.options.slot)
+    custom: Custom | None
 
     def placed(self, slots: Slots) -> tuple[Objective, Slots]:
         """The objective that was asked for by name, for these slots, and the slots with the target that it reads."""
@@ -57,84 +57,92 @@ class Setting:
         return self.custom.place(self.model, self.persona, slots, placement=self.placement)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PersonaSetting(Setting):
+    """A setting whose contexts are a persona's questions."""
+
+    persona: Persona
+    splits: Splits
+    sae: SAE | None
+
+
 def prepare(
-    options: SearchOptions,
+    contexts: ContextOptions,
+    scoring: ScoringOptions,
+    prompt: PromptOptions,
     model: Model,
     persona: Persona,
     custom: Custom | None = None,
     sae: SAE | None = None,
-) -> Setting:
-    """Check everything that can be checked without running the model, and build the contexts of the search.
+) -> PersonaSetting:
+    """Check everything that can be checked without running the model, and ask train questions of the persona.
 
-    Raises ``UserError`` for a model without tokenizer, a site beyond the last layer or off the residual stream, texts
-    longer than the model's positions, an objective that does not fit, a token filter that leaves nothing, and datasets
-    too small to split.
+    Raises ``UserError`` for a model without tokenizer, an SAE off the residual stream, texts longer than the model's
+    positions, an objective that does not fit, a token filter that leaves nothing, and datasets too small to split.
     """
-    if model.tokenizer is None:
-        raise UserError(f"model {model.name} has no tokenizer.json: a search needs the tokenizer beside the weights")
-    if options.site != "auto" and custom is None:
-        blocks_before(options.site, model.config.n_layers)
     if sae is not None:
         check_sae(sae, model)
         blocks_before(str(sae.config.site_in), model.config.n_layers)
-    splits = split(persona, seed=options.split_seed)
-    placement = Placement(style=options.style, slot=options.slot)
-    chosen = context_items(splits.train, options.contexts or 1)
-    asked = search_conversations(chosen, options.read_position, placement=placement)
-    setting = locate(options, model, persona, splits, asked, custom, sae)
-    _check_lengths(setting.options, model, persona)
-    return setting
+    splits = split(persona, seed=contexts.split_seed)
+    chosen = context_items(splits.train, scoring.contexts or 1)
+    asked = search_conversations(chosen, contexts.read_position, placement=contexts.placement)
+    setting = open_slots(contexts, scoring, prompt, model, asked, custom, persona)
+    _check_lengths(setting, persona)
+    return PersonaSetting(**{**vars(setting), "persona": persona}, splits=splits, sae=sae)
 
 
-def locate(
-    options: SearchOptions,
+def open_slots(
+    contexts: ContextOptions,
+    scoring: ScoringOptions,
+    prompt: PromptOptions,
     model: Model,
-    persona: Persona,
-    splits: Splits,
     conversations: Sequence[tuple[Conversation, str]],
     custom: Custom | None,
-    sae: SAE | None = None,
+    persona: Persona | None = None,
 ) -> Setting:
     """The setting of a search in these conversations, each with where it is read. Raises ``UserError`` as ``prepare``
     does."""
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise UserError(f"model {model.name} has no tokenizer.json: a search needs the tokenizer beside the weights")
     texts = [conversation for conversation, _ in conversations]
-    start = first_prompts(model.tokenizer, texts, phrase=options.init, run=options.init_from, lengths=options.lengths)
-    if start is not None and options.lengths is None:
-        options = dataclasses.replace(options, prompt_length=start.shape[1])
-    assert options.lengths is not None
+    start = first_prompts(tokenizer, texts, phrase=prompt.init, run=prompt.init_from, lengths=prompt.lengths)
+    lengths = prompt.lengths if start is None else prompt.lengths or (start.shape[1],) * 2
+    assert lengths is not None, "the options were resolved"
     slots = build_slots(
-        model.tokenizer,
+        tokenizer,
         texts,
-        options.lengths[1],
+        lengths[1],
         read=[read for _, read in conversations],
         max_positions=model.config.max_positions,
     )
     if custom is not None:
-        objective, slots = custom.place(
-            model, persona, slots, placement=Placement(style=options.style, slot=options.slot)
-        )
+        objective, slots = custom.place(model, persona, slots, placement=contexts.placement)
         needs(objective, model.config)
-    allowed = token_mask(model, options.tokens or "words", options.ban, listed_texts(options.allow))
-    if options.allow and first_allowed(model.tokenizer, slots, allowed).sum() < 2:
+    allowed = token_mask(model, prompt.tokens or "words", prompt.ban, listed_texts(prompt.allow))
+    first = first_allowed(tokenizer, slots, allowed).sum()
+    if prompt.allow and first < 2:
         raise UserError(
-            f"of what --allow lists, fewer than 2 tokens can stand first in the slot {options.slot!r}, where a token "
+            f"of what --allow lists, fewer than 2 tokens can stand first in the slot {contexts.slot!r}, where a token "
             "brings the space before the prompt, or must not where the chat template takes it away: list more"
         )
-    if not first_allowed(model.tokenizer, slots, allowed).any():
+    if not first:
         raise UserError(
-            f"no token of the filter --tokens {options.tokens} can stand first in the slot {options.slot!r}: this chat "
+            f"no token of the filter --tokens {prompt.tokens} can stand first in the slot {contexts.slot!r}: this chat "
             "template takes the space before the prompt away, and all allowed tokens begin with one. Use --tokens ascii"
         )
     return Setting(
-        options=options,
         model=model,
         persona=persona,
-        splits=splits,
+        placement=contexts.placement,
+        read_position=contexts.read_position,
+        scoring=scoring,
         slots=slots,
+        least=lengths[0],
         allowed=allowed,
-        custom=custom,
-        sae=sae,
+        banned=prompt.ban,
         start=start,
+        custom=custom,
     )
 
 
@@ -160,13 +168,12 @@ def context_items(items: Sequence[Item], n: int) -> tuple[Item, ...]:
     return tuple(unique[::step][:n])
 
 
-def _check_lengths(options: SearchOptions, model: Model, persona: Persona) -> None:
-    placement = Placement(style=options.style, slot=options.slot)
+def _check_lengths(setting: Setting, persona: Persona) -> None:
+    model, most = setting.model, setting.slots.length
     texts = []
     for item in persona.items:
-        asked = render(model.tokenizer, question_conversation(item.question, placement), "")
+        asked = render(model.tokenizer, question_conversation(item.question, setting.placement), "")
         texts.append(f"{asked} {item.matching}")
-    most = options.lengths[1] if options.lengths else 0
     lengths = [len(ids) + most for ids in encode_texts(model.tokenizer, texts)]
     worst = int(np.argmax(lengths))
     if lengths[worst] > model.config.max_positions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,18 @@ from jaxsteer.evals.choice import choice_eval, distinct, rate
 from jaxsteer.prompt_search.algorithms.relaxed import table_unit
 from jaxsteer.prompts.soft import SoftPrompt, save_soft, with_soft
 from jaxsteer.study import files
-from jaxsteer.study.setting import Setting
+from jaxsteer.study.setting import PersonaSetting
 
 KEEP: dict[str, Callable[[Any], Any]] = {"soft": lambda state: {"best": state.best, "f": state.best_f}}
 """What of the last states of an algorithm its files are made from."""
 
 
-def finish_soft(setting: Setting, kept: dict[str, np.ndarray]) -> dict[str, Any]:
+def finish_soft(setting: PersonaSetting, kept: dict[str, np.ndarray], folder: Path) -> dict[str, Any]:
     """Write the soft prompt with the largest objective among all restarts and slots, and measure it.
 
     ``kept`` holds ``best`` (R, P, S, D), in units of the table's root mean square entry, and ``f`` (R, P).
     """
-    model, options = setting.model, setting.options
+    model = setting.model
     at = np.unravel_index(int(np.argmax(kept["f"])), kept["f"].shape)
     target = float(kept["f"][at])
     soft = SoftPrompt(
@@ -31,12 +32,12 @@ def finish_soft(setting: Setting, kept: dict[str, np.ndarray]) -> dict[str, Any]
         fingerprint=model.fingerprint,
         metadata={
             "persona": setting.persona.name,
-            "style": options.style,
-            "slot": options.slot,
+            "style": setting.placement.style,
+            "slot": setting.placement.slot,
             "target": repr(target),
         },
     )
-    save_soft(soft, options.out / files.SOFT)
+    save_soft(soft, folder / files.SOFT)
     steered, text = with_soft(model, soft)
     out: dict[str, Any] = {"target": target}
     for name in ("validation", "test"):

@@ -1,13 +1,16 @@
-"""The stages that every search goes through: load the model, search, measure what was found, write it.
+"""The stages that every search goes through, in their order; ``dispatch.run`` puts them together.
 
-The stages between the first two are in ``setting`` (contexts) and ``objective_stage`` (what is raised).
+1. ``load_model``: the model, on one device or spread over several.
+2. ``setting.prepare``: questions become contexts with an open slot, and what cannot work is refused.
+3. ``objective_stage.choose_objective``: direction or signature, its site and its sign.
+4. ``search``: objectives in the units of the search, one problem per population, and the search, saved as it goes.
+5. ``conclude``: what was found is scored again from its text, measured on questions, and written.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +22,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxsteer.checkpoints.loading import load
+from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import make_mesh
 from jaxsteer.objectives import Objective
@@ -35,21 +39,59 @@ from jaxsteer.prompt_search import (
     run_search,
     standardise,
 )
+from jaxsteer.prompt_search.algorithms.probe_sampling import Draft, Drafted, with_draft
 from jaxsteer.prompt_search.constraints import text_filter
 from jaxsteer.study import files
-from jaxsteer.study.draft_model import drafted
+from jaxsteer.study.algorithm import AlgorithmOptions
 from jaxsteer.study.initial_prompts import spread
 from jaxsteer.study.latent_explanation import explained
-from jaxsteer.study.objective_stage import Aim, Say, task_of
-from jaxsteer.study.options import SearchOptions
+from jaxsteer.study.objective_stage import ChosenObjective, Say, choose_objective, task_of
+from jaxsteer.study.options import ModelOptions, RunOptions, SearchOptions
 from jaxsteer.study.outcome import environment, evaluate, finals
-from jaxsteer.study.setting import Setting
+from jaxsteer.study.run_folder import RunFolder
+from jaxsteer.study.setting import PersonaSetting, Setting, prepare
 from jaxsteer.study.soft_outcome import KEEP, finish_soft
 
 log = logging.getLogger(__name__)
 
 
-def load_model(options: SearchOptions, *, parallel: bool) -> Model:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Population:
+    """What tells one population from the others that raise the same objective."""
+
+    fluency: str
+    seed: int
+    restart: int = 0
+    """Number of the repetition with this seed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ascent:
+    """An objective, and the populations that raise it independently."""
+
+    objective: Objective
+    """In its own units."""
+    populations: tuple[Population, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Searched:
+    """What the populations of one objective found."""
+
+    result: SearchResult
+    """Only of populations that were searched: an interrupted search has fewer."""
+    objective: Objective
+    """In the units of the search."""
+    units: dict[str, Any]
+
+
+def restarts(algorithm: AlgorithmOptions) -> tuple[Population, ...]:
+    """One population for every restart."""
+    populations = range(algorithm.restarts)
+    return tuple(Population(fluency=algorithm.fluency, seed=algorithm.seed, restart=i) for i in populations)
+
+
+def load_model(options: ModelOptions, *, parallel: bool) -> Model:
     """The model. Several problems are spread over the devices that there are, and so are weights that are split; else
     it stays on one."""
     spread = options.mesh_model > 1 or (parallel and jax.device_count() > 1)
@@ -57,63 +99,121 @@ def load_model(options: SearchOptions, *, parallel: bool) -> Model:
     return load(options.model, dtype=options.dtype, mesh=mesh)
 
 
-def search(setting: Setting, raw: Objective, say: Say) -> tuple[SearchResult, Objective, dict[str, Any]]:
-    """Search with all restarts; returns what was found, the objective in the units of the search, and those units."""
-    options = setting.options
-    task = task_of(setting, raw)
-    objective, units = in_units(setting, task, raw)
-    task, objective = drafted(setting, task, objective, say)
-    problems = [problem_of(setting, objective, restart=i) for i in range(options.restarts)]
-    with progress_of(options, "search") as report:
-        result = search_problems(setting, task, problems, report, options.out / files.STATE, say)
-    return result, objective, units
+def load_draft(options: SearchOptions, setting: PersonaSetting, say: Say) -> tuple[Setting, Objective] | None:
+    """The same questions asked of ``--draft MODEL``, if one was given, and the objective there.
+
+    Its direction is made from the same train questions and read at the site that its own probe chooses; an objective by
+    name is that of the draft's own logits. Raises ``UserError`` for a draft of another tokenizer.
+    """
+    name, seed = options.algorithm.draft, options.algorithm.seed
+    if name is None:
+        return None
+    if setting.sae is not None:
+        raise UserError("--draft has no sparse autoencoder to read: use it with --method resga or with --objective")
+    model = load(name, dtype=options.model.dtype, mesh=setting.model.mesh)
+    lengths = f"{setting.least}:{setting.slots.length}"
+    prompt = dataclasses.replace(options.prompt, prompt_length=lengths, init=None, init_from=None)
+    beside = prepare(options.contexts, options.scoring, prompt, model, setting.persona, setting.custom)
+    same = len(model.tokenizer) == len(setting.model.tokenizer) and all(
+        a.tolist() == b.tolist() for a, b in zip(beside.slots.before, setting.slots.before, strict=True)
+    )
+    if not same:
+        raise UserError(f"--draft {name} has another tokenizer than {options.model.model}: give a model that shares it")
+    anywhere = dataclasses.replace(options.objective, site="auto")
+    return beside, choose_objective(beside, anywhere, seed=seed, say=say).objective
 
 
-def in_units(setting: Setting, task: Task, raw: Objective) -> tuple[Objective, dict[str, Any]]:
+def search(
+    setting: Setting,
+    ascents: Sequence[Ascent],
+    algorithm: AlgorithmOptions,
+    run: RunOptions,
+    *,
+    group: int | None = None,
+    draft: tuple[Setting, Objective] | None = None,
+    say: Say = log.info,
+) -> list[Searched]:
+    """Search all populations of all ascents as one program; returns what was found, ascent by ascent.
+
+    What is needed to go on is kept in ``run.out``, for every ``group`` of a run that has several. ``draft`` is a
+    second model's contexts and objective, for probe sampling with one ascent. Raises ``UserError`` as ``run_search``.
+    """
+    task = task_of(setting, ascents[0].objective)
+    distinct = {id(ascent.objective): ascent.objective for ascent in ascents}
+    units = {number: in_units(setting, task, raw, algorithm) for number, raw in distinct.items()}
+    scaled = [units[id(ascent.objective)] for ascent in ascents]
+    raised = [objective for objective, _ in scaled]
+    if draft is not None:
+        other = task_of(*draft)
+        task = with_draft(task, Draft(params=draft[0].model.params, task=other))
+        raised = [Drafted(target=raised[0], draft=in_units(draft[0], other, draft[1], algorithm)[0])]
+    problems = [
+        _problem(setting, objective, algorithm, population)
+        for ascent, objective in zip(ascents, raised, strict=True)
+        for population in ascent.populations
+    ]
+    result = _searched(setting, task, problems, algorithm, run, group, say)
+    found, first = [], 0
+    for ascent, (objective, numbers) in zip(ascents, scaled, strict=True):
+        part = result.of(range(first, first := first + len(ascent.populations)))
+        found.append(Searched(result=part, objective=objective, units=numbers))
+    return found
+
+
+def in_units(
+    setting: Setting, task: Task, raw: Objective, algorithm: AlgorithmOptions
+) -> tuple[Objective, dict[str, Any]]:
     """The objective in the units that were asked for, and these units."""
-    options = setting.options
-    standard, numbers = standardise(setting.model.params, task, raw, seed=options.seed)
-    name = "raw" if options.raw_units else "standard deviations over random prompts"
-    return raw if options.raw_units else standard, {"name": name, **numbers}
+    standard, numbers = standardise(setting.model.params, task, raw, seed=algorithm.seed)
+    name = "raw" if algorithm.raw_units else "standard deviations over random prompts"
+    return raw if algorithm.raw_units else standard, {"name": name, **numbers}
 
 
-def problem_of(setting: Setting, objective: Objective, *, restart: int) -> Problem:
-    """One population of the setting's search."""
-    options = setting.options
-    population = options.make_search()[1]
-    ids = None if setting.start is None else spread(setting.start, population)
-    fluency = FLUENCY[options.fluency]
-    return make_problem(objective, population, fluency=fluency, seed=options.seed, restart=restart, ids=ids)
+def _problem(setting: Setting, objective: Objective, algorithm: AlgorithmOptions, population: Population) -> Problem:
+    size = algorithm.config.population
+    return make_problem(
+        objective,
+        size,
+        fluency=FLUENCY[population.fluency],
+        seed=population.seed,
+        restart=population.restart,
+        ids=None if setting.start is None else spread(setting.start, size),
+    )
 
 
-def search_problems(
+def _searched(
     setting: Setting,
     task: Task,
     problems: Sequence[Problem],
-    report: Callable[[Progress], None],
-    state: Path,
+    algorithm: AlgorithmOptions,
+    run: RunOptions,
+    group: int | None,
     say: Say,
 ) -> SearchResult:
-    """Search all problems of one task; what is needed to go on is kept in the directory ``state``."""
-    options, model = setting.options, setting.model
-    algorithm, _ = options.make_search()
+    model, how = setting.model, algorithm.make_search()
+    lengths = f"{task.least} to {task.length}" if task.varies else task.length
     say(
-        f"Search: {options.steps} steps of {algorithm.candidates * len(problems)} prompts of "
-        f"{f'{task.least} to ' * task.varies}{task.length} tokens, each scored in {task.contexts} contexts"
+        f"Search: {algorithm.steps} steps of {how.candidates * len(problems)} prompts of {lengths} tokens, each scored "
+        f"in {task.contexts} contexts"
     )
-    with Store(state, every_s=options.save_every, resume=options.resume) as store:
+    state = Path(run.out) / files.STATE
+    state = state if group is None else state / str(group)
+    with (
+        progress_of(run, algorithm.steps or 0, group) as report,
+        Store(state, every_s=run.save_every, resume=run.resume) as store,
+    ):
         result = run_search(
             model.params,
             task,
             problems,
-            algorithm,
-            steps=options.steps or 0,
-            valid=text_filter(model.tokenizer, setting.slots, options.ban),
+            how,
+            steps=algorithm.steps or 0,
+            valid=text_filter(model.tokenizer, setting.slots, setting.banned),
             callback=report,
             mesh=model.mesh,
-            memory_gib=options.memory_gib,
+            memory_gib=run.memory_gib,
             store=store,
-            keep=KEEP.get(options.algorithm),
+            keep=KEEP.get(algorithm.algorithm),
             say=say,
         )
     if result.interrupted:
@@ -122,97 +222,116 @@ def search_problems(
 
 
 @contextmanager
-def progress_of(options: SearchOptions, what: str, **more: Any) -> Iterator[Callable[[Progress], None]]:
-    """A callback that writes progress.jsonl, with what ``more`` adds to its rows, and moves a bar.
+def progress_of(run: RunOptions, steps: int, group: int | None) -> Iterator[Callable[[Progress], None]]:
+    """A callback that writes progress.jsonl, with the ``group`` in its rows if there are several, and moves a bar.
 
     Rows of the same search that are already there stay, up to the checkpoint from which it goes on.
     """
-    path, first = options.out / files.PROGRESS, True
-    with tqdm(total=options.steps, desc=what, unit="step", disable=options.quiet or not is_first(), leave=False) as bar:
+    path, first = Path(run.out) / files.PROGRESS, True
+    named = {} if group is None else {"group": group}
+    what = "search" if group is None else f"group {group}"
+    with tqdm(total=steps, desc=what, unit="step", disable=run.quiet or not is_first(), leave=False) as bar:
 
         def report(progress: Progress) -> None:
             nonlocal first
             if first:
                 files.write_lines(path, [row for row in files.read_lines(path) if stays(row, progress)])
             first = False
-            files.append_line(path, {**more, **dataclasses.asdict(progress)})
+            files.append_line(path, {**named, **dataclasses.asdict(progress)})
             bar.update(progress.step - bar.n)
             bar.set_postfix(best=f"{float(np.max(progress.best_target)):.2f}", refresh=False)
 
         def stays(row: dict[str, Any], progress: Progress) -> bool:
-            if any(row.get(name) != value for name, value in more.items()):
-                return True
-            return options.resume and row["candidates"] < progress.candidates
+            return row.get("group") != group or (run.resume and row["candidates"] < progress.candidates)
 
         yield report
 
 
 def conclude(
-    setting: Setting,
-    aim: Aim,
-    result: SearchResult,
-    objective: Objective,
-    units: dict[str, Any],
+    folder: RunFolder,
+    options: SearchOptions,
+    setting: PersonaSetting,
+    chosen: ChosenObjective,
+    found: Searched,
     timing: dict[str, float],
     say: Say,
 ) -> dict[str, Any]:
-    """Measure what a search found and write everything but config.json; returns what metrics.json holds."""
-    options, model, chosen = setting.options, setting.model, aim.chosen
-    sign = {"objective_sign": str(chosen.sign)}
-    if aim.direction is not None and is_first():
-        metadata = {**aim.direction.metadata, "site": chosen.site, **sign}
-        save_direction(dataclasses.replace(aim.direction, metadata=metadata), options.out / files.DIRECTION)
-    if aim.signature is not None and is_first():
-        metadata = {**aim.signature.metadata, **sign}
-        save_signature(dataclasses.replace(aim.signature, metadata=metadata), options.out / files.SIGNATURE)
+    """Measure on the persona's questions what a search found, and write everything but config.json; returns what
+    metrics.json holds. ``timing`` is what the stages before took."""
+    row = chosen.chosen
+    sign = {"objective_sign": str(row.sign)}
+    if chosen.direction is not None and is_first():
+        metadata = {**chosen.direction.metadata, "site": row.site, **sign}
+        save_direction(dataclasses.replace(chosen.direction, metadata=metadata), folder.path / files.DIRECTION)
+    if chosen.signature is not None and is_first():
+        metadata = {**chosen.signature.metadata, **sign}
+        save_signature(dataclasses.replace(chosen.signature, metadata=metadata), folder.path / files.SIGNATURE)
+
+    def measure(prompts: list[dict[str, Any]]) -> dict[str, Any]:
+        measured = {
+            "persona": setting.persona.name,
+            "sign": row.sign,
+            "probe_correlation": row.correlation,
+            "probe": chosen.table.to_json(),
+            "splits": {name: len(getattr(setting.splits, name)) for name in ("train", "validation", "test")},
+            **evaluate(setting, prompts, options.report, options.run, seed=options.algorithm.seed, say=say),
+        }
+        if setting.sae is not None and chosen.signature is not None:
+            measured["signature"] = explained(setting, setting.sae, chosen.signature, measured)
+        if options.algorithm.algorithm == "soft":
+            measured["soft"] = finish_soft(setting, found.result.kept, folder.path)
+        return measured
+
+    return write_results(folder, options, setting, row.site, found, timing, measure)
+
+
+def write_results(
+    folder: RunFolder,
+    options: SearchOptions,
+    setting: Setting,
+    site: str,
+    found: Searched,
+    timing: dict[str, float],
+    measure: Callable[[list[dict[str, Any]]], dict[str, Any]],
+) -> dict[str, Any]:
+    """Score the frontier from its text, and write it with what ``measure`` says of its prompts.
+
+    Returns what metrics.json holds.
+    """
+    model, result = setting.model, found.result
     started = time.perf_counter()
-    prompts = finals(setting, objective, result)
-    files.write_lines(options.out / files.PARETO, prompts)
+    prompts = finals(setting, found.objective, result)
+    files.write_lines(folder.path / files.PARETO, prompts)
+    measured = measure(prompts)
     metrics = {
-        **described(setting, chosen.site, result, units),
-        "sign": chosen.sign,
-        "probe_correlation": chosen.correlation,
-        "probe": aim.table.to_json(),
-        "splits": {name: len(getattr(setting.splits, name)) for name in ("train", "validation", "test")},
-        **evaluate(setting, prompts, say),
-    }
-    timing |= spent(result, time.perf_counter() - started)
-    if setting.sae is not None and aim.signature is not None:
-        metrics["signature"] = explained(setting, setting.sae, aim.signature, metrics)
-    if options.algorithm == "soft":
-        metrics["soft"] = finish_soft(setting, result.kept)
-    metrics |= {"timing": timing, "environment": environment(model)}
-    files.write_json(options.out / files.METRICS, metrics)
-    if is_first():
-        shutil.rmtree(options.out / files.STATE, ignore_errors=True)
-    return files.plain(metrics)
-
-
-def described(setting: Setting, site: str, result: SearchResult, units: dict[str, Any]) -> dict[str, Any]:
-    """What metrics.json says of any search: what was searched, where, and in which units."""
-    options, model = setting.options, setting.model
-    return {
         "model": model.name,
         "fingerprint": model.fingerprint,
-        "persona": setting.persona.name,
-        "method": options.method,
+        "method": options.objective.method,
         "site": site,
-        "seed": options.seed,
-        "read_position": options.read_position,
-        "target_units": "raw" if options.raw_units else "sd",
-        "objective_units": units,
+        "seed": options.algorithm.seed,
+        "read_position": setting.read_position,
+        "target_units": "raw" if options.algorithm.raw_units else "sd",
+        "objective_units": found.units,
         "plan": dataclasses.asdict(result.plan),
         "interrupted": result.interrupted,
+        **measured,
+        "timing": {
+            **timing,
+            "compile_s": result.compile_s,
+            "search_s": result.search_s,
+            "eval_s": time.perf_counter() - started,
+            "candidates": result.candidates,
+            "candidates_per_s": result.candidates / result.search_s if result.search_s else 0.0,
+            "steps": result.steps,
+        },
+        "environment": environment(model),
     }
+    return folder.finish(metrics)
 
 
-def spent(result: SearchResult, eval_s: float) -> dict[str, float]:
-    """What metrics.json says of a search's cost."""
-    return {
-        "compile_s": result.compile_s,
-        "search_s": result.search_s,
-        "eval_s": eval_s,
-        "candidates": result.candidates,
-        "candidates_per_s": result.candidates / result.search_s if result.search_s else 0.0,
-        "steps": result.steps,
-    }
+@contextmanager
+def timed(timing: dict[str, float], name: str) -> Iterator[None]:
+    """Note in ``timing`` how many seconds the body took."""
+    started = time.perf_counter()
+    yield
+    timing[name] = time.perf_counter() - started

@@ -14,12 +14,14 @@ import jax
 from jaxsteer.cli.cores import use_cores
 from jaxsteer.prompt_search import compiling
 from jaxsteer.study import SearchOptions
+from jaxsteer.study.problem_table import number_of_searches
 
 os.sched_getaffinity = lambda _: {0, 1, 2, 3}
 
 def devices(**options):
     jax.config.update("jax_num_cpu_devices", -1)
-    use_cores(SearchOptions(out="unused", model=sys.argv[1], **options))
+    chosen = SearchOptions.of(out="unused", model=sys.argv[1], **options)
+    use_cores(number_of_searches(chosen), chosen.model)
     return jax.config.jax_num_cpu_devices
 
 found = {
@@ -37,7 +39,7 @@ found["memory for three"] = devices(restarts=4)
 compiling.free_memory = lambda: 8 * int(sys.argv[2])
 found["memory for one"] = devices(restarts=4)
 jax.config.update("jax_num_cpu_devices", 2)
-use_cores(SearchOptions(out="unused", model=sys.argv[1], restarts=3))
+use_cores(3, SearchOptions.of(out="unused", model=sys.argv[1]).model)
 found["given"] = jax.device_count()
 print(json.dumps(found))
 """

@@ -24,7 +24,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("study")
     tokenizer = jaxsteer.load("organism:llama").tokenizer
     for name, text in (("a", TEXT), ("b", " a prudent lamp here"), ("none", None)):
-        options = SearchOptions(out=path, persona=PERSONA)
+        options = SearchOptions.of(out=path, persona=PERSONA)
         (path / name).mkdir()
         (path / name / "config.json").write_text(json.dumps(options.record()))
         ids = [] if text is None else tokenizer.encode(text, add_special_tokens=False)

@@ -186,12 +186,12 @@ def test_what_is_no_study(tmp_path: Path):
 def test_the_command_has_what_is_not_usual():
     from jaxsteer.study import SearchOptions
 
-    options = SearchOptions(
+    options = SearchOptions.of(
         out=Path("x"), persona="my data.jsonl", seed=3, preset="paper", tokens="words", raw_units=False, ban=(" a", "b")
     )
     command = command_of(json.loads(json.dumps(options.record())) | {"format": "f", "data_hash": "h"})
     assert command is not None and command.startswith("jaxsteer search --out OUT --preset paper ")
-    for part in ("--persona 'my data.jsonl'", "--seed 3", "--tokens words", "--no-raw-units", "--ban ' a' b"):
+    for part in ("--persona 'my data.jsonl'", "--seed 3", "--tokens words", "--raw-units False", "--ban ' a' b"):
         assert part in command
     assert "--steps" not in command and "--model" not in command
     assert command_of({"note": HOSTILE}) is None
@@ -203,8 +203,11 @@ def test_the_command_of_any_options_gives_them_back():
     from jaxsteer.cli.commands import parse
     from jaxsteer.study import SearchOptions
 
-    options = SearchOptions(out=Path("OUT"), vary=("seed=0:4", "site=layers.1,layers.2"), steps=7, fluency="strict")
+    more = {"vary": ("seed=0:4", "site=layers.1,layers.2"), "raw_units": True, "ban": ("a", " b"), "mesh_model": 2}
+    options = SearchOptions.of(
+        out="OUT", vary=("seed=0:4", "site=layers.1,layers.2"), steps=7, fluency="strict", **more
+    )
     command = command_of(options.record())
     assert command is not None
     again = parse(shlex.split(command)[1:])
-    assert isinstance(again, SearchOptions) and again.record() == options.record()
+    assert again.options == options

@@ -47,6 +47,6 @@ def options(tmp_path: Path, persona_file: Path) -> Callable[..., SearchOptions]:
             "report_prompts": 3,
             "quiet": True,
         }
-        return SearchOptions(**{**fields, **changes})  # type: ignore[arg-type]
+        return SearchOptions.of(**{**fields, **changes})  # type: ignore[arg-type]
 
     return make

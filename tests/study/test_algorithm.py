@@ -22,25 +22,27 @@ def test_every_algorithm_has_its_name_its_sizes_and_its_options() -> None:
     assert set(HYPERPARAMETERS) == every - in_python_only
     for preset in SIZES:
         for name in names:
-            options = SearchOptions(out=Path("x"), algorithm=name, preset=preset).resolved()
-            search, population = options.make_search()
-            assert search.candidates >= 1 and population >= 1 and options.steps
+            options = SearchOptions.of(out=Path("x"), algorithm=name, preset=preset).resolved()
+            algorithm = options.algorithm
+            assert algorithm.make_search().candidates >= 1 and algorithm.config.population >= 1 and algorithm.steps
             assert options.resolved() == options, "filling in twice changes nothing"
 
 
 def test_the_paper_preset_is_the_published_one() -> None:
-    options = SearchOptions(out=Path("x"), preset="paper").resolved()
-    assert (options.population, options.children, options.top_k, options.restart_every) == (16, 32, 512, 50)
-    assert (options.steps, options.prompt_length, options.contexts) == (300, 8, 16)
-    gcg = SearchOptions(out=Path("x"), preset="paper", algorithm="gcg").resolved()
+    options = SearchOptions.of(out=Path("x"), preset="paper").resolved()
+    algorithm = options.algorithm
+    assert (algorithm.population, algorithm.children, algorithm.top_k, algorithm.restart_every) == (16, 32, 512, 50)
+    assert (algorithm.steps, options.prompt.prompt_length, options.scoring.contexts) == (300, 8, 16)
+    gcg = SearchOptions.of(out=Path("x"), preset="paper", algorithm="gcg").resolved().algorithm
     assert (gcg.search_width, gcg.top_k, gcg.population) == (512, 256, None)
 
 
 def test_what_is_given_goes_before_the_preset() -> None:
-    options = SearchOptions(out=Path("x"), algorithm="pez", population=3, learning_rate=0.5, steps=7).resolved()
-    assert options.hyperparameters == {"population": 3, "learning_rate": 0.5} and options.steps == 7
-    assert SearchOptions(out=Path("x"), init="a phrase").resolved().prompt_length is None
-    assert SearchOptions(out=Path("x"), init="a phrase").record()["init"] == "a phrase"
+    given = SearchOptions.of(out=Path("x"), algorithm="pez", population=3, learning_rate=0.5, steps=7)
+    options = given.resolved().algorithm
+    assert options.given == {"population": 3, "learning_rate": 0.5} and options.steps == 7
+    assert SearchOptions.of(out=Path("x"), init="a phrase").resolved().prompt.prompt_length is None
+    assert SearchOptions.of(out=Path("x"), init="a phrase").record()["init"] == "a phrase"
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_what_is_given_goes_before_the_preset() -> None:
 )
 def test_options_that_do_not_fit_are_refused(given: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        SearchOptions(out=Path("x"), **given).resolved()
+        SearchOptions.of(out=Path("x"), **given).resolved()
 
 
 @pytest.mark.parametrize(
@@ -73,4 +75,4 @@ def test_options_that_do_not_fit_are_refused(given: dict, message: str) -> None:
 )
 def test_values_that_make_no_search_are_refused_before_any_work(given: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        SearchOptions(out=Path("x"), **given).resolved()
+        SearchOptions.of(out=Path("x"), **given).resolved()

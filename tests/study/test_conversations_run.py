@@ -45,11 +45,11 @@ def test_a_search_in_own_conversations_has_a_frontier_and_no_rates(own: Make) ->
     for prompt in metrics["prompts"]:
         assert prompt["target"] == pytest.approx(prompt["search_target"], abs=1e-3) and "test" not in prompt
     assert metrics["controls"]["random"]["target"] <= metrics["prompts"][0]["target"]
-    assert json.loads((chosen.out / "metrics.json").read_text()) == metrics == run(chosen)
+    assert json.loads((chosen.run.out / "metrics.json").read_text()) == metrics == run(chosen)
     assert metrics["prompts"][0]["text"].strip() in table(metrics)
     with pytest.raises(UserError, match="no behaviour to attribute"):
-        attribute_run(chosen.out, model=model())
-    assert "mine (no persona)" in Path(write_report(chosen.out)).read_text()
+        attribute_run(chosen.run.out, model=model())
+    assert "mine (no persona)" in Path(write_report(chosen.run.out)).read_text()
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_nan_fails_before_the_probe_and_leaves_nothing(
     chosen = options(objective=f"{file}:bad")
     with pytest.raises(UserError, match=r"not finite: for 4 random prompts it returned \[nan, nan, nan, nan\]"):
         run(chosen, model=Model(**vars(tiny_model())))
-    assert not (chosen.out / "config.json").exists(), "the folder is still free"
+    assert not (chosen.run.out / "config.json").exists(), "the folder is still free"
 
 
 @pytest.mark.slow

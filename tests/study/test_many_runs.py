@@ -14,6 +14,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.report import write_report
 from jaxsteer.study import SearchOptions, run
+from jaxsteer.study.options import ProblemOptions
 from jaxsteer.study.problem_table import rows_of
 from tests.helpers.tiny import tiny_model
 
@@ -39,7 +40,7 @@ def test_every_problem_of_a_product_is_in_the_files(options: Make, compile_count
     with compile_counter() as count:
         metrics = run(options(vary=vary), model=model())
         assert count["advance"] == 2, "one program per site"
-    out = options().out
+    out = options().run.out
     assert metrics["problems"] == metrics["searched"] == 8 and len(metrics["runs"]) == 2
     rows = table(out / "problems.csv")
     assert [row["problem"] for row in rows] == [str(i) for i in range(8)]
@@ -69,9 +70,9 @@ def test_a_problem_finds_the_same_alone_and_among_others(options: Make, tmp_path
     site = f"site={SITES[1]}"
     run(options(vary=(site, "fluency=strict,loose", "seed=3:6")), model=model())
     run(options(out=tmp_path / "alone", vary=(site, "fluency=loose", "seed=4")), model=model())
-    rows = table(options().out / "problems.csv")
+    rows = table(options().run.out / "problems.csv")
     number = next(int(row["problem"]) for row in rows if (row["fluency"], row["seed"]) == ("loose", "4"))
-    among = [f for f in lines(options().out / "frontiers.jsonl") if f.pop("problem") == number]
+    among = [f for f in lines(options().run.out / "frontiers.jsonl") if f.pop("problem") == number]
     alone = lines(tmp_path / "alone" / "frontiers.jsonl")
     assert among and among == [{k: v for k, v in f.items() if k != "problem"} for f in alone]
 
@@ -82,13 +83,15 @@ def test_a_table_of_problems_with_directions_and_methods(options: Make, tmp_path
     file.write_text(f"seed,site,direction\n0,{SITES[1]},random:1\n0,{SITES[1]},\n1,auto,\n")
     metrics = run(options(problems=file), model=model())
     assert len(metrics["runs"]) == 3 and metrics["searched"] == 3
-    rows = table(options().out / "problems.csv")
+    rows = table(options().run.out / "problems.csv")
     assert [row["direction"] for row in rows] == ["random:1", "", ""]
     again = options(
-        out=tmp_path / "file", site=SITES[1], direction=str(options().out / rows[1]["run"] / "direction.safetensors")
+        out=tmp_path / "file",
+        site=SITES[1],
+        direction=str(options().run.out / rows[1]["run"] / "direction.safetensors"),
     )
     given = run(again, model=model())
-    first = json.loads((options().out / rows[1]["run"] / "metrics.json").read_text())
+    first = json.loads((options().run.out / rows[1]["run"] / "metrics.json").read_text())
     assert given["prompts"][0]["ids"] == first["prompts"][0]["ids"], "the same direction, from its file"
 
 
@@ -98,27 +101,27 @@ def test_what_was_cut_off_goes_on(options: Make, tmp_path: Path, monkeypatch: py
 
     vary = (f"site={','.join(SITES)}", "seed=0:2")
     whole = run(options(out=tmp_path / "whole", vary=vary), model=model())
-    searched = module.search_problems
+    searched = module.search
 
-    def once(*args: object) -> object:
-        if str(args[4]).endswith("1"):
+    def once(*args: object, group: int, **more: object) -> object:
+        if group == 1:
             raise MemoryError("the machine is gone")
-        return searched(*args)
+        return searched(*args, group=group, **more)
 
-    monkeypatch.setattr(module, "search_problems", once)
+    monkeypatch.setattr(module, "search", once)
     with pytest.raises(MemoryError):
         run(options(vary=vary), model=model())
     monkeypatch.undo()
     metrics = run(options(vary=vary, resume=True), model=model())
     assert metrics["runs"].keys() == whole["runs"].keys()
     for name in ("problems.csv", "frontiers.jsonl"):
-        assert (options().out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    progress = lines(options().out / "progress.jsonl")
+        assert (options().run.out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    progress = lines(options().run.out / "progress.jsonl")
     assert [row["group"] for row in progress] == [0, 1]
 
 
 def test_the_function_of_the_package(options: Make, persona_file: Path) -> None:
-    with pytest.raises(UserError, match="has no option people"):
+    with pytest.raises(UserError, match="no option 'people'"):
         jaxsteer.search(out="x", people=3)
     with pytest.raises(UserError, match=r"fluency is 'brisk', but may be"):
         jaxsteer.search(out="x", persona=str(persona_file), vary={"fluency": ["brisk"], "seed": range(2)})
@@ -139,30 +142,30 @@ def test_the_function_of_the_package(options: Make, persona_file: Path) -> None:
 )
 def test_products_that_cannot_be(options: Make, vary: tuple[str, ...], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        rows_of(vary, None, options())
+        rows_of(ProblemOptions(vary=vary))
 
 
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
         ("p.csv", "seed,colour\n1,red\n", "there is no column colour"),
-        ("p.csv", "seed\nx\n", "not a whole number"),
+        ("p.csv", "seed\nx\n", "must be a whole number"),
         ("p.csv", "seed\n1,2\n", "more values than there are columns"),
         ("p.csv", "seed\n", "holds no problem"),
-        ("p.jsonl", '{"seed": 1}\n{"seed"\n', "line 2 is not JSON"),
-        ("p.jsonl", "[1]\n", "line 1 is not a JSON object"),
+        ("p.jsonl", '{"seed": 1}\n{"seed"\n', "line 2, column 8: not JSON"),
+        ("p.jsonl", "[1]\n", "line 1 is a list, not a JSON object"),
         ("p.txt", "x", "expects a .csv or .jsonl file"),
     ],
 )
 def test_tables_that_cannot_be(options: Make, tmp_path: Path, name: str, text: str, says: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=says):
-        rows_of((), tmp_path / name, options())
+        rows_of(ProblemOptions(problems=tmp_path / name))
 
 
 def test_products_and_tables_are_read_as_they_stand(options: Make, tmp_path: Path) -> None:
-    assert rows_of(("seed=1,4:6", "fluency=strict"), None, options()) == [
+    assert rows_of(ProblemOptions(vary=("seed=1,4:6", "fluency=strict"))) == [
         {"seed": seed, "fluency": "strict"} for seed in (1, 4, 5)
     ]
     (tmp_path / "p.jsonl").write_text('{"seed": 2, "persona": "myopic"}\n\n{"seed": 3, "site": ""}\n')
-    assert rows_of((), tmp_path / "p.jsonl", options()) == [{"seed": 2, "persona": "myopic"}, {"seed": 3}]
+    assert rows_of(ProblemOptions(problems=tmp_path / "p.jsonl")) == [{"seed": 2, "persona": "myopic"}, {"seed": 3}]

@@ -135,4 +135,4 @@ def test_options_that_belong_to_one_method(tmp_path: Path) -> None:
         ({"method": "saega", "sae": "x", "target": " (B)"}, "leave out --objective, --target, --site"),
     ):
         with pytest.raises(UserError, match=says):
-            SearchOptions(out=tmp_path, **changes).resolved()  # type: ignore[arg-type]
+            SearchOptions.of(out=tmp_path, **changes).resolved()  # type: ignore[arg-type]

@@ -254,8 +254,8 @@ def test_a_search_that_was_cut_off_ends_as_one_that_was_not(
     with stored(place.url) as folder:
         run(options(steps=24, resume=True, out=folder), model=model)
     for name in ("pareto.jsonl", "choices.json", "config.json"):
-        assert (place.at / name).read_bytes() == (local.out / name).read_bytes()
-    assert place.names() == sorted(p.name for p in local.out.iterdir())
+        assert (place.at / name).read_bytes() == (local.run.out / name).read_bytes()
+    assert place.names() == sorted(p.name for p in local.run.out.iterdir())
     assert [row["step"] for row in files.read_lines(place.at / "progress.jsonl")] == [10, 20, 24]
 
 

@@ -39,11 +39,11 @@ def lines(path) -> list[dict]:  # noqa: ANN001
 def test_a_run_writes_its_files_and_is_not_repeated(options: Make) -> None:
     chosen, said = options(), []
     metrics = run(chosen, model=model(), say=said.append)
-    names = {p.name for p in chosen.out.iterdir()}
+    names = {p.name for p in chosen.run.out.iterdir()}
     assert names == {
         "config.json", "direction.safetensors", "progress.jsonl", "pareto.jsonl", "metrics.json", "choices.json",
     }  # fmt: skip
-    assert json.loads((chosen.out / "metrics.json").read_text()) == metrics
+    assert json.loads((chosen.run.out / "metrics.json").read_text()) == metrics
     for key in ("model", "persona", "method", "site", "seed", "read_position", "probe_correlation", "selected"):
         assert key in metrics
     assert metrics["persona"] == "tiny" and metrics["splits"].keys() == {"train", "validation", "test"}
@@ -59,18 +59,18 @@ def test_a_run_writes_its_files_and_is_not_repeated(options: Make) -> None:
     assert metrics["selected"] == 0 and prompts[0]["target"] == max(p["target"] for p in prompts)
     for p in prompts:
         assert p["target"] == pytest.approx(p["search_target"], abs=1e-3)
-    progress = lines(chosen.out / "progress.jsonl")
+    progress = lines(chosen.run.out / "progress.jsonl")
     assert progress[-1]["step"] == 3 and math.isfinite(progress[-1]["best_target"][0])
-    assert lines(chosen.out / "pareto.jsonl")[0]["text"] == prompts[0]["text"]
-    direction = load_direction(chosen.out / "direction.safetensors")
+    assert lines(chosen.run.out / "pareto.jsonl")[0]["text"] == prompts[0]["text"]
+    direction = load_direction(chosen.run.out / "direction.safetensors")
     assert direction.metadata["site"] == metrics["site"] in direction.delta
-    choices = json.loads((chosen.out / "choices.json").read_text())["test"]
+    choices = json.loads((chosen.run.out / "choices.json").read_text())["test"]
     rows = {**choices, **choices["prompts"][0], "joined": [0] * len(choices["ids"])}
     del rows["prompts"]
     again = rate(ChoiceResult.from_json(rows))
     assert again.rate == metrics["baseline"]["test"]["rate"]
 
-    tokens = attribute_run(chosen.out, model=model())
+    tokens = attribute_run(chosen.run.out, model=model())
     assert len(tokens["tokens"]) == len(tokens["replacement"]) == 3
     metrics["attribution"] = tokens
     assert run(chosen, say=said.append) == metrics  # no model is loaded
@@ -86,7 +86,7 @@ def test_what_is_no_finished_run_is_not_attributed(tmp_path: Path) -> None:
 
 def test_the_same_seed_gives_the_same_prompts_after_a_cut_off_run(options: Make) -> None:
     first = run(options(), model=model())
-    (options().out / "metrics.json").unlink()  # as if killed before the end
+    (options().run.out / "metrics.json").unlink()  # as if killed before the end
     second = run(options(), model=model())
     assert [p["ids"] for p in first["prompts"]] == [p["ids"] for p in second["prompts"]]
     assert first["probe_correlation"] == second["probe_correlation"]
@@ -107,11 +107,11 @@ def test_a_custom_objective_from_a_file(options: Make, tmp_path) -> None:  # noq
     words = ("frank", "honest", "clear", "prefer", "year")
     metrics = run(options(objective=f"{file}:down", raw_units=True, allow=words, **more), model=model())
     assert metrics["site"] == "custom: down" and metrics["objective_units"]["name"] == "raw"
-    assert json.loads((options().out / "config.json").read_text()).items() >= more.items()
+    assert json.loads((options().run.out / "config.json").read_text()).items() >= more.items()
     for p in metrics["prompts"]:
         assert p["target"] == pytest.approx(p["search_target"], abs=1e-3) and 2 <= len(p["ids"]) <= 4
         assert set(p["text"].split()) <= set(words)
-    assert not (options().out / "direction.safetensors").exists()
+    assert not (options().run.out / "direction.safetensors").exists()
     for reference, message in [
         (f"{file}:nothing", "it has down"),
         (f"{file}:other", "not a function"),
@@ -140,10 +140,10 @@ def test_a_custom_objective_from_a_file(options: Make, tmp_path) -> None:  # noq
 def test_refused_before_any_work(options: Make, changes: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import jaxsteer.study.dispatch as module
 
-    monkeypatch.setattr(module, "find_aim", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(module, "choose_objective", lambda *_: pytest.fail("work was done"))
     with pytest.raises(UserError, match=message):
         run(options(**changes), model=model())
-    assert not options().out.exists() or not list(options().out.iterdir())
+    assert not options().run.out.exists() or not list(options().run.out.iterdir())
 
 
 def test_a_directory_with_other_things_is_left_alone(options: Make, tmp_path) -> None:  # noqa: ANN001
@@ -181,7 +181,7 @@ def test_ctrl_c_keeps_and_evaluates_what_was_found(options: Make, monkeypatch: p
     metrics = run(options(), model=model(), say=said.append)
     assert metrics["interrupted"] and metrics["prompts"] and metrics["selected"] == 0
     assert any("Interrupted" in line for line in said)
-    assert (options().out / "metrics.json").is_file()
+    assert (options().run.out / "metrics.json").is_file()
 
 
 def test_saega_searches_latents_and_names_them(options: Make, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_saega_searches_latents_and_names_them(options: Make, tmp_path: Path) ->
     copies = jax.device_put(model().params, NamedSharding(mesh, PartitionSpec()))
     metrics = run(chosen, model=dataclasses.replace(model(), params=copies, mesh=mesh))
     assert metrics["method"] == "saega" and metrics["site"] == site
-    assert {"signature.safetensors", "metrics.json", "pareto.jsonl"} <= {p.name for p in chosen.out.iterdir()}
+    assert {"signature.safetensors", "metrics.json", "pareto.jsonl"} <= {p.name for p in chosen.run.out.iterdir()}
     signature = metrics["signature"]
     assert signature["latents"] == 5 and signature["dictionary"] == f and len(signature["rows"]) == 5
     assert len(signature["tokens"]) == 3
@@ -210,7 +210,7 @@ def test_saega_searches_latents_and_names_them(options: Make, tmp_path: Path) ->
     units, best = metrics["objective_units"], metrics["prompts"][metrics["selected"]]
     assert signature["objective"] == pytest.approx(best["target"] * units["scale"] + units["offset"], rel=1e-4)
     assert sum(row["at_read"] for row in signature["rows"]) == pytest.approx(signature["objective"], rel=1e-5)
-    page = write_report(chosen.out).read_text()
+    page = write_report(chosen.run.out).read_text()
     assert f"latent {signature['rows'][0]['latent']}" in page
 
 

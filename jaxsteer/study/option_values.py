@@ -1,0 +1,67 @@
+"""Values of options from keyword arguments, configuration files and tables, as the options' types."""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from jaxsteer.errors import UserError
+
+_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_NEEDED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+
+
+def converted(name: str, kind: Any, value: Any) -> Any:
+    """``value`` as the type ``kind`` of the option ``name``.
+
+    ``kind`` is a str, bool, int, float or Path, a ``Literal`` of texts, ``tuple[str, ...]`` or a union of these. Texts
+    are read as the type that is wanted; a mapping {name: value or values} becomes texts "name=value,value". Raises
+    ``UserError`` for a value that the option cannot have.
+    """
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if (value is None and type(None) in kinds) or (isinstance(value, Path) and Path in kinds):
+        return value
+    for one in kinds:
+        try:
+            return _as(one, value)
+        except (TypeError, ValueError):
+            continue
+    wanted = [kind for kind in kinds if kind is not type(None)]
+    if get_origin(wanted[0]) is Literal:
+        raise UserError(f"{name} is {value!r}, but may be {', '.join(get_args(wanted[0]))}")
+    needed = "a list of texts" if get_origin(wanted[0]) is tuple else _NEEDED[wanted[0]]
+    raise UserError(f"{name} is {value!r}, but must be {needed}")
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """``value`` as one plain type. Raises ``ValueError`` or ``TypeError``."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError
+        return value
+    if get_origin(kind) is tuple:
+        if isinstance(value, Mapping):
+            return tuple(f"{key}={_listed(given)}" for key, given in value.items())
+        return tuple(_as(str, each) for each in ([value] if isinstance(value, str) else value))
+    if kind is bool and isinstance(value, str):
+        if value.lower() not in _BOOLS:
+            raise ValueError
+        return _BOOLS[value.lower()]
+    if kind in (str, Path) and isinstance(value, (str, os.PathLike)):
+        return kind(value)
+    if isinstance(value, bool) is not (kind is bool) or kind in (str, Path, type(None)):
+        raise TypeError
+    return kind(value) if isinstance(value, str) or kind is float else _whole(kind, value)
+
+
+def _whole(kind: type, value: Any) -> Any:
+    if kind(value) != value:
+        raise ValueError
+    return kind(value)
+
+
+def _listed(value: Any) -> str:
+    return value if isinstance(value, str) else ",".join(map(str, value if hasattr(value, "__iter__") else [value]))
