@@ -39,7 +39,7 @@ from jaxsteer.prompt_search import (
     run_search,
     standardise,
 )
-from jaxsteer.prompt_search.algorithms.probe_sampling import Draft, Drafted, with_draft
+from jaxsteer.prompt_search.algorithms.probe_sampling import Draft, PairedObjective, with_draft
 from jaxsteer.prompt_search.constraints import text_filter
 from jaxsteer.study import files
 from jaxsteer.study.algorithm import AlgorithmOptions
@@ -146,7 +146,7 @@ def search(
     if draft is not None:
         other = task_of(*draft)
         task = with_draft(task, Draft(params=draft[0].model.params, task=other))
-        raised = [Drafted(target=raised[0], draft=in_units(draft[0], other, draft[1], algorithm)[0])]
+        raised = [PairedObjective(target=raised[0], draft=in_units(draft[0], other, draft[1], algorithm)[0])]
     problems = [
         _problem(setting, objective, algorithm, population)
         for ascent, objective in zip(ascents, raised, strict=True)
