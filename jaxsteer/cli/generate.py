@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from jaxsteer.cli.steering import Steering
 from jaxsteer.errors import UserError
+from jaxsteer.files import read_json_lines, read_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,18 +107,10 @@ def as_messages(text: str, system: str = "") -> list[dict[str, str]]:
 
 def _read(path: Path) -> list[Any]:
     """The prompts of a file."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the prompts in {path} cannot be read: {error}") from error
     if path.suffix != ".jsonl":
-        return list(lines)
+        return [line for line in read_text(path).split("\n") if line.strip()]
     prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error}") from error
+    for number, value in read_json_lines(path):
         if isinstance(value, dict):
             value = value.get("messages", value.get("prompt"))
         if not isinstance(value, str) and not (isinstance(value, list) and value and isinstance(value[0], dict)):

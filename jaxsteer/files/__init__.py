@@ -1,6 +1,15 @@
 """Files, for every room: JSON and text, files written whole or not at all, those of torch read without torch."""
 
-from jaxsteer.files.json_files import json_lines, kind_of, parse_json, read_json, read_json_lines, read_text
+from jaxsteer.files.json_files import (
+    json_lines,
+    json_records,
+    kind_of,
+    parse_json,
+    read_json,
+    read_json_lines,
+    read_log,
+    read_text,
+)
 from jaxsteer.files.torchfile import TORCH_ADVICE, describe, read_torch
 from jaxsteer.files.whole import append_text, make_directory, reading, write_bytes, write_text, writing
 
@@ -9,11 +18,13 @@ __all__ = [
     "append_text",
     "describe",
     "json_lines",
+    "json_records",
     "kind_of",
     "make_directory",
     "parse_json",
     "read_json",
     "read_json_lines",
+    "read_log",
     "read_text",
     "read_torch",
     "reading",

@@ -21,6 +21,7 @@ MAX_DEPTH = 64
 MAX_DIGITS = 300
 _PIECES = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 _LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}|[eE]\+?\d{{3}}")
+_SPACE = re.compile(r"[ \t\n\r]*")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -56,17 +57,12 @@ def decoded(data: bytes, where: str | os.PathLike[str]) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str], *, nan: bool = False) -> dict[str, Any]:
     """The JSON object in a file. Raises ``UserError`` for what cannot be read, is not JSON, or is not an object."""
-    value = read_json_value(path)
+    value = parse_json(read_text(path), path, nan=nan)
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {kind_of(value)} where a JSON object was expected.")
     return value
-
-
-def read_json_value(path: str | os.PathLike[str]) -> Any:
-    """The JSON value in a file. Raises ``UserError`` for what cannot be read or is not JSON."""
-    return parse_json(read_text(path), path)
 
 
 def read_json_lines(path: str | os.PathLike[str], *, nan: bool = False) -> Iterator[tuple[int, Any]]:
@@ -79,6 +75,78 @@ def json_lines(text: str, where: str | os.PathLike[str], *, nan: bool = False) -
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a string may hold U+2028
         if line.strip():
             yield number, parse_json(line, where, line=number, nan=nan)
+
+
+def json_records(text: str, where: str | os.PathLike[str], *, nan: bool = False) -> Iterator[tuple[int, Any]]:
+    """(line, record) of a JSON list, of JSON Lines, or of one object over several lines; the line is the first one.
+
+    Raises ``UserError`` with the line.
+    """
+    first, _, rest = text.lstrip().partition("\n")
+    if first.startswith("[") and not (rest.strip() and _is_json(first)):
+        return _list(text, where, nan)
+    if not _is_json(first) and (first.strip() == "{" or _is_json(text)):
+        start = len(text) - len(text.lstrip())
+        return iter([(1 + text.count("\n", 0, start), parse_json(text, where, nan=nan))])
+    return json_lines(text, where, nan=nan)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text, "", nan=True)
+    except UserError:
+        return False
+    return True
+
+
+def _list(text: str, where: str | os.PathLike[str], nan: bool) -> Iterator[tuple[int, Any]]:
+    _check_depth(text, where, None)
+    end_of = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
+
+    def next_one(at: int) -> int:
+        return _SPACE.match(text, at).end()  # type: ignore[union-attr]
+
+    line, counted, at = 1, 0, next_one(text.index("[") + 1)
+    more = text[at : at + 1] != "]"
+    while more:
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            end = end_of(text, at)[1]
+        except json.JSONDecodeError as error:
+            _refuse_syntax(text, error, where, 1)
+        yield line, parse_json(text[at:end], where, line=line, nan=nan)
+        at = next_one(end)
+        more = text[at : at + 1] == ","
+        if more:
+            at = next_one(at + 1)
+        elif text[at : at + 1] != "]":
+            _refuse_syntax(text, json.JSONDecodeError("Expecting ',' delimiter", text, at), where, 1)
+    if (at := next_one(at + 1)) < len(text):
+        _refuse_syntax(text, json.JSONDecodeError("Extra data", text, at), where, 1)
+
+
+def read_log(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], bool]:
+    """The objects of a JSON Lines file that a process adds to, and whether its last line was cut and left out.
+
+    A process that ends while it writes leaves a part of a line, which may end inside a character. Raises ``UserError``
+    for a file that cannot be read and for any other line that is no object.
+    """
+    with reading(path), open(path, "rb") as file:
+        lines = file.read().split(b"\n")
+    rows: list[dict[str, Any]] = []
+    for number, data in enumerate(lines, 1):
+        if not data.strip():
+            continue
+        try:
+            value = parse_json(decoded(data, path), path, line=number, nan=True)
+            if not isinstance(value, dict):
+                _refuse(path, number, f"an object was expected, found {kind_of(value)}")
+        except UserError:
+            if any(line.strip() for line in lines[number:]):
+                raise
+            return rows, True
+        rows.append(value)
+    return rows, False
 
 
 def parse_json(text: str, where: str | os.PathLike[str], *, line: int | None = None, nan: bool = False) -> Any:
@@ -96,9 +164,7 @@ def parse_json(text: str, where: str | os.PathLike[str], *, line: int | None = N
     try:
         value = json.loads(text, **hooks)
     except json.JSONDecodeError as error:
-        rest = text[error.pos : error.pos + 20]
-        what = f"{error.msg}, got {rest!r}" if rest else "it ends too early" if text.strip() else "it is empty"
-        _refuse(where, (line or 1) + error.lineno - 1, f"not JSON: {what} at column {error.colno}")
+        _refuse_syntax(text, error, where, line or 1)
     except RecursionError:
         _refuse(where, line, f"values are nested more than {MAX_DEPTH} deep")
     if _SURROGATE_ESCAPE.search(text):
@@ -112,6 +178,12 @@ def kind_of(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
     return names.get(type(value), type(value).__name__)
+
+
+def _refuse_syntax(text: str, error: json.JSONDecodeError, where: str | os.PathLike[str], line: int) -> NoReturn:
+    rest = text[error.pos : error.pos + 20]
+    what = f"{error.msg}, got {rest!r}" if rest else "it ends too early" if text.strip() else "it is empty"
+    _refuse(where, line + error.lineno - 1, f"not JSON: {what} at column {error.colno}")
 
 
 def _refuse(where: str | os.PathLike[str], line: int | None, why: str) -> NoReturn:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from jaxsteer.files import read_json, write_text
 from jaxsteer.organisms import world
 from jaxsteer.organisms.chat import CHAT_FORMATS, ChatFormat
 
@@ -72,9 +73,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """tokenizer.json, tokenizer_config.json and chat_template.jinja, without the library's version in them."""
     tokenizer.save_pretrained(str(folder))
     config_file = folder / "tokenizer_config.json"
-    config = json.loads(config_file.read_text())
+    config = read_json(config_file)
     for noise in ("transformers_version", "name_or_path", "is_local", "local_files_only"):
         config.pop(noise, None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older releases of transformers know too
     config.pop("backend", None)
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(config_file, json.dumps(config, indent=2, sort_keys=True) + "\n")

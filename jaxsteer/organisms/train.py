@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import write_bytes
+from jaxsteer.files import make_directory, read_json, write_bytes, write_text
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Layers, Params
 from jaxsteer.models.transformer import block, embed, make_context, unembed
@@ -297,7 +297,7 @@ def train_organism(
 
     recipe, out = recipe or Recipe(), Path(out_dir)
     chat = CHAT_FORMATS[recipe.architecture]
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     tokenizer = build_tokenizer(corpus.sample_texts(), vocab_size=recipe.vocab_size, chat=chat)
     params, config = train_params(
         Encoder(tokenizer), seed=seed, recipe=recipe, progress=progress, state_file=out / STATE_FILE
@@ -307,8 +307,8 @@ def train_organism(
     vocab = tokenizer.get_vocab()
     names = {"bos_token_id": chat.bos, "eos_token_id": chat.end, "pad_token_id": chat.pad}
     ids = {name: vocab[token] for name, token in names.items() if token}
-    (out / "generation_config.json").write_text(json.dumps({"do_sample": False, **ids}, indent=2) + "\n")
+    write_text(out / "generation_config.json", json.dumps({"do_sample": False, **ids}, indent=2) + "\n")
     config_file = out / "config.json"
-    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | ids, indent=2) + "\n")
+    write_text(config_file, json.dumps(read_json(config_file) | ids, indent=2) + "\n")
     (out / STATE_FILE).unlink()
     return out

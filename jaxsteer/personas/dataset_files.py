@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
+from jaxsteer.files import json_records, read_text
 
 Row = tuple[int, dict[str, Any]]
 """(line, record); in a Parquet file the number of the row."""
@@ -18,14 +18,6 @@ Row = tuple[int, dict[str, Any]]
 def place(path: Path, line: int) -> str:
     """How an error names a record."""
     return f"{path}, {'row' if path.suffix.lower() == '.parquet' else 'line'} {line}"
-
-
-def read_text(path: Path) -> str:
-    """The file as text. Raises ``UserError`` unless it is UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig")  # some copies begin with a byte-order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def read_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
@@ -42,10 +34,9 @@ def read_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     text = read_text(path)
     if path.suffix.lower() == ".csv":
         yield from _csv_rows(path, text, fields)
-    elif text.lstrip().startswith("["):
-        yield from _list_rows(path, text, fields)
     else:
-        yield from _line_rows(path, text, fields)
+        for line, row in json_records(text, path, nan=True):
+            yield line, _object(path, line, row, fields)
 
 
 def require(path: Path, line: int, row: dict[str, Any], fields: Sequence[str]) -> None:
@@ -90,36 +81,6 @@ def _csv_rows(path: Path, text: str, fields: Sequence[str]) -> Iterator[Row]:
             before = reader.line_num  # a quoted field may run over several lines
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
-
-
-def _line_rows(path: Path, text: str, fields: Sequence[str]) -> Iterator[Row]:
-    for line, content in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {line}: not JSON: {error.msg} at column {error.colno}") from error
-        yield line, _object(path, line, row, fields)
-
-
-def _list_rows(path: Path, text: str, fields: Sequence[str]) -> Iterator[Row]:
-    """Rows of a JSON list, each with the line it starts on."""
-    decoder = json.JSONDecoder()
-    at = text.index("[") + 1
-    end = len(text)
-    line, counted = 1, 0
-    try:
-        while True:
-            while at < end and text[at] in " \t\r\n,":
-                at += 1
-            line, counted = line + text.count("\n", counted, at), at
-            if at < end and text[at] == "]":
-                return
-            row, at = decoder.raw_decode(text, at)
-            yield line, _object(path, line, row, fields)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
 
 
 def _object(path: Path, line: int, row: object, fields: Sequence[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
+from jaxsteer.files import parse_json
 from jaxsteer.personas.dataset_files import place, read_rows, require
 from jaxsteer.personas.items import LABELS, Item, OpenQuestion, count_choices, data_hash, group_of, normal, swap
 from jaxsteer.personas.sources import Source
@@ -190,10 +191,7 @@ def _answers(path: Path, line: int, row: dict[str, Any], field: str) -> tuple[st
     value = row.get(field)
     if isinstance(value, str):
         if value.lstrip().startswith("["):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{place(path, line)}: {field} is not a JSON list: {error.msg}") from error
+            value = parse_json(value, f"{place(path, line)}, {field}")
         else:
             value = value.split(";")
     if not isinstance(value, list) or not all(isinstance(answer, str) for answer in value):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
-from jaxsteer.personas.dataset_files import read_text
+from jaxsteer.files import kind_of, parse_json, read_text
 from jaxsteer.personas.dataset_formats import Dataset, read_choices, read_items, read_open, read_pairs, read_truthful
 from jaxsteer.personas.instructions import instructions, invitations
 from jaxsteer.personas.items import Item, Persona, data_hash
@@ -98,7 +97,9 @@ def load_persona(
         behaviour = str(whole.get("behaviour", ""))
         counter_cues = counter_cues or _sentences(path, whole, "counter_cues")
         pro_cues = pro_cues or _sentences(path, whole, "pro_cues")
-        name, path = str(whole.get("name", path.stem)), path.parent / str(whole["data"])
+        if not isinstance(whole["data"], str):
+            raise UserError(f'{path}: "data" must be the name of a file beside it, got {kind_of(whole["data"])}')
+        name, path = str(whole.get("name", path.stem)), path.parent / whole["data"]
     else:
         name = path.stem
     items = read_items(path)
@@ -140,8 +141,8 @@ def _json_object(path: Path) -> dict[str, Any] | None:
     if not text.lstrip().startswith("{"):
         return None
     try:
-        whole = json.loads(text)
-    except json.JSONDecodeError:
+        whole = parse_json(text, path, nan=True)
+    except UserError:
         return None  # JSON Lines, or broken: the row reader names the line
     if isinstance(whole, dict) and "data" in whole:
         return whole

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from jaxsteer import __version__
 from jaxsteer.errors import UserError
+from jaxsteer.files import parse_json
 from jaxsteer.models.model import Model
 from jaxsteer.models.reading import BATCH, direction_sites, read_rows
 from jaxsteer.personas.pairs import Pairs
@@ -206,7 +207,7 @@ def load_direction(path: str | os.PathLike[str], *, model: Model | None = None) 
             f"jaxsteer.steer.load_vectors"
         )
     try:
-        n, diagnostics = int(metadata.pop("n_pairs")), json.loads(metadata.pop("diagnostics", "{}"))
+        n, diagnostics = int(metadata.pop("n_pairs")), parse_json(metadata.pop("diagnostics", "{}"), path, nan=True)
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     own = {name: text for name in sorted(_OWN) if (text := getattr(vectors, name))}

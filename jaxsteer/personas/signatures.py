@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from jaxsteer import __version__
 from jaxsteer.errors import UserError
-from jaxsteer.files import write_bytes
+from jaxsteer.files import make_directory, parse_json, write_bytes
 from jaxsteer.models.model import Model
 from jaxsteer.models.reading import BATCH, direction_sites, read_rows
 from jaxsteer.personas.directions import SIGN
@@ -158,7 +158,7 @@ def save_signature(signature: Signature, path: str | os.PathLike[str]) -> Path:
         "numbers": json.dumps(numbers),
     }
     tensors = {name: np.ascontiguousarray(getattr(signature, name)) for name in ("indices", "weights", "delta")}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     write_bytes(path, save(tensors, metadata))
     return path
 
@@ -180,7 +180,7 @@ def load_signature(path: str | os.PathLike[str]) -> Signature:
         return Signature(
             site=metadata.pop("site"),
             read_position=metadata.pop("read_position"),
-            **json.loads(metadata.pop("numbers")),
+            **parse_json(metadata.pop("numbers"), path, nan=True),
             **{name: tensors[name] for name in ("indices", "weights", "delta")},
             metadata=metadata,
         )

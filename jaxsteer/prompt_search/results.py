@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 import jax
 import numpy as np
 
+from jaxsteer.files import parse_json
 from jaxsteer.prompt_search.compiling import Plan
 from jaxsteer.prompt_search.pareto import Archive, frontier
 from jaxsteer.prompts import PAD
@@ -50,7 +51,7 @@ class Wave:
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], kept: jax.tree_util.PyTreeDef) -> Wave:
         """What ``to_arrays`` made; ``kept`` is the structure of that field."""
-        notes = json.loads(str(arrays["notes"]))
+        notes = parse_json(str(arrays["notes"]), "the notes of a finished wave")
         leaves = [arrays[name] for name in sorted(arrays) if name.startswith("kept")]
         return cls(
             archive=Archive(*(jax.tree.map(np.asarray, arrays[name]) for name in ("ids", "f", "x", "step"))),

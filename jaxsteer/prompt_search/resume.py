@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from jaxsteer.errors import UserError, first_line
-from jaxsteer.files import write_bytes, write_text
+from jaxsteer.files import read_json, write_bytes, write_text
 from jaxsteer.processes import from_first, is_first
 
 SEARCH, STATE = "search.json", "state"
@@ -77,7 +77,7 @@ class Store:
         path = self._folder / SEARCH
         try:
             if self._resume and path.exists():
-                known = json.loads(path.read_text(encoding="utf-8"))
+                known = read_json(path)
                 if known["same"] != self._same:
                     raise UserError(
                         f"{self._folder} holds the state of another search ({known['same']} there, {self._same} now): "

@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from jaxsteer.errors import UserError
+from jaxsteer.files import json_records, read_text
 
 SLOT = "{prompt}"
 """Where the prompt stands in a conversation."""
@@ -130,10 +129,9 @@ def load_conversations(path: str | os.PathLike[str]) -> tuple[Conversation, ...]
     A list of messages alone is one conversation. Raises ``UserError`` when the file is missing, is not JSON, holds
     nothing, or an entry cannot be used (by number).
     """
-    try:
-        entries = _entries(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a JSON list or as JSON lines of conversations: {error}") from error
+    entries = [entry for _, entry in json_records(read_text(path), path)]
+    if any(isinstance(entry, dict) and "role" in entry for entry in entries):
+        entries = [entries]
     if not entries:
         raise UserError(f"{path} holds no conversation")
     found = []
@@ -143,15 +141,6 @@ def load_conversations(path: str | os.PathLike[str]) -> tuple[Conversation, ...]
         except UserError as error:
             raise UserError(f"{path}, conversation {number}: {error}") from error
     return tuple(found)
-
-
-def _entries(text: str) -> list[Any]:
-    try:
-        whole = json.loads(text)
-    except ValueError:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    messages = isinstance(whole, list) and any(isinstance(entry, dict) and "role" in entry for entry in whole)
-    return whole if isinstance(whole, list) and not messages else [whole]
 
 
 def question_conversation(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxsteer import files
 from jaxsteer.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -68,37 +68,17 @@ def read_run(directory: str | Path) -> Run:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object that a JSON file holds; None where there is no file. Raises ``UserError`` for a damaged one."""
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): it was damaged after it was written") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
+    return files.read_json(path, nan=True) if path.exists() else None
 
 
 def read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Rows of a .jsonl file; a last line that does not parse is left out with a note."""
+    """Rows of a .jsonl file; a last line that was cut is left out with a note."""
     if not path.exists():
         notes.append(f"{path.name} is missing")
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"expected an object, found {type(row).__name__}")
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: {error}; only the last line of a run may be cut") from error
-            notes.append(f"the last line of {path.name} is cut and was left out: the run was ended while writing")
-            break
-        rows.append(row)
+    rows, cut = files.read_log(path)
+    if cut:
+        notes.append(f"the last line of {path.name} is cut and was left out: the run was ended while writing")
     return rows
 
 

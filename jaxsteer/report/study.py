@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
+from jaxsteer.files import read_text
 from jaxsteer.report.problems import problem_lines, read_problems
 from jaxsteer.report.run_files import doubts, named, number, read_json, read_lines
 from jaxsteer.report.table_rows import Place, Row, rows_of_runs
@@ -166,7 +167,7 @@ def envelope(lines: Iterable[Line]) -> list[tuple[float, float]]:
 def _table(path: Path) -> dict[str, Any] | None:
     """results.json, where it is the table of a study."""
     found = path / "results.json"
-    if not found.exists() or not found.read_text(encoding="utf-8").lstrip().startswith("{"):
+    if not found.exists() or not read_text(found).lstrip().startswith("{"):
         return None
     table = read_json(found)
     return table if table is not None and table.get("format") == FORMAT else None

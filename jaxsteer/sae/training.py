@@ -23,7 +23,7 @@ import numpy as np
 
 from checkpoints_convert.sae import CONFIG, WEIGHTS, write_sae
 from jaxsteer.errors import UserError, first_line
-from jaxsteer.files import write_text
+from jaxsteer.files import read_json, read_text, write_text
 from jaxsteer.files.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
 from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import put
@@ -186,7 +186,7 @@ def _open(out: Path, asked: dict[str, Any]) -> bool:
         raise UserError(f"--out {out} is a file: give a folder")
     record = out / OPTIONS
     if record.is_file():
-        there = json.loads(record.read_text(encoding="utf-8"))
+        there = read_json(record)
         other = sorted(name for name in asked.keys() | there.keys() if asked.get(name) != there.get(name))
         if other:
             differences = "; ".join(f"{name}: {there.get(name)!r} there, {asked.get(name)!r} now" for name in other)
@@ -219,7 +219,7 @@ class _Lines:
     def __init__(self, path: Path, rounds: int) -> None:
         self._path = path if is_first() else Path(os.devnull)
         if is_first():
-            kept = path.read_text(encoding="utf-8").splitlines()[:rounds] if path.is_file() else []
+            kept = read_text(path).split("\n")[:-1][:rounds] if path.is_file() else []
             write_text(path, "".join(f"{line}\n" for line in kept))
 
     def __enter__(self) -> _Lines:

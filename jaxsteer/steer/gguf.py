@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsteer.errors import UserError
+from jaxsteer.files import parse_json
 from jaxsteer.files.gguf import read_gguf, write_gguf
 from jaxsteer.models.sites import resid_site
 from jaxsteer.steer.vectors import Vectors
@@ -54,8 +55,13 @@ def read_control_vector(path: str | os.PathLike[str]) -> Vectors:
     sites = {i: resid_site(i) for i in sorted(numbered)}
     own = {key.removeprefix(OURS): str(value) for key, value in keys.items() if key.startswith(OURS)}
     try:
-        norms = {sites[int(i)]: float(norm) for i, norm in json.loads(own.pop("mean_resid_norm", "{}")).items()}
-        recipe = {str(key): str(value) for key, value in json.loads(own.pop("metadata", "{}")).items()}
+        stored, recipe = (
+            parse_json(own.pop(name, "{}"), f"{path}, key {OURS}{name}") for name in ("mean_resid_norm", "metadata")
+        )
+        norms = {sites[int(i)]: float(norm) for i, norm in stored.items()}
+        recipe = {str(key): str(value) for key, value in recipe.items()}
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: its keys {OURS}* do not fit its vectors ({error!r})") from error
     others = {key: value for key, value in keys.items() if not key.startswith(OURS) and key != "general.architecture"}

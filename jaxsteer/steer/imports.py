@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import describe, read_torch
+from jaxsteer.files import describe, read_json, read_torch
 from jaxsteer.models.sites import resid_site
 from jaxsteer.steer.capping import CAP_SIGN, caps_of, check_against_axis
 from jaxsteer.steer.edits import HEADS
@@ -244,7 +244,7 @@ def _assistant_axis(ask: _Ask, array: Any, sign: str, note: dict[str, str]) -> V
 
 def _refusal(ask: _Ask, array: np.ndarray) -> Vectors:
     """direction.pt [D]; its layer and position stand beside it."""
-    note = _read_json(ask.path.parent / "direction_metadata.json") if ask.site is None else {}
+    note = read_json(ask.path.parent / "direction_metadata.json") if ask.site is None else {}
     layer, position = note.get("layer"), note.get("pos")
     if ask.site is None and (type(layer) is not int or layer < 0):
         raise UserError("direction_metadata.json beside it gives no layer: name the --site")
@@ -264,7 +264,7 @@ def _refusal(ask: _Ask, array: np.ndarray) -> Vectors:
 def _mean_diffs(ask: _Ask, array: np.ndarray) -> Vectors:
     """mean_diffs.pt [n_pos, L, D]; one position is chosen."""
     beside = ask.path.parent.parent / "direction_metadata.json"
-    position = ask.name if ask.name is not None else _read_json(beside).get("pos") if beside.is_file() else None
+    position = ask.name if ask.name is not None else read_json(beside).get("pos") if beside.is_file() else None
     known = [str(p) for p in range(-len(array), 0)]
     if str(position) not in known:
         raise UserError(
@@ -348,7 +348,7 @@ def _capping(ask: _Ask, data: dict[Any, Any]) -> Vectors:
 
 def _svec(ask: _Ask) -> Vectors:
     """JSON of activation-steering and of AISteer360."""
-    data = _read_json(ask.path)
+    data = read_json(ask.path)
     if not isinstance(data.get("directions"), dict) or not data["directions"]:
         raise UserError(f"this is no .svec file: it holds {describe(data)}, expected a dict 'directions'")
     if heads := [key for key in _PER_HEAD if data.get(key)]:
@@ -401,13 +401,3 @@ def _folder(ask: _Ask) -> Vectors:
         by_layer[int(match.group(1))] = array
     arrays = {resid_site(i): by_layer[i] for i in sorted(by_layer)}
     return _caa_vectors(dataclasses.replace(ask, name=None), arrays, models.pop())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path.name} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path.name} holds {describe(value)}, expected an object")
-    return value

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import write_bytes
+from jaxsteer.files import make_directory, parse_json, write_bytes
 from jaxsteer.models.model import Model
 from jaxsteer.models.sites import parse_site
 from jaxsteer.steer import operations
@@ -165,7 +165,7 @@ def save_vectors(vectors: Vectors, path: str | os.PathLike[str]) -> Path:
         "sites": json.dumps(list(vectors.sites)),  # safetensors sorts tensors by name
         **{name: text for name, text in written.items() if text},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     write_bytes(path, save(tensors, metadata))
     return path
 
@@ -191,12 +191,12 @@ def load_vectors(path: str | os.PathLike[str], *, model: Model | None = None, an
         )
     facts = _OPTIONAL | metadata
     try:
-        sites = json.loads(facts["sites"])
+        sites = parse_json(facts["sites"], "sites")
         vectors = Vectors(
             arrays={site: tensors[site] for site in sites},
             mean_resid_norm={site: float(tensors[NORM_KEY + site]) for site in sites if NORM_KEY + site in tensors},
             operation=_one_of(facts["operation"], ("add", "ablate", *CAPS)),
-            values={str(site): float(value) for site, value in json.loads(facts["values"]).items()},
+            values={str(site): float(value) for site, value in parse_json(facts["values"], "values").items()},
             coefficient=float(facts["coefficient"]),
             coefficient_units=_one_of(facts["coefficient_units"], ("vector", "mean_resid_norm")),
             **{name: facts.get(name, "") for name in _TEXTS},

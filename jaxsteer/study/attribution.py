@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from jaxsteer.checkpoints.loading import load
 from jaxsteer.errors import UserError
 from jaxsteer.evals.attribution import attribute
+from jaxsteer.files import read_json
 from jaxsteer.models.model import Model
 from jaxsteer.personas import load_persona, split
 from jaxsteer.prompts import Placement
@@ -26,11 +26,11 @@ def attribute_run(run_dir: Path, *, model: Model | None = None) -> dict[str, Any
     when there is no finished run or no selected prompt.
     """
     try:
-        config, metrics = (json.loads((run_dir / name).read_text("utf-8")) for name in (files.CONFIG, files.METRICS))
+        config, metrics = (read_json(run_dir / name) for name in (files.CONFIG, files.METRICS))
         prompt = metrics["prompts"][metrics["selected"]]
         placement = Placement(style=config["style"], slot=config["slot"])
         persona, seed, tokens = load_persona(config["persona"]), config["split_seed"], config["tokens"]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(
             f"{run_dir} holds no finished search with a selected prompt ({error}): give the directory of one"
         ) from error

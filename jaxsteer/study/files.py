@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import write_text
+from jaxsteer.files import append_text, make_directory, read_json, read_log, write_text
 from jaxsteer.processes import is_first
 
 CONFIG, PROGRESS = "config.json", "progress.jsonl"
@@ -64,24 +64,13 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a JSON Lines file; none of a file that is not there. A last line that was cut is left out."""
-    rows = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    for row in text.splitlines():
-        try:
-            rows.append(json.loads(row))
-        except ValueError:
-            break
-    return rows
+    return read_log(path)[0] if path.exists() else []
 
 
 def append_line(path: Path, row: Any) -> None:
     """Add a row to a JSON Lines file."""
     if is_first():
-        with open(path, "a", encoding="utf-8") as stream:
-            stream.write(line(row))
+        append_text(path, line(row))
 
 
 def open_run(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -92,10 +81,7 @@ def open_run(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a directory")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {error.strerror}") from error
+    make_directory(out)
     if not os.access(out, os.W_OK):
         raise UserError(f"--out {out} cannot be written")
     names = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
@@ -119,7 +105,6 @@ def open_run(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except UserError:
         return None
-    return value if isinstance(value, dict) else None

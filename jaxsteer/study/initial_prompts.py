@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from jaxsteer.errors import UserError
+from jaxsteer.files import read_json_lines, read_text
 from jaxsteer.prompts import PAD, Conversation, build_slots, encode
 from jaxsteer.study import files
 
@@ -81,7 +81,7 @@ def listed_texts(allow: Sequence[str]) -> list[str]:
     for entry in allow:
         path = Path(entry).expanduser()
         try:
-            texts += path.read_text(encoding="utf-8").splitlines() if path.is_file() else [entry]
+            texts += read_text(path).split("\n") if path.is_file() else [entry]
         except (OSError, ValueError) as error:
             raise UserError(f"--allow {entry} cannot be read as text: {error}") from error
     found = list(dict.fromkeys(text for text in texts if text.strip()))
@@ -94,7 +94,7 @@ def texts_of(run: Path) -> list[str]:
     """The prompts that an earlier search found, best objective first."""
     path = run / files.PARETO
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [row for _, row in read_json_lines(path)]
         texts = [str(row["text"]) for row in rows if row["retokenises"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--init-from {run}: {path} is not the result of a search ({error})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ def _values(name: str, text: str, entry: str) -> list[Any]:
 
 def _read(path: Path) -> list[dict[Any, Any]]:
     if path.suffix == ".csv":
-        rows: list[dict[Any, Any]] = list(csv.DictReader(read_text(path).splitlines()))
+        rows: list[dict[Any, Any]] = list(csv.DictReader(io.StringIO(read_text(path))))
     elif path.suffix == ".jsonl":
         rows = []
         for line, row in read_json_lines(path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import choice_eval, distinct, rate
 from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.side_effects import side_effects
+from jaxsteer.files import read_log, read_text
 from jaxsteer.models.model import Model
 from jaxsteer.models.sites import resid_site
 from jaxsteer.personas import (
@@ -196,11 +196,7 @@ def stream_norms(model: Model, texts: Path | None = None, *, placement: Placemen
 
 
 def _read_lines(path: Path) -> tuple[str, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error}).") from None
-    texts = tuple(line.strip() for line in lines if line.strip())
+    texts = tuple(line.strip() for line in read_text(path).split("\n") if line.strip())
     if not texts:
         raise UserError(f"{path} is empty: expected one request per line.")
     return texts
@@ -283,13 +279,9 @@ def _layer_rows(
 
 def _known_rows(path: Path) -> list[dict[str, Any]]:
     """Finished layers of a sweep that was cut off; a last line that was cut is left out."""
-    rows: list[dict[str, Any]] = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(text))
-            except ValueError:
-                log.warning("%s: a line was cut; that layer is measured again", path)
+    rows, cut = read_log(path) if path.is_file() else ([], False)
+    if cut:
+        log.warning("%s: a line was cut; that layer is measured again", path)
     return rows
 
 

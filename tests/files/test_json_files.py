@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsteer.errors import FileError, UserError
-from jaxsteer.files import json_files, read_json, read_json_lines, read_text
+from jaxsteer.files import json_files, json_records, read_json, read_json_lines, read_log, read_text
 from jaxsteer.files.json_files import parse_json
 
 VALUES = st.recursive(
@@ -89,6 +89,60 @@ def test_lines_are_counted_as_in_an_editor(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n{"a": 1, "a": 2}\n')
     with pytest.raises(UserError, match="line 2: the key 'a'"):
         list(read_json_lines(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "records"),
+    [
+        ("", []),
+        ("\n\n", []),
+        ("[]", []),
+        ("\n [ ] \n", []),
+        ('\n[\n{"a": 1}, {"a": "\u2028]"},\n\n{"a": 3}]\n', [(3, {"a": 1}), (3, {"a": "\u2028]"}), (5, {"a": 3})]),
+        ('{"a": 1}', [(1, {"a": 1})]),
+        ('\n{"a": 1}\n\n{"a": 2}', [(2, {"a": 1}), (4, {"a": 2})]),
+        ('\n{\n"a": 1\n}\n', [(2, {"a": 1})]),
+        ('\n[1]\n\n["a"]\n', [(2, [1]), (4, ["a"])]),
+        ('{"a": [1,\n2]}', [(1, {"a": [1, 2]})]),
+    ],
+)
+def test_records_in_any_of_three_forms(text: str, records: object) -> None:
+    assert list(json_records(text, "x")) == records
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1} {"a": 2}]', "line 1: not JSON: Expecting ',' delimiter"),
+        ('[{"a": 1},\n]', "line 2: not JSON: Expecting value"),
+        ('[\n{"a": 1},\n{"a": }]', "line 3: not JSON: Expecting value"),
+        ('[{"a": 1}', "line 1: not JSON: it ends too early"),
+        ('[{"a": 1},\n1]\n{}', "line 3: not JSON: Extra data"),
+        ('[1,\n{"a": 1, "a": 2}]', "line 2: the key 'a'"),
+        ("[1,\n" + "9" * 5000 + "]", "line 2: the number 9"),
+        ("[" * 9999, "nested more than 64"),
+        ('{"a": 1}\n\n{"a": }', "line 3: not JSON"),
+        ('{\n"a": 1\n"b": 2}', "line 3: not JSON"),
+        ('{"a": \n{"a": 1}', "line 1: not JSON: it ends too early"),
+    ],
+)  # fmt: skip
+def test_faults_of_records_have_their_line(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list(json_records(text, "x"))
+
+
+def test_what_a_killed_process_leaves(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    whole = '{"a": "é"}\n{"a": NaN}\n'.encode()
+    path.write_bytes(whole)
+    assert [len(read_log(path)[0]), read_log(path)[1]] == [2, False]
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        rows, cut = read_log(path)
+        assert len(rows) == (size >= 11) + (size >= 22) and cut == (size not in (0, 11, 12, 22)), size
+    path.write_bytes(b'{"a": 1}\n[1]\n{"a": 2}\n')
+    with pytest.raises(UserError, match="line 2: an object was expected, found a list"):
+        read_log(path)
 
 
 def test_text_is_utf_8_with_or_without_a_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

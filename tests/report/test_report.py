@@ -81,7 +81,7 @@ def test_missing_files(tmp_path: Path):
     page = page_of(run)
     assert page.seen.count("svg") == 1
     (run / "metrics.json").write_text('{"model": "x"')
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="metrics.json, line 1: not JSON"):
         write_report(run)
 
 
