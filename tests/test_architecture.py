@@ -25,7 +25,6 @@ KNOWN = {
     "jaxsteer.evals.choice.choice_eval",
     "jaxsteer.evals.scoring._score",
     "jaxsteer.models.config.llama_config",
-    "jaxsteer.models.generation.start",
     "jaxsteer.prompt_search.driver._search_wave",
     "jaxsteer.prompt_search.driver.run_search",
     "jaxsteer.prompt_search.rescore._score_whole",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,35 @@ from jaxsteer.models.config import Rope
 
 MASKED = -1e30
 """Score of a forbidden key. Finite, so that a row without any key gives a mean and not NaN."""
+
+
+class Segment(NamedTuple):
+    """Keys, values and mask of one stretch of text, per group of rows; with C = B every row has its own.
+
+    Time comes after the heads because the two products of attention then read keys and values where they lie: a third
+    of the time of (U, K, H) on CPU. Elsewhere the compiler chooses layouts itself.
+    """
+
+    k: Float[Array, "C K H U"]
+    v: Float[Array, "C K H U"]
+    mask: Bool[Array, "#C #b #T U"]
+    interleaved: bool = False
+    """Whether row ``r`` belongs to group ``r % C`` and not to group ``r // (B / C)``."""
+
+
+@runtime_checkable
+class Past(Protocol):
+    """Keys and values of the text before the rows' own tokens: a pytree whose arrays have a layer axis.
+
+    ``Prefix``, ``Shared`` and ``Cache`` are three; any other class with this method can stand in their place.
+    """
+
+    def segment(self, layer: Int[Array, ""], positions: Int[Array, "B T"], window: Int[Array, ""] | None) -> Segment:
+        """Keys and values of one layer, and which of them the tokens at ``positions`` may look back on.
+
+        With a ``window`` a token sees that many positions, itself included.
+        """
+        ...
 
 
 @struct.dataclass
@@ -41,6 +70,14 @@ class Prefix:
         """Tokens of each group's prefix, padding not counted: the position of the next token."""
         return self.mask.sum(-1)
 
+    def segment(self, layer: Int[Array, ""], positions: Int[Array, "B T"], window: Int[Array, ""] | None) -> Segment:
+        """See ``Past``."""
+        allowed = self.mask[:, None, None, :]
+        if window is not None:
+            grouped = rearrange(positions, "(c b) t -> c b t 1", c=self.positions.shape[0])
+            allowed = allowed & (grouped - self.positions[:, None, None, :] < window)
+        return Segment(_of_layer(self.k, layer), _of_layer(self.v, layer), allowed)
+
 
 @struct.dataclass
 class Shared:
@@ -57,31 +94,54 @@ class Shared:
     """Of each group, or of all groups where they have the same."""
     interleaved: bool = struct.field(pytree_node=False, default=False)
 
+    def segment(self, layer: Int[Array, ""], positions: Int[Array, "B T"], window: Int[Array, ""] | None) -> Segment:
+        """See ``Past``."""
+        allowed = self.mask
+        if window is not None:
+            order = "(b c) t -> c b t 1" if self.interleaved else "(c b) t -> c b t 1"
+            grouped = rearrange(positions, order, c=self.k.shape[1])
+            allowed = allowed & (grouped - self.positions[:, None, None, :] < window)
+        return Segment(_of_layer(self.k, layer), _of_layer(self.v, layer), allowed, self.interleaved)
+
 
 @struct.dataclass
 class Cache:
-    """Keys and values of the tokens of each row: slots ``start`` ... ``length - 1`` of M, one after the other."""
+    """Keys and values of each row's own tokens, in a ring of M slots that all rows write at the same place.
+
+    A row's tokens lie in the ``length`` slots before ``slot``, the newest last. Rows of different lengths, which may
+    have begun at different times, thus need one write for all of them and no scatter.
+    """
 
     k: Float[Array, "L B K H M"]
     v: Float[Array, "L B K H M"]
-    start: Int[Array, " B"]
-    """Slots before it hold the padding of the row's prompt; 0 where the prompt is a ``Prefix``."""
-    length: Int[Array, ""]
-    """The same for all rows: padding stands before their prompts, never behind."""
+    length: Int[Array, " B"]
+    """Tokens of each row, at most M."""
+    slot: Int[Array, ""]
+    """The slot that the next token goes to."""
+
+    def segment(self, layer: Int[Array, ""], positions: Int[Array, "B T"], window: Int[Array, ""] | None) -> Segment:
+        """See ``Past``."""
+        slots = self.k.shape[-1]
+        back = (self.slot - 1 - jnp.arange(slots)) % slots  # how long before the newest token a slot was written
+        allowed = (back < self.length[:, None])[:, None, None]
+        if window is not None:
+            allowed = allowed & (back + 1 + jnp.arange(positions.shape[1])[:, None] < window)
+        return Segment(_of_layer(self.k, layer), _of_layer(self.v, layer), allowed)
+
+    def append(self, k: Float[Array, "L B K H 1"], v: Float[Array, "L B K H 1"]) -> Cache:
+        """The cache with one more token in every row; in a full ring it takes the place of the oldest."""
+        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=self.slot, axis=4)
+        slots = self.k.shape[-1]
+        return Cache(
+            k=write(self.k, k),
+            v=write(self.v, v),
+            length=jnp.minimum(self.length + 1, slots),
+            slot=(self.slot + 1) % slots,
+        )
 
 
-class Segment(NamedTuple):
-    """Keys, values and mask of one stretch of text, per group of rows; with C = B every row has its own.
-
-    Time comes after the heads because the two products of attention then read keys and values where they lie: a third
-    of the time of (U, K, H) on CPU. Elsewhere the compiler chooses layouts itself.
-    """
-
-    k: Float[Array, "C K H U"]
-    v: Float[Array, "C K H U"]
-    mask: Bool[Array, "#C #b #T U"]
-    interleaved: bool = False
-    """Whether row ``r`` belongs to group ``r % C`` and not to group ``r // (B / C)``."""
+def _of_layer(stack: Float[Array, "L C K H U"], layer: Int[Array, ""]) -> Float[Array, "C K H U"]:
+    return lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
 
 
 def inverse_frequencies(rope: Rope, d_head: int) -> np.ndarray:

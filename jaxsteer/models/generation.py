@@ -1,12 +1,8 @@
-"""Decoding: prompts are run once, then one token after the other, entirely on the device.
+"""Many prompts continued: which rows are decoded together, with how much room, and what they have so far.
 
-What the rows decode goes into a ``Cache``, written in place. Rows that continue the same prompt share one copy of its
-keys and values, a ``Prefix``; where every row has a prompt of its own, the prompts are the beginning of the cache. The
-number of tokens of a call is data, so that streaming in small pieces and
-decoding to the end are one compiled program; prompts of alike length share it too (``bucket``).
+Prompts of alike length share a compiled program (``bucket``); equal prompts are run once.
 
-Letters: B rows, P distinct prompts, C groups of rows that share a prompt (B = C * b), U prompt length (left-padded),
-M slots for new tokens, L layers, K key/value heads, H head width, V vocabulary.
+Letters: B rows, P distinct prompts, U prompt length (left-padded), M slots for new tokens.
 """
 
 from __future__ import annotations
@@ -14,180 +10,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jax import lax
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.attention import Cache, Prefix
-from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.decoding import Batch, State, decode, grow, start
 from jaxsteer.models.model import Model
-from jaxsteer.models.params import Params
-from jaxsteer.models.sampling import Sampling, choose
-from jaxsteer.models.sharding import place, shard_rows
-from jaxsteer.models.taps import Intervention, checked, make_where, tap_of
-from jaxsteer.models.transformer import block, embed, layer_weights, make_context, positions_of, prefill, unembed
+from jaxsteer.models.sampling import Sampling
+from jaxsteer.models.sharding import shard_rows
+from jaxsteer.models.taps import Intervention, checked
 
 NO_TOKEN = -1
 """Stands in results where a row had ended already."""
-CACHE_SPEC = P(None, "prompts", "model", None, None)
-"""How keys and values [L, B, K, H, M] lie on a mesh."""
 _FIRST_SLOTS = 64
 """Room that decoding starts with; it doubles as often as rows need it."""
-
-
-@struct.dataclass
-class State:
-    """Rows while they are decoded. Donated from call to call."""
-
-    cache: Cache
-    tokens: Int[Array, "B M"]
-    """Those decoded so far, what ended the row included; the last one has not been run yet."""
-    length: Int[Array, " B"]
-    prompt_length: Int[Array, " B"]
-    offset: Int[Array, ""]
-    """Slots of the cache before the first token that is decoded: the prompts', or none."""
-    limit: Int[Array, " B"]
-    """Tokens that a row may have at most."""
-    done: Bool[Array, " B"]
-    rows: Int[Array, " B"]
-    """Number of the row in the whole call, for its random numbers."""
-
-
-@partial(jax.jit, static_argnames=("config", "slots", "mesh"))
-def start(
-    params: Params,
-    config: ModelConfig,
-    tokens: Int[Array, "P U"],
-    mask: Bool[Array, "P U"],
-    groups: Int[Array, " C"],
-    rows: Int[Array, " B"],
-    limit: Int[Array, " B"],
-    sampling: Sampling,
-    edits: Intervention | None,
-    *,
-    slots: int,
-    mesh: Mesh | None = None,
-) -> tuple[Prefix | None, State]:
-    """Run left-padded prompts and choose the first token of every row. Group c continues prompt ``groups[c]``.
-
-    The prefix is None where every row has a prompt of its own: then the cache holds the prompts as well.
-    """
-    tap = tap_of(edits, make_where(tokens, positions_of(mask), mask))
-    prefix, x = prefill(params, config, tokens, mask, tap)
-    logits = unembed(params, config, x[:, -1])
-    if len(groups) != len(tokens):  # as many as there are prompts are the prompts themselves
-        pick = partial(jnp.take, indices=groups, mode="clip")
-        prefix = jax.tree.map(lambda a: pick(a, axis=1 if a.ndim == 5 else 0), prefix)
-        logits = pick(logits, axis=0)
-    share = len(rows) // len(groups)
-    logits = jnp.repeat(logits, share, axis=0)
-    prompt_length = jnp.repeat(prefix.length, share)
-    room = [(0, 0)] * 4 + [(0, slots)]
-    if share == 1:  # one stretch of keys instead of two: less to start and to join for every token and layer
-        cache = Cache(
-            k=_laid_out(jnp.pad(prefix.k, room), mesh),
-            v=_laid_out(jnp.pad(prefix.v, room), mesh),
-            start=tokens.shape[1] - prompt_length,
-            length=jnp.int32(tokens.shape[1] - 1),
-        )
-        offset, shared = tokens.shape[1], None
-    else:
-        empty = jnp.zeros((config.n_layers, len(rows), config.n_kv_heads, config.d_head, slots), prefix.k.dtype)
-        empty = _laid_out(empty, mesh)
-        cache = Cache(k=empty, v=empty, start=jnp.zeros_like(rows), length=jnp.int32(-1))
-        offset, shared = 0, prefix
-    state = State(
-        cache=cache,
-        tokens=jnp.zeros((len(rows), slots), jnp.int32),
-        length=jnp.zeros_like(rows),
-        prompt_length=prompt_length,
-        offset=jnp.int32(offset),
-        limit=limit,
-        done=limit <= 0,
-        rows=rows,
-    )
-    return shared, _append(state, sampling, logits)
-
-
-def _append(state: State, sampling: Sampling, logits: Float[Array, "B V"]) -> State:
-    """The state with one more token per row that is not done, chosen by ``logits``."""
-    filled = state.cache.length + 1
-    step = filled - state.offset
-    token = choose(logits, sampling, state.rows, step)
-    length = state.length + ~state.done
-    stopped = (token[:, None] == sampling.stop).any(-1)
-    return dataclasses.replace(
-        state,
-        cache=dataclasses.replace(state.cache, length=filled),
-        tokens=lax.dynamic_update_slice(state.tokens, jnp.where(state.done, 0, token)[:, None], (0, step)),
-        length=length,
-        done=state.done | stopped | (length >= state.limit),
-    )
-
-
-@partial(jax.jit, static_argnames="config", donate_argnames="state")
-def decode(
-    params: Params,
-    config: ModelConfig,
-    prefix: Prefix | None,
-    state: State,
-    sampling: Sampling,
-    edits: Intervention | None,
-    steps: Int[Array, ""],
-) -> State:
-    """Up to ``steps`` more tokens for every row; ends early when all rows are done or the cache is full."""
-
-    def forward(state: State) -> tuple[Array, Cache]:
-        cache, step = state.cache, state.cache.length - state.offset
-        token = lax.dynamic_slice_in_dim(state.tokens, step, 1, axis=1)
-        positions = (state.prompt_length + step)[:, None]
-        context = make_context(config, positions, None, prefix, cache)
-        tap = tap_of(edits, make_where(token, positions, ~state.done[:, None], state.prompt_length))
-
-        def one(x: Array, layer: Array) -> tuple[Array, tuple[Array, Array]]:
-            return block(layer_weights(params, layer), config, x, context, layer, tap)
-
-        # The cache is written once per token and not layer by layer: what the scan only reads is never copied.
-        x, (k, v) = lax.scan(one, embed(params, config, token, tap), jnp.arange(config.n_layers))
-        write = lambda whole, new: lax.dynamic_update_slice_in_dim(whole, new, cache.length, axis=4)  # noqa: E731
-        return unembed(params, config, x[:, 0]), dataclasses.replace(cache, k=write(cache.k, k), v=write(cache.v, v))
-
-    def body(carry: tuple[Array, State]) -> tuple[Array, State]:
-        left, state = carry
-        logits, cache = forward(state)
-        return left - 1, _append(dataclasses.replace(state, cache=cache), sampling, logits)
-
-    def more(carry: tuple[Array, State]) -> Array:
-        left, state = carry
-        return (left > 0) & ~state.done.all() & (state.cache.length - state.offset < state.tokens.shape[1] - 1)
-
-    return lax.while_loop(more, body, (steps, state))[1]
-
-
-@partial(jax.jit, static_argnames=("slots", "mesh"))
-def grow(state: State, *, slots: int, mesh: Mesh | None = None) -> State:
-    """The same rows with room for ``slots`` tokens. A token costs time in proportion to the room that there is."""
-    more = slots - state.tokens.shape[1]
-    wider = lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)])  # noqa: E731
-    cache = dataclasses.replace(
-        state.cache, k=_laid_out(wider(state.cache.k), mesh), v=_laid_out(wider(state.cache.v), mesh)
-    )
-    return dataclasses.replace(state, cache=cache, tokens=wider(state.tokens))
-
-
-def _laid_out(cache: Float[Array, "L B K H M"], mesh: Mesh | None) -> Float[Array, "L B K H M"]:
-    return cache if mesh is None else lax.with_sharding_constraint(cache, place(mesh, CACHE_SPEC, cache.shape))
-
-
-# Many prompts
 
 
 @dataclasses.dataclass
@@ -318,8 +156,9 @@ def _decode_batch(
         tokens = np.where(np.arange(tokens.shape[1]) < length[:, None], tokens, NO_TOKEN)
         return Progress(rows.ravel()[:kept], tokens, length, np.array(done))
 
-    arrays = (shard_rows(mesh, a) for a in (tokens, mask, groups, rows.ravel(), limit.astype(np.int32)))
-    prefix, state = start(params, config, *arrays, sampling, edits, slots=min(_FIRST_SLOTS, bucket(most)), mesh=mesh)
+    arrays = dict(tokens=tokens, mask=mask, groups=groups, rows=rows.ravel(), limit=limit.astype(np.int32))
+    held = Batch(**{name: shard_rows(mesh, array) for name, array in arrays.items()})
+    prefix, state = start(params, config, held, sampling, edits, slots=min(_FIRST_SLOTS, bucket(most)), mesh=mesh)
     progress = seen(state)
     while not progress.done.all():
         if every is not None:
@@ -330,7 +169,7 @@ def _decode_batch(
         while not progress.done.all() and (length := int(progress.length.max())) < goal:
             if length == state.tokens.shape[1]:
                 state = grow(state, slots=2 * length, mesh=mesh)
-            state = decode(params, config, prefix, state, sampling, edits, np.int32(goal - length))
+            state = decode(params, config, prefix, state, edits, np.int32(goal - length))
             progress = seen(state)
     yield progress
 

@@ -5,6 +5,7 @@ Letters: B rows, V vocabulary, S stop tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection
 from functools import partial
 
@@ -18,22 +19,27 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 
+STOPS = 8
+"""Stop tokens come in such numbers, so that no program is made for every number of them."""
 _BLOCK = 256
 
 
 @struct.dataclass
 class Sampling:
-    """How the next token is chosen. Data, all but ``vocab``: no value leads to another program."""
+    """How the next token is chosen: settings of one call, or of every row (``of_rows``), then with a leading axis.
+
+    Data, all but ``vocab``: no value leads to another program.
+    """
 
     key: Array
     """Folded with (row, number of the token), so that a row's tokens do not depend on what is decoded beside it."""
-    temperature: Float[Array, ""]
+    temperature: Float[Array, "*B"]
     """0: the likeliest token (the first of equal ones). Otherwise logits are divided by it."""
-    top_k: Int[Array, ""]
+    top_k: Int[Array, "*B"]
     """Only the k likeliest tokens (and those equal to the last of them); 0: all."""
-    top_p: Float[Array, ""]
+    top_p: Float[Array, "*B"]
     """Only the likeliest tokens that together reach this probability, after ``top_k``; 1: all."""
-    stop: Int[Array, " S"]
+    stop: Int[Array, "*B S"]
     """Ids that end a row (filled up with -1)."""
     vocab: int = struct.field(pytree_node=False)
     """Tokens of the tokenizer; rows of the embedding table at and after it are padding and are never chosen."""
@@ -56,34 +62,53 @@ def make_sampling(
     if top_k < 0:
         raise UserError(f"top_k is a number of tokens (0: all of them), got {top_k}.")
     known = model.config.vocab_size if model.tokenizer is None else len(model.tokenizer)
-    ids = np.full(-(-max(len(stop), 1) // 8) * 8, -1, np.int32)  # in eights: no program for every number of them
+    ids = np.full(-(-max(len(stop), 1) // STOPS) * STOPS, -1, np.int32)
     ids[: len(stop)] = sorted(stop)
-    return Sampling(
+    return dataclasses.replace(
+        plain_sampling(min(known, model.config.vocab_size)),
         key=jax.random.key(seed),
         temperature=jnp.float32(temperature),
         top_k=jnp.int32(top_k),
         top_p=jnp.float32(top_p),
         stop=jnp.asarray(ids),
-        vocab=min(known, model.config.vocab_size),
     )
 
 
-def choose(
-    logits: Float[Array, "B V"], sampling: Sampling, rows: Int[Array, " B"], step: Int[Array, ""]
-) -> Int[Array, " B"]:
-    """The next token of every row; ``step`` counts the tokens decoded before it."""
+def plain_sampling(vocab: int) -> Sampling:
+    """Every token as likely as the model has it, without stop tokens."""
+    return Sampling(
+        key=jax.random.key(0),
+        temperature=jnp.float32(1),
+        top_k=jnp.int32(0),
+        top_p=jnp.float32(1),
+        stop=jnp.full(STOPS, -1, jnp.int32),
+        vocab=vocab,
+    )
+
+
+def of_rows(sampling: Sampling, rows: Int[Array, " B"]) -> Sampling:
+    """The settings of one call for each of its rows, by the numbers of these in the call."""
+    keys = jax.vmap(partial(jax.random.fold_in, sampling.key))(rows)
+    spread = lambda a: jnp.broadcast_to(a, (len(rows), *a.shape))  # noqa: E731
+    return dataclasses.replace(jax.tree.map(spread, sampling), key=keys)
+
+
+def choose(logits: Float[Array, "B V"], sampling: Sampling, step: Int[Array, " B"]) -> Int[Array, " B"]:
+    """The next token of every row; ``sampling`` is that of the rows, ``step`` counts their tokens so far."""
     if sampling.vocab < logits.shape[1]:
         logits = jnp.where(jnp.arange(logits.shape[1]) < sampling.vocab, logits, -jnp.inf)
+    drawn = sampling.temperature > 0
+    limited = (sampling.top_k > 0) | (sampling.top_p < 1)
 
     def draw(logits: Array) -> Array:
-        scaled = logits / sampling.temperature
-        limited = (sampling.top_k > 0) | (sampling.top_p < 1)
-        scaled = lax.cond(limited, partial(_restrict, sampling=sampling), lambda x: x, scaled)
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(sampling.key, row), step))(rows)
+        scaled = logits / jnp.where(drawn, sampling.temperature, 1)[:, None]
+        restrict = lambda x: jnp.where(limited[:, None], _restrict(x, sampling), x)  # noqa: E731
+        scaled = lax.cond(limited.any(), restrict, lambda x: x, scaled)
+        keys = jax.vmap(jax.random.fold_in)(sampling.key, step)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-        return _likeliest(scaled + noise)
+        return _likeliest(jnp.where(drawn[:, None], scaled + noise, logits))
 
-    return lax.cond(sampling.temperature > 0, draw, _likeliest, logits).astype(jnp.int32)
+    return lax.cond(drawn.any(), draw, _likeliest, logits).astype(jnp.int32)
 
 
 def _likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:

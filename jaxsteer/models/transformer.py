@@ -10,18 +10,17 @@ editing means stop, edit, run on. Places inside a block are reached by ``tap(nam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsteer.models.attention import Cache, Prefix, Segment, Shared, apply_pattern, attend, rotary_tables, rotate
+from jaxsteer.models.attention import Past, Prefix, Segment, apply_pattern, attend, rotary_tables, rotate
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Layers, Params
 from jaxsteer.models.taps import Intervention, Tap, make_where, no_tap, tap_of
@@ -35,11 +34,8 @@ class Context:
     cos: Float[Array, "R B T h"]
     self_mask: Bool[Array, "b T T"]
     distance: Int[Array, "T T"]
-    prefix: Prefix | None
-    prefix_distance: Int[Array, "C b T U"] | None
-    shared: Shared | None
-    shared_distance: Int[Array, "C b T U"] | None
-    cache: Cache | None
+    positions: Int[Array, "B T"]
+    past: tuple[Past, ...]
     windows: Int[Array, " L"]
     rope_index: Int[Array, " L"]
 
@@ -48,15 +44,12 @@ def make_context(
     config: ModelConfig,
     positions: Int[Array, "B T"],
     mask: Bool[Array, "B T"] | None = None,
-    prefix: Prefix | None = None,
-    cache: Cache | None = None,
-    shared: Shared | None = None,
+    *past: Past | None,
 ) -> Context:
     """The context of rows whose tokens stand at ``positions``; ``mask`` is False on padding (either side).
 
-    Valid tokens of a row must be contiguous. ``B`` may be 1 when all rows share the same positions and there is
-    no prefix with per-group positions. Before the rows' own tokens come the prefix, what groups of rows share, then
-    the cache.
+    Valid tokens of a row must be contiguous. ``past`` is what comes before the rows' own tokens, in this order (None:
+    nothing). ``B`` may be 1 when all rows share the same positions and no past has positions per group.
     """
     t = positions.shape[1]
     sin, cos = rotary_tables(config.ropes, config.d_head, positions)
@@ -65,24 +58,13 @@ def make_context(
     self_mask = (distance >= 0)[None]
     if mask is not None:
         self_mask = self_mask & mask[:, None, :]
-    prefix_distance = shared_distance = None
-    if prefix is not None and config.windowed:
-        grouped = rearrange(positions, "(c b) t -> c b t 1", c=prefix.positions.shape[0])
-        prefix_distance = grouped - prefix.positions[:, None, None, :]
-    if shared is not None and config.windowed:
-        order = "(b c) t -> c b t 1" if shared.interleaved else "(c b) t -> c b t 1"
-        grouped = rearrange(positions, order, c=shared.k.shape[1])
-        shared_distance = grouped - shared.positions[:, None, None, :]
     return Context(
         sin=sin,
         cos=cos,
         self_mask=self_mask,
         distance=distance,
-        prefix=prefix,
-        prefix_distance=prefix_distance,
-        shared=shared,
-        shared_distance=shared_distance,
-        cache=cache,
+        positions=positions,
+        past=tuple(each for each in past if each is not None),
         windows=jnp.asarray(config.windows, jnp.int32),
         rope_index=jnp.asarray(config.rope_index, jnp.int32),
     )
@@ -133,7 +115,9 @@ def _attention(
     q = rotate(q, context.sin[table], context.cos[table])
     k = rotate(k, context.sin[table], context.cos[table])
     k, v = jnp.moveaxis(k, 1, -1), jnp.moveaxis(v, 1, -1)
-    segments = [*_past(config, context, layer), Segment(k, v, _own_mask(config, context, layer))]
+    window = context.windows[layer] if config.windowed else None
+    segments = [past.segment(layer, context.positions, window) for past in context.past]
+    segments.append(Segment(k, v, _own_mask(context, window)))
     z, pattern = attend(q, segments, scale=config.query_scale, softcap=config.attn_softcap)
     tapped = tap("attn.hook_pattern", layer, pattern)
     if tapped is not pattern:  # an edited pattern replaces the fused product
@@ -145,35 +129,11 @@ def _attention(
     return tap("hook_attn_out", layer, out), (k, v)
 
 
-def _own_mask(config: ModelConfig, context: Context, layer: Int[Array, ""]) -> Bool[Array, "b 1 T T"]:
+def _own_mask(context: Context, window: Int[Array, ""] | None) -> Bool[Array, "b 1 T T"]:
     mask = context.self_mask
-    if config.windowed:
-        mask = mask & (context.distance < context.windows[layer])
+    if window is not None:
+        mask = mask & (context.distance < window)
     return mask[:, None]
-
-
-def _past(config: ModelConfig, context: Context, layer: Int[Array, ""]) -> Iterator[Segment]:
-    """This layer's keys and values of the text before the rows: the prefix, what groups share, each row's cache."""
-    window = context.windows[layer]
-    pick = lambda a: lax.dynamic_index_in_dim(a, layer, 0, keepdims=False)  # noqa: E731
-    prefix, shared, cache = context.prefix, context.shared, context.cache
-    if prefix is not None:
-        allowed = prefix.mask[:, None, None, :]
-        if context.prefix_distance is not None:
-            allowed = allowed & (context.prefix_distance < window)
-        yield Segment(pick(prefix.k), pick(prefix.v), allowed)
-    if shared is not None:
-        allowed = shared.mask
-        if context.shared_distance is not None:
-            allowed = allowed & (context.shared_distance < window)
-        yield Segment(pick(shared.k), pick(shared.v), allowed, shared.interleaved)
-    if cache is not None:
-        slots = jnp.arange(cache.k.shape[-1])
-        allowed = ((slots < cache.length) & (slots >= cache.start[:, None]))[:, None, None]
-        if config.windowed:
-            steps = cache.length + jnp.arange(context.distance.shape[0])
-            allowed = allowed & (steps[:, None] - slots < window)
-        yield Segment(pick(cache.k), pick(cache.v), allowed)
 
 
 def _mlp(w: Layers, config: ModelConfig, x: Float[Array, "B T D"], layer: Int[Array, ""], tap: Tap) -> Array:

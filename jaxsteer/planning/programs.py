@@ -19,10 +19,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsteer.errors import UserError
 from jaxsteer.files.sae_form import SAEConfig
-from jaxsteer.models import generation
+from jaxsteer.models import decoding
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.generation import bucket
 from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
-from jaxsteer.models.sampling import Sampling
+from jaxsteer.models.sampling import plain_sampling
 from jaxsteer.models.sharding import place, stack_shardings, top_shardings
 from jaxsteer.models.sites import parse_site
 from jaxsteer.models.transformer import embed, make_context, run_layers
@@ -232,41 +233,29 @@ def _sae(work: Work, config: ModelConfig, mesh: Mesh, batch: int | None) -> Prog
 def _generate(work: Work, config: ModelConfig, mesh: Mesh, batch: int | None) -> Program:
     """One more token of rows that each have a prompt of their own, with a vector added at the site."""
     params = abstract_params(config, mesh, work.dtype)
-    rows, room = work.problems, generation.bucket(work.new_tokens)
-    shape = jax.ShapeDtypeStruct((rows, work.context_length), jnp.int32)
-    numbers = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    sampling = abstract(mesh, jax.eval_shape(lambda: _sampling(config)))
+    rows, room = work.problems, bucket(work.new_tokens)
+    shape: Any = jax.ShapeDtypeStruct((rows, work.context_length), jnp.int32)
+    numbers: Any = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    sampling = jax.eval_shape(lambda: plain_sampling(config.vocab_size))
     steering = add(work.read_site(config), np.ones(config.d_model, np.float32), positions="response")
     edits = abstract(mesh, jax.tree.map(np.asarray, steering))
-    mask = jax.ShapeDtypeStruct(shape.shape, jnp.bool_)
-    begin = functools.partial(generation.start, slots=room, mesh=mesh)
-    _, made = jax.eval_shape(
-        lambda *args: begin(args[0], config, *args[1:]), params, shape, mask, numbers, numbers, numbers, sampling, edits
-    )
+    mask: Any = jax.ShapeDtypeStruct(shape.shape, jnp.bool_)
+    prompts = decoding.Batch(tokens=shape, mask=mask, groups=numbers, rows=numbers, limit=numbers)
+    begin = functools.partial(decoding.start, slots=room, mesh=mesh)
+    _, made = jax.eval_shape(lambda params, *rest: begin(params, config, *rest), params, prompts, sampling, edits)
     state = abstract(mesh, made, P("prompts"))
     cache = dataclasses.replace(
         state.cache,
-        k=abstract(mesh, made.cache.k, generation.CACHE_SPEC),
-        v=abstract(mesh, made.cache.v, generation.CACHE_SPEC),
+        k=abstract(mesh, made.cache.k, decoding.CACHE_SPEC),
+        v=abstract(mesh, made.cache.v, decoding.CACHE_SPEC),
     )
     state = dataclasses.replace(state, cache=cache)
     steps = abstract(mesh, jax.ShapeDtypeStruct((), jnp.int32))
     return Program(
-        compile=_lowered(mesh, lambda: generation.decode.trace(params, config, None, state, sampling, edits, steps)),
+        compile=_lowered(mesh, lambda: decoding.decode.trace(params, config, None, state, edits, steps)),
         weights=per_device(params),
         caches=per_device(state),
         turns=(1,),
         made=rows,
         unit="tokens",
-    )
-
-
-def _sampling(config: ModelConfig) -> Sampling:
-    return Sampling(
-        key=jax.random.key(0),
-        temperature=jnp.float32(1),
-        top_k=jnp.int32(0),
-        top_p=jnp.float32(1),
-        stop=jnp.full(8, -1, jnp.int32),
-        vocab=config.vocab_size,
     )

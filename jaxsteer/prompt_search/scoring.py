@@ -116,7 +116,7 @@ def _read_tails(
     where = jnp.broadcast_to(task.prefix.length + task.length + jnp.arange(after.shape[1]), tails.shape[:2])
     if pads is not None:
         where = where - jnp.tile(pads, task.contexts)[:, None]
-    context = make_context(config, where, jnp.repeat(task.after_mask, m, axis=0), task.prefix, shared=shared)
+    context = make_context(config, where, jnp.repeat(task.after_mask, m, axis=0), task.prefix, shared)
     reads, _, _ = read(params, config, task.needs, tails, context, _layout(task, m, pads, start=task.length))
     return reads, x, depth
 

@@ -258,7 +258,7 @@ def _pair_context(
     sees = same & (jnp.arange(w)[:, None] >= jnp.arange(w))
     seen = _valid(task, index)[:, None, :, None, :]
     mask = jnp.broadcast_to(sees & seen, (contexts, p, q, w, w)).reshape(-1, w, w)
-    context = make_context(config, positions, None, task.prefix, shared=shared)
+    context = make_context(config, positions, None, task.prefix, shared)
     return context.replace(self_mask=mask)  # type: ignore[attr-defined]
 
 

@@ -13,9 +13,10 @@ from flax import struct
 
 import jaxsteer
 from jaxsteer.models import generation
+from jaxsteer.models.decoding import Batch
 from jaxsteer.models.generation import NO_TOKEN, bucket, generate_tokens
 from jaxsteer.models.model import Model
-from jaxsteer.models.sampling import Sampling, _keep_largest, choose, make_sampling
+from jaxsteer.models.sampling import Sampling, _keep_largest, choose, make_sampling, of_rows
 from jaxsteer.models.sharding import make_mesh, shard_params
 from jaxsteer.models.taps import Tap, Where
 from tests.helpers.checkpoints import FAMILIES, WINDOW, family_config, random_model
@@ -57,8 +58,8 @@ jit_choose = jax.jit(choose)
 
 def chosen(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """What ``choose`` takes from logits (B, M, V)."""
-    rows = jnp.arange(len(logits))
-    return np.stack([jit_choose(logits[:, i], sampling, rows, i) for i in range(logits.shape[1])], axis=1)
+    own, first = of_rows(sampling, jnp.arange(len(logits))), jnp.zeros(len(logits), jnp.int32)
+    return np.stack([jit_choose(logits[:, i], own, first + i) for i in range(logits.shape[1])], axis=1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,9 +104,9 @@ def test_a_repeated_prompt_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     start = generation.start
 
-    def spy(params: object, config: object, tokens: jax.Array, mask: jax.Array, groups: jax.Array, *rest, **options):
-        seen.append((tokens.shape[0], groups.tolist(), rest[0].tolist()))
-        return start(params, config, tokens, mask, groups, *rest, **options)
+    def spy(params: object, config: object, batch: Batch, *rest: object, **options: object) -> object:
+        seen.append((batch.tokens.shape[0], batch.groups.tolist(), batch.rows.tolist()))
+        return start(params, config, batch, *rest, **options)
 
     monkeypatch.setattr(generation, "start", spy)
     run(gemma())
@@ -168,7 +169,7 @@ def test_draws_follow_the_reference_distribution(temperature: float, top_k: int,
     sampling = dataclasses.replace(
         make_sampling(gemma(), temperature=temperature, top_k=top_k, top_p=top_p, seed=1), vocab=10
     )
-    drawn = np.asarray(jit_choose(jnp.tile(logits, (n, 1)), sampling, jnp.arange(n), 0))
+    drawn = chosen(np.tile(logits, (n, 1, 1)), sampling)[:, 0]
     expected = np.append(reference(logits[:10], temperature, top_k, top_p), [0, 0])  # beyond the tokenizer: never
     found = np.bincount(drawn, minlength=12) / n
     assert not found[expected == 0].any()

@@ -1,0 +1,257 @@
+"""Decoding on the device: prompts are run once, then one token after the other, without the host.
+
+What the rows decode goes into a ``Cache``, written in place. Rows that continue the same prompt share one copy of its
+keys and values, a ``Prefix``; where every row has a prompt of its own, the prompts are the beginning of the cache. The
+number of tokens of a call is data, so that streaming in small pieces and decoding to the end are one program.
+
+Letters: B rows, P distinct prompts, C groups of rows that share a prompt (B = C * b), U prompt length (left-padded),
+M slots for new tokens, L layers, K key/value heads, H head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsteer.models.attention import Cache, Prefix
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.params import Params
+from jaxsteer.models.sampling import Sampling, choose, of_rows, plain_sampling
+from jaxsteer.models.sharding import place
+from jaxsteer.models.taps import Intervention, make_where, tap_of
+from jaxsteer.models.transformer import block, embed, layer_weights, make_context, positions_of, prefill, unembed
+
+CACHE_SPEC = P(None, "prompts", "model", None, None)
+"""How keys and values [L, B, K, H, M] lie on a mesh."""
+
+
+@struct.dataclass
+class State:
+    """Rows while they are decoded: each at its own length, with its own settings. Donated from call to call."""
+
+    cache: Cache
+    tokens: Int[Array, "B M"]
+    """Those decoded so far, what ended the row included; the last one has not been run yet."""
+    length: Int[Array, " B"]
+    """Tokens decoded so far."""
+    prompt_length: Int[Array, " B"]
+    limit: Int[Array, " B"]
+    """Tokens that a row may have at most."""
+    done: Bool[Array, " B"]
+    sampling: Sampling
+    """Of each row."""
+
+
+@struct.dataclass
+class Batch:
+    """Prompts, padded on the left, and the rows that continue them."""
+
+    tokens: Int[Array, "P U"]
+    mask: Bool[Array, "P U"]
+    groups: Int[Array, " C"]
+    """The prompt that each group of rows continues; B / C rows are a group."""
+    rows: Int[Array, " B"]
+    """Number of each row in the whole call, for its random numbers."""
+    limit: Int[Array, " B"]
+    """Tokens that a row may have at most; 0 for rows that only fill up the devices."""
+
+
+@partial(jax.jit, static_argnames=("config", "slots", "mesh"))
+def start(
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    sampling: Sampling,
+    edits: Intervention | None,
+    *,
+    slots: int,
+    mesh: Mesh | None = None,
+) -> tuple[Prefix | None, State]:
+    """Run the prompts and choose the first token of every row.
+
+    The prefix is None where every row has a prompt of its own: then the cache holds the prompts as well.
+    """
+    prefix, logits = _run_prompts(params, config, batch, edits)
+    share = len(batch.rows) // len(batch.groups)
+    prompt_length = jnp.repeat(prefix.length, share)
+    if share == 1:  # one stretch of keys instead of two: less to start and to join for every token and layer
+        shared, slot, length = None, batch.tokens.shape[1], prompt_length
+        k, v = (jnp.pad(a, [(0, 0)] * 4 + [(0, slots)]) for a in (prefix.k, prefix.v))
+    else:
+        shared, slot, length = prefix, 0, jnp.zeros_like(prompt_length)
+        k = v = _no_keys(params, config, len(batch.rows), slots)
+    cache = Cache(k=_laid_out(k, mesh), v=_laid_out(v, mesh), length=length, slot=jnp.int32(slot))
+    return shared, _begun(cache, batch, sampling, prompt_length, jnp.repeat(logits, share, axis=0), slots)
+
+
+def _run_prompts(
+    params: Params, config: ModelConfig, batch: Batch, edits: Intervention | None
+) -> tuple[Prefix, Float[Array, "C V"]]:
+    """Keys and values of the prompt of every group, and the logits after it."""
+    tap = tap_of(edits, make_where(batch.tokens, positions_of(batch.mask), batch.mask))
+    prefix, x = prefill(params, config, batch.tokens, batch.mask, tap)
+    logits = unembed(params, config, x[:, -1])
+    if len(batch.groups) != len(batch.tokens):  # as many as there are prompts are the prompts themselves
+        pick = partial(jnp.take, indices=batch.groups, mode="clip")
+        prefix = jax.tree.map(lambda a: pick(a, axis=1 if a.ndim == 5 else 0), prefix)
+        logits = pick(logits, axis=0)
+    return prefix, logits
+
+
+def _begun(
+    cache: Cache,
+    batch: Batch,
+    sampling: Sampling,
+    prompt_length: Int[Array, " B"],
+    logits: Float[Array, "B V"],
+    slots: int,
+) -> State:
+    """Rows with their first token, chosen by ``logits``."""
+    state = State(
+        cache=cache,
+        tokens=jnp.zeros((len(batch.rows), slots), jnp.int32),
+        length=jnp.zeros_like(prompt_length),
+        prompt_length=prompt_length,
+        limit=batch.limit,
+        done=batch.limit <= 0,
+        sampling=of_rows(sampling, batch.rows),
+    )
+    return _append(state, logits)
+
+
+def _append(state: State, logits: Float[Array, "B V"]) -> State:
+    """The state with one more token per row that is not done, chosen by ``logits``."""
+    token = choose(logits, state.sampling, state.length)
+    new = (jnp.arange(state.tokens.shape[1]) == state.length[:, None]) & ~state.done[:, None]
+    length = state.length + ~state.done
+    stopped = (token[:, None] == state.sampling.stop).any(-1)
+    return dataclasses.replace(
+        state,
+        tokens=jnp.where(new, token[:, None], state.tokens),
+        length=length,
+        done=state.done | stopped | (length >= state.limit),
+    )
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def decode(
+    params: Params,
+    config: ModelConfig,
+    prefix: Prefix | None,
+    state: State,
+    edits: Intervention | None,
+    steps: Int[Array, ""],
+) -> State:
+    """Up to ``steps`` more tokens for every row; ends early when all rows are done or the cache is full."""
+
+    def forward(state: State) -> tuple[Array, Cache]:
+        last = jnp.maximum(state.length - 1, 0)[:, None]
+        token, positions = jnp.take_along_axis(state.tokens, last, axis=1), state.prompt_length[:, None] + last
+        context = make_context(config, positions, None, prefix, state.cache)
+        tap = tap_of(edits, make_where(token, positions, ~state.done[:, None], state.prompt_length))
+
+        def one(x: Array, layer: Array) -> tuple[Array, tuple[Array, Array]]:
+            return block(layer_weights(params, layer), config, x, context, layer, tap)
+
+        # The cache is written once per token and not layer by layer: what the scan only reads is never copied.
+        x, kv = lax.scan(one, embed(params, config, token, tap), jnp.arange(config.n_layers))
+        return unembed(params, config, x[:, 0]), state.cache.append(*kv)
+
+    def body(carry: tuple[Array, State]) -> tuple[Array, State]:
+        left, state = carry
+        logits, cache = forward(state)
+        return left - 1, _append(dataclasses.replace(state, cache=cache), logits)
+
+    def more(carry: tuple[Array, State]) -> Array:
+        left, state = carry
+        return (left > 0) & ~state.done.all() & (state.done | (state.length < state.tokens.shape[1])).all()
+
+    return lax.while_loop(more, body, (steps, state))[1]
+
+
+@partial(jax.jit, static_argnames=("slots", "mesh"))
+def grow(state: State, *, slots: int, mesh: Mesh | None = None) -> State:
+    """The same rows with room for ``slots`` tokens. A token costs time in proportion to the room that there is."""
+    cache, more = state.cache, slots - state.tokens.shape[1]
+    full = cache.k.shape[-1]
+    wider = lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)])  # noqa: E731
+    turned = (cache.length > cache.slot).any()  # new slots may only stand behind the newest token
+    unrolled = lambda a: _laid_out(wider(jnp.roll(a, jnp.where(turned, -cache.slot, 0), axis=-1)), mesh)  # noqa: E731
+    cache = dataclasses.replace(
+        cache, k=unrolled(cache.k), v=unrolled(cache.v), slot=jnp.where(turned, full, cache.slot)
+    )
+    return dataclasses.replace(state, cache=cache, tokens=wider(state.tokens))
+
+
+# Rows that come and go
+
+
+def idle(params: Params, config: ModelConfig, rows: int, *, slots: int, mesh: Mesh | None = None) -> State:
+    """A batch without any row in it, with room for ``slots`` tokens of each, prompt included."""
+    zeros = partial(jnp.zeros, rows, jnp.int32)  # an array each, because all of them are donated
+    k, v = (_laid_out(_no_keys(params, config, rows, slots), mesh) for _ in range(2))
+    return State(
+        cache=Cache(k=k, v=v, length=zeros(), slot=jnp.int32(0)),
+        tokens=jnp.zeros((rows, slots), jnp.int32),
+        length=zeros(),
+        prompt_length=zeros(),
+        limit=zeros(),
+        done=jnp.ones(rows, bool),
+        sampling=of_rows(plain_sampling(config.vocab_size), zeros()),
+    )
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def admit(
+    params: Params,
+    config: ModelConfig,
+    state: State,
+    batch: Batch,
+    at: Int[Array, " n"],
+    sampling: Sampling,
+    edits: Intervention | None = None,
+) -> State:
+    """The state with the n rows of ``batch``, a group each, in places ``at``, where rows were done (``evict``).
+
+    Their prompts are run and their first tokens chosen. The other rows go on as if nothing had happened. A row's
+    tokens, prompt included, must not be more than the slots of the cache.
+    """
+    prefix, logits = _run_prompts(params, config, batch, edits)
+    cache, width, slots = state.cache, batch.tokens.shape[1], state.cache.k.shape[-1]
+
+    def ring(prompt: Float[Array, "L n K H U"]) -> Float[Array, "L n K H M"]:
+        """The prompt's last token before the slot that all rows write next."""
+        return jnp.roll(jnp.pad(prompt, [(0, 0)] * 4 + [(0, slots - width)]), cache.slot - width, axis=-1)
+
+    def put(whole: Array, part: Array) -> Array:
+        if whole.ndim == 5:
+            return whole.at[:, at].set(part)
+        return whole.at[at].set(part) if whole.ndim else whole
+
+    own = Cache(k=ring(prefix.k), v=ring(prefix.v), length=prefix.length, slot=cache.slot)
+    missing = state.sampling.stop.shape[1] - len(sampling.stop)
+    sampling = dataclasses.replace(
+        sampling, stop=jnp.pad(sampling.stop, (0, missing), constant_values=-1), vocab=state.sampling.vocab
+    )
+    return jax.tree.map(put, state, _begun(own, batch, sampling, prefix.length, logits, state.tokens.shape[1]))
+
+
+def evict(state: State, at: Int[Array, " n"]) -> State:
+    """The batch in which the rows at ``at`` have ended."""
+    return dataclasses.replace(state, done=state.done.at[at].set(True))
+
+
+def _no_keys(params: Params, config: ModelConfig, rows: int, slots: int) -> Float[Array, "L B K H M"]:
+    return jnp.zeros((config.n_layers, rows, config.n_kv_heads, config.d_head, slots), params.embed.dtype)
+
+
+def _laid_out(cache: Float[Array, "L B K H M"], mesh: Mesh | None) -> Float[Array, "L B K H M"]:
+    return cache if mesh is None else lax.with_sharding_constraint(cache, place(mesh, CACHE_SPEC, cache.shape))
