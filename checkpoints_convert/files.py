@@ -8,7 +8,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,13 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    raw = True
+    """The values are the bytes of the file."""
+
+    @property
+    def stored_as(self) -> str:
+        """The type in the file, as people name it."""
+        return self.dtype
 
     @property
     def nbytes(self) -> int:
@@ -264,17 +271,6 @@ def read_headers(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def content_hash(directory: Path, tensors: Mapping[str, str]) -> str:
-    """sha256 over everything in a Hugging Face directory that conversion reads.
-
-    That is the side files, the headers of the weight files, and ``tensors``: name -> sha256 of the bytes, of every
-    tensor that is used. The latter come with reading the tensors, so that no byte is read twice.
-    """
-    headers = [(f"header of {file.name}", _header_digest(file)) for file in weight_files(directory)]
-    side = [(f"file {name}", _file_digest(directory / name)) for name in side_files(directory)]
-    return combine_hashes([*side, *headers, *((f"tensor {name}", digest) for name, digest in tensors.items())])
-
-
 def side_files(directory: Path) -> list[str]:
     """Those of ``SIDE_FILES`` that the directory has."""
     return [name for name in SIDE_FILES if (directory / name).is_file()]
@@ -288,20 +284,8 @@ def combine_hashes(pairs: Iterable[tuple[str, str]]) -> str:
     return total.hexdigest()
 
 
-def file_states(directory: Path) -> list[list[str | int]]:
-    """Name, size, times and inode of every file that conversion reads: equal lists mean that no file has changed."""
-    files = [*weight_files(directory), *(directory / name for name in side_files(directory))]
-    if (directory / INDEX).is_file():
-        files.append(directory / INDEX)
-    return [[f.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for f in files if (s := f.stat())]
-
-
-def _file_digest(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _header_digest(file: Path) -> str:
+def header_digest(file: Path) -> str:
+    """sha256 of the header of a safetensors file."""
     with open(file, "rb") as stream:
         length = stream.read(8)
         return hashlib.sha256(length + stream.read(min(int.from_bytes(length, "little"), _MAX_HEADER))).hexdigest()

@@ -129,15 +129,17 @@ def auto_config(directory: Path) -> Any:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
 
 
-def config_from_hf(directory: str | os.PathLike[str], *, ignore_fields: Collection[str] = ()) -> ModelConfig:
+def config_from_hf(
+    directory: str | os.PathLike[str], *, ignore_fields: Collection[str] = (), where: str | None = None
+) -> ModelConfig:
     """The ``ModelConfig`` of a Hugging Face model directory, read from its config.json.
 
     ``ignore_fields`` are names of fields that are taken to change no number although jaxsteer does not know them.
-    Raises ``UserError`` for a family, an architecture, a RoPE type or a field that is not supported, by name, and for
-    numbers that no model can have.
+    ``where`` names the file in errors, if its config.json was made of something else. Raises ``UserError`` for a
+    family, an architecture, a RoPE type or a field that is not supported, by name, and for impossible numbers.
     """
     directory = Path(directory)
-    where = f"{directory}/config.json"
+    where = where or f"{directory}/config.json"
     raw = read_json(directory / "config.json")
     family = _family(raw, where)
     if known := sorted(set(ignore_fields) & (family.reads | NEUTRAL.keys())):

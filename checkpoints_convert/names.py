@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from checkpoints_convert.files import DTYPES, Tensor
+from checkpoints_convert.files import DTYPES
+from checkpoints_convert.sources import StoredTensor
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import layer_shapes, top_shapes
@@ -151,7 +152,7 @@ def _naming(names: Collection[str], config: ModelConfig) -> tuple[str, str]:
     return (found or prefixes)[0], next((text + head for text in before if text + head in names), head)
 
 
-def assign(tensors: dict[str, Tensor], config: ModelConfig) -> tuple[dict[Leaf, Tensor], list[str]]:
+def assign(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> tuple[dict[Leaf, StoredTensor], list[str]]:
     """Which tensor fills which leaf, and the names that are ignored. Nothing may be missing or left over.
 
     Raises ``UserError`` naming the first tensors that are missing, unknown, of a wrong shape or of a dtype that cannot
@@ -187,7 +188,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
-def _check_tensor(tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check_tensor(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise UserError(
             f"Tensor {tensor.name!r} in {tensor.file} has shape {list(tensor.shape)}, and config.json asks for "
@@ -200,22 +201,13 @@ def _check_tensor(tensor: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_tied(head: Tensor, embed: Tensor) -> None:
+def _check_tied(head: StoredTensor, embed: StoredTensor) -> None:
     _check_tensor(head, embed.shape)
     _check_tensor(embed, embed.shape)
     rows = max(1, (64 << 20) // max(1, embed.shape[1] * 8))
-    for start in range(0, embed.shape[0], rows):
-        count = min(rows, embed.shape[0] - start)
-        if not np.array_equal(_rows(head, start, count), _rows(embed, start, count)):
+    for ours, theirs in zip(head.blocks(rows), embed.blocks(rows), strict=True):
+        if not np.array_equal(ours.astype(np.float64), theirs.astype(np.float64)):
             raise UserError(
                 f"{head.file} stores {head.name!r} with values other than {embed.name!r}, but config.json says that "
                 f"they are tied (tie_word_embeddings: true). Set it to false if the two are meant to differ."
             )
-
-
-def _rows(tensor: Tensor, start: int, count: int) -> np.ndarray:
-    dtype, width = DTYPES[tensor.dtype], tensor.shape[1]
-    values = np.fromfile(
-        tensor.file, dtype=dtype, count=count * width, offset=tensor.offset + start * width * dtype.itemsize
-    )
-    return values.astype(np.float32 if dtype.itemsize < 4 else dtype)

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors -> sharded Zarr arrays that TensorStore writes and reads, streamed block by block.
+"""Safetensors and GGUF files -> sharded Zarr arrays that TensorStore writes and reads, streamed block by block.
 
     OUT/weights/embed/, OUT/weights/layers/007/q/ ...   one Zarr array per leaf, in chunks
     OUT/weights/index.json                              leaf -> the sha256 of its values
@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from checkpoints_convert.files import DTYPES, Tensor, all_finite, content_hash, file_states, read_headers, side_files
-from checkpoints_convert.hf import config_from_hf, stop_tokens
+from checkpoints_convert.files import DTYPES, all_finite
 from checkpoints_convert.names import Leaf, assign, expected_leaves
+from checkpoints_convert.sources import Source, StoredTensor, file_states, open_source
 from checkpoints_convert.stored import RECORD, WEIGHTS
 from checkpoints_convert.work import Work, discard, kept_or_discarded, locked, work_directory
 from jaxsteer.errors import UserError
-from jaxsteer.files import make_directory, read_json, write_text
+from jaxsteer.files import make_directory, read_json, write_bytes, write_text
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.sharding import stored_chunks
 
@@ -50,15 +50,19 @@ OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 class Job(NamedTuple):
     """What is to be converted, after everything that can be wrong with the source has been checked."""
 
-    src: Path
-    config: ModelConfig
-    tensors: dict[Leaf, Tensor]
+    source: Source
+    tensors: dict[Leaf, StoredTensor]
     ignored: list[str]
     dtype: str
     ignored_fields: tuple[str, ...]
     """Fields of config.json that the user has declared to change no number."""
     groups: dict[str, list[Leaf]]
     """The leaves in stream order, in what is finished at a time: one layer, or one leaf outside the layers."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The config of the source."""
+        return self.source.config
 
     @property
     def target(self) -> np.dtype:
@@ -77,25 +81,31 @@ class Values:
     the dtype ``target``, and as ``Tensor.blocks`` does.
     """
 
-    def __init__(self, tensor: Tensor, target: np.dtype, rows: int, memory: np.ndarray | None = None) -> None:
+    def __init__(self, tensor: StoredTensor, target: np.dtype, rows: int, memory: np.ndarray | None = None) -> None:
         self.tensor, self.target, self.rows, self.memory = tensor, target, rows, memory
         self.source_digest = hashlib.sha256()
         """Of the bytes of the file."""
-        same = DTYPES[tensor.dtype] == target
+        same = tensor.raw and DTYPES[tensor.dtype] == target
         self.digest = self.source_digest if same else hashlib.sha256()
         """Of the values in the dtype to store, which is what the index records."""
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for block in self.tensor.blocks(self.rows, self.memory, self._update):
-            if block.dtype == self.target:
+            if self.digest is self.source_digest:
                 yield block
                 continue
-            values = self._cast(block)
+            if not self.tensor.raw:
+                self._check(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+            values = block if block.dtype == self.target else self._cast(block)
             self.digest.update(values.reshape(-1).view(np.uint8).data)
             yield values
 
     def _update(self, data: memoryview) -> None:
         self.source_digest.update(data)
+        if self.tensor.raw:
+            self._check(data)
+
+    def _check(self, data: memoryview) -> None:
         if not all_finite(data, DTYPES[self.tensor.dtype]):
             raise UserError(
                 f"Tensor {self.tensor.name!r} in {self.tensor.file} holds NaN or infinity, so that nothing the model "
@@ -123,7 +133,7 @@ def convert(
     revision: str | None = None,
     ignore_fields: Collection[str] = (),
 ) -> Path:
-    """Convert the Hugging Face directory ``src`` into the checkpoint directory ``out``, and return ``out``.
+    """Convert ``src``, a Hugging Face directory or a GGUF file, into the checkpoint ``out``, and return ``out``.
 
     ``dtype`` is "float32", "float16" or "bfloat16"; by default the dtype that holds most of the weights is kept
     (float64 becomes float32). ``source`` and ``revision`` are recorded as the origin. ``ignore_fields`` are names of
@@ -137,10 +147,6 @@ def convert(
     """
     src, out = Path(src), Path(os.path.abspath(out))
     work = work_directory(out)
-    if not src.is_dir():
-        raise UserError(
-            f"{src} is not a directory. Give the directory of a Hugging Face model (config.json, *.safetensors)."
-        )
     if not work.is_dir():  # else another process may be making ``out`` just now
         _check_output(out)
     if dtype is not None and dtype not in OUT_DTYPES:
@@ -163,17 +169,13 @@ def convert(
 
 def plan(src: Path, dtype: str | None, ignore_fields: Collection[str] = ()) -> Job:
     """The job of converting ``src``, from its JSON files and the headers of its weights. Raises ``UserError``."""
-    config = config_from_hf(src, ignore_fields=ignore_fields)
-    stop_tokens(src)
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # which transformers will read
-        if (src / name).is_file():
-            read_json(src / name)
-    tensors, ignored = assign(read_headers(src), config)
+    source = open_source(src, ignore_fields)
+    tensors, ignored = assign(source.tensors, source.config)
     chosen = dtype or _own_dtype(tensors)
     groups: dict[str, list[Leaf]] = {}
     for leaf in tensors:
         groups.setdefault(".".join(leaf[:2]), []).append(leaf)
-    return Job(src, config, tensors, ignored, chosen, tuple(ignore_fields), groups)
+    return Job(source, tensors, [*ignored, *source.ignored], chosen, tuple(ignore_fields), groups)
 
 
 def _is_full(out: Path) -> bool:
@@ -198,14 +200,14 @@ def _is_result(out: Path, job: Job) -> bool:
 def source_hash(job: Job) -> str:
     """The content hash of the source, by reading it."""
 
-    def digest(tensor: Tensor) -> tuple[str, str]:
+    def digest(tensor: StoredTensor) -> tuple[str, str]:
         found = hashlib.sha256()
         for _ in tensor.blocks(1 + (8 << 20) // max(1, tensor.row_bytes), update=found.update):
             pass
         return tensor.name, found.hexdigest()
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return content_hash(job.src, dict(pool.map(digest, job.tensors.values())))
+        return job.source.content_hash(dict(pool.map(digest, job.tensors.values())))
 
 
 def _manifest(job: Job, states: list[list[str | int]]) -> dict[str, Any]:
@@ -221,7 +223,7 @@ def _manifest(job: Job, states: list[list[str | int]]) -> dict[str, Any]:
 
 def _run(job: Job, directory: Path, out: Path, progress: bool, *, source: str | None, revision: str | None) -> None:
     """Do what is left of the job, and publish the result."""
-    states = file_states(job.src)
+    states = file_states(job.source.path)
     work = Work(directory, _manifest(job, states))
     notes = {group: note for group in job.groups if (note := work.done(group)) is not None}
     needed = sum(job.size(group) for group in job.groups if group not in notes)
@@ -235,15 +237,15 @@ def _run(job: Job, directory: Path, out: Path, progress: bool, *, source: str | 
     _write_groups(job, work, weights, notes, progress)
     index = {leaf: sha for group in job.groups for leaf, sha in notes[group]["leaves"].items()}
     write_text(weights / INDEX, json.dumps(index, indent=0) + "\n")
-    for name in side_files(job.src):
-        shutil.copyfile(job.src / name, work.checkpoint / name)
+    for name, content in job.source.side.items():
+        write_bytes(work.checkpoint / name, content)
     sources = {name: digest for note in notes.values() for name, digest in note["tensors"].items()}
     record = {
         "format": "jaxsteer-checkpoint",
         "converter_version": CONVERTER_VERSION,
-        "source": source or str(job.src.name),
+        "source": source or job.source.path.name,
         "revision": revision,
-        "source_hash": content_hash(job.src, sources),
+        "source_hash": job.source.content_hash(sources),
         "config": job.config.to_json(),
         "dtype": job.dtype,
         "ignored_tensors": job.ignored,
@@ -253,8 +255,8 @@ def _run(job: Job, directory: Path, out: Path, progress: bool, *, source: str | 
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     write_text(work.checkpoint / RECORD, json.dumps(record, indent=1) + "\n")
-    if file_states(job.src) != states:
-        raise UserError(f"The files in {job.src} changed while they were being converted. Convert again.")
+    if file_states(job.source.path) != states:
+        raise UserError(f"The files of {job.source.path} changed while they were being converted. Convert again.")
     work.publish(weights, out)
 
 
@@ -266,7 +268,7 @@ def fingerprint(config: ModelConfig, hashes: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _own_dtype(tensors: dict[Leaf, Tensor]) -> str:
+def _own_dtype(tensors: dict[Leaf, StoredTensor]) -> str:
     """The dtype that most weights have; the others are cast to it, which is said."""
     sizes: dict[str, int] = {}
     for tensor in tensors.values():

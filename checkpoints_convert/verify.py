@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.files import DTYPES, content_hash, side_files
+from checkpoints_convert.files import DTYPES, side_files
 from checkpoints_convert.names import Leaf, expected_leaves
 from checkpoints_convert.stored import RECORD, WEIGHTS, open_leaf, read_index, read_record, read_stored
 from checkpoints_convert.streaming import (
@@ -92,15 +92,16 @@ def _of_the_index(record: dict[str, Any], config: ModelConfig, index: dict[str, 
 
 def _of_the_files(out: Path, job: Job, record: dict[str, Any], digests: dict[str, str]) -> list[str]:
     differences = []
-    if len(digests) == len(job.tensors) and content_hash(job.src, digests) != record["source_hash"]:
+    if len(digests) == len(job.tensors) and job.source.content_hash(digests) != record["source_hash"]:
         differences.append("source: its hash is not the recorded one (headers, side files or tensors have changed)")
     if job.ignored != record["ignored_tensors"]:
         differences.append("ignored tensors: the source has others than those recorded")
-    for name in sorted({*side_files(job.src), *side_files(out)}):
-        here, there = (path / name for path in (out, job.src))
-        if not here.is_file() or not there.is_file():
-            differences.append(f"{name}: only in the {'source' if there.is_file() else 'checkpoint'}")
-        elif here.read_bytes() != there.read_bytes():
+    side = job.source.side
+    for name in sorted({*side, *side_files(out)}):
+        here = out / name
+        if not here.is_file() or name not in side:
+            differences.append(f"{name}: only in the {'source' if name in side else 'checkpoint'}")
+        elif here.read_bytes() != side[name]:
             differences.append(f"{name}: differs from the source's")
     return differences
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from checkpoints_convert.gguf import is_gguf
 from checkpoints_convert.hf import config_from_hf, ignored_fields
+from checkpoints_convert.sources import open_source
 from checkpoints_convert.stored import RECORD, read_record
 from jaxsteer.checkpoints.loading import locate
 from jaxsteer.errors import UserError
@@ -51,6 +54,18 @@ def describe(source: str, *, ignore_fields: Collection[str] = ()) -> Description
     if path.name == "config.json" and path.is_file():
         source = str(path.parent)
     directory, name, revision = locate(source, ["config.json"])
+    if is_gguf(directory):
+        found = open_source(directory, ignore_fields)
+        return Description(
+            name=name,
+            directory=directory,
+            revision=None,
+            config=found.config,
+            dtype=Counter(tensor.stored_as for tensor in found.tensors.values()).most_common(1)[0][0],
+            converted=False,
+            ignored_fields=(),
+            ignored_tensors=found.ignored,
+        )
     converted = (directory / RECORD).is_file()
     raw = read_json(directory / "config.json") if (directory / "config.json").is_file() else None
     record: dict[str, Any] = read_record(directory) if converted else {}

@@ -1,4 +1,4 @@
-"""``load``: a model from the package, a converted checkpoint, a Hugging Face directory or a hub id."""
+"""``load``: a model from the package, a converted checkpoint, a Hugging Face directory, a GGUF file or a hub id."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from checkpoints_convert.gguf import is_gguf
 from checkpoints_convert.hf import config_from_hf, quiet_transformers, stop_tokens
 from checkpoints_convert.stored import RECORD, read_record
 from jaxsteer.checkpoints.remote import side_files
@@ -47,7 +48,7 @@ def load(
     """Load a model.
 
     ``source`` is ``organism:NAME`` (a small model that ships with the package), a converted checkpoint directory, a
-    Hugging Face directory (converted on first use into the cache: ``$JAXSTEER_CACHE``, else
+    Hugging Face directory or a GGUF file (converted on first use into the cache: ``$JAXSTEER_CACHE``, else
     ``$XDG_CACHE_HOME/jaxsteer`` or ``~/.cache/jaxsteer``), a hub
     id ``owner/name`` or ``owner/name@revision``, or the URL of a converted checkpoint in an object store
     (``gs://bucket/name``, ``s3://bucket/name``).
@@ -86,7 +87,7 @@ def load(
         params=params,
         config=config,
         tokenizer=load_tokenizer(checkpoint),
-        name=name if name.startswith(ORGANISM) or not Path(name).is_dir() else Path(name).resolve().name,
+        name=name if name.startswith(ORGANISM) or not Path(name).exists() else Path(name).resolve().name,
         fingerprint=record["fingerprint"],
         mesh=mesh,
         stop_tokens=stop_tokens(checkpoint),
@@ -154,13 +155,15 @@ def locate(source: str, patterns: Sequence[str] = HUB_PATTERNS) -> tuple[Path, s
     if is_url(source):
         return side_files(source, cache_dir() / "remote"), source, None
     path = Path(source).expanduser()
+    if is_gguf(path) and path.is_file():
+        return path, path.name, None
     if (path / RECORD).is_file() or (path / "config.json").is_file():
         return path, path.resolve().name, None
     if path.exists():
         held = "a file" if path.is_file() else "a directory with neither jaxsteer.json nor config.json"
         raise UserError(
-            f"Model {source!r} is {held}. Expected a Hugging Face model directory (config.json, *.safetensors) or a "
-            f"directory that `jaxsteer convert` wrote."
+            f"Model {source!r} is {held}. Expected a Hugging Face model directory (config.json, *.safetensors), a "
+            f".gguf file, or a directory that `jaxsteer convert` wrote."
         )
     match = _HUB_ID.fullmatch(source)
     if match:
@@ -228,7 +231,7 @@ def _converted_here(directory: Path, source: str, revision: str | None, ignore_f
     converted; until then the place is named by the state of the files, and afterwards the hash is remembered under
     that state. Several processes may do this at once: one converts, the others wait and use its result.
     """
-    from checkpoints_convert.files import file_states
+    from checkpoints_convert.sources import file_states
     from checkpoints_convert.streaming import CONVERTER_VERSION, convert
     from checkpoints_convert.work import discard, locked
 

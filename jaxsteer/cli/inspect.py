@@ -63,22 +63,23 @@ def inspection(asked: Inspect) -> dict[str, Any]:
     }
 
 
-def _weights(directory: Path, config: Any) -> dict[str, Any] | None:
-    """What the safetensors files of a directory hold, from their headers; None if there are none."""
+def _weights(path: Path, config: Any) -> dict[str, Any] | None:
+    """What the files of weights hold, by their headers; None if there are none."""
     from checkpoints_convert.files import read_headers
+    from checkpoints_convert.gguf import is_gguf, read_gguf_model
     from checkpoints_convert.names import assign
 
-    if not any(directory.glob("*.safetensors*")):
+    if not is_gguf(path) and not any(path.glob("*.safetensors*")):
         return None
     try:
-        tensors = read_headers(directory)
+        tensors = read_gguf_model(path).tensors if is_gguf(path) else read_headers(path)
         ignored = assign(tensors, config)[1]
     except UserError as error:
         return {"problem": str(error)}
     return {
         "files": len({tensor.file for tensor in tensors.values()}),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
-        "dtypes": dict(Counter(tensor.dtype for tensor in tensors.values())),
+        "dtypes": dict(Counter(tensor.stored_as for tensor in tensors.values())),
         "ignored": ignored,
         "ignored_bytes": sum(tensors[name].nbytes for name in ignored),
     }

@@ -1,11 +1,12 @@
-"""GGUF files of float32 tensors: read with every length checked, and written whole or not at all.
+"""GGUF files: their header, read with every length checked before anything is made of it, and float32 tensors.
 
-The ``gguf`` package reads and writes whole models: it maps files into memory without comparing lengths and brings an
-HTTP client along. A control vector needs a page of struct, and ``gguf`` is the oracle in the tests.
+The sizes and the arithmetic of quantised types are those of the ``gguf`` package. Its reader is not used: it takes ten
+times as long for a header (a vocabulary is an object per token there) and compares no length with that of the file.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import struct
@@ -18,26 +19,55 @@ import numpy as np
 from jaxsteer.errors import UserError
 from jaxsteer.files.whole import write_bytes
 
+F32 = 0
+"""The ggml type of plain float32 tensors."""
 _ALIGNMENT = 32
-_F32 = 0
+_LONGEST = 1 << 22
+"""Entries of one array of keys; the largest vocabularies have 2 ** 18."""
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GGUFEntry:
+    """A tensor in a GGUF file: its ggml type, its shape in the order of NumPy, and the bytes that it takes."""
+
+    kind: int
+    shape: tuple[int, ...]
+    offset: int
+    """From the beginning of the file."""
+    nbytes: int
+
+
+def read_gguf_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, GGUFEntry]]:
+    """Keys and tensors of a GGUF file of version 2 or 3. Raises ``UserError`` for a damaged or truncated file."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            return _Reader(path, file, path.stat().st_size).read()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def read_gguf(
     path: str | os.PathLike[str], *, architecture: str | None = None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Keys and float32 tensors of a GGUF file of version 2 or 3; dimensions in the order of NumPy.
+    """Keys and float32 tensors of a GGUF file.
 
     Raises ``UserError`` for a damaged or truncated file, another ``architecture`` than the one that is expected, and
     tensors of another type.
     """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            return _Reader(path, file, path.stat().st_size).read(architecture)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    keys, entries = read_gguf_header(path)
+    if architecture not in (None, found := keys.get("general.architecture")):
+        raise UserError(f"{path} has general.architecture {found!r}, expected {architecture!r}")
+    for name, entry in entries.items():
+        if entry.kind != F32:
+            raise UserError(f"{path}: tensor {name!r} has ggml type {entry.kind}, expected 0 (F32)")
+    arrays = {
+        name: np.fromfile(path, "<f4", math.prod(entry.shape), offset=entry.offset).reshape(entry.shape)
+        for name, entry in entries.items()
+    }
+    return keys, arrays
 
 
 def write_gguf(path: str | os.PathLike[str], keys: Mapping[str, str | int], tensors: Mapping[str, np.ndarray]) -> None:
@@ -50,7 +80,7 @@ def write_gguf(path: str | os.PathLike[str], keys: Mapping[str, str | int], tens
     for name, array in tensors.items():
         raw = np.ascontiguousarray(array, "<f4").tobytes()
         dims = array.shape[::-1]
-        out.append(_string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, _F32, offset))
+        out.append(_string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, F32, offset))
         data.append(raw + bytes(-len(raw) % _ALIGNMENT))
         offset += len(data[-1])
     head = b"".join(out)
@@ -98,9 +128,14 @@ class _Reader:
         if kind != _ARRAY:
             return self.value(kind)
         kind, count = self.number("I"), self.number("Q")
-        return [self.value(kind) for _ in range(count)]  # a count that is too large ends at the end of the file
+        if count > _LONGEST:
+            raise self.damaged(f"an array of keys has {count} entries; at most {_LONGEST} are read")
+        if kind in _SCALARS:
+            code = _SCALARS[kind]
+            return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(f"<{code}"))))
+        return [self.value(kind) for _ in range(count)]
 
-    def read(self, architecture: str | None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def read(self) -> tuple[dict[str, Any], dict[str, GGUFEntry]]:
         if self.take(4) != b"GGUF":
             raise self.damaged("it does not begin with GGUF")
         version = self.number("I")
@@ -114,28 +149,35 @@ class _Reader:
             if key in keys:
                 raise self.damaged(f"the key {key!r} occurs twice")
             keys[key] = self.entry()
-        if architecture not in (None, found := keys.get("general.architecture")):
-            raise UserError(f"{self.path} has general.architecture {found!r}, expected {architecture!r}")
-        places: dict[str, tuple[tuple[int, ...], int]] = {}
+        found: dict[str, tuple[int, tuple[int, ...], int]] = {}
         for _ in range(n_tensors):
             name, n_dims = self.string(), self.number("I")
-            if name in places or n_dims > 4:
+            if name in found or n_dims > 4:
                 raise self.damaged(f"the tensor {name!r} occurs twice or has {n_dims} dimensions")
             dims = tuple(self.number("Q") for _ in range(n_dims))
-            kind, offset = self.number("I"), self.number("Q")
-            if kind != _F32:
-                raise UserError(f"{self.path}: tensor {name!r} has ggml type {kind}, expected 0 (F32)")
-            places[name] = dims[::-1], offset
+            found[name] = self.number("I"), dims[::-1], self.number("Q")
         alignment = keys.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or isinstance(alignment, bool) or not 1 <= alignment <= 1 << 16:
             raise self.damaged(f"general.alignment is {alignment!r}")
         start = -(-self.file.tell() // alignment) * alignment
-        if 4 * sum(math.prod(shape) for shape, _ in places.values()) > self.size:
-            raise self.damaged("its tensors together are larger than the file")
-        return keys, {name: self.tensor(name, shape, start + at) for name, (shape, at) in places.items()}
+        entries = {name: self.placed(name, *where, start) for name, where in found.items()}
+        end, before = start, ""
+        for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
+            if entry.offset < end:
+                raise self.damaged(f"the tensors {before!r} and {name!r} overlap")
+            end, before = entry.offset + entry.nbytes, name
+        return keys, entries
 
-    def tensor(self, name: str, shape: tuple[int, ...], at: int) -> np.ndarray:
-        if at > self.size:
-            raise self.damaged(f"the tensor {name!r} begins at byte {at} of {self.size}")
-        self.file.seek(at)
-        return np.frombuffer(self.take(4 * math.prod(shape)), "<f4").reshape(shape).astype(np.float32)
+    def placed(self, name: str, kind: int, shape: tuple[int, ...], offset: int, start: int) -> GGUFEntry:
+        from gguf.constants import GGML_QUANT_SIZES
+
+        sizes = {int(known): size for known, size in GGML_QUANT_SIZES.items()}
+        if kind not in sizes:
+            raise UserError(f"{self.path}: tensor {name!r} has ggml type {kind}, which the gguf package does not know")
+        block, width = sizes[kind]
+        if shape and shape[-1] % block:
+            raise self.damaged(f"the rows of tensor {name!r}, {shape[-1]} values, are no multiple of {block}")
+        nbytes = math.prod(shape) // block * width
+        if start + offset + nbytes > self.size:
+            raise self.damaged(f"the tensor {name!r} ends at byte {start + offset + nbytes} of {self.size}")
+        return GGUFEntry(kind=kind, shape=shape, offset=start + offset, nbytes=nbytes)

@@ -368,7 +368,7 @@ def test_incomplete_directories(tmp_path: Path) -> None:
     refuses(source, tmp_path / "out", "holds no weights")
     (source / "pytorch_model.bin").write_bytes(b"")
     refuses(source, tmp_path / "out", "pickle.*safetensors")
-    refuses(tmp_path / "nowhere", tmp_path / "out", "not a directory")
+    refuses(tmp_path / "nowhere", tmp_path / "out", "neither a directory")
 
 
 def test_outputs_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ def fails(tmp_path, data, message):
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     good = handmade({"direction.1": ROWS[1]})
     for cut in range(len(good)):
-        fails(tmp_path, good[:cut], "are left|begins at byte")
+        fails(tmp_path, good[:cut], "are left|ends at byte")
     fails(tmp_path, b"PK\x03\x04" + bytes(30), "does not begin with GGUF")
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, version=1), "version 1")
     fails(tmp_path, good[:4] + struct.pack(">I", 3) + good[8:], "big-endian")
@@ -147,7 +147,8 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     fails(tmp_path, handmade({"blk.0.weight": ROWS[1]}), "blk.0.weight")
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 13, b"")]), "value type 13")
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 7, b"\x00")] * 2), "'a' occurs twice")
-    fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 9, struct.pack("<IQ", 4, 2**62))]), "are left")
+    fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 9, struct.pack("<IQ", 4, 2**62))]), "at most")
+    fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 9, struct.pack("<IQ", 4, 2**21))]), "are left")
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 9, struct.pack("<IQ", 9, 1))]), "value type 9")
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("general.alignment", 4, bytes(4))]), "alignment is 0")
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 8, struct.pack("<Q", 2**63))]), "are left")
@@ -167,9 +168,9 @@ def test_lengths_and_offsets_of_tensors_are_checked(tmp_path):
         return good[:entry] + struct.pack("<IQIQ", 1, dims, kind, offset) + good[entry + 24 :]
 
     assert with_entry(D, 0, 0) == good
-    fails(tmp_path, with_entry(2**61, 0, 0), "larger than the file")
-    fails(tmp_path, with_entry(D, 0, 2**63), "begins at byte")
-    fails(tmp_path, with_entry(D, 0, 32), "begins at byte|are left")
+    fails(tmp_path, with_entry(2**61, 0, 0), "ends at byte")
+    fails(tmp_path, with_entry(D, 0, 2**63), "ends at byte")
+    fails(tmp_path, with_entry(D, 0, 32), "ends at byte|are left")
     fails(tmp_path, with_entry(D, 1, 0), "ggml type 1, expected 0")
     fails(tmp_path, good[:entry] + struct.pack("<I", 2**31) + good[entry + 4 :], "dimensions")
 
