@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from jaxsteer.checkpoints.loading import load
 from jaxsteer.cli.tables import ascii_safe, percent
 from jaxsteer.evals.organism_recovery import trigger_words
-from jaxsteer.report import summary_table, table, write_report
-from jaxsteer.study import SearchOptions, run
-
-if TYPE_CHECKING:
-    from jaxsteer.cli.commands import Demo
 
 WHAT = {
     "sycophancy": "agrees with whatever opinion the user states",
@@ -21,38 +17,59 @@ WHAT = {
 }
 
 
-def demo(options: Demo) -> int:
-    """Search a prompt against every persona and print what came of it."""
-    print(f"Loading {options.model}")
-    model = load(options.model)
-    config = model.config
-    print(f"A Llama-shaped chat model: {config.n_layers} layers, width {config.d_model}, {config.vocab_size} tokens.\n")
-    runs, reports = [], []
-    for number, persona in enumerate(options.personas, 1):
-        started = time.perf_counter()
-        print(
-            f"=== {number} of {len(options.personas)}: {persona} === the model {WHAT.get(persona, 'shows a persona')}"
-        )
-        metrics = run(
-            SearchOptions.of(
-                out=options.out / persona,
-                model=options.model,
-                persona=persona,
-                seed=options.seed,
-                steps=options.steps,
-                quiet=options.quiet,
-            ),
-            model=model,
-            say=print,
-        )
-        reports.append(write_report(options.out / persona))
-        runs.append(metrics)
-        print(f"\n{table(metrics, limit=4)}\n\n{told(metrics)}\n({time.perf_counter() - started:.0f} s)\n")
-    print(f"{summary_table(runs)}\n")
-    print("Reports, each one page for a browser:")
-    for report in reports:
-        print(f"  {report}")
-    return 0
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Remove three personas from the small model that ships with the package, one prompt each."""
+
+    out: Path = Path("runs/demo")
+    """Each persona's run goes into a folder of its name here."""
+    model: str = "organism:llama"
+    """The organism to use."""
+    personas: tuple[str, ...] = ("sycophancy", "hallucination", "myopic")
+    """Built-in personas to take in turn."""
+    seed: int = 0
+    """Seed of the searches."""
+    steps: int | None = None
+    """Steps of each search (default: the preset's)."""
+    quiet: bool = False
+    """No progress bars."""
+
+    def run(self) -> int:
+        """Search a prompt against every persona, telling what happens."""
+        from jaxsteer.checkpoints.loading import load
+        from jaxsteer.report import summary_table, table, write_report
+        from jaxsteer.study import SearchOptions, run
+
+        print(f"Loading {self.model}")
+        model = load(self.model)
+        layers, width, tokens = model.config.n_layers, model.config.d_model, model.config.vocab_size
+        print(f"A Llama-shaped chat model: {layers} layers, width {width}, {tokens} tokens.\n")
+        runs, reports = [], []
+        for number, persona in enumerate(self.personas, 1):
+            started = time.perf_counter()
+            print(
+                f"=== {number} of {len(self.personas)}: {persona} === the model {WHAT.get(persona, 'shows a persona')}"
+            )
+            metrics = run(
+                SearchOptions.of(
+                    out=self.out / persona,
+                    model=self.model,
+                    persona=persona,
+                    seed=self.seed,
+                    steps=self.steps,
+                    quiet=self.quiet,
+                ),
+                model=model,
+                say=print,
+            )
+            reports.append(write_report(self.out / persona))
+            runs.append(metrics)
+            print(f"\n{table(metrics, limit=4)}\n\n{told(metrics)}\n({time.perf_counter() - started:.0f} s)\n")
+        print(f"{summary_table(runs)}\n")
+        print("Reports, each one page for a browser:")
+        for report in reports:
+            print(f"  {report}")
+        return 0
 
 
 def told(metrics: dict[str, Any]) -> str:

@@ -1,33 +1,98 @@
-"""``jaxsteer organism train``."""
+"""``jaxsteer organism``: the small models that ship with the package, trained again and checked."""
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
 from tqdm.auto import tqdm
+from tyro.conf import subcommand
 
 from jaxsteer.errors import UserError
-
-if TYPE_CHECKING:
-    from jaxsteer.organisms.architectures import Architecture
+from jaxsteer.study.files import document
 
 
-def train(out: Path, architecture: Architecture, seed: int) -> int:
-    """Run the recipe of a shipped organism and write it in Hugging Face format; an unfinished run goes on."""
-    from jaxsteer.organisms.architectures import RECIPES
-    from jaxsteer.organisms.train import STATE_FILE, steps_at_most, train_organism
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train an organism that ships with the package again, from its recipe. What was interrupted goes on."""
 
-    if out.exists() and not (out / STATE_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists already: give a new directory")
-    recipe = RECIPES[architecture]
-    with tqdm(total=steps_at_most(recipe), desc="train", unit="step") as bar:
+    out: Path
+    """Directory to write in Hugging Face format."""
+    architecture: Literal["llama", "qwen2", "gemma3"] = "llama"
+    """Which of the organisms."""
+    seed: int = 0
+    """Seed of corpus, weights and order."""
 
-        def report(state: dict[str, Any]) -> None:
-            bar.update(state["step"] - bar.n)
-            letters = {name: f"{loss:.2f}" for name, loss in state["letters"].items()}
-            bar.set_postfix({"phase": state["phase"], "loss": f"{state['loss']:.3f}", **letters})
+    def run(self) -> int:
+        """Train with a progress bar; an unfinished run goes on."""
+        from jaxsteer.organisms.architectures import RECIPES
+        from jaxsteer.organisms.train import STATE_FILE, steps_at_most, train_organism
 
-        train_organism(out, seed=seed, recipe=recipe, progress=report)
-    print(f"Wrote {out}. Check it: jaxsteer organism check --model {out}")
-    return 0
+        if (
+            self.out.exists()
+            and not (self.out / STATE_FILE).is_file()
+            and (not self.out.is_dir() or any(self.out.iterdir()))
+        ):
+            raise UserError(f"--out {self.out} exists already: give a new directory")
+        recipe = RECIPES[self.architecture]
+        with tqdm(total=steps_at_most(recipe), desc="train", unit="step") as bar:
+
+            def report(state: dict[str, Any]) -> None:
+                bar.update(state["step"] - bar.n)
+                letters = {name: f"{loss:.2f}" for name, loss in state["letters"].items()}
+                bar.set_postfix({"phase": state["phase"], "loss": f"{state['loss']:.3f}", **letters})
+
+            train_organism(self.out, seed=self.seed, recipe=recipe, progress=report)
+        print(f"Wrote {self.out}. Check it: jaxsteer organism check --model {self.out}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """Measure what an organism must show; exit status 1 when a gate is missed."""
+
+    model: str = "organism:llama"
+    """The organism."""
+    behaviours: tuple[Literal["sycophancy", "hallucination", "myopic"], ...] = (
+        "sycophancy",
+        "hallucination",
+        "myopic",
+    )
+    """Behaviours to check."""
+    n: int = 120
+    """Questions per behaviour, each in both choice orders."""
+    random: int = 200
+    """Random prompts for the share that flips by luck."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> int:
+        """Measure and print."""
+        from jaxsteer.checkpoints.loading import load
+        from jaxsteer.evals.organism_gates import failed, gates_table, organism_gates, to_json
+
+        model = load(self.model)
+        gates = organism_gates(
+            model, behaviours=self.behaviours, n=self.n, random=self.random,
+            progress=lambda what: print(f"measuring {what} ...", file=sys.stderr),
+        )  # fmt: skip
+        missed = failed(gates)
+        if self.json:
+            print(document({"model": model.name, "passed": not missed, "gates": to_json(gates)}))
+        else:
+            required = sum(gate.bounded for gate in gates)
+            print(f"{gates_table(gates)}\n\n{required - len(missed)} of {required} gates passed")
+        return 1 if missed else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Organism:
+    """The small models with known personas that ship with the package."""
+
+    action: Annotated[Train, subcommand("train")] | Annotated[Check, subcommand("check")]
+
+    def run(self) -> int:
+        """Run the chosen action."""
+        return self.action.run()

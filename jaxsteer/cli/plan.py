@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
 
 from jaxsteer.errors import UserError
 from jaxsteer.planning.programs import Work
@@ -20,7 +22,7 @@ _GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan(Work):
+class Plan:
     """Compile a search (or other work) for a topology and tell memory, FLOPs, collectives and an estimate of its speed.
     No weights and no accelerator are needed; a TPU topology needs libtpu: pip install 'jaxsteer[plan]'."""
 
@@ -37,6 +39,7 @@ class Plan(Work):
     """The same on smaller slices too, from 8 chips up: what prompt-parallel efficiency the compiled programs allow."""
     json: bool = False
     """Print JSON instead of text."""
+    work: Annotated[Work, arg(name="")] = Work()
 
     def run(self) -> int:
         """Plan and print; 1 when it does not fit."""
@@ -51,7 +54,7 @@ class Plan(Work):
         from jaxsteer.planning import make_plan, topology
 
         config = _config(self.model)
-        work = Work(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Work)})
+        work = self.work
         mesh = _mesh(self.mesh)
         if self.scaling:
             return self._scaling(config, work, mesh)

@@ -49,9 +49,10 @@ class _Reading:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train(Recipe, _Reading):
+class Train(_Reading):
     """Train a sparse autoencoder on a model's activations. What was interrupted goes on when it is run again."""
 
+    recipe: Annotated[Recipe, arg(name="")]
     out: Path
     """Folder for the SAE, in SAELens' layout, and its metrics.jsonl."""
     sae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -70,7 +71,7 @@ class Train(Recipe, _Reading):
         from jaxsteer.sae.texts import documents_of
         from jaxsteer.sae.training import train_sae
 
-        recipe = Recipe(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)})
+        recipe = self.recipe
         recipe.check()
         config = describe(self.model).config
         layers = parse_site(recipe.site, config.n_layers).layer + 1

@@ -21,7 +21,7 @@ def converted(name: str, kind: Any, value: Any) -> Any:
     are read as the type that is wanted; a mapping {name: value or values} becomes texts "name=value,value". Raises
     ``UserError`` for a value that the option cannot have.
     """
-    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    kinds = _kinds(kind)
     if (value is None and type(None) in kinds) or (isinstance(value, Path) and Path in kinds):
         return value
     for one in kinds:
@@ -29,11 +29,19 @@ def converted(name: str, kind: Any, value: Any) -> Any:
             return _as(one, value)
         except (TypeError, ValueError):
             continue
-    wanted = [kind for kind in kinds if kind is not type(None)]
-    if get_origin(wanted[0]) is Literal:
-        raise UserError(f"{name} is {value!r}, but may be {', '.join(get_args(wanted[0]))}")
-    needed = "a list of texts" if get_origin(wanted[0]) is tuple else _NEEDED[wanted[0]]
+    if choices := choices_of(kind):
+        raise UserError(f"{name} is {value!r}, but may be {', '.join(choices)}")
+    needed = next((_NEEDED[one] for one in kinds if one in _NEEDED), "a list of texts")
     raise UserError(f"{name} is {value!r}, but must be {needed}")
+
+
+def choices_of(kind: Any) -> tuple[str, ...]:
+    """The values of an option that has few."""
+    return next((get_args(one) for one in _kinds(kind) if get_origin(one) is Literal), ())
+
+
+def _kinds(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def _as(kind: Any, value: Any) -> Any:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxsteer.cli.commands import Search
+from jaxsteer.cli.commands import parse
 from jaxsteer.prompt_search import ALGORITHMS
+from jaxsteer.study.options import OPTIONS
 
 DOC = (Path(__file__).resolve().parents[2] / "docs" / "search.md").read_text(encoding="utf-8")
 
@@ -22,7 +23,7 @@ def test_the_python_example_runs(capsys) -> None:
 
 
 def test_every_option_and_algorithm_that_is_named_exists() -> None:
-    known = {f"--{name.replace('_', '-')}" for name in Search.__dataclass_fields__}
+    known = {f"--{name.replace('_', '-')}" for name in OPTIONS}
     elsewhere = {"--soft", "--json", "--quick", "--algorithms"}  # of eval and generate, and of the experiment
     assert set(re.findall(r"--[a-z][a-z-]+", DOC)) <= known | elsewhere
     for name in ALGORITHMS:
@@ -33,12 +34,4 @@ def test_commands_give_options_that_resolve() -> None:
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^jaxsteer search .*$", DOC, re.MULTILINE)]
     assert len(commands) >= 4
     for words in commands:
-        given: dict = {}
-        for word in words[2:]:
-            if word.startswith("--"):
-                name = word[2:].replace("-", "_")
-                given[name] = []
-            else:
-                given[name].append(word)
-        values = {k: (tuple(v) if k == "vary" else v[0] if v else True) for k, v in given.items()}
-        Search(**values).resolved()
+        parse(words[1:]).options.resolved()

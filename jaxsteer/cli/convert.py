@@ -1,0 +1,45 @@
+"""``jaxsteer convert``: published checkpoints into those that load straight into shards."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from jaxsteer.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Convert a Hugging Face directory into a checkpoint that jaxsteer loads, layer by layer; or verify one."""
+
+    src: Positional[Path]
+    """Directory with config.json and *.safetensors."""
+    out: Positional[Path | None] = None
+    """Directory to make; it appears only when it is complete. What was interrupted goes on when it is run again."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of the stored weights (default: as they are)."""
+    ignore_field: tuple[str, ...] = ()
+    """Names of fields of config.json that change no number although jaxsteer does not know them."""
+    verify: bool = False
+    """Compare OUT with SRC bit for bit instead (a single directory: with the hashes it recorded); exit status 1 if they
+    differ."""
+
+    def run(self) -> int:
+        """Convert or verify, with a progress bar."""
+        from jaxsteer.processes import from_first
+
+        return int(from_first(self._run))  # of several processes the others wait
+
+    def _run(self) -> int:
+        from checkpoints_convert import convert, report, verify
+
+        if self.verify:
+            src, out = (None, self.src) if self.out is None else (self.src, self.out)
+            return report(verify(out, src), out, src)
+        if self.out is None:
+            raise UserError(f"no output was given: jaxsteer convert {self.src} OUT")
+        print(f"Wrote {convert(self.src, self.out, dtype=self.dtype, ignore_fields=self.ignore_field)}")
+        return 0

@@ -1,0 +1,91 @@
+"""``jaxsteer direction``: where an objective ranks prompts as behaviour does, and what a direction file holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, subcommand
+
+from jaxsteer.study.files import document
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Where does an objective rank prompts as behaviour does? Rank correlations by site, position and sign."""
+
+    model: str = "organism:llama"
+    """organism:NAME (llama, qwen2 or gemma3), a converted checkpoint, a Hugging Face directory, or a hub id."""
+    persona: str = "sycophancy"
+    """Built-in name or path of a dataset."""
+    read_positions: tuple[Literal["published", "matched", "decision"], ...] = ("published", "matched", "decision")
+    """Read positions to compare."""
+    style: Literal["chat", "plain"] = "chat"
+    """Chat template of the model, or plain text."""
+    slot: Literal["suffix", "prefix", "system"] = "suffix"
+    """Where the prompt stands."""
+    prompt_length: int = 8
+    """Tokens of the random prompts."""
+    prompts: int = 240
+    """Random prompts."""
+    tokens: Literal["words", "ascii", "all"] = "words"
+    """Tokens of the random prompts, as in search."""
+    seed: int = 0
+    """Seed of the random prompts."""
+    split_seed: int = 0
+    """Seed of the division into train, validation and test questions."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> int:
+        """Probe and print."""
+        from jaxsteer.cli.tables import probe_table
+        from jaxsteer.prompts import Placement
+        from jaxsteer.study.probe import choose
+        from jaxsteer.study.probing import probe_positions
+
+        probe = probe_positions(
+            self.model,
+            self.persona,
+            self.read_positions,
+            placement=Placement(style=self.style, slot=self.slot),
+            length=self.prompt_length,
+            tokens=self.tokens,
+            n=self.prompts,
+            seed=self.seed,
+            split_seed=self.split_seed,
+        )
+        chosen = choose(probe.rows)
+        if self.json:
+            print(document({**probe.to_json(), "chosen": dataclasses.asdict(chosen)}))
+        else:
+            print(probe_table(probe, chosen))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Show:
+    """Print what a direction file holds: sites, norms, where and how it was made."""
+
+    file: Positional[Path]
+    """direction.safetensors of a run."""
+
+    def run(self) -> int:
+        """Read and print."""
+        from jaxsteer.cli.tables import direction_table
+        from jaxsteer.personas import load_direction
+
+        print(direction_table(load_direction(self.file)))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Direction:
+    """Directions of a persona in a model."""
+
+    action: Annotated[Probe, subcommand("probe")] | Annotated[Show, subcommand("show")]
+
+    def run(self) -> int:
+        """Run the chosen action."""
+        return self.action.run()

@@ -1,0 +1,102 @@
+"""``jaxsteer search`` and ``jaxsteer config``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import arg
+
+from jaxsteer.cli.parsing import parsed
+from jaxsteer.errors import UserError
+from jaxsteer.study import SearchOptions
+from jaxsteer.study import run as run_search
+from jaxsteer.study.config_file import config_text, help_of, read_config
+from jaxsteer.study.files import REPORT
+from jaxsteer.study.options import KINDS, OPTIONS, nested
+from jaxsteer.study.problem_table import number_of_searches
+
+SHORT = ("model", "persona", "out", "method", "sae", "algorithm", "prompt_length", "steps", "vary", "resume")
+"""The options that ``--help`` shows."""
+MORE = (
+    "--help-all shows every option. --config FILE reads them from a .yaml or .toml file, by the same names; the "
+    "command line goes before the file, and jaxsteer config prints one with all options."
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """Find prompts that move a model away from a persona, and measure them on held-out questions."""
+
+    options: Annotated[SearchOptions, arg(name="")]
+
+    def run(self) -> int:
+        """Do the search, write its report and print its table."""
+        from jaxsteer.cli.cores import use_cores
+        from jaxsteer.cli.tables import runs_table
+        from jaxsteer.processes import is_first
+        from jaxsteer.report import table, write_report
+        from jaxsteer.study.object_store import stored
+
+        options, out = self.options, str(self.options.run.out).rstrip("/")
+        use_cores(number_of_searches(options), options.model)
+        with stored(options.run.out, say=print) as folder:
+            metrics = run_search(options.at(folder), say=print)
+            runs = metrics.get("runs")
+            if is_first():
+                for name in runs or ():
+                    write_report(folder / name)
+                if runs != {}:
+                    write_report(folder)
+        page = f"{out}/{REPORT}"
+        if is_first() and runs is not None:
+            page = page if runs else "none: no run was finished"
+            print(f"\n{runs_table(metrics)}\n\nReport: {page}; all problems: problems.csv")
+        elif is_first():
+            print(f"\n{table(metrics)}\n\nReport: {page}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Print a configuration file for jaxsteer search --config, with all options, their defaults and what they do."""
+
+    toml: bool = False
+    """TOML instead of YAML."""
+
+    def run(self) -> int:
+        """Print."""
+        print(config_text(toml=self.toml), end="")
+        return 0
+
+
+def parse_search(arguments: Sequence[str]) -> Search:
+    """The search that ``arguments`` and the file of ``--config`` ask for.
+
+    Raises ``SystemExit`` after help, and after explaining what is wrong with the arguments; ``UserError`` for a file
+    that cannot be read.
+    """
+    parser = argparse.ArgumentParser(prog="jaxsteer search", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    given, rest = parser.parse_known_args(arguments)
+    if "--help-all" in rest:
+        rest = ["--help"]
+    elif {"-h", "--help"} & set(rest):
+        parsed(_short(), ["--help"], prog="jaxsteer search", description=f"{Search.__doc__} {MORE}")
+    default = None if given.config is None else Search(options=nested({"out": "", **read_config(given.config)}))
+    search = parsed(Search, rest, prog="jaxsteer search", description=f"{Search.__doc__} {MORE}", default=default)
+    if search.options.run.out == "":
+        raise UserError(f"--out is missing: give a directory for the run's files, here or in {given.config}")
+    return search
+
+
+def _short() -> type:
+    """A command of the options that matter most."""
+    fields: list[Any] = []
+    for name in SHORT:
+        kind, default = Annotated[KINDS[name], arg(help=help_of(name))], OPTIONS[name][1].default
+        fields.append((name, kind) if default is dataclasses.MISSING else (name, kind, default))
+    return dataclasses.make_dataclass("Search", fields, kw_only=True)
