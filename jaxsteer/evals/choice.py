@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxsteer.evals.rates import Difference, Flips, Rate, letter_collapse
-from jaxsteer.evals.scoring import ROWS, Text, bucket, common_start, score_texts
+from jaxsteer.evals.scoring import ROWS, Text, common_start, score_texts
+from jaxsteer.models.padding import bucket
 from jaxsteer.personas import Item, orders, swap
 from jaxsteer.prompts import Placement, encode_texts, join_answer, question_conversation, render
 from jaxsteer.statistics import auroc, bootstrap_auroc, bootstrap_mean, mcnemar, wilson

@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.log_probs import label_log_probs
+from jaxsteer.models.padding import bucket, pad_rows
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import put
 from jaxsteer.models.taps import Intervention, Tap, Where, checked, make_where, no_tap
@@ -107,14 +108,6 @@ def _pack(text: Text, start: int) -> _Row:
         target=target,
         answer=answer,
     )
-
-
-def bucket(n: int, least: int = 8) -> int:
-    """The next length of 8, 12, 16, 24, 32, 48 …: few shapes to compile, at most a third of it padding."""
-    size = least
-    while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
-    return size
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -239,7 +232,7 @@ def _shared_start(group: Sequence[Text]) -> int:
 
 def _widths(starts: Sequence[int], rows: Sequence[_Row]) -> tuple[int, int, int]:
     """Padded lengths U, T and K for these shared starts and rows."""
-    return bucket(max(starts)), bucket(max(len(r.ids) for r in rows)), bucket(max(len(r.at) for r in rows), 2)
+    return bucket(max(starts), 8), bucket(max(len(r.ids) for r in rows), 8), bucket(max(len(r.at) for r in rows), 2)
 
 
 def stack_edits(variants: Sequence[Intervention], config: ModelConfig) -> Intervention:
@@ -267,9 +260,6 @@ def stack_edits(variants: Sequence[Intervention], config: ModelConfig) -> Interv
 def _arrays(shared: list[np.ndarray], rows: list[_Row], lengths: list[int], floors: Sequence[int]) -> list[np.ndarray]:
     widths = _widths([len(s) for s in shared], rows)
     u, t, k = (max(width, floor) for width, floor in zip(widths, floors, strict=True))
-    starts = np.zeros((len(shared), u), np.int32)
-    for i, ids in enumerate(shared):
-        starts[i, : len(ids)] = ids
     ids, positions, segment = (np.zeros((len(rows), t), np.int32) for _ in range(3))
     segment[:] = PADDING
     at, target = (np.zeros((len(rows), k), np.int32) for _ in range(2))
@@ -278,7 +268,7 @@ def _arrays(shared: list[np.ndarray], rows: list[_Row], lengths: list[int], floo
         ids[i, :n], positions[i, :n], segment[i, :n] = row.ids, row.positions, row.segment
         at[i, : len(row.at)], target[i, : len(row.at)] = row.at, row.target
     return [
-        starts,
+        pad_rows(shared, u)[0],
         np.asarray([len(s) for s in shared], np.int32),
         ids,
         positions,

@@ -17,8 +17,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
-from jaxsteer.evals.scoring import bucket, stack_edits
+from jaxsteer.evals.scoring import stack_edits
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.padding import bucket, pad_rows
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.taps import Intervention
@@ -60,7 +61,7 @@ def side_effects(model: Model, texts: Sequence[np.ndarray], variants: Sequence[I
             f"Neutral texts must have 2 to {config.max_positions} tokens; these {len(texts)} have "
             f"{min(lengths, default=0)} to {max(lengths, default=0)}."
         )
-    width = min(bucket(max(lengths)), config.max_positions)
+    width = min(bucket(max(lengths), 8), config.max_positions)
     shards = 1 if model.mesh is None else model.mesh.shape["prompts"]
     rows = max(1, min(LOGITS // (width * config.vocab_size), -(-len(texts) // shards))) * shards
     stacked = stack_edits(variants, config)
@@ -68,9 +69,8 @@ def side_effects(model: Model, texts: Sequence[np.ndarray], variants: Sequence[I
     totals = np.zeros((3, len(variants)))
     counts = np.zeros(2, int)
     for begin in range(0, len(order), rows):
-        tokens, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
-        for row, i in enumerate(order[begin : begin + rows]):
-            tokens[row, : lengths[i]], mask[row, : lengths[i]] = texts[i], True
+        chosen = [texts[i] for i in order[begin : begin + rows]]
+        tokens, mask = pad_rows(chosen + [texts[0][:0]] * (rows - len(chosen)), width)
         found = _compare(model.params, config, *(shard_rows(model.mesh, a) for a in (tokens, mask)), stacked)
         totals += np.asarray(found, np.float64)
         counts += (int(mask.sum()), int(mask[:, 1:].sum()))
@@ -141,7 +141,7 @@ def reply_effects(
     if not total:
         raise UserError(f"{model.name} replies nothing to these {len(texts)} neutral requests: give others")
     config, longest = model.config, max(len(c) + max_new_tokens for group in contexts for c in group)
-    width = min(bucket(longest), config.max_positions)
+    width = min(bucket(longest, 8), config.max_positions)
     shards = 1 if model.mesh is None else model.mesh.shape["prompts"]
     rows = max(1, min(LOGITS // (width * config.vocab_size), -(-len(texts) // shards))) * shards
     sums = np.zeros((len(prompts), 3))
@@ -166,13 +166,13 @@ def _reply_rows(
     contexts: Sequence[np.ndarray], replies: Sequence[np.ndarray], rows: int, width: int, most: int
 ) -> list[np.ndarray]:
     """Padded tokens and mask, per reply token the position that predicts it and itself, and the contexts' lengths."""
-    tokens, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
+    whole = [np.concatenate(pair) for pair in zip(contexts, replies, strict=True)]
+    tokens, mask = pad_rows(whole + [whole[0][:0]] * (rows - len(whole)), width)
     at, target = np.zeros((rows, most), np.int32), np.full((rows, most), -1, np.int32)
     lengths = np.ones(rows, np.int32)
     mask[:, 0] = True  # rows that fill up the batch
     for row, (context, reply) in enumerate(zip(contexts, replies, strict=True)):
         n, m = len(context), len(reply)
-        tokens[row, : n + m], mask[row, : n + m] = np.concatenate([context, reply]), True
         at[row, :m], target[row, :m], lengths[row] = n - 1 + np.arange(m), reply, n
     return [tokens, mask, at, target, lengths]
 

@@ -1,6 +1,6 @@
 """Many prompts continued: which rows are decoded together, with how much room, and what they have so far.
 
-Prompts of alike length share a compiled program (``bucket``); equal prompts are run once.
+Prompts of alike length share a compiled program (``padding.bucket``); equal prompts are run once.
 
 Letters: B rows, P distinct prompts, U prompt length (left-padded), M slots for new tokens.
 """
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.decoding import Batch, State, decode, grow, start
 from jaxsteer.models.model import Model
+from jaxsteer.models.padding import bucket, pad_rows
 from jaxsteer.models.sampling import Sampling
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.taps import Intervention, checked
@@ -39,14 +40,6 @@ class Progress:
     length: Int[np.ndarray, " B"]
     done: Bool[np.ndarray, " B"]
     """Whoever iterates may set an entry: that row then gets no more tokens."""
-
-
-def bucket(n: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, 128 ... that is at least ``n``: sizes that programs are compiled for."""
-    size = 16
-    while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
 
 
 def generate_tokens(
@@ -141,7 +134,8 @@ def _decode_batch(
     every: int | None,
 ) -> Iterator[Progress]:
     params, config, mesh = model.params, model.config, model.mesh
-    tokens, mask = _pad_left([prompts[i] for i in plan.prompts])
+    held = [prompts[i] for i in plan.prompts]
+    tokens, mask = pad_rows(held, bucket(max(map(len, held))), left=True)
     groups, rows = np.asarray(plan.groups, np.int32), np.asarray(plan.rows, np.int32)
     limit = np.minimum(config.max_positions - mask.sum(-1)[groups], max_new_tokens).repeat(rows.shape[1])
     most, kept = int(limit.max()), rows.size
@@ -157,8 +151,8 @@ def _decode_batch(
         return Progress(rows.ravel()[:kept], tokens, length, np.array(done))
 
     arrays = dict(tokens=tokens, mask=mask, groups=groups, rows=rows.ravel(), limit=limit.astype(np.int32))
-    held = Batch(**{name: shard_rows(mesh, array) for name, array in arrays.items()})
-    prefix, state = start(params, config, held, sampling, edits, slots=min(_FIRST_SLOTS, bucket(most)), mesh=mesh)
+    placed = Batch(**{name: shard_rows(mesh, array) for name, array in arrays.items()})
+    prefix, state = start(params, config, placed, sampling, edits, slots=min(_FIRST_SLOTS, bucket(most)), mesh=mesh)
     progress = seen(state)
     while not progress.done.all():
         if every is not None:
@@ -172,13 +166,3 @@ def _decode_batch(
             state = decode(params, config, prefix, state, edits, np.int32(goal - length))
             progress = seen(state)
     yield progress
-
-
-def _pad_left(prompts: Sequence[np.ndarray]) -> tuple[Int[np.ndarray, "P U"], Bool[np.ndarray, "P U"]]:
-    """Tokens and mask, as long as the bucket of the longest prompt."""
-    lengths = np.asarray([len(ids) for ids in prompts])
-    width = bucket(int(lengths.max()))
-    mask = np.arange(width) >= width - lengths[:, None]
-    tokens = np.zeros(mask.shape, np.int32)
-    tokens[mask] = np.concatenate(prompts)
-    return tokens, mask

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.model import Model
+from jaxsteer.models.padding import pad_rows
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.sites import Site, parse_site
@@ -36,8 +37,8 @@ def direction_sites(model: Model, sites: str | Sequence[str]) -> tuple[Site, ...
     return tuple(dict.fromkeys(parsed))
 
 
-def bucket_length(length: int) -> int:
-    """Length to pad a row to: multiples of 32 up to 256 and of 128 above, so that few shapes are compiled."""
+def _padded_length(length: int) -> int:
+    """Multiples of 32 up to 256 and of 128 above. The last bits of what is read depend on it: it must not change."""
     step = 32 if length <= 256 else 128
     return -(-length // step) * step
 
@@ -63,14 +64,13 @@ def read_rows(
         )
     buckets: dict[int, list[int]] = {}
     for number, row in enumerate(rows):
-        buckets.setdefault(bucket_length(len(row)), []).append(number)
+        buckets.setdefault(_padded_length(len(row)), []).append(number)
     for length, numbers in sorted(buckets.items()):
         for start in range(0, len(numbers), batch_size):
             chunk = np.asarray(numbers[start : start + batch_size])
-            tokens = np.zeros((batch_size, length), np.int32)
+            tokens, _ = pad_rows([rows[number] for number in chunk] + [rows[0][:0]] * (batch_size - len(chunk)), length)
             read = np.zeros(batch_size, np.int32)
-            for at, number in enumerate(chunk):
-                tokens[at, : len(rows[number])], read[at] = rows[number], reads[number]
+            read[: len(chunk)] = reads[chunk]
             states = _read(
                 model.params,
                 model.config,

@@ -21,7 +21,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files.sae_form import SAEConfig
 from jaxsteer.models import decoding
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.generation import bucket
+from jaxsteer.models.padding import bucket
 from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
 from jaxsteer.models.sampling import plain_sampling
 from jaxsteer.models.sharding import place, stack_shardings, top_shardings

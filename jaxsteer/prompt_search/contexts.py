@@ -7,7 +7,6 @@ A tokens after the slot, D width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.attention import Prefix
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.padding import pad_rows
 from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import prefill
 from jaxsteer.objectives import Needs
@@ -158,8 +158,9 @@ def make_task(
     contexts, tails, target = len(slots), row_tails(slots), make_target(slots)
     slot_once = _same_before_and_unread(slots, needs, target)
     before = slots.before[:1] if slot_once else slots.before
-    prefix, hidden = jax.jit(prefill, static_argnums=1)(params, config, *map(jnp.asarray, _left_padded(before)))
-    after, after_mask = padded(tails)
+    opened = pad_rows(before, max(1, *map(len, before)), left=True)
+    prefix, hidden = jax.jit(prefill, static_argnums=1)(params, config, *map(jnp.asarray, opened))
+    after, after_mask = pad_rows(tails)
     return Task(
         prefix=prefix,
         last_hidden=hidden[:, -1],
@@ -226,25 +227,6 @@ def make_target(slots: Slots) -> Target | None:
     """The slots' target answers, counted from the slot's first token."""
     if not slots.target:
         return None
-    ids, mask = map(jnp.asarray, padded(slots.target))
+    ids, mask = map(jnp.asarray, pad_rows(slots.target))
     start = [slots.length - 1 + len(closing) for closing in slots.closing]
     return Target(ids=ids, mask=mask, start=jnp.asarray(start, jnp.int32))
-
-
-def padded(rows: Sequence[np.ndarray]) -> tuple[Int[np.ndarray, "C A"], Bool[np.ndarray, "C A"]]:
-    """Rows of ids padded at their ends, and where they are not padding."""
-    lengths = np.asarray([len(row) for row in rows])
-    mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
-    ids = np.zeros(mask.shape, np.int32)
-    ids[mask] = np.concatenate([np.asarray(row, np.int32) for row in rows])
-    return ids, mask
-
-
-def _left_padded(rows: Sequence[np.ndarray]) -> tuple[Int[np.ndarray, "O U"], Bool[np.ndarray, "O U"]]:
-    """Rows of ids padded at their starts (U is 1 or more), so that the last column is the last token of every row."""
-    width = max(1, max(len(row) for row in rows))
-    ids, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        if len(row):
-            ids[i, -len(row) :], mask[i, -len(row) :] = row, True
-    return ids, mask

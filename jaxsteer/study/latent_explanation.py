@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsteer.models.capture import capture
+from jaxsteer.models.padding import pad_rows
 from jaxsteer.personas import Signature
 from jaxsteer.prompts.conversation import encode as encode_conversation
 from jaxsteer.sae import SAE, encode, promoted_tokens
@@ -65,10 +66,7 @@ def _contributions(setting: Setting, sae: SAE, signature: Signature, text: str) 
     """``at_read`` (k,) and ``by_token`` (S, k), means over contexts; the latter is of use with a prompt only."""
     slots, model = setting.slots, setting.model
     rows = [encode_conversation(model.tokenizer, conversation, text) for conversation in slots.conversations]
-    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for row, ids in enumerate(rows):
-        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    tokens, mask = pad_rows(rows)
     streams = capture(model, tokens, [signature.site], mask)[signature.site]
     codes = np.asarray(encode(sae, streams, signature.indices), np.float64) * signature.weights
     starts = np.asarray([len(before) for before in slots.before])

@@ -26,6 +26,7 @@ from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.side_effects import side_effects
 from jaxsteer.files import read_log, read_text
 from jaxsteer.models.model import Model
+from jaxsteer.models.padding import pad_rows
 from jaxsteer.models.sites import resid_site
 from jaxsteer.personas import (
     Direction,
@@ -188,10 +189,7 @@ def _check(options: SweepOptions) -> None:
 def stream_norms(model: Model, texts: Path | None = None, *, placement: Placement) -> dict[str, float]:
     """Mean norm of the stream after every block on the lines of a file, or on neutral texts: by site."""
     encoded = _encode(model, _read_lines(texts) if texts else neutral_texts(model), placement)
-    tokens = np.zeros((len(encoded), max(map(len, encoded))), np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for row, ids in enumerate(encoded):
-        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    tokens, mask = pad_rows(encoded)
     return mean_norms(model, tokens, [resid_site(layer) for layer in range(model.config.n_layers)], mask)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 import jaxsteer
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
-from jaxsteer.evals.scoring import Text, bucket, score_texts
+from jaxsteer.evals.scoring import Text, score_texts
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.taps import Tap, Where
 from jaxsteer.models.transformer import forward
@@ -240,8 +240,3 @@ def test_results_survive_json() -> None:
     result = made_up([2, 1], [-2, 1], [True, False])
     again = ChoiceResult.from_json(result.to_json())
     assert rate(again) == rate(result)
-
-
-def test_buckets_are_few_and_never_too_small() -> None:
-    sizes = {bucket(n) for n in range(1, 1025)}
-    assert len(sizes) == 15 and all(n <= bucket(n) <= max(8, 1.5 * n) for n in range(1, 1025))

@@ -14,7 +14,7 @@ from flax import struct
 import jaxsteer
 from jaxsteer.models import generation
 from jaxsteer.models.decoding import Batch
-from jaxsteer.models.generation import NO_TOKEN, bucket, generate_tokens
+from jaxsteer.models.generation import NO_TOKEN, generate_tokens
 from jaxsteer.models.model import Model
 from jaxsteer.models.sampling import Sampling, _keep_largest, choose, make_sampling, of_rows
 from jaxsteer.models.sharding import make_mesh, shard_params
@@ -249,8 +249,3 @@ def test_what_does_not_fit_is_refused_before_any_work() -> None:
     for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.2}, {"top_k": -1}):
         with pytest.raises(jaxsteer.UserError, match=next(iter(bad))):
             make_sampling(model, **bad)
-
-
-def test_buckets() -> None:
-    assert [bucket(n) for n in (1, 16, 17, 25, 33, 49, 65, 97, 128)] == [16, 16, 24, 32, 48, 64, 96, 128, 128]
-    assert all(n <= bucket(n) < 1.5 * n for n in range(17, 3000))
