@@ -14,14 +14,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.cells import PROMPT_LENGTH, Method, Study, Work
 from experiments.main_table import EPO
-from experiments.running import add_arguments, finish, sae_of, study_of
+from experiments.running import add_arguments, finish, sae_of, table_of
 from experiments.tables import COLUMNS, Row
 from jaxsteer import organisms
 from jaxsteer.checkpoints.loading import load
 from jaxsteer.models.sites import resid_site
 from jaxsteer.personas import load_persona, seed_phrase
+from jaxsteer.study.cells import PROMPT_LENGTH, Block, Method, Table
 
 BASE: dict[str, Any] = {"read_position": "decision", **EPO}
 NEVER = 1_000_000
@@ -44,10 +44,13 @@ COLUMNS_HERE = {name: COLUMNS[name] for name in ("rate %", "95 % interval", "ran
 }
 
 
-def factors(study: Study, layers: int, phrase: str) -> dict[str, Values]:
+def factors(table: Table, layers: int, phrase: str) -> dict[str, Values]:
     """Everything that is varied."""
-    search = lambda **changed: {"search": changed}  # noqa: E731
-    steps = study.search["steps"]
+
+    def search(**changed: Any) -> dict[str, Any]:
+        return {"options": changed}
+
+    steps = table.options["steps"]
     return {
         "base": {None: {}},
         "layer": {layer: search(site=resid_site(layer)) for layer in range(layers)},
@@ -90,29 +93,29 @@ QUICK = {
 """Of ``--quick``; all values of other factors."""
 
 
-def methods_of(study: Study, factor: str, values: Values) -> list[Method]:
+def methods_of(table: Table, factor: str, values: Values) -> list[Method]:
     """The cells of a factor that are not the base's."""
-    base = base_of(study, factor)
+    base = base_of(table, factor)
     return [
         Method(
             name=factor,
             about="RESGA at the token that decides." if factor == "base" else f"As base, but for its {factor}.",
             value=value,
-            search=BASE | change.get("search", {}),
+            options=BASE | change.get("options", {}),
             keep=factor in ("base", "layer", "SAE latents"),
-            **{name: given for name, given in change.items() if name != "search"},
+            **{name: given for name, given in change.items() if name != "options"},
         )
         for value, change in values.items()
         if factor == "base" or value != base
     ]
 
 
-def base_of(study: Study, factor: str) -> Any:
+def base_of(table: Table, factor: str) -> Any:
     """The value of a factor that ``base`` has, if it has one."""
-    return study.search["contexts"] if factor == "contexts" else AS_BASE.get(factor)
+    return table.options["contexts"] if factor == "contexts" else AS_BASE.get(factor)
 
 
-def with_base(rows: Sequence[Row], study: Study, order: Sequence[tuple[str, Any]]) -> list[Row]:
+def with_base(rows: Sequence[Row], table: Table, order: Sequence[tuple[str, Any]]) -> list[Row]:
     """The rows, and for every factor the row of ``base`` under the value that it has there."""
     known = {(row["method"], row["value"]) for row in rows}
     added = [
@@ -120,7 +123,7 @@ def with_base(rows: Sequence[Row], study: Study, order: Sequence[tuple[str, Any]
         for row in rows
         if row["method"] == "base"
         for factor, value in order
-        if factor != "base" and value == base_of(study, factor) and any(name == factor for name, _ in known)
+        if factor != "base" and value == base_of(table, factor) and any(name == factor for name, _ in known)
     ]
     return [*rows, *added]
 
@@ -135,12 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="FACTOR", help="default: all")
     args = parser.parse_args(argv)
     personas = args.personas or list(organisms.BEHAVIOURS[: 1 if args.quick else None])
-    study, sae = study_of(args), sae_of(args.model, args.sae, 0)
+    table, sae = table_of(args), sae_of(args.model, args.sae, 0)
     layers = load(args.model).config.n_layers
-    works, order = [], []
+    blocks, order = [], []
     for persona in personas:
         phrase = seed_phrase(load_persona(persona).behaviour)
-        varied = factors(study, layers, phrase)
+        varied = factors(table, layers, phrase)
         if unknown := set(args.only or ()) - set(varied):
             parser.error(f"there is no factor {min(unknown)}: there are {', '.join(varied)}")
         if args.quick:
@@ -153,13 +156,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         order = [(name, value) for name, values in varied.items() for value in values]
         for group in TOGETHER:
             names = [n for n in group if n in varied and (not args.only or n == "base" or n in args.only)]
-            methods = tuple(m for name in names for m in methods_of(study, name, varied[name]))
+            methods = tuple(m for name in names for m in methods_of(table, name, varied[name]))
             if methods:
-                works.append(Work(study=study, model=args.model, sae=sae, persona=persona, methods=methods))
+                blocks.append(Block(table=table, model=args.model, sae=sae, persona=persona, methods=methods))
     command = "python -m experiments.ablations " + shlex.join(sys.argv[1:] if argv is None else argv)
     return finish(
-        "ablations", "Ablations", study, works, order, args, lambda rows: [], command.strip(),
-        complete=lambda rows: with_base(rows, study, order), columns=COLUMNS_HERE,
+        "ablations", "Ablations", table, blocks, order, args, lambda rows: [], command.strip(),
+        complete=lambda rows: with_base(rows, table, order), columns=COLUMNS_HERE,
     )  # fmt: skip
 
 

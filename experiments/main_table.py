@@ -17,11 +17,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.cells import PROMPT_LENGTH, Method, Study, Work
-from experiments.running import add_arguments, finish, sae_of, study_of
+from experiments.running import add_arguments, finish, sae_of, table_of
 from experiments.tables import Row, percent
 from jaxsteer import organisms
 from jaxsteer.study.baselines import BASELINES
+from jaxsteer.study.cells import PROMPT_LENGTH, Block, Method, Table
 
 RESGA, SAEGA = "RESGA, decision", "SAEGA, decision"
 CONTROLS = ("zero-shot", "random prompt", "random direction", "random search, random direction")
@@ -44,17 +44,17 @@ def methods_of(sae: str | None, endpoint: str | None, known_cue: bool) -> list[M
         Method(name=name, about=(find.__doc__ or "").strip()) for name, find in BASELINES.items() if name not in skipped
     ]
     rows += [
-        Method(name=RESGA, about="Direction and objective at the token that decides.", search=resga, keep=True),
+        Method(name=RESGA, about="Direction and objective at the token that decides.", options=resga, keep=True),
         Method(
             name="RESGA, matched",
             about="Direction and objective at the end of the answer.",
-            search={"read_position": "matched", **EPO},
+            options={"read_position": "matched", **EPO},
             keep=True,
         ),
         Method(
             name="RESGA, published",
             about="Direction at the end of the answer, objective at the end of the prompt.",
-            search={"read_position": "published", **EPO},
+            options={"read_position": "published", **EPO},
             keep=True,
         ),
     ]
@@ -63,7 +63,7 @@ def methods_of(sae: str | None, endpoint: str | None, known_cue: bool) -> list[M
             Method(
                 name=f"SAEGA, {position}",
                 about=about,
-                search={"method": "saega", "read_position": position, **EPO},
+                options={"method": "saega", "read_position": position, **EPO},
                 keep=True,
             )
             for position, about in (
@@ -76,44 +76,44 @@ def methods_of(sae: str | None, endpoint: str | None, known_cue: bool) -> list[M
         Method(
             name="random direction",
             about="RESGA along a random direction of the same norm at the same site, another one per seed.",
-            search=resga,
+            options=resga,
             random=True,
         ),
         Method(
             name="random updates",
             about="RESGA's objective and evolution with random tokens instead of the gradient's.",
-            search={**decision, "algorithm": "mutation"},
+            options={**decision, "algorithm": "mutation"},
         ),
-        Method(name="random search", about="As many random prompts, ranked by RESGA's objective.", search=random),
+        Method(name="random search", about="As many random prompts, ranked by RESGA's objective.", options=random),
         Method(
             name="random search, random direction",
             about="As many random prompts, ranked along a random direction.",
-            search=random,
+            options=random,
             random=True,
         ),
         Method(
             name="prefix tuning",
             about=f"{PROMPT_LENGTH} soft embeddings trained on the other answer: no text, but a bound.",
-            search={"algorithm": "soft", "objective": "answer", **TRAINED},
+            options={"algorithm": "soft", "objective": "answer", **TRAINED},
         ),
         Method(
             name="GCG",
             about="Greedy coordinate gradient on the other answer's log-probability.",
-            search={"algorithm": "gcg", "objective": "answer", "fluency": "loose", **EPO},
+            options={"algorithm": "gcg", "objective": "answer", "fluency": "loose", **EPO},
         ),
     ]
 
 
-def works_of(study: Study, model: str, sae: str | None, persona: str) -> list[Work]:
+def blocks_of(table: Table, model: str, sae: str | None, persona: str) -> list[Block]:
     """All cells of one model and persona, in parts that share no direction."""
     first: list[Method] = []
     rest: list[Method] = []
-    for method in methods_of(sae, study.endpoint, persona in organisms.BEHAVIOURS):
-        search = method.search or {}
-        decides = search.get("read_position") == "decision" and search.get("method") != "saega"
+    for method in methods_of(sae, table.endpoint, persona in organisms.BEHAVIOURS):
+        options = method.options or {}
+        decides = options.get("read_position") == "decision" and options.get("method") != "saega"
         (first if decides else rest).append(method)
     parts = (first, rest)
-    return [Work(study=study, model=model, sae=sae, persona=persona, methods=tuple(part)) for part in parts]
+    return [Block(table=table, model=model, sae=sae, persona=persona, methods=tuple(part)) for part in parts]
 
 
 def verdicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -182,16 +182,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.sae and len(args.sae) != len(args.model):
         parser.error(f"--sae names {len(args.sae)} SAEs for {len(args.model)} models: give one per model, or none")
-    study = study_of(args, endpoint=args.endpoint)
-    works = [
-        work
+    table = table_of(args, endpoint=args.endpoint)
+    blocks = [
+        block
         for number, model in enumerate(args.model)
         for persona in args.personas
-        for work in works_of(study, model, sae_of(model, args.sae, number), persona)
+        for block in blocks_of(table, model, sae_of(model, args.sae, number), persona)
     ]
     command = "python -m experiments.main_table " + shlex.join(sys.argv[1:] if argv is None else argv)
     order = [(method.name, None) for method in methods_of("any", args.endpoint, True)]
-    return finish("main_table", "Main table", study, works, order, args, verdicts, command.strip())
+    return finish("main_table", "Main table", table, blocks, order, args, verdicts, command.strip())
 
 
 if __name__ == "__main__":

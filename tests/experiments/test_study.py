@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from experiments import ablations, cells, main_table, running
-from experiments.cells import Method, Study, Work, chosen, flesch
-from experiments.main_table import CONTROLS, RESGA, SAEGA, methods_of, verdicts, works_of
+from experiments import ablations, main_table
+from experiments.main_table import CONTROLS, RESGA, SAEGA, blocks_of, methods_of, verdicts
 from experiments.tables import COLUMNS, latex, markdown, table_csv, write_study
-from jaxsteer.errors import UserError
+from jaxsteer.study import cell_runs
+from jaxsteer.study.cells import Method, Table
 
 
 def row(method: str, rate: float, *, persona: str = "myopic", ratio: float | None = None, **more: Any) -> dict:
@@ -47,15 +47,6 @@ def table(**rates: float) -> list[dict]:
     return [row(name, rate, ratio=2.0 if name in (RESGA, SAEGA) else None) for name, rate in given.items()]
 
 
-def test_a_cell_reports_the_likeliest_of_the_best_on_validation_questions():
-    def entry(validation: float, nats: float, collapsed: bool = False) -> dict:
-        return {"validation_rate": validation, "cross_entropy": nats, "collapsed": collapsed}
-
-    assert chosen([entry(0.0, 5.0), entry(0.01, 3.0), entry(0.2, 1.0)]) == 1
-    assert chosen([entry(0.0, 1.0, True), entry(0.4, 5.0), entry(0.6, 2.0)]) == 1
-    assert chosen([entry(0.5, 4.0, True), entry(0.5, 3.0, True)]) == 1
-
-
 def test_verdicts_need_every_control_the_oracle_and_the_text():
     found = verdicts(table())
     assert [v["holds"] for v in found] == [True] * len(found) and len(found) == 8
@@ -86,8 +77,8 @@ def test_the_sum_wants_seven_of_nine():
 
 def test_tables_hold_every_row(tmp_path: Path):
     rows = table()
-    study = Study(out=tmp_path, seeds=(0,), search={"steps": 1, "contexts": 2})
-    text = write_study(tmp_path, document(study, rows, verdicts(rows)))
+    shared = Table(out=tmp_path, seeds=(0,), options={"steps": 1, "contexts": 2})
+    text = write_study(tmp_path, document(shared, rows, verdicts(rows)))
     assert text.count("\n| ") == len(rows) + 1 and "`Be & patient_`" in text
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows
     lines = list(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text())))
@@ -100,16 +91,16 @@ def test_tables_hold_every_row(tmp_path: Path):
     assert table_csv(rows).count("\n") == len(rows) + 1
 
 
-def document(study: Study, rows: list[dict], found: list[dict]) -> dict:
-    return {"title": "Main table", "rows": rows, "verdicts": found, "settings": study.settings()}
+def document(shared: Table, rows: list[dict], found: list[dict]) -> dict:
+    return {"title": "Main table", "rows": rows, "verdicts": found, "settings": shared.settings()}
 
 
 def test_every_method_has_a_cell_of_its_own():
-    study = Study(out=Path("unused"), seeds=(0,), search={})
-    works = works_of(study, "organism:llama", "organism:llama", "myopic")
-    paths = [work.path(method) for work in works for method in work.methods]
+    shared = Table(out=Path("unused"), seeds=(0,), options={})
+    blocks = blocks_of(shared, "organism:llama", "organism:llama", "myopic")
+    paths = [block.path(method) for block in blocks for method in block.methods]
     assert len(paths) == len(set(paths)) == len(methods_of("sae", None, True)) == 18
-    assert {m.name for work in works for m in work.methods} >= {*CONTROLS, RESGA, SAEGA, "GCG", "prefix tuning"}
+    assert {m.name for block in blocks for m in block.methods} >= {*CONTROLS, RESGA, SAEGA, "GCG", "prefix tuning"}
     # Without an SAE, an endpoint or a known cue, their rows are left out.
     assert {m.name for m in methods_of("sae", None, True)} - {m.name for m in methods_of(None, None, False)} == {
         SAEGA, "SAEGA, published", "oracle cue"
@@ -117,58 +108,34 @@ def test_every_method_has_a_cell_of_its_own():
 
 
 def test_ablations_show_the_base_row_under_the_value_that_it_has():
-    study = Study(out=Path("unused"), seeds=(0,), search={"steps": 8, "contexts": 2})
-    varied = ablations.factors(study, 4, "a phrase")
+    shared = Table(out=Path("unused"), seeds=(0,), options={"steps": 8, "contexts": 2})
+    varied = ablations.factors(shared, 4, "a phrase")
     assert set(varied) == {name for group in ablations.TOGETHER for name in group}
-    assert [m.value for m in ablations.methods_of(study, "contexts", varied["contexts"])] == [1, 4, 8, 16]
-    assert [m.value for m in ablations.methods_of(study, "layer", varied["layer"])] == [0, 1, 2, 3]
-    assert ablations.methods_of(study, "restarts", varied["restarts"])[-1].search["steps"] == 2
+    assert [m.value for m in ablations.methods_of(shared, "contexts", varied["contexts"])] == [1, 4, 8, 16]
+    assert [m.value for m in ablations.methods_of(shared, "layer", varied["layer"])] == [0, 1, 2, 3]
+    assert ablations.methods_of(shared, "restarts", varied["restarts"])[-1].options["steps"] == 2
     order = [(name, value) for name, values in varied.items() for value in values]
     rows = [row("base", 0.1), row("contexts", 0.2) | {"value": 4}, row("fluency", 0.3) | {"value": "loose"}]
-    found = {(r["method"], r["value"]): r["rate"] for r in ablations.with_base(rows, study, order)}
+    found = {(r["method"], r["value"]): r["rate"] for r in ablations.with_base(rows, shared, order)}
     assert found == {
         ("base", None): 0.1, ("contexts", 4): 0.2, ("contexts", 2): 0.1, ("fluency", "loose"): 0.3,
         ("fluency", "medium"): 0.1,
     }  # fmt: skip
 
 
-class Bench:
-    """In the place of ``Lab``: every cell at once, and a list of what was asked."""
-
-    asked: list[str]
-
-    def __init__(self, work: Work) -> None:
-        self.asked.append("lab")
-
-    def row(self, method: Method) -> dict[str, Any]:
-        self.asked.append(method.name)
-        return row(method.name, 0.0 if method.search else 0.9, seconds=1.0) | {"value": method.value}
-
-
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    Bench.asked = []
-    monkeypatch.setattr(running, "Lab", Bench)
-    monkeypatch.setattr(running, "keep_programs", lambda: None)
-    return Bench.asked
+    """Names of the cells that were computed, each at once."""
+    names: list[str] = []
 
+    def at_once(_: Any, method: Method) -> dict[str, Any]:
+        names.append(method.name)
+        return row(method.name, 0.0 if method.options else 0.9, seconds=1.0) | {"value": method.value}
 
-def test_cells_are_computed_once_and_other_settings_are_refused(tmp_path: Path, asked: list[str]):
-    study = Study(out=tmp_path, seeds=(0, 1), search={"steps": 3})
-    work = Work(
-        study=study, model="organism:llama", sae=None, persona="myopic",
-        methods=(Method(name="zero-shot", about=""), Method(name="RESGA, decision", about="", search={})),
-    )  # fmt: skip
-    running.open_study(study)
-    first = list(running.compute_all([work], jobs=1))
-    assert asked == ["lab", "zero-shot", "RESGA, decision"]
-    assert list(running.compute_all([work], jobs=1)) == first and len(asked) == 3
-    work.path(work.methods[1]).unlink()
-    running.compute(work)
-    assert asked[3:] == ["lab", "RESGA, decision"]
-    running.open_study(study)
-    with pytest.raises(UserError, match="steps: 3 there, 4 now"):
-        running.open_study(Study(out=tmp_path, seeds=(0, 1), search={"steps": 4}))
+    monkeypatch.setattr(cell_runs, "Shared", lambda block: block)
+    monkeypatch.setattr(cell_runs, "compute_row", at_once)
+    monkeypatch.setattr(cell_runs, "keep_programs", lambda: None)
+    return names
 
 
 def test_both_commands_write_their_tables(tmp_path: Path, asked: list[str], capsys: pytest.CaptureFixture):
@@ -186,17 +153,7 @@ def test_both_commands_write_their_tables(tmp_path: Path, asked: list[str], caps
     assert [(r["method"], r["value"]) for r in rows] == [
         ("base", None), ("layer", 0), ("layer", 2), ("contexts", 1), ("contexts", 2), ("contexts", 8)
     ]  # fmt: skip
-    assert rows[4]["same_as"] == "base" and sum(name != "lab" for name in asked[before:]) == 5
-
-
-def test_reading_ease():
-    assert flesch(" The cat sat.") > 100 > flesch(" impartial objective rigorous truthful") and flesch("") is None
-
-
-def test_slugs_are_parts_of_paths():
-    assert cells.slug("organism:llama") == "organism-llama"
-    assert cells.slug("/data/Llama-3.1-8B") == "llama-3.1-8b"
-    assert Method(name="prompt length", about="", value=8).slug == "prompt-length-8"
+    assert rows[4]["same_as"] == "base" and len(asked[before:]) == 5
 
 
 def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture):

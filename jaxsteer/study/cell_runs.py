@@ -1,0 +1,124 @@
+"""Computing tables: cells as files, by as many processes as wanted, and the document that collects them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+import jax
+
+from jaxsteer.checkpoints.loading import cache_dir
+from jaxsteer.errors import UserError
+from jaxsteer.files import read_json
+from jaxsteer.personas import load_persona
+from jaxsteer.study import files
+from jaxsteer.study.cell_rows import compute_row
+from jaxsteer.study.cells import Block, Shared, Table, load_once
+from jaxsteer.study.outcome import environment
+
+FORMAT = "jaxsteer.study/1"
+
+
+def compute(block: Block, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """The rows of a block's cells; those that have a file are read, the others are computed and written."""
+    shared, rows = None, []
+    for method in block.methods:
+        path = block.path(method)
+        if path.is_file():
+            rows.append(read_json(path))
+            continue
+        shared = shared or Shared(block)
+        row = compute_row(shared, method)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, row)
+        rows.append(row)
+        label = method.name if method.value is None else f"{method.name} {method.value}"
+        text = "" if row["prompt"] is None else f" {row['prompt']!r}"
+        say(f"{block.model} {block.persona}, {label}: {100 * row['rate']:.1f} % in {row['seconds']:.0f} s{text}")
+    if shared is not None:
+        jax.clear_caches()  # programs of one block are of no use to the next, and a process gathers gigabytes of them
+    return rows
+
+
+def compute_all(blocks: Sequence[Block], *, jobs: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of every block as it is done. With several ``jobs`` each process has its own share of the CPU cores.
+
+    Programs compiled once are kept on disk, for the other processes and the next time.
+    """
+    keep_programs()
+    if jobs == 1 or len(blocks) == 1:
+        yield from (compute(block, _say) for block in blocks)
+        return
+    context = multiprocessing.get_context("spawn")
+    shares: Any = context.Queue()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    for job in range(jobs):
+        shares.put(cores[job::jobs] or cores)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(shares,))
+    with pool:
+        try:
+            for done in as_completed([pool.submit(compute, block, _say) for block in blocks]):
+                yield done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin(shares: Any) -> None:
+    cores = shares.get()
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+    keep_programs()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def keep_programs() -> None:
+    """Keep compiled programs on disk between processes, unless the user has said where they go."""
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def open_table(table: Table) -> None:
+    """Make the directory, or refuse one whose cells were computed with other settings (``UserError``)."""
+    path, wanted = table.out / "settings.json", files.plain(table.settings())
+    if path.is_file() and (known := read_json(path)) != wanted:
+        differing = [k for k in {**known, **wanted} if known.get(k) != wanted.get(k)]
+        changes = "; ".join(f"{k}: {known.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
+        raise UserError(f"{table.out} holds cells of other settings ({changes}): give another --out, or delete it")
+    table.out.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, wanted)
+
+
+def in_order(
+    rows: Sequence[dict[str, Any]], blocks: Sequence[Block], order: Sequence[tuple[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows by model and persona, which come as in ``blocks``, and method with its value, as in ``order``."""
+    columns = [[block.model for block in blocks], [load_persona(block.persona).name for block in blocks], order]
+    models, personas, methods = ({x: i for i, x in enumerate(dict.fromkeys(column))} for column in columns)
+    return sorted(rows, key=lambda r: (models[r["model"]], personas[r["persona"]], methods[r["method"], r["value"]]))
+
+
+def document(
+    experiment: str, title: str, table: Table, rows: list[dict[str, Any]], verdicts: list[dict[str, Any]], **more: Any
+) -> dict[str, Any]:
+    """What results.json holds, which ``jaxsteer report`` reads."""
+    return {
+        "format": FORMAT,
+        "experiment": experiment,
+        "title": title,
+        "settings": table.settings(),
+        "models": list(dict.fromkeys(row["model"] for row in rows)),
+        "personas": list(dict.fromkeys(row["persona"] for row in rows)),
+        "methods": list(dict.fromkeys(row["method"] for row in rows)),
+        "rows": rows,
+        "verdicts": verdicts,
+        "environment": environment(load_once(rows[-1]["model"])) if rows else {},
+        **more,
+    }
