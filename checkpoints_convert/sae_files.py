@@ -6,10 +6,8 @@ import dataclasses
 import difflib
 import fnmatch
 import glob
-import json
 import os
 import re
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
@@ -18,7 +16,9 @@ import numpy as np
 
 from checkpoints_convert.files import DTYPES, read_header
 from jaxsteer.errors import UserError, first_line
-from jaxsteer.files import read_torch
+from jaxsteer.files import parse_json, read_text, read_torch
+from jaxsteer.files.npz import read_npz
+from jaxsteer.files.paths import user_path
 
 SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
 NAMES = ("sae_weights.safetensors", "sae.safetensors", "params.safetensors", "params.npz", "ae.pt")
@@ -102,7 +102,7 @@ def find(source: str | os.PathLike[str], asked: Asked) -> Found:
     Raises ``UserError`` for what cannot be found, holds no tensors, or holds several files of tensors.
     """
     text = os.fspath(source)
-    path = Path(text).expanduser()
+    path = user_path(text)
     origin = str(path.absolute())
     if not path.exists():
         match = _HUB.fullmatch(text)
@@ -167,11 +167,11 @@ def _settings(file: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for name, path in paths.items():
         try:
-            contents = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            contents = parse_json(read_text(path), path)
+        except UserError:
             if name.startswith("../"):
                 continue
-            raise UserError(f"{path} is not readable JSON ({error})") from None
+            raise
         if isinstance(contents, dict):
             found[name] = contents
     return found
@@ -181,11 +181,7 @@ def _tensors(file: Path) -> dict[str, np.ndarray]:
     if file.suffix == ".safetensors":
         return _mapped(file)
     if file.suffix == ".npz":
-        try:
-            with np.load(file, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{file} cannot be read as plain NumPy arrays: {error}") from None
+        return read_npz(file)
     if file.suffix in (".pt", ".pth", ".bin"):
         return _flat(read_torch(file), file)
     raise UserError(f"{file} is no file of tensors that is known: those end in {', '.join(SUFFIXES)}")

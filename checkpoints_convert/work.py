@@ -28,6 +28,7 @@ from jaxsteer.files import read_json, write_text
 log = logging.getLogger(__name__)
 
 _LOCK = "lock"
+_TRIES = 1000
 _MANIFEST = "manifest.json"
 _WRITE_FAILURES = (
     "No space left",
@@ -49,17 +50,16 @@ def locked(directory: Path, waiting: Callable[[], object]) -> Iterator[bool]:
     """Hold the lock of ``directory``, which is made if it is missing; True if another process had to be waited for.
 
     The lock goes with the process that holds it, however that ends. ``waiting`` is called before a wait. The directory
-    may be removed by its holder (``discard``); whoever waits for it then makes it anew.
+    may be removed by its holder (``discard``); whoever waits for it then makes it anew. Raises ``OSError`` where there
+    can be no such directory or lock.
     """
     waited = False
-    while True:
-        try:
-            directory.mkdir(exist_ok=True)
-            handle = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    for _ in range(_TRIES):
+        directory.mkdir(exist_ok=True)
+        try:  # a link is not followed: nobody makes one here, and where it leads nothing may be written
+            handle = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
-            if not directory.parent.is_dir():
-                raise
-            continue  # its holder has just finished
+            continue  # its holder has just finished and removed the directory
         try:
             if not _try(handle, directory):
                 if not waited:
@@ -71,6 +71,7 @@ def locked(directory: Path, waiting: Callable[[], object]) -> Iterator[bool]:
                 return
         finally:
             os.close(handle)
+    raise OSError(errno.EBUSY, f"{directory} is removed by another process whenever it is made")
 
 
 def _try(handle: int, directory: Path) -> bool:

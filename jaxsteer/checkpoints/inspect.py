@@ -20,6 +20,8 @@ from checkpoints_convert.stored import RECORD, read_record
 from jaxsteer.checkpoints.loading import locate
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_json
+from jaxsteer.files.paths import user_path
+from jaxsteer.files.stores import is_url
 from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig
 from jaxsteer.models.params import layer_shapes, top_shapes
 from jaxsteer.models.sharding import AXES, leaf_spec, place
@@ -50,7 +52,7 @@ def describe(source: str, *, ignore_fields: Collection[str] = ()) -> Description
     Of a hub id, only config.json is downloaded. ``ignore_fields`` is that of ``load``. Raises ``UserError`` as ``load``
     does, for unsupported models too.
     """
-    path = Path(source).expanduser()
+    path = user_path(source) if not is_url(source) else Path(source)
     if path.name == "config.json" and path.is_file():
         source = str(path.parent)
     directory, name, revision = locate(source, ["config.json"])

@@ -24,7 +24,8 @@ from checkpoints_convert.stored import RECORD, read_record
 from jaxsteer.checkpoints.remote import side_files
 from jaxsteer.checkpoints.restoring import check_finite, restore
 from jaxsteer.errors import UserError, first_line
-from jaxsteer.files import make_directory, write_text
+from jaxsteer.files import make_directory, write_text, writing
+from jaxsteer.files.paths import user_path
 from jaxsteer.files.stores import is_url
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.model import Model
@@ -154,7 +155,7 @@ def locate(source: str, patterns: Sequence[str] = HUB_PATTERNS) -> tuple[Path, s
         return _organism_dir(source.removeprefix(ORGANISM)), source, None
     if is_url(source):
         return side_files(source, cache_dir() / "remote"), source, None
-    path = Path(source).expanduser()
+    path = user_path(source)
     if is_gguf(path) and path.is_file():
         return path, path.name, None
     if (path / RECORD).is_file() or (path / "config.json").is_file():
@@ -260,7 +261,7 @@ def _converted_here(directory: Path, source: str, revision: str | None, ignore_f
         ) from error
     waiting = f"Another process is converting {source}; waiting for it"
     lock = cache_dir() / "locks" / key
-    with locked(lock, lambda: print(waiting, file=sys.stderr, flush=True)):
+    with writing(lock), locked(lock, lambda: print(waiting, file=sys.stderr, flush=True)):
         if found := known():
             return found
         fresh = checkpoints / f"new-{key}"

@@ -25,15 +25,16 @@ class Steering:
     """Strength (default: the file's). Positive leads where the file says; for a persona's direction, away from it."""
     units: Literal["vector", "mean_resid_norm"] | None = None
     """Of the coefficient: times the vector as it is, or mean norms of the stream along it (default: the file's)."""
-    positions: Literal["all", "prompt", "last", "response", "last_and_response"] = "all"
-    """Tokens to steer: all but the first, the prompt's, its last one, the response's, or the last two together."""
+    positions: Literal["all", "every", "prompt", "last", "response", "last_and_response"] | None = None
+    """Tokens to steer: all but the first, every one, the prompt's, its last one, the response's, or the last two
+    together (default: what the file says, else all)."""
     any_weights: bool = False
     """Use the vectors although they were made on other weights."""
 
     def edits(self, model: Model) -> Edits | None:
         """What the options ask for, or None. Raises ``UserError`` for a file or sites that do not fit the model."""
         if self.steer is None:
-            for name in ("steer_sites", "coefficient", "units"):
+            for name in ("steer_sites", "coefficient", "units", "positions"):
                 if getattr(self, name):
                     raise UserError(f"--{name.replace('_', '-')} says how to steer: give --steer FILE with it")
             return None

@@ -122,7 +122,7 @@ def facts(vectors: Vectors) -> dict[str, Any]:
         for site, array in vectors.arrays.items()
     ]
     fields = ("operation", "coefficient", "coefficient_units", "sign", "model", "fingerprint", "read_position")
-    named = {name: getattr(vectors, name) for name in (*fields, "source_format")}
+    named = {name: getattr(vectors, name) for name in (*fields, "positions", "source_format")}
     return {**named, "sites": rows, "metadata": vectors.metadata}
 
 

@@ -17,13 +17,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxsteer.errors import UserError
-from jaxsteer.files.whole import write_bytes
+from jaxsteer.files.whole import reading, write_bytes
 
 F32 = 0
 """The ggml type of plain float32 tensors."""
 _ALIGNMENT = 32
-_LONGEST = 1 << 22
-"""Entries of one array of keys; the largest vocabularies have 2 ** 18."""
+_MAX_VALUES = 1 << 22
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
@@ -42,11 +41,8 @@ class GGUFEntry:
 def read_gguf_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, GGUFEntry]]:
     """Keys and tensors of a GGUF file of version 2 or 3. Raises ``UserError`` for a damaged or truncated file."""
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            return _Reader(path, file, path.stat().st_size).read()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    with reading(path), path.open("rb") as file:
+        return _Reader(path, file, os.fstat(file.fileno()).st_size).read()
 
 
 def read_gguf(
@@ -96,7 +92,7 @@ class _Reader:
     """Reads forward; nothing is taken that the file does not have."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
-        self.path, self.file, self.size = path, file, size
+        self.path, self.file, self.size, self.counted = path, file, size, 0
 
     def damaged(self, why: str) -> UserError:
         return UserError(f"{self.path} is damaged or no GGUF file: {why}")
@@ -128,12 +124,17 @@ class _Reader:
         if kind != _ARRAY:
             return self.value(kind)
         kind, count = self.number("I"), self.number("Q")
-        if count > _LONGEST:
-            raise self.damaged(f"an array of keys has {count} entries; at most {_LONGEST} are read")
+        self.count(count)
         if kind in _SCALARS:
             code = _SCALARS[kind]
             return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(f"<{code}"))))
         return [self.value(kind) for _ in range(count)]
+
+    def count(self, more: int) -> None:
+        """Refuse files of more keys, values and tensors than any that is made."""
+        self.counted += more
+        if self.counted > _MAX_VALUES:
+            raise self.damaged(f"it announces {self.counted:,} keys, values and tensors, more than {_MAX_VALUES:,}")
 
     def read(self) -> tuple[dict[str, Any], dict[str, GGUFEntry]]:
         if self.take(4) != b"GGUF":
@@ -143,6 +144,7 @@ class _Reader:
             big = ": it is big-endian" if version in (2 << 24, 3 << 24) else ""
             raise UserError(f"{self.path} has version {version} of GGUF, expected 2 or 3 (little-endian){big}")
         n_tensors, n_keys = self.number("Q"), self.number("Q")
+        self.count(n_tensors + n_keys)
         keys: dict[str, Any] = {}
         for _ in range(n_keys):
             key = self.string()

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import kind_of, parse_json, read_text
+from jaxsteer.files.paths import user_path
 from jaxsteer.personas.dataset_formats import Dataset, read_choices, read_items, read_open, read_pairs, read_truthful
 from jaxsteer.personas.instructions import instructions, invitations
 from jaxsteer.personas.items import Item, Persona, data_hash
@@ -38,7 +39,7 @@ def load_dataset(name: str | os.PathLike[str], *, path: str | os.PathLike[str] |
                 f".jsonl, .json or .csv file"
             )
         return dataclasses.replace(read_choices(Path(name)), name=Path(name).stem)
-    file = source_file(name, found, None if path is None else Path(path).expanduser())
+    file = source_file(name, found, None if path is None else user_path(path))
     readers: dict[str, Callable[[Path], Dataset]] = {
         "choices": read_choices,
         "truthful": lambda file: read_truthful(file, seed),
@@ -83,7 +84,7 @@ def load_persona(
             behaviour=name,
             reasons=JUSTIFICATIONS[name],
         )
-    path = Path(name)
+    path = user_path(name)
     if not path.is_file():
         if find_source(name) is None and find_source(name.partition(":")[0]) is None:
             raise UserError(

@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 import jax
 import numpy as np
 
+from jaxsteer.errors import UserError
 from jaxsteer.files import parse_json
 from jaxsteer.prompt_search.compiling import Plan
 from jaxsteer.prompt_search.pareto import Archive, frontier
@@ -50,16 +51,21 @@ class Wave:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], kept: jax.tree_util.PyTreeDef) -> Wave:
-        """What ``to_arrays`` made; ``kept`` is the structure of that field."""
-        notes = parse_json(str(arrays["notes"]), "the notes of a finished wave")
-        leaves = [arrays[name] for name in sorted(arrays) if name.startswith("kept")]
-        return cls(
-            archive=Archive(*(jax.tree.map(np.asarray, arrays[name]) for name in ("ids", "f", "x", "step"))),
-            rejected=tuple(from_json(notes["rejected"])),
-            kept=jax.tree.unflatten(kept, leaves),
-            steps=notes["steps"],
-            seconds=notes["seconds"],
-        )
+        """What ``to_arrays`` made; ``kept`` is the structure of that field. Raises ``UserError`` for anything else."""
+        try:
+            notes = parse_json(str(arrays["notes"]), "the notes of a finished wave")
+            leaves = [arrays[name] for name in sorted(arrays) if name.startswith("kept")]
+            return cls(
+                archive=Archive(*(jax.tree.map(np.asarray, arrays[name]) for name in ("ids", "f", "x", "step"))),
+                rejected=tuple(from_json(notes["rejected"])),
+                kept=jax.tree.unflatten(kept, leaves),
+                steps=int(notes["steps"]),
+                seconds=float(notes["seconds"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"what was kept of a finished wave is damaged ({error!r}): leave out --resume to begin again"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

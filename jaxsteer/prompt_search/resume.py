@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import read_json, write_bytes, write_text
+from jaxsteer.files.npz import read_npz
 from jaxsteer.processes import from_first, is_first
 
 SEARCH, STATE = "search.json", "state"
@@ -77,7 +78,13 @@ class Store:
         path = self._folder / SEARCH
         try:
             if self._resume and path.exists():
-                known = read_json(path)
+                try:
+                    known = read_json(path)
+                    wave = known["began"].get("wave", 1) if isinstance(known.get("began"), dict) else None
+                except UserError as error:
+                    raise UserError(f"{error} Leave out --resume to begin again.") from error
+                if "same" not in known or type(wave) is not int or wave < 1:
+                    raise UserError(f"{path} is damaged: leave out --resume to begin again")
                 if known["same"] != self._same:
                     raise UserError(
                         f"{self._folder} holds the state of another search ({known['same']} there, {self._same} now): "
@@ -103,8 +110,10 @@ class Store:
         path = self._wave(wave)
         if not from_first(path.exists):
             return None
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+        try:
+            return read_npz(path, texts=True)
+        except UserError as error:
+            raise UserError(f"{error} Leave out --resume to begin again.") from error
 
     def finish(self, wave: int, arrays: dict[str, np.ndarray]) -> None:
         """Keep what a wave found. Its checkpoints are of no more use."""

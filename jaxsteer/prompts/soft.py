@@ -28,7 +28,7 @@ from safetensors.numpy import save
 from tokenizers import AddedToken
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import write_bytes
+from jaxsteer.files import make_directory, write_bytes
 from jaxsteer.models.model import Model
 from jaxsteer.models.params import TOP_SPECS, Params
 from jaxsteer.prompts.conversation import SLOT
@@ -55,7 +55,7 @@ def save_soft(soft: SoftPrompt, path: str | os.PathLike[str]) -> Path:
     """Write a soft prompt as safetensors: ``embeddings`` and, as metadata, everything else. Returns the path."""
     path = Path(path)
     own = {"format": FORMAT, "model": soft.model, "fingerprint": soft.fingerprint}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     write_bytes(path, save({"embeddings": np.asarray(soft.embeddings, np.float32)}, {**soft.metadata, **own}))
     return path
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from jaxsteer.files import write_text
+from jaxsteer.files import make_directory, write_text
 from jaxsteer.report.plots import run_plots
 from jaxsteer.report.reproduce import command_of
 from jaxsteer.report.run_files import (
@@ -46,7 +46,7 @@ def write_plots(directory: str | Path, out: Path | None = None) -> list[Path]:
     """Write all plots of a run or study as SVG, PNG and CSV to ``out`` (default: ``plots`` in it); return the paths."""
     made = study_plots(read_study(directory)) if is_study(directory) else run_plots(read_run(directory))
     out = Path(directory) / "plots" if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     return [path for plot in made.values() for path in plot.write(out)]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxsteer import files
 from jaxsteer.errors import UserError
+from jaxsteer.files.paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def read_run(directory: str | Path) -> Run:
     metrics.json must be there and whole; the others may be missing, and the last line of a .jsonl file may be cut:
     both become warnings. Raises ``UserError`` otherwise.
     """
-    path = Path(directory)
+    path = user_path(directory)
     if not path.is_dir():
         raise UserError(f"{path} is not a directory: give the output directory of a search")
     notes: list[str] = []

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_text
+from jaxsteer.files.paths import user_path
 from jaxsteer.report.problems import problem_lines, read_problems
 from jaxsteer.report.run_files import doubts, named, number, read_json, read_lines
 from jaxsteer.report.table_rows import Place, Row, rows_of_runs
@@ -73,7 +74,7 @@ class Study:
 
 def is_study(directory: str | Path) -> bool:
     """Whether a directory holds many runs instead of one."""
-    path = Path(directory)
+    path = user_path(directory)
     if not path.is_dir() or "prompts" in (read_json(path / "metrics.json") or {}):
         return False
     return any(_folders(path)) or _table(path) is not None
@@ -81,7 +82,7 @@ def is_study(directory: str | Path) -> bool:
 
 def run_folders(directory: str | Path) -> list[Path]:
     """The finished runs of a study, or the run itself. Raises ``UserError`` where there is none."""
-    path = Path(directory)
+    path = user_path(directory)
     if path.is_dir() and "prompts" in (read_json(path / "metrics.json") or {}):
         return [path]
     folders = [path / name for name in _folders(path)] if path.is_dir() else []
@@ -182,7 +183,8 @@ def _folders(path: Path) -> Iterator[str]:
         given = list(metrics["runs"])
     else:
         files = (f for depth in range(1, 5) for f in sorted(path.glob("*/" * depth + "metrics.json")))
-        given = [f.parent.relative_to(path).as_posix() for f in files if "prompts" in (read_json(f) or {})]
+        once = {f.parent.resolve(): f for f in reversed(list(files))}.values()  # links may lead there by several ways
+        given = [f.parent.relative_to(path).as_posix() for f in reversed(once) if "prompts" in (read_json(f) or {})]
     inside = (name for name in given if ".." not in Path(name).parts and not Path(name).is_absolute())
     yield from (name for name in inside if (path / name / "metrics.json").is_file())
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from checkpoints_convert.sae import CONFIG, WEIGHTS, write_sae
 from jaxsteer.errors import UserError, first_line
-from jaxsteer.files import read_json, read_text, write_text
+from jaxsteer.files import append_text, make_directory, read_json, read_text, write_text, writing
 from jaxsteer.files.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
 from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import put
@@ -87,22 +87,26 @@ def train_sae(
         run, batches = _start(model, documents, recipe, width, checkpoints)
         advance = trainer(recipe, width, model.mesh)
         started, first = time.perf_counter(), run.rounds
-        with _Lines(out / METRICS, run.rounds) as lines:
-            while run.rounds < recipe.rounds:
-                run.state, metrics, slots = advance(run.state, run.pool, jnp.int32(run.rounds))
-                run.rounds += 1
-                if run.rounds < recipe.rounds:
-                    run.pool, run.position = fill(run.pool, slots, model, site.name, batches)
-                line = _line(recipe, run.rounds, metrics)
-                speed = (run.rounds - first) * recipe.steps_per_round * recipe.batch / (time.perf_counter() - started)
-                lines.write(line)
-                last, ending = run.rounds == recipe.rounds, preempted()
-                checkpoints.save_if_due(run, last=last, now=ending)
-                if ending and not last:
-                    log.warning("told to end after round %d, which is saved", run.rounds)
-                    raise SystemExit(PREEMPTED)
-                if progress is not None:
-                    progress({**line, "rounds": recipe.rounds, "tokens_per_s": speed})
+        lines = out / METRICS
+        if is_first():  # without those of rounds that will be done again
+            kept = read_text(lines).split("\n")[: run.rounds] if lines.is_file() else []
+            write_text(lines, "".join(f"{line}\n" for line in kept if line))
+        while run.rounds < recipe.rounds:
+            run.state, metrics, slots = advance(run.state, run.pool, jnp.int32(run.rounds))
+            run.rounds += 1
+            if run.rounds < recipe.rounds:
+                run.pool, run.position = fill(run.pool, slots, model, site.name, batches)
+            line = _line(recipe, run.rounds, metrics)
+            speed = (run.rounds - first) * recipe.steps_per_round * recipe.batch / (time.perf_counter() - started)
+            if is_first():
+                append_text(lines, json.dumps(line) + "\n")
+            last, ending = run.rounds == recipe.rounds, preempted()
+            checkpoints.save_if_due(run, last=last, now=ending)
+            if ending and not last:
+                log.warning("told to end after round %d, which is saved", run.rounds)
+                raise SystemExit(PREEMPTED)
+            if progress is not None:
+                progress({**line, "rounds": recipe.rounds, "tokens_per_s": speed})
         found = to_dictionary(recipe, run.state, run.pool, model)
     wait_for_all()  # until nobody holds the checkpoints open
     from_first(lambda: _publish(found, out, dtype))
@@ -194,11 +198,8 @@ def _open(out: Path, asked: dict[str, Any]) -> bool:
         return (out / CONFIG).is_file()
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} exists and holds no training: give a new folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(record, json.dumps(asked, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+    make_directory(out)
+    write_text(record, json.dumps(asked, indent=1) + "\n")
     return False
 
 
@@ -207,31 +208,11 @@ def _publish(d: Dictionary, out: Path, dtype: str) -> None:
     whole = out / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     write_sae(d, whole, dtype=dtype)
-    for name in (WEIGHTS, CONFIG):
-        os.replace(whole / name, out / name)
-    whole.rmdir()
+    with writing(out):
+        for name in (WEIGHTS, CONFIG):
+            os.replace(whole / name, out / name)
+        whole.rmdir()
     shutil.rmtree(out / STATE, ignore_errors=True)
-
-
-class _Lines:
-    """The lines of metrics, without those of rounds that will be done again."""
-
-    def __init__(self, path: Path, rounds: int) -> None:
-        self._path = path if is_first() else Path(os.devnull)
-        if is_first():
-            kept = read_text(path).split("\n")[:-1][:rounds] if path.is_file() else []
-            write_text(path, "".join(f"{line}\n" for line in kept))
-
-    def __enter__(self) -> _Lines:
-        self._file = self._path.open("a", encoding="utf-8")
-        return self
-
-    def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
 
 
 class _Checkpoints:
@@ -240,7 +221,7 @@ class _Checkpoints:
     def __init__(self, folder: Path, minutes: float) -> None:
         from orbax.checkpoint import v1 as ocp
 
-        self._ocp, self._every, self._saved = ocp, 60 * minutes, time.monotonic()
+        self._ocp, self._every, self._saved, self._folder = ocp, 60 * minutes, time.monotonic(), folder
         self._checkpointer = ocp.training.Checkpointer(
             folder.absolute(),
             preservation_policy=ocp.training.preservation_policies.LatestN(1),
@@ -257,7 +238,13 @@ class _Checkpoints:
         """Write a checkpoint if the last one is old, or ``now``; none after the last round."""
         if last or not (now or from_first(lambda: time.monotonic() - self._saved >= self._every)):
             return
-        self._checkpointer.save(run.rounds, _leaves(run.state, run.pool, np.asarray(run.position, np.int64)))
+        try:
+            self._checkpointer.save(run.rounds, _leaves(run.state, run.pool, np.asarray(run.position, np.int64)))
+        except Exception as error:  # Orbax and TensorStore raise many types for a disk that cannot be written
+            raise UserError(
+                f"the training cannot be saved in {self._folder} ({first_line(error)}). What was saved before is "
+                f"whole: make room, then run the same command again"
+            ) from error
         self._saved = time.monotonic()
 
     def load(self, shapes: Any, layout: Any, pool: jax.Array) -> _Run | None:

@@ -132,7 +132,11 @@ def write_control_vector(vectors: Vectors, path: str | os.PathLike[str], *, mode
 
 
 def _added(vectors: Vectors, site: str) -> np.ndarray:
-    array, scale = vectors.arrays[site], np.float32(vectors.coefficient)
+    array, scale = vectors.arrays[site], vectors.coefficient
     if vectors.coefficient_units == "mean_resid_norm":
-        scale = np.float32(vectors.coefficient * vectors.stream_norm(site) / max(vectors.norm(site), 1e-30))
-    return array * scale
+        scale = vectors.coefficient * vectors.stream_norm(site) / max(float(np.linalg.norm(array)), 1e-30)
+    with np.errstate(over="ignore", invalid="ignore"):
+        added = array * np.float32(scale)
+    if not np.isfinite(added).all():
+        raise UserError(f"{vectors.coefficient:g} times the vector at {site} is beyond the range of float32")
+    return added

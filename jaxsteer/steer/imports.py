@@ -18,7 +18,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import describe, read_json, read_torch
+from jaxsteer.files import describe, read_json, read_torch, reading
+from jaxsteer.files.npz import read_npy
+from jaxsteer.files.paths import user_path
 from jaxsteer.models.sites import resid_site
 from jaxsteer.steer.capping import CAP_SIGN, caps_of, check_against_axis
 from jaxsteer.steer.edits import HEADS
@@ -56,7 +58,7 @@ def import_vectors(
     along the vector means. Raises ``UserError`` for a file that cannot be read, that fits no format (with its keys and
     shapes) or several.
     """
-    path = Path(path)
+    path = user_path(path)
     ask = _Ask(path=path, format=format, site=site, name=name, sign=sign)
     try:
         found = _recognise(ask)
@@ -105,7 +107,7 @@ def _recognise(ask: _Ask) -> Vectors:
         return _folder(ask)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         start = file.read(16)
     if start.startswith(b"GGUF"):
         _agree(ask, "gguf")
@@ -114,7 +116,7 @@ def _recognise(ask: _Ask) -> Vectors:
         _agree(ask, "jaxsteer")
         return ask.as_read(load_vectors(path))
     if start.startswith(b"\x93NUMPY"):
-        return _tensor(ask, _numpy(path))
+        return _tensor(ask, read_npy(path))
     if start.lstrip()[:1] == b"{":
         _agree(ask, "svec")
         return _svec(ask)
@@ -124,13 +126,6 @@ def _recognise(ask: _Ask) -> Vectors:
 def _agree(ask: _Ask, found: str) -> None:
     if ask.format not in (None, found):
         raise UserError(f"this is a file of format {found!r}, not {ask.format!r}")
-
-
-def _numpy(path: Path) -> np.ndarray:
-    try:
-        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # a map compares the lengths first
-    except (ValueError, OSError) as error:
-        raise UserError(f"this is not a readable .npy file of numbers: {error}") from error
 
 
 def _torch(ask: _Ask, data: Any) -> Vectors:
@@ -341,6 +336,7 @@ def _capping(ask: _Ask, data: dict[Any, Any]) -> Vectors:
         "layer i is the output of block i; ranges in the experiment's name are half open",
         operation="ceiling",
         values={cap.site: cap.value for cap in caps},
+        positions="every",  # as the released code applies them
         named=True,
         metadata={"experiment": ask.name, "vector_names": json.dumps([cap.name for cap in caps])},
     )

@@ -22,6 +22,7 @@ END = 2**30
 # (start, counted from the end of the prompt?), (stop, counted from the end of the prompt?), takes position 0 in?
 _RANGES: dict[str, tuple[tuple[int, bool], tuple[int, bool], bool]] = {
     "all": ((0, False), (END, False), False),
+    "every": ((0, False), (END, False), True),
     "prompt": ((0, False), (0, True), False),
     "response": ((0, True), (END, False), False),
     "last_and_response": ((-1, True), (END, False), False),
@@ -72,6 +73,7 @@ def select(
     ``positions``         a token at position p (0 is the first token; padding does not count) is selected if
     ===================== =====================================================================================
     "all"                 always (the default where no ``tokens`` are given)
+    "every"               always, and position 0 too
     "prompt"              p < prompt_length
     "response"            p >= prompt_length: tokens of the response, so not what predicts the first of them
     "last"                p == prompt_length - 1

@@ -12,6 +12,7 @@ One format serves persona directions, steering vectors and caps: a safetensors f
     sign                what going along the vector means
     model, fingerprint  what it was made on: name, and hash of config and weights
     read_position       the token at which it was read
+    positions           tokens to steer where the user does not say: a name of ``select`` ("all" when it is missing)
     source_format       the format it was imported from; missing in files of our own making
     anything else       the recipe, as strings
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -32,11 +34,12 @@ from safetensors.numpy import save
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import make_directory, parse_json, write_bytes
+from jaxsteer.files.paths import user_path
 from jaxsteer.models.model import Model
 from jaxsteer.models.sites import parse_site
 from jaxsteer.steer import operations
 from jaxsteer.steer.edits import PATTERN, Edit, Edits, place_shape
-from jaxsteer.steer.selectors import Positions
+from jaxsteer.steer.selectors import Positions, select
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +52,7 @@ Operation = Literal["add", "ablate", "floor", "ceiling", "clamp"]
 Units = Literal["vector", "mean_resid_norm"]
 
 _OPTIONAL = {"coefficient": "1", "coefficient_units": "vector", "operation": "add", "values": "{}"}
-_TEXTS = ("sign", "model", "fingerprint", "read_position", "source_format")
+_TEXTS = ("sign", "model", "fingerprint", "read_position", "source_format", "positions")
 _RESERVED = frozenset({"format", "sites", *_OPTIONAL, *_TEXTS})
 _ANY_DEPTH = 1 << 20
 
@@ -73,6 +76,8 @@ class Vectors:
     fingerprint: str = ""
     read_position: str = ""
     source_format: str = ""
+    positions: str = ""
+    """Tokens to steer where nobody says otherwise: a name of ``select``; none for "all"."""
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
     """Everything else: recipe, convention of the indices, what was lost in an import."""
 
@@ -86,11 +91,21 @@ class Vectors:
             )
         if clash := _RESERVED & self.metadata.keys():
             raise UserError(f"metadata may not use the keys {_listed(clash)}: these are fields of their own")
+        if self.positions:
+            select(self.positions)  # raises for a name that it does not know
         for site, array in self.arrays.items():
             if array.dtype != np.float32 or array.ndim not in (1, 2) or not array.size:
                 raise UserError(f"the vector at {site} must be float32 (D,) or (heads, H), got {_form(array)}")
             if not np.isfinite(array).all():
                 raise UserError(f"the vector at {site} has NaN or infinite entries")
+        if not math.isfinite(self.coefficient):
+            raise UserError(f"the coefficient must be a finite number, got {self.coefficient}")
+        for site, value in self.values.items():
+            if not math.isfinite(value):
+                raise UserError(f"the value of {self.operation} at {site} must be a finite number, got {value}")
+        for site, norm in self.mean_resid_norm.items():
+            if not 0 < norm < math.inf:
+                raise UserError(f"the mean norm of the stream at {site} must be a number above 0, got {norm}")
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -110,15 +125,27 @@ class Vectors:
             mean_resid_norm={name: self.mean_resid_norm[name] for name in names if name in self.mean_resid_norm},
         )
 
-    def edits(self, *, coefficient: float | None = None, positions: Positions = "all") -> Edits:
+    def edits(self, *, coefficient: float | None = None, positions: Positions | None = None) -> Edits:
         """The operation of the file at every site of the file; choose sites with ``at`` before.
 
-        ``coefficient`` replaces that of the file, in the file's units. Raises ``UserError`` where the units are the
+        ``coefficient`` replaces that of the file, in the file's units, and ``positions`` those of the file ("all" where
+        it names none). A vector of zeros that would be added as it is changes nothing and is left out, with a logged
+        warning. Raises ``UserError`` for other vectors of zeros, where nothing is left, and where the units are the
         mean norm of the stream and the file does not hold it.
         """
         amount = self.coefficient if coefficient is None else coefficient
+        positions = self.positions or "all" if positions is None else positions
+        zero = [site for site, array in self.arrays.items() if not array.any()]
+        if zero and (self.operation != "add" or self.coefficient_units != "vector" or len(zero) == len(self.arrays)):
+            raise UserError(
+                f"the vector at {zero[0]} is zero: it has no direction. Choose other sites (Vectors.at, --steer-sites)"
+            )
+        if zero:
+            log.warning("vectors of zeros are left out: %s", ", ".join(zero))
         by_place: dict[str, list[str]] = {}
         for site in self.arrays:
+            if site in zero:
+                continue
             by_place.setdefault(parse_site(site, _ANY_DEPTH).place, []).append(site)
         return Edits(tuple(self._edit(sites, amount, positions) for sites in by_place.values()))
 
@@ -175,7 +202,7 @@ def load_vectors(path: str | os.PathLike[str], *, model: Model | None = None, an
 
     Raises ``UserError`` for a missing or damaged file, another format, and whatever ``check_vectors`` refuses.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise UserError(f"there is no direction file {path}")
     try:

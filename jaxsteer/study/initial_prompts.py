@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_json_lines, read_text
+from jaxsteer.files.paths import named_file
 from jaxsteer.prompts import PAD, Conversation, build_slots, encode
 from jaxsteer.study import files
 
@@ -79,11 +80,8 @@ def listed_texts(allow: Sequence[str]) -> list[str]:
     """What ``--allow`` lists: its texts, and of files the lines."""
     texts = []
     for entry in allow:
-        path = Path(entry).expanduser()
-        try:
-            texts += read_text(path).split("\n") if path.is_file() else [entry]
-        except (OSError, ValueError) as error:
-            raise UserError(f"--allow {entry} cannot be read as text: {error}") from error
+        path = named_file(entry)
+        texts += [entry] if path is None else read_text(path).split("\n")
     found = list(dict.fromkeys(text for text in texts if text.strip()))
     if allow and not found:
         raise UserError(f"--allow {' '.join(allow)} lists no text")

@@ -8,12 +8,12 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.errors import UserError
+from jaxsteer.files.paths import user_path
 from jaxsteer.models.model import Model
 from jaxsteer.objectives import Attention, LogitDifference, Neuron, Objective, TargetLogProb
 from jaxsteer.objectives.reads import KEYS
@@ -172,7 +172,7 @@ def load_objective(reference: str) -> Objective:
     file, _, name = reference.rpartition(":")
     if not file or not name.isidentifier():
         raise UserError(f"--objective expects file.py:function, got {reference!r}")
-    path = Path(file).expanduser()
+    path = user_path(file)
     if not path.is_file():
         raise UserError(f"--objective {reference!r}: there is no file {file}")
     spec = importlib.util.spec_from_file_location("jaxsteer_user_objective", path)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.errors import UserError
+from jaxsteer.files.paths import user_path
 from jaxsteer.models.model import Model
 from jaxsteer.models.sites import parse_site
 from jaxsteer.objectives import Objective, Projection, as_pytree, needs
@@ -191,7 +191,7 @@ def _direction(setting: PersonaSetting, wanted: str | None, sites: Sequence[str]
 
 def direction_of_file(model: Model, file: str, sites: Sequence[str]) -> Direction:
     """What ``--direction FILE`` holds. Raises ``UserError`` unless it is this model's and has all ``sites``."""
-    direction = load_direction(Path(file).expanduser())
+    direction = load_direction(user_path(file))
     check_direction(direction, model)
     if missing := sorted(set(sites) - set(direction.sites)):
         raise UserError(f"--direction {file} has no {missing[0]}: it has {', '.join(direction.sites)}")

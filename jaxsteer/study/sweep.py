@@ -24,7 +24,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import choice_eval, distinct, rate
 from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.side_effects import side_effects
-from jaxsteer.files import read_log, read_text
+from jaxsteer.files import append_text, read_log, read_text
 from jaxsteer.models.model import Model
 from jaxsteer.models.padding import pad_rows
 from jaxsteer.models.sites import resid_site
@@ -141,13 +141,12 @@ def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.i
     files.write_lines(options.out / ROWS_FILE, rows)  # without a line that was cut
     done = {row["layer"] for row in rows}
     bar = tqdm(total=len(layers), initial=len(done), desc="sweep", unit="layer", disable=options.quiet, leave=False)
-    with bar, open(options.out / ROWS_FILE, "a", encoding="utf-8") as stream:
+    with bar:
         for layer in layers:
             if layer in done:
                 continue
             new = _layer_rows(options, model, directions, layer, items, neutral, baseline)
-            stream.write(files.line({"layer": layer, "rows": new}))
-            stream.flush()
+            append_text(options.out / ROWS_FILE, files.line({"layer": layer, "rows": new}))
             rows.append({"layer": layer, "rows": new})
             bar.update()
     table = [row for layer in layers for entry in rows if entry["layer"] == layer for row in entry["rows"]]

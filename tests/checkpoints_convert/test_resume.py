@@ -309,6 +309,26 @@ def test_two_at_once(source: Path, whole: Any, tmp_path: Path, small_blocks: Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
+def test_locks_that_lead_elsewhere_end_at_once(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="/proc/self/out cannot be written"):
+        convert(source, "/proc/self/out", progress=False)
+    elsewhere = tmp_path / "elsewhere"
+    work = work_directory(tmp_path / "out")
+    for make in (
+        lambda: work.symlink_to(elsewhere),
+        lambda: work.symlink_to(work),
+        lambda: (work.mkdir(), (work / "lock").symlink_to(elsewhere / "lock")),
+        lambda: (work.mkdir(), (work / "lock").symlink_to(tmp_path / "victim")),
+        lambda: (work.mkdir(), (work / "lock").mkdir()),
+        lambda: work.write_text(""),
+    ):
+        make()
+        with pytest.raises(UserError, match="out.* cannot be written"):
+            convert(source, tmp_path / "out", progress=False)
+        shutil.rmtree(work) if work.is_dir() and not work.is_symlink() else work.unlink()
+    assert not list(tmp_path.iterdir()), "nothing is made where a link leads"
+
+
 def test_nothing_unfinished_can_be_loaded(source: Path, tmp_path: Path, small_blocks: None) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):

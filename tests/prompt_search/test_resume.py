@@ -97,6 +97,29 @@ def test_another_search_is_not_taken_for_it(s, tmp_path: Path) -> None:  # noqa:
         search(s, Store(tmp_path, resume=True), steps=9)
 
 
+def test_damaged_state_is_one_error(s, tmp_path: Path) -> None:  # noqa: ANN001
+    search(s, Store(tmp_path, every_s=0.0))
+    known, wave = tmp_path / "search.json", tmp_path / "wave-00000.npz"
+    whole = known.read_bytes(), wave.read_bytes()
+    arrays = dict(np.load(wave))
+    for damage in (
+        lambda: known.write_bytes(whole[0][:-5]),
+        lambda: known.write_text("[]"),
+        lambda: known.write_text("{}"),
+        lambda: known.write_text(json.dumps(json.loads(whole[0]) | {"began": {"wave": "2"}})),
+        lambda: known.write_bytes(b"\xff"),
+        lambda: wave.write_bytes(whole[1][:200]),
+        lambda: np.savez(wave, **{k: v for k, v in arrays.items() if k != "ids"}),
+        lambda: np.savez(wave, **(arrays | {"notes": np.asarray("{")})),
+        lambda: np.savez(wave, **(arrays | {"notes": np.asarray('{"rejected": [1], "steps": 1, "seconds": 1}')})),
+    ):
+        damage()
+        with pytest.raises(UserError, match="(?i)leave out --resume to begin again"):
+            search(s, Store(tmp_path, resume=True))
+        known.write_bytes(whole[0])
+        wave.write_bytes(whole[1])
+
+
 def test_sigterm_saves_and_ends(s, whole, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: ANN001
     def preempt(progress: Progress) -> None:
         if progress.first == 2 and progress.step == 4:

@@ -29,6 +29,16 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_links_do_not_count_a_run_twice(tmp_path: Path):
+    write_run(tmp_path / "b" / "run")
+    write_run(tmp_path / "a")
+    before = run_folders(tmp_path)
+    (tmp_path / "b" / "again").symlink_to(tmp_path)
+    (tmp_path / "c").symlink_to(tmp_path / "a")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert run_folders(tmp_path) == before == [tmp_path / "a", tmp_path / "b" / "run"]
+
+
 def test_many_searches_on_one_page(many: Path):
     page = Page(write_report(many).read_text(encoding="utf-8"))
     words = words_of(page)

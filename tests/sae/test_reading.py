@@ -181,7 +181,7 @@ def test_damaged_and_hostile_files_are_refused(tmp_path: Path):
     _refused(case.path, "truncated")
     file.write_bytes(data)
     (case.path / "cfg.json").write_text("{")
-    _refused(case.path, "not readable JSON")
+    _refused(case.path, "cfg.json, line 1: not JSON")
     hostile = tmp_path / "gemma-scope-2b-pt-res/layer_1/params.npz"
     hostile.parent.mkdir(parents=True)
     np.savez(hostile, W_enc=np.asarray([{}], dtype=object), allow_pickle=True)

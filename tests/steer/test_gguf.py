@@ -99,6 +99,24 @@ def test_the_coefficient_is_multiplied_in(tmp_path):
         write_control_vector(vectors(coefficient_units="mean_resid_norm").at("layer_1"), path, model_hint="llama")
 
 
+def test_numbers_beyond_float32_are_not_written(tmp_path):
+    site = "blocks.2.hook_resid_post"
+    for changes in (
+        {"coefficient": 1e300},
+        {"coefficient": 1e38, "coefficient_units": "mean_resid_norm", "mean_resid_norm": {site: 1e10}},
+    ):
+        with pytest.raises(UserError, match="times the vector at blocks.2.* is beyond the range of float32"):
+            write_control_vector(vectors(**changes).at(site), tmp_path / "x.gguf", model_hint="llama")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_small_file_does_not_take_long(tmp_path):
+    keys = [("a", 9, struct.pack("<IQ", 7, 60_000_000))]
+    (tmp_path / "x.gguf").write_bytes(handmade({"direction.1": ROWS[1]}, keys) + bytes(60_000_000))
+    with pytest.raises(UserError, match="it announces 60,000,"):
+        read_gguf(tmp_path / "x.gguf")
+
+
 def test_inputs_of_blocks_are_outputs_of_the_block_before(tmp_path, caplog):
     arrays = {"hook_embed": ROWS[0], "blocks.0.hook_resid_pre": ROWS[0], "blocks.3.hook_resid_pre": ROWS[3]}
     path = write_control_vector(vectors(arrays=arrays), tmp_path / "x.gguf", model_hint="llama")
@@ -147,7 +165,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     fails(tmp_path, handmade({"blk.0.weight": ROWS[1]}), "blk.0.weight")
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 13, b"")]), "value type 13")
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 7, b"\x00")] * 2), "'a' occurs twice")
-    fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 9, struct.pack("<IQ", 4, 2**62))]), "at most")
+    fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 9, struct.pack("<IQ", 4, 2**62))]), "announces")
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 9, struct.pack("<IQ", 4, 2**21))]), "are left")
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 9, struct.pack("<IQ", 9, 1))]), "value type 9")
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("general.alignment", 4, bytes(4))]), "alignment is 0")

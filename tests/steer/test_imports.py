@@ -36,6 +36,7 @@ def saved_and_back(found, tmp_path):
     back = load_vectors(save_vectors(found, tmp_path / "back.safetensors"))
     assert back.sites == found.sites and back.sign == found.sign and back.metadata == found.metadata
     assert back.source_format == found.source_format and back.values == found.values
+    assert back.positions == found.positions
     return back
 
 
@@ -107,6 +108,9 @@ def test_caps_become_ceilings(tmp_path):
     found = saved_and_back(import_vectors(path, name="layers_1:3-p0.25"), tmp_path)
     assert found.operation == "ceiling" and found.values == {post(1): -7.5, post(2): -2.0}
     assert "unverified" in found.sign and found.metadata["experiment"] == "layers_1:3-p0.25"
+    assert found.positions == "every"  # the released code caps position 0 too
+    (edit,), (told,) = found.edits().edits, found.edits(positions="all").edits
+    assert bool(edit.selector.include_first[0]) and not bool(told.selector.include_first[0])
     with pytest.raises(UserError, match="2 capping experiments.*--name"):
         import_vectors(path)
     with pytest.raises(UserError, match="2 caps at 1 sites.*read_capping"):
@@ -287,7 +291,7 @@ def test_what_fits_nothing_is_described(tmp_path):
         with pytest.raises(UserError, match=name):
             import_vectors(tmp_path / name)
     np.save(tmp_path / "o.npy", np.array([{}], object), allow_pickle=True)
-    with pytest.raises(UserError, match="o.npy.*not a readable .npy"):
+    with pytest.raises(UserError, match="o.npy is no readable .npy"):
         import_vectors(tmp_path / "o.npy")
 
 

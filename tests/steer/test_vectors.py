@@ -112,6 +112,38 @@ def test_a_file_of_the_first_kind_is_still_read(tmp_path):
     assert back.metadata == direction.metadata and back.sites == direction.sites
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"coefficient": np.nan}, "coefficient must be a finite number"),
+        ({"coefficient": np.inf}, "coefficient must be a finite number"),
+        ({"mean_resid_norm": {STREAM: np.nan}}, "mean norm of the stream at blocks.1.* above 0, got nan"),
+        ({"mean_resid_norm": {STREAM: 0.0}}, "above 0"),
+        ({"operation": "ceiling", "values": {STREAM: np.inf}}, "value of ceiling at blocks.1.* finite"),
+        ({"arrays": {STREAM: np.asarray([1, np.inf], np.float32)}}, "NaN or infinite entries"),
+        ({"positions": "somewhere"}, "positions 'somewhere' is not known"),
+    ],
+)
+def test_numbers_that_cannot_be(changes, message):
+    with pytest.raises(UserError, match=message):
+        Vectors(**({"arrays": {STREAM: row(2)}} | changes))
+
+
+def test_vectors_of_zeros_are_left_out_where_that_changes_nothing(caplog):
+    arrays = {STREAM: row(4), OTHER: np.zeros(4, np.float32)}
+    vectors = Vectors(arrays=arrays, mean_resid_norm={STREAM: 1.0, OTHER: 1.0})
+    (one,) = vectors.edits().edits
+    equal(one, add([STREAM], row(4)[None], 1.0))
+    assert f"vectors of zeros are left out: {OTHER}" in caplog.text
+    for doubtful in (
+        dataclasses.replace(vectors, operation="ablate"),
+        dataclasses.replace(vectors, coefficient_units="mean_resid_norm"),
+        vectors.at(OTHER),
+    ):
+        with pytest.raises(UserError, match=f"the vector at {OTHER} is zero: .*--steer-sites"):
+            doubtful.edits()
+
+
 def test_directions_are_vectors_but_not_all_vectors_are_directions(tmp_path):
     direction = Direction(
         delta={STREAM: row(4)}, mean_resid_norm={STREAM: 2.0}, n=3, read_position="matched", metadata={"persona": "p"}
