@@ -18,6 +18,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,12 @@ def value_at(curve: list[dict[str, float]], share: float) -> float:
     return (spent or curve)[-1 if spent else 0]["value"]
 
 
+def mean(values: Iterable[float]) -> float | None:
+    """Of no values: none."""
+    kept = list(values)
+    return float(np.mean(kept)) if kept else None
+
+
 def table(cells: dict[tuple[str, str], dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
     """Per algorithm, means over personas and seeds."""
     out = []
@@ -178,7 +185,6 @@ def table(cells: dict[tuple[str, str], dict[str, Any]], names: list[str]) -> lis
         early = {share: [value_at(curve, share) for _, curve in mine] for share in SHARES}
         ends = [curve[-1] for _, curve in mine]
         of = [cells[group[0], name] for group, _ in mine]
-        mean = lambda values: float(np.mean(kept)) if (kept := list(values)) else None  # noqa: E731
         out.append(
             {
                 "algorithm": name,

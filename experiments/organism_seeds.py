@@ -267,15 +267,15 @@ def table(rows: list[dict[str, Any]], method: str) -> str:
             some = {row["seed"]: row for row in mine if row["variant"] == variant}
             if not some:
                 continue
-            lines.append(_line(persona, variant, seeds, some, lambda row: (row["test"], row["text"])))
+            lines.append(_line(persona, variant, seeds, some))
             if variant == "decision":
-                pick = lambda row: (row["validation_selected"]["test"], row["validation_selected"]["text"])  # noqa: E731
-                lines.append(_line(persona, "decision, validation-selected", seeds, some, pick))
+                by_validation = {seed: row["validation_selected"] for seed, row in some.items()}
+                lines.append(_line(persona, "decision, validation-selected", seeds, by_validation))
     return "\n".join(lines)
 
 
-def _line(persona: str, label: str, seeds: list[int], some: dict[int, dict[str, Any]], pick: Any) -> str:
-    picked = {seed: pick(row) for seed, row in some.items()}
+def _line(persona: str, label: str, seeds: list[int], some: dict[int, dict[str, Any]]) -> str:
+    picked = {seed: (row["test"], row["text"]) for seed, row in some.items()}
     rates = [f"{100 * picked[s][0]['rate']:.1f}" if s in picked else "" for s in seeds]
     a_rates = [100 * test["a_rate"] for test, _ in picked.values()]
     words = [(len(trigger_words(persona, text) or ()), len(text.split())) for _, text in picked.values()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from checkpoints_convert.gguf import is_gguf
+from checkpoints_convert.files import read_headers
+from checkpoints_convert.gguf import is_gguf, read_gguf_model
 from checkpoints_convert.hf import config_from_hf, ignored_fields
+from checkpoints_convert.names import assign
 from checkpoints_convert.sources import open_source
 from checkpoints_convert.stored import RECORD, read_record
 from jaxsteer.checkpoints.loading import locate
@@ -84,6 +86,54 @@ def describe(source: str, *, ignore_fields: Collection[str] = ()) -> Description
         ignored_fields=tuple(ignored_fields(raw, ignore_fields)) if raw else (),
         ignored_tensors=tuple(record.get("ignored_tensors", ())),
     )
+
+
+def inspection(
+    source: str, *, mesh: Mapping[str, int], dtype: str | None = None, ignore_fields: Collection[str] = ()
+) -> dict[str, Any]:
+    """Everything that is known of a model before any weight of it is read, as a JSON object.
+
+    ``mesh`` has the devices along "model" and "prompts"; ``dtype`` is that of the weights there (default: as stored).
+    Weights that are not those of the configuration are a ``problem`` under ``weights``. Raises ``UserError`` as
+    ``describe``.
+    """
+    about = describe(source, ignore_fields=ignore_fields)
+    config = about.config
+    dtype = dtype or about.dtype
+    return {
+        "name": about.name,
+        "revision": about.revision,
+        "converted": about.converted,
+        "family": config.family,
+        "dtype": about.dtype,
+        "context_length": config.max_positions,
+        "parameters": parameters(config),
+        "config": config.to_json(),
+        "attention": attention_kinds(config),
+        "sites": {place: list(shape) for place, shape in site_shapes(config).items()},
+        "memory": {"mesh": dict(mesh), "dtype": dtype or "float32", **memory(config, dtype or "float32", **mesh)},
+        "weights": None if about.converted else _weights(about.directory, config),
+        "ignored_fields": list(about.ignored_fields),
+        "ignored_tensors": list(about.ignored_tensors),
+    }
+
+
+def _weights(path: Path, config: Any) -> dict[str, Any] | None:
+    """What the files of weights hold, by their headers; None if there are none."""
+    if not is_gguf(path) and not any(path.glob("*.safetensors*")):
+        return None
+    try:
+        tensors = read_gguf_model(path).tensors if is_gguf(path) else read_headers(path)
+        ignored = assign(tensors, config)[1]
+    except UserError as error:
+        return {"problem": str(error)}
+    return {
+        "files": len({tensor.file for tensor in tensors.values()}),
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "dtypes": dict(Counter(tensor.stored_as for tensor in tensors.values())),
+        "ignored": ignored,
+        "ignored_bytes": sum(tensors[name].nbytes for name in ignored),
+    }
 
 
 def _declared_dtype(raw: dict[str, Any]) -> str | None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from jaxsteer.errors import UserError
 from jaxsteer.study.files import document
 
 
@@ -32,57 +30,12 @@ class Inspect:
 
     def run(self) -> int:
         """Inspect and print; 1 when the weights that lie there are not those of the configuration."""
-        found = inspection(self)
+        from jaxsteer.checkpoints.inspect import inspection
+
+        mesh = {"model": self.mesh_model, "prompts": self.mesh_prompts}
+        found = inspection(self.source, mesh=mesh, dtype=self.dtype, ignore_fields=self.ignore_field)
         print(document(found) if self.json else text(found))
         return 1 if found["weights"] and "problem" in found["weights"] else 0
-
-
-def inspection(asked: Inspect) -> dict[str, Any]:
-    """Everything that the command tells, as a JSON object."""
-    from jaxsteer.checkpoints.inspect import attention_kinds, describe, memory, parameters, site_shapes
-
-    about = describe(asked.source, ignore_fields=asked.ignore_field)
-    config = about.config
-    dtype = asked.dtype or about.dtype
-    mesh = {"model": asked.mesh_model, "prompts": asked.mesh_prompts}
-    return {
-        "name": about.name,
-        "revision": about.revision,
-        "converted": about.converted,
-        "family": config.family,
-        "dtype": about.dtype,
-        "context_length": config.max_positions,
-        "parameters": parameters(config),
-        "config": config.to_json(),
-        "attention": attention_kinds(config),
-        "sites": {place: list(shape) for place, shape in site_shapes(config).items()},
-        "memory": {"mesh": mesh, "dtype": dtype or "float32", **memory(config, dtype or "float32", **mesh)},
-        "weights": None if about.converted else _weights(about.directory, config),
-        "ignored_fields": list(about.ignored_fields),
-        "ignored_tensors": list(about.ignored_tensors),
-    }
-
-
-def _weights(path: Path, config: Any) -> dict[str, Any] | None:
-    """What the files of weights hold, by their headers; None if there are none."""
-    from checkpoints_convert.files import read_headers
-    from checkpoints_convert.gguf import is_gguf, read_gguf_model
-    from checkpoints_convert.names import assign
-
-    if not is_gguf(path) and not any(path.glob("*.safetensors*")):
-        return None
-    try:
-        tensors = read_gguf_model(path).tensors if is_gguf(path) else read_headers(path)
-        ignored = assign(tensors, config)[1]
-    except UserError as error:
-        return {"problem": str(error)}
-    return {
-        "files": len({tensor.file for tensor in tensors.values()}),
-        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
-        "dtypes": dict(Counter(tensor.stored_as for tensor in tensors.values())),
-        "ignored": ignored,
-        "ignored_bytes": sum(tensors[name].nbytes for name in ignored),
-    }
 
 
 def text(found: dict[str, Any]) -> str:
