@@ -28,8 +28,6 @@ KNOWN = {
     "jaxsteer.prompt_search.driver._search_wave",
     "jaxsteer.prompt_search.driver.run_search",
     "jaxsteer.prompt_search.rescore._score_whole",
-    "jaxsteer.prompts.generate.generate",
-    "jaxsteer.prompts.generate.stream",
     "jaxsteer.sae.exploration.explore",
     "jaxsteer.sae.loading.load_sae",
     "jaxsteer.study.probe.probe",

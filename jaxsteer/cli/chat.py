@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from jaxsteer.cli.generate import Decoding
+from tyro.conf import arg
+
 from jaxsteer.cli.steering import Steering
 from jaxsteer.errors import UserError
+from jaxsteer.models.sampling import Decoding
+from jaxsteer.prompts.chat import Chat as Conversation
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit (or Ctrl-D) ends"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chat(Decoding, Steering):
+class Chat(Steering):
     """Talk with a model, steered by a vector file on request.
 
     Ctrl-C interrupts an answer; /reset, /system TEXT and /quit are commands.
@@ -24,6 +28,7 @@ class Chat(Decoding, Steering):
     """organism:NAME (llama, qwen2 or gemma3), a converted checkpoint, a Hugging Face directory, or a hub id."""
     system: str = ""
     """System message."""
+    decoding: Annotated[Decoding, arg(name="")] = Decoding()
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
 
@@ -32,63 +37,46 @@ class Chat(Decoding, Steering):
         from jaxsteer.checkpoints.loading import load
 
         model = load(self.model, dtype=self.dtype)
-        settings = self.settings() | {"edits": self.edits(model)}
+        chat = Conversation(model, system=self.system, decoding=self.decoding, edits=self.edits(model))
         print(f"{model.name}. {HELP}.")
-        talk(model, self.system, settings, read=input, write=lambda text: print(text, end="", flush=True))
+        talk(chat, read=input, write=lambda text: print(text, end="", flush=True))
         return 0
 
 
-def talk(
-    model: Any, system: str, settings: dict[str, Any], *, read: Callable[[str], str], write: Callable[[str], None]
-) -> list[dict[str, str]]:
-    """The conversation until its end; returns its turns. ``read`` raises ``EOFError`` at the end of input."""
-    turns: list[dict[str, str]] = []
-    for answer in range(1 << 30):
+def talk(chat: Conversation, *, read: Callable[[str], str], write: Callable[[str], None]) -> None:
+    """Read, answer, repeat. ``read`` raises ``EOFError`` at the end of input."""
+    while True:
         try:
             said = read("> ").strip()
         except EOFError:
             write("\n")
-            return turns
+            return
         except KeyboardInterrupt:
             write("\n")
             continue
         command, _, rest = said.partition(" ")
         if command == "/quit":
-            return turns
+            return
         if command == "/reset":
-            turns = []
+            chat.turns = []
         elif command == "/system":
-            system = rest.strip()
+            chat.system = rest.strip()
         elif command.startswith("/"):
             write(f"{HELP}.\n")
         elif said:
-            turns = _answer(model, system, turns, said, settings | {"seed": settings["seed"] + answer}, write)
-    return turns
+            _answer(chat, said, write)
 
 
-def _answer(
-    model: Any,
-    system: str,
-    turns: list[dict[str, str]],
-    said: str,
-    settings: dict[str, Any],
-    write: Callable[[str], None],
-) -> list[dict[str, str]]:
-    """The turns with what was said and what was answered; without both where the model could not answer."""
-    from jaxsteer.prompts.generate import stream
-
-    asked = [*turns, {"role": "user", "content": said}]
-    head = [{"role": "system", "content": system}] if system else []
-    pieces: list[str] = []
+def _answer(chat: Conversation, said: str, write: Callable[[str], None]) -> None:
     try:
-        for piece in stream(model, [*head, *asked], **settings):
-            piece = piece if pieces else piece.lstrip()
-            pieces.append(piece)
-            write(piece)
-    except KeyboardInterrupt:
-        write(" [interrupted]")
+        pieces = chat.reply(said)
     except UserError as error:
         write(f"{error}\n/reset forgets the conversation so far.\n")
-        return turns
+        return
+    with contextlib.closing(pieces):
+        try:
+            for piece in pieces:
+                write(piece)
+        except KeyboardInterrupt:
+            write(" [interrupted]")
     write("\n")
-    return [*asked, {"role": "assistant", "content": "".join(pieces).strip()}]

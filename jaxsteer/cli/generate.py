@@ -13,32 +13,12 @@ from tyro.conf import Positional, arg
 from jaxsteer.cli.steering import Steering
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_json_lines, read_text
+from jaxsteer.models.sampling import Decoding
+from jaxsteer.prompts import with_system
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """How the next token is chosen."""
-
-    max_new_tokens: int = 256
-    """Longest answer in tokens."""
-    temperature: float = 1.0
-    """0: always the likeliest token."""
-    top_p: float = 1.0
-    """Only the likeliest tokens that together reach this probability."""
-    top_k: int = 0
-    """Only the k likeliest tokens (0: all)."""
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer, beside the model's own stop tokens."""
-    seed: int = 0
-    """Seed of the sampling."""
-
-    def settings(self) -> dict[str, Any]:
-        """Arguments of ``jaxsteer.generate``."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(Decoding)}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate(Decoding, Steering):
+class Generate(Steering):
     """Let a model answer prompts, or continue texts; steered by a vector file on request."""
 
     prompts: Positional[tuple[str, ...]] = ()
@@ -54,6 +34,7 @@ class Generate(Decoding, Steering):
     """Continue the texts as they stand, without chat template."""
     soft: Path | None = None
     """Soft prompt (soft.safetensors of a run): it stands at {prompt} in every prompt, or after it."""
+    decoding: Annotated[Decoding, arg(name="")] = Decoding()
     samples: int = 1
     """Answers per prompt."""
     batch: int = 64
@@ -80,7 +61,7 @@ class Generate(Decoding, Steering):
         if self.soft is not None:
             model, text = with_soft(model, load_soft(self.soft), any_weights=self.any_weights)
             prompts = [placed(prompt, text) for prompt in prompts]
-        made = generate(model, prompts, samples=self.samples, batch=self.batch, edits=edits, **self.settings())
+        made = generate(model, prompts, self.decoding, samples=self.samples, batch=self.batch, edits=edits)
         for row, text in enumerate(made.texts):
             prompt = asked[row // self.samples]
             if self.json:
@@ -96,13 +77,7 @@ class Generate(Decoding, Steering):
     def _prompt(self, prompt: Any) -> Any:
         if self.plain or not isinstance(prompt, str):
             return prompt
-        return as_messages(prompt, self.system)
-
-
-def as_messages(text: str, system: str = "") -> list[dict[str, str]]:
-    """One user turn, after the system message if there is one."""
-    head = [{"role": "system", "content": system}] if system else []
-    return [*head, {"role": "user", "content": text}]
+        return with_system([{"role": "user", "content": prompt}], self.system)
 
 
 def _read(path: Path) -> list[Any]:

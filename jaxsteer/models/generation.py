@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.decoding import Batch, State, decode, grow, start
 from jaxsteer.models.model import Model
 from jaxsteer.models.padding import bucket, pad_rows
-from jaxsteer.models.sampling import Sampling
+from jaxsteer.models.sampling import Decoding, make_sampling
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.taps import Intervention, checked
 
@@ -29,7 +29,7 @@ _FIRST_SLOTS = 64
 """Room that decoding starts with; it doubles as often as rows need it."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Progress:
     """What a batch of rows has decoded so far."""
 
@@ -39,38 +39,36 @@ class Progress:
     """``NO_TOKEN`` after a row's end."""
     length: Int[np.ndarray, " B"]
     done: Bool[np.ndarray, " B"]
-    """Whoever iterates may set an entry: that row then gets no more tokens."""
 
 
 def generate_tokens(
     model: Model,
     prompts: Sequence[Int[np.ndarray, " _"]],
-    sampling: Sampling,
+    decoding: Decoding,
     *,
-    max_new_tokens: int,
     samples: int = 1,
     edits: Intervention | None = None,
+    end: Callable[[Int[np.ndarray, " n"]], int | None] | None = None,
     every: int | None = None,
     batch: int = 64,
 ) -> Iterator[Progress]:
     """Continue prompts of token ids; yields each batch of rows every ``every`` tokens and when it is done.
+
+    Stop strings need ``end``: a function that is shown the tokens of a row, every ``every`` tokens, and says how many
+    of them the row ends after (None: it goes on).
 
     Equal prompts (and the samples of one) are run once. At most ``batch`` rows are decoded at a time, those with
     prompts of alike length together; neither this nor ``every`` changes a token. Edits whose arrays differ per row say
     so by an attribute ``rows``: then all rows are decoded at once, in their order, each with its own prompt. Raises
     ``UserError``, before any work, for what does not fit the model.
     """
-    _check(model, prompts, max_new_tokens=max_new_tokens, samples=samples, batch=batch)
+    _check(model, prompts, samples=samples, batch=batch)
     count, own = len(prompts) * samples, getattr(edits, "rows", None)
     if own is not None and own != count:
         raise UserError(f"The edits are made for {own} rows; {len(prompts)} prompts x {samples} samples are {count}.")
     edits = checked(edits, model.config, own)
     plans = _plan(prompts, samples, batch) if own is None else [_every_row(count, samples)]
-    return (
-        progress
-        for plan in plans
-        for progress in _decode_batch(model, prompts, plan, sampling, max_new_tokens, edits, every)
-    )
+    return (progress for plan in plans for progress in _decode_batch(model, prompts, plan, decoding, edits, end, every))
 
 
 def _check(model: Model, prompts: Sequence[np.ndarray], **counts: int) -> None:
@@ -128,41 +126,51 @@ def _decode_batch(
     model: Model,
     prompts: Sequence[np.ndarray],
     plan: _Plan,
-    sampling: Sampling,
-    max_new_tokens: int,
+    decoding: Decoding,
     edits: Intervention | None,
+    end: Callable[[np.ndarray], int | None] | None,
     every: int | None,
 ) -> Iterator[Progress]:
     params, config, mesh = model.params, model.config, model.mesh
     held = [prompts[i] for i in plan.prompts]
     tokens, mask = pad_rows(held, bucket(max(map(len, held))), left=True)
     groups, rows = np.asarray(plan.groups, np.int32), np.asarray(plan.rows, np.int32)
-    limit = np.minimum(config.max_positions - mask.sum(-1)[groups], max_new_tokens).repeat(rows.shape[1])
+    limit = np.minimum(config.max_positions - mask.sum(-1)[groups], decoding.max_new_tokens).repeat(rows.shape[1])
     most, kept = int(limit.max()), rows.size
     if mesh is not None and getattr(edits, "rows", None) is None:  # rows that end at once fill up the devices
         devices = mesh.shape.get("prompts", 1)
         spare = -len(groups) % (devices // math.gcd(devices, rows.shape[1]))
         groups, rows = np.pad(groups, (0, spare)), np.pad(rows, [(0, spare), (0, 0)])
         limit = np.pad(limit, (0, rows.size - kept))
+    ends: dict[int, int] = {}
 
-    def seen(state: State) -> Progress:
-        tokens, length, done = jax.device_get((state.tokens[:kept], state.length[:kept], state.done[:kept]))
+    def look(state: State) -> tuple[State, Progress]:
+        """What there is on the device, and the rows ended that ``end`` wants to end."""
+        tokens, length, done = (np.array(a[:kept]) for a in jax.device_get((state.tokens, state.length, state.done)))
+        ask = end or (lambda made: None)
+        found = {row: ask(tokens[row, : length[row]]) for row in range(kept) if row not in ends}
+        new = {row: n for row, n in found.items() if n is not None}
+        if not done[list(new)].all():
+            ended = np.isin(np.arange(rows.size), list(new)) | np.pad(done, (0, rows.size - kept), constant_values=True)
+            state = dataclasses.replace(state, done=shard_rows(mesh, ended))
+        ends.update(new)
+        for row, n in ends.items():
+            length[row], done[row] = n, True
         tokens = np.where(np.arange(tokens.shape[1]) < length[:, None], tokens, NO_TOKEN)
-        return Progress(rows.ravel()[:kept], tokens, length, np.array(done))
+        return state, Progress(rows.ravel()[:kept], tokens, length, done)
 
     arrays = dict(tokens=tokens, mask=mask, groups=groups, rows=rows.ravel(), limit=limit.astype(np.int32))
     placed = Batch(**{name: shard_rows(mesh, array) for name, array in arrays.items()})
-    prefix, state = start(params, config, placed, sampling, edits, slots=min(_FIRST_SLOTS, bucket(most)), mesh=mesh)
-    progress = seen(state)
+    slots, sampling = min(_FIRST_SLOTS, bucket(most)), make_sampling(model, decoding)
+    prefix, state = start(params, config, placed, sampling, edits, slots=slots, mesh=mesh)
+    state, progress = look(state)
     while not progress.done.all():
         if every is not None:
             yield progress
-            done = np.pad(progress.done, (0, rows.size - kept), constant_values=True)
-            state = dataclasses.replace(state, done=shard_rows(mesh, done))
         goal = int(progress.length.max()) + (every or most)
         while not progress.done.all() and (length := int(progress.length.max())) < goal:
             if length == state.tokens.shape[1]:
                 state = grow(state, slots=2 * length, mesh=mesh)
             state = decode(params, config, prefix, state, edits, np.int32(goal - length))
-            progress = seen(state)
+            state, progress = look(state)
     yield progress

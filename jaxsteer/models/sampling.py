@@ -6,12 +6,11 @@ Letters: B rows, V vocabulary, S stop tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -22,6 +21,52 @@ from jaxsteer.models.model import Model
 STOPS = 8
 """Stop tokens come in such numbers, so that no program is made for every number of them."""
 _BLOCK = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How a text goes on and where it ends. Raises ``UserError`` for values that mean nothing."""
+
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+    temperature: float = 1.0
+    """0: always the likeliest token."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together reach this probability."""
+    top_k: int = 0
+    """Only the k likeliest tokens (0: all)."""
+    stop: Sequence[str | int] = ()
+    """Texts that end an answer, or from Python ids of tokens, beside the model's own stop tokens."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+    def __post_init__(self) -> None:
+        """Check the values; ``stop`` may be any sequence."""
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature must be 0 (always the likeliest token) or larger, got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(
+                f"top_p is a probability: give a value above 0 and at most 1 (1: all tokens), got {self.top_p}."
+            )
+        if self.top_k < 0:
+            raise UserError(f"top_k is a number of tokens (0: all of them), got {self.top_k}.")
+        if isinstance(self.stop, str):
+            raise UserError(
+                f"stop must be a list of texts or ids, got the single string {self.stop!r}. Write [{self.stop!r}]."
+            )
+        if "" in self.stop:
+            raise UserError("An empty stop string would end every text at once.")
+        object.__setattr__(self, "stop", tuple(self.stop))
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """Those of ``stop`` that are texts."""
+        return tuple(stop for stop in self.stop if isinstance(stop, str))
+
+
+DEFAULTS = Decoding()
 
 
 @struct.dataclass
@@ -45,32 +90,25 @@ class Sampling:
     """Tokens of the tokenizer; rows of the embedding table at and after it are padding and are never chosen."""
 
 
-def make_sampling(
-    model: Model,
-    *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    stop: Collection[int] = (),
-    seed: int = 0,
-) -> Sampling:
-    """The settings as a pytree. Raises ``UserError`` for values that mean nothing."""
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature must be 0 (always the likeliest token) or larger, got {temperature}.")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p is a probability: give a value above 0 and at most 1 (1: all tokens), got {top_p}.")
-    if top_k < 0:
-        raise UserError(f"top_k is a number of tokens (0: all of them), got {top_k}.")
+def stop_ids(model: Model, decoding: Decoding) -> set[int]:
+    """Ids that end a row: those of ``decoding``, the checkpoint's generation config and the tokenizer's EOS."""
+    ids = {int(stop) for stop in decoding.stop if not isinstance(stop, str)} | set(model.stop_tokens)
+    if model.tokenizer is not None and model.tokenizer.eos_token_id is not None:
+        ids.add(model.tokenizer.eos_token_id)
+    return ids
+
+
+def make_sampling(model: Model, decoding: Decoding) -> Sampling:
+    """The settings as a pytree."""
     known = model.config.vocab_size if model.tokenizer is None else len(model.tokenizer)
-    ids = np.full(-(-max(len(stop), 1) // STOPS) * STOPS, -1, np.int32)
-    ids[: len(stop)] = sorted(stop)
+    stop = sorted(stop_ids(model, decoding))
     return dataclasses.replace(
         plain_sampling(min(known, model.config.vocab_size)),
-        key=jax.random.key(seed),
-        temperature=jnp.float32(temperature),
-        top_k=jnp.int32(top_k),
-        top_p=jnp.float32(top_p),
-        stop=jnp.asarray(ids),
+        key=jax.random.key(decoding.seed),
+        temperature=jnp.float32(decoding.temperature),
+        top_k=jnp.int32(decoding.top_k),
+        top_p=jnp.float32(decoding.top_p),
+        stop=jnp.asarray([*stop, *[-1] * (-len(stop) % STOPS or (0 if stop else STOPS))], jnp.int32),
     )
 
 

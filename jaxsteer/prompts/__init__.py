@@ -13,6 +13,7 @@ from jaxsteer.prompts.conversation import (
     load_conversations,
     question_conversation,
     render,
+    with_system,
 )
 from jaxsteer.prompts.slots import (
     PAD,
@@ -50,5 +51,6 @@ __all__ = [
     "resized",
     "retokenises",
     "retokenises_many",
+    "with_system",
     "with_target",
 ]

@@ -165,11 +165,13 @@ def question_conversation(
     body = {"suffix": f"{question} {SLOT}", "prefix": f"{SLOT} {question}", "system": question}[slot]
     if style == "plain":
         return Conversation(text=body, answer=answer, alternatives=tuple(alternatives))
-    head = SLOT if slot == "system" else system
-    turns = ({"role": "system", "content": head},) if head else ()
-    return Conversation(
-        messages=(*turns, {"role": "user", "content": body}), answer=answer, alternatives=tuple(alternatives)
-    )
+    turns = with_system([{"role": "user", "content": body}], SLOT if slot == "system" else system)
+    return Conversation(messages=tuple(turns), answer=answer, alternatives=tuple(alternatives))
+
+
+def with_system(turns: Sequence[Message], system: str) -> list[Message]:
+    """The turns after a system message, if there is one."""
+    return [*([{"role": "system", "content": system}] if system else []), *turns]
 
 
 def join_answer(text: str, answer: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxsteer.errors import UserError
 from jaxsteer.models.generation import NO_TOKEN, Progress, generate_tokens
 from jaxsteer.models.model import Model
-from jaxsteer.models.sampling import make_sampling
+from jaxsteer.models.sampling import DEFAULTS, Decoding, stop_ids
 from jaxsteer.models.taps import Intervention
 from jaxsteer.prompts.conversation import Message, apply_template, encode_texts
 
@@ -49,16 +50,12 @@ class Generation:
 def generate(
     model: Model,
     prompts: Prompt | Sequence[Prompt],
+    decoding: Decoding = DEFAULTS,
     *,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    stop: Sequence[str | int] = (),
-    seed: int = 0,
     samples: int = 1,
     edits: Intervention | None = None,
     batch: int = 64,
+    **options: Any,
 ) -> Generation:
     """Continue prompts: greedily at ``temperature`` 0, by sampling otherwise.
 
@@ -66,8 +63,9 @@ def generate(
     model's chat template is applied and it answers as assistant), a string (continued as it stands, no template), or
     token ids (taken as they are, BOS included). ``samples`` continuations are drawn of each.
 
-    Rows end at the stop tokens of the checkpoint's generation config, the tokenizer's EOS, and whatever ``stop`` names:
-    ids, or strings that end a row when its text contains one. ``top_k`` and then ``top_p`` restrict the tokens as in
+    ``decoding`` says how; ``options`` are single fields of it: ``generate(model, prompts, temperature=0)``. Rows end at
+    the stop tokens of the checkpoint's generation config, the tokenizer's EOS, and whatever ``stop`` names: ids, or
+    strings that end a row when its text contains one. ``top_k`` and then ``top_p`` restrict the tokens as in
     transformers; 0 and 1 mean no restriction. ``edits`` act on the prompt and on every token that is decoded (see
     ``jaxsteer.steer``); an intervention with an attribute ``rows`` holds one edit per row.
 
@@ -76,29 +74,23 @@ def generate(
     for prompts that do not fit, or that the model's template refuses, before anything is computed.
     """
     started = time.perf_counter()
-    ids = prompt_ids(model, prompts)
-    strings, stop_ids = _stops(model, stop)
-    sampling = make_sampling(model, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop_ids, seed=seed)
-    every = _CHUNK if strings else None
-    steps = generate_tokens(
-        model, ids, sampling, max_new_tokens=max_new_tokens, samples=samples, edits=edits, every=every, batch=batch
-    )
+    ids, decoding = prompt_ids(model, prompts), changed(decoding, options)
+    end = _end(model, decoding)
+    every = None if end is None else _CHUNK
     rows: dict[int, np.ndarray] = {}
-    cut: dict[int, int] = {}
-    for progress in steps:
-        if strings:
-            _stop_at_strings(model, progress, strings, cut)
+    for progress in generate_tokens(
+        model, ids, decoding, samples=samples, edits=edits, end=end, every=every, batch=batch
+    ):
         rows |= {int(row): tokens for row, tokens in zip(progress.rows, progress.tokens, strict=True)}
-    count = len(ids) * samples
-    kept = [rows[row][: cut.get(row)] for row in range(count)]
-    kept = [tokens[tokens != NO_TOKEN].astype(np.int32) for tokens in kept]
-    tokens = np.full((count, max((len(row) for row in kept), default=0)), NO_TOKEN, np.int32)
+    kept = [rows[row][rows[row] != NO_TOKEN].astype(np.int32) for row in range(len(ids) * samples)]
+    tokens = np.full((len(kept), max((len(row) for row in kept), default=0)), NO_TOKEN, np.int32)
     for row, made in enumerate(kept):
         tokens[row, : len(made)] = made
-    ended = [row in cut or (len(made) > 0 and int(made[-1]) in stop_ids) for row, made in enumerate(kept)]
+    stops = stop_ids(model, decoding)
+    ended = [(len(made) > 0 and int(made[-1]) in stops) or (end is not None and end(made) is not None) for made in kept]
     return Generation(
         tokens=tokens,
-        texts=tuple(_text(model, made, strings, stop_ids) for made in kept),
+        texts=tuple(_text(model, made, decoding) for made in kept),
         finish=tuple("stop" if stopped else "length" for stopped in ended),
         prompt_length=np.repeat([len(row) for row in ids], samples).astype(np.int32),
         seconds=time.perf_counter() - started,
@@ -108,39 +100,39 @@ def generate(
 def stream(
     model: Model,
     prompt: Prompt,
+    decoding: Decoding = DEFAULTS,
     *,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    stop: Sequence[str | int] = (),
-    seed: int = 0,
     edits: Intervention | None = None,
     every: int = 2,
+    **options: Any,
 ) -> Iterator[str]:
     """The text that ``generate`` would write after one prompt, in pieces, a look at the device every ``every`` tokens.
 
     A piece ends where a character is complete, and nothing is given out that may turn out to begin a stop string.
     Errors are raised by the call itself, before the first piece.
     """
-    ids = prompt_ids(model, prompt)
+    ids, decoding = prompt_ids(model, prompt), changed(decoding, options)
     if len(ids) != 1:
         raise UserError(f"stream continues one prompt, got {len(ids)}. Use jaxsteer.generate for several.")
-    strings, stop_ids = _stops(model, stop)
-    sampling = make_sampling(model, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop_ids, seed=seed)
-    steps = generate_tokens(model, ids, sampling, max_new_tokens=max_new_tokens, edits=edits, every=every)
-    return _pieces(model, steps, strings, stop_ids)
+    steps = generate_tokens(model, ids, decoding, edits=edits, end=_end(model, decoding), every=every)
+    return _pieces(model, steps, decoding)
 
 
-def _pieces(model: Model, steps: Iterator[Progress], strings: Sequence[str], stop_ids: set[int]) -> Iterator[str]:
+def changed(decoding: Decoding, options: Mapping[str, Any]) -> Decoding:
+    """``decoding`` with some of its fields changed. Raises ``UserError`` for fields that it does not have."""
+    known = [field.name for field in dataclasses.fields(Decoding)]
+    if unknown := sorted(options.keys() - set(known)):
+        raise UserError(f"generating has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    return dataclasses.replace(decoding, **options)
+
+
+def _pieces(model: Model, steps: Iterator[Progress], decoding: Decoding) -> Iterator[str]:
     given = ""
     for progress in steps:
-        cut: dict[int, int] = {}
-        _stop_at_strings(model, progress, strings, cut)
         made = progress.tokens[0]
-        text = _text(model, made[made != NO_TOKEN], strings, stop_ids)
+        text = _text(model, made[made != NO_TOKEN], decoding)
         if not progress.done[0]:
-            text = text[: _safe_length(text, strings)]
+            text = text[: _safe_length(text, decoding.stop_texts)]
         if len(text) > len(given) and text.startswith(given):
             yield text[len(given) :]
             given = text
@@ -199,40 +191,32 @@ def _tokenizer(model: Model) -> PreTrainedTokenizerBase:
 # Ends
 
 
-def _stops(model: Model, stop: Sequence[str | int]) -> tuple[list[str], set[int]]:
-    """Stop strings, and all ids that end a row."""
-    if isinstance(stop, str):
-        raise UserError(f"stop must be a list of texts or ids, got the single string {stop!r}. Write [{stop!r}].")
-    strings = [text for text in stop if isinstance(text, str)]
-    if "" in strings:
-        raise UserError("An empty stop string would end every text at once.")
-    if strings:
-        _tokenizer(model)
-    ids = {int(i) for i in stop if not isinstance(i, str)} | set(model.stop_tokens)
-    if model.tokenizer is not None and model.tokenizer.eos_token_id is not None:
-        ids.add(model.tokenizer.eos_token_id)
-    return strings, ids
+def _end(model: Model, decoding: Decoding) -> Callable[[np.ndarray], int | None] | None:
+    """What tells how many tokens complete a stop string (None: there is none yet); None without stop strings."""
+    texts = decoding.stop_texts
+    if not texts:
+        return None
+    _tokenizer(model)
+
+    def end(made: np.ndarray) -> int | None:
+        def complete(n: int) -> bool:
+            said = _decode(model, made[:n])
+            return any(text in said for text in texts)
+
+        if not complete(len(made)):
+            return None
+        # The shortest beginning that holds one, so that it does not matter how often this is asked.
+        return bisect.bisect_left(range(len(made) + 1), True, lo=1, key=complete)
+
+    return end
 
 
-def _stop_at_strings(model: Model, progress: Progress, strings: Sequence[str], cut: dict[int, int]) -> None:
-    """End the rows whose text holds a stop string; ``cut[row]`` becomes the number of tokens that complete it."""
-    for slot, row in enumerate(map(int, progress.rows)):
-        made = progress.tokens[slot][: progress.length[slot]]
-        if row in cut or not any(text in _decode(model, made) for text in strings):
-            continue
-        low, high = 0, len(made)  # the shortest beginning that holds one, so that no chunk size shows
-        while high - low > 1:
-            middle = (low + high) // 2
-            found = any(text in _decode(model, made[:middle]) for text in strings)
-            low, high = (low, middle) if found else (middle, high)
-        cut[row], progress.done[slot] = high, True
-
-
-def _text(model: Model, tokens: np.ndarray, strings: Sequence[str], stop_ids: set[int]) -> str:
+def _text(model: Model, tokens: np.ndarray, decoding: Decoding) -> str:
     if model.tokenizer is None:
         return ""
-    text = _decode(model, tokens[:-1] if len(tokens) and int(tokens[-1]) in stop_ids else tokens)
-    return text[: min((text.find(string) for string in strings if string in text), default=len(text))]
+    stopped = len(tokens) and int(tokens[-1]) in stop_ids(model, decoding)
+    text = _decode(model, tokens[:-1] if stopped else tokens)
+    return text[: min((text.find(stop) for stop in decoding.stop_texts if stop in text), default=len(text))]
 
 
 def _decode(model: Model, tokens: np.ndarray) -> str:

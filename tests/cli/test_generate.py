@@ -11,7 +11,8 @@ import pytest
 
 from jaxsteer.cli import main
 from jaxsteer.cli.chat import talk
-from jaxsteer.cli.generate import Decoding
+from jaxsteer.models.sampling import Decoding
+from jaxsteer.prompts.chat import Chat
 from jaxsteer.steer import Vectors, save_vectors
 from tests.helpers.tiny import tiny_model
 
@@ -78,8 +79,9 @@ def conversation(said: list[str | type[BaseException]]) -> tuple[list[dict[str, 
             return line
         raise line
 
-    turns = talk(MODEL, "", Decoding(max_new_tokens=8).settings(), read=read, write=written.append)
-    return turns, "".join(written)
+    chat = Chat(MODEL, decoding=Decoding(max_new_tokens=8))
+    talk(chat, read=read, write=written.append)
+    return chat.turns, "".join(written)
 
 
 def test_chat_keeps_the_context_until_reset() -> None:
@@ -104,6 +106,6 @@ def test_an_interrupted_answer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         yield "half an"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxsteer.prompts.generate.stream", pieces)
+    monkeypatch.setattr("jaxsteer.prompts.chat.stream", pieces)
     turns, written = conversation(["Hello"])
     assert turns[1]["content"] == "half an" and "[interrupted]" in written

@@ -8,7 +8,7 @@ import pytest
 
 from jaxsteer.models.decoding import Batch, State, admit, decode, evict, grow, idle
 from jaxsteer.models.model import Model
-from jaxsteer.models.sampling import Sampling, make_sampling
+from jaxsteer.models.sampling import Decoding, Sampling, make_sampling
 from tests.helpers.checkpoints import WINDOW, family_config, random_model
 from tests.models.test_generation import push, run
 
@@ -33,7 +33,7 @@ def requests(model: Model, count: int) -> list[tuple[np.ndarray, int, Sampling, 
         prompt = rng.integers(0, 67, rng.integers(3, WIDTH + 1)).astype(np.int32)
         limit, options = int(rng.integers(1, SLOTS - len(prompt) + 1)), SETTINGS[number % len(SETTINGS)]
         alone = run(model, [prompt], new=limit, **options)[0]
-        found.append((prompt, limit, make_sampling(model, **options), alone[alone >= 0]))
+        found.append((prompt, limit, make_sampling(model, Decoding(**options)), alone[alone >= 0]))
     return found
 
 
@@ -76,7 +76,7 @@ def test_a_ring_that_has_gone_round_grows() -> None:
     expected = run(model, [second], new=50, seed=1)[0]
     state = idle(model.params, model.config, 1, slots=SLOTS)
     for prompt, limit, seed in ((first, 30, 0), (second, 50, 1)):
-        sampling = make_sampling(model, seed=seed)
+        sampling = make_sampling(model, Decoding(seed=seed))
         state = admit(model.params, model.config, state, batch_of(prompt, limit), jnp.asarray([0]), sampling)
         state = decode(model.params, model.config, None, state, None, np.int32(28))
     assert int(state.cache.slot) < int(state.cache.length[0])
@@ -90,7 +90,7 @@ def test_edits_reach_rows_that_join() -> None:
     edits = push(3, response_only=True)
     state = idle(model.params, model.config, 2, slots=SLOTS)
     for place, options in enumerate((dict(seed=2), dict(seed=6))):
-        sampling = make_sampling(model, **options)
+        sampling = make_sampling(model, Decoding(**options))
         state = admit(model.params, model.config, state, batch_of(prompt, 20), jnp.asarray([place]), sampling, edits)
         state = decode(model.params, model.config, None, state, edits, np.int32(5 if place == 0 else 50))
     for place, seed in enumerate((2, 6)):

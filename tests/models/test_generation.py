@@ -16,7 +16,7 @@ from jaxsteer.models import generation
 from jaxsteer.models.decoding import Batch
 from jaxsteer.models.generation import NO_TOKEN, generate_tokens
 from jaxsteer.models.model import Model
-from jaxsteer.models.sampling import Sampling, _keep_largest, choose, make_sampling, of_rows
+from jaxsteer.models.sampling import Decoding, Sampling, _keep_largest, choose, make_sampling, of_rows
 from jaxsteer.models.sharding import make_mesh, shard_params
 from jaxsteer.models.taps import Tap, Where
 from tests.helpers.checkpoints import FAMILIES, WINDOW, family_config, random_model
@@ -30,11 +30,10 @@ NEW = 24
 
 def run(model: Model, prompts: list[np.ndarray] = PROMPTS, *, new: int = NEW, **options: object) -> np.ndarray:
     """Tokens (B, ``new``) of all rows in their order."""
-    names = ("samples", "edits", "every", "batch")
+    names = ("samples", "edits", "every", "batch", "end")
     rest = {name: options.pop(name) for name in names if name in options}
     rows = {}
-    steps = generate_tokens(model, prompts, make_sampling(model, **options), max_new_tokens=new, **rest)
-    for progress in steps:
+    for progress in generate_tokens(model, prompts, Decoding(max_new_tokens=new, **options), **rest):
         rows |= dict(zip(progress.rows.tolist(), progress.tokens, strict=True))
     tokens = np.full((len(rows), new), NO_TOKEN)
     for row, made in rows.items():
@@ -69,7 +68,8 @@ def test_decoded_tokens_are_those_of_the_whole_text(family: str) -> None:
     assert min(LENGTHS) + NEW > 3 * WINDOW
     for temperature in (1.0, 0.0):
         tokens = run(model, temperature=temperature, seed=3)
-        expected = chosen(next_logits(model, PROMPTS, tokens), make_sampling(model, temperature=temperature, seed=3))
+        sampling = make_sampling(model, Decoding(temperature=temperature, seed=3))
+        expected = chosen(next_logits(model, PROMPTS, tokens), sampling)
         np.testing.assert_array_equal(tokens, expected)
         if temperature:
             assert len(set(tokens.ravel().tolist())) > 20  # text that a mistake would change
@@ -132,6 +132,15 @@ def test_eight_devices_give_the_same_tokens(model_axis: int) -> None:
     np.testing.assert_array_equal(run(spread, seed=5), run(alone, seed=5))
 
 
+def test_rows_end_where_the_caller_says() -> None:
+    """``end`` is asked every few tokens; what it cuts and when it is asked does not show in other rows."""
+    free = run(gemma())
+    for every in (1, 5):
+        ended = run(gemma(), every=every, end=lambda made: 7 if len(made) >= 7 and made[0] == free[1, 0] else None)
+        assert (ended[1] == np.where(np.arange(NEW) < 7, free[1], NO_TOKEN)).all()
+        np.testing.assert_array_equal(np.delete(ended, 1, 0), np.delete(free, 1, 0))
+
+
 def test_rows_end_at_stop_tokens_and_where_positions_end() -> None:
     free = run(gemma())
     ids = [int(free[0, 6]), int(free[2, 3])]
@@ -141,7 +150,7 @@ def test_rows_end_at_stop_tokens_and_where_positions_end() -> None:
         np.testing.assert_array_equal(ended[row], np.where(np.arange(NEW) < n, tokens, NO_TOKEN))
     assert (ended[2] == NO_TOKEN).any()
     end = gemma().config.max_positions
-    steps = [*generate_tokens(gemma(), [np.zeros(end - 3, np.int32)], make_sampling(gemma()), max_new_tokens=NEW)]
+    steps = [*generate_tokens(gemma(), [np.zeros(end - 3, np.int32)], Decoding(max_new_tokens=NEW))]
     assert steps[-1].length.tolist() == [3]
 
 
@@ -167,7 +176,7 @@ def test_draws_follow_the_reference_distribution(temperature: float, top_k: int,
     logits = 1.5 * np.random.default_rng(1).standard_normal(12).astype(np.float32)
     n = 4096
     sampling = dataclasses.replace(
-        make_sampling(gemma(), temperature=temperature, top_k=top_k, top_p=top_p, seed=1), vocab=10
+        make_sampling(gemma(), Decoding(temperature=temperature, top_k=top_k, top_p=top_p, seed=1)), vocab=10
     )
     drawn = chosen(np.tile(logits, (n, 1, 1)), sampling)[:, 0]
     expected = np.append(reference(logits[:10], temperature, top_k, top_p), [0, 0])  # beyond the tokenizer: never
@@ -227,7 +236,7 @@ def test_an_edit_applies_at_every_decoded_token(rows: int | None, compile_counte
         edits = push(3, response_only=response_only, rows=rows)
         tokens = run(gemma(), seed=2, edits=edits)
         logits = next_logits(gemma(), PROMPTS, tokens, edits=edits)
-        np.testing.assert_array_equal(tokens, chosen(logits, make_sampling(gemma(), seed=2)))
+        np.testing.assert_array_equal(tokens, chosen(logits, make_sampling(gemma(), Decoding(seed=2))))
         assert (tokens != plain).any()
     with compile_counter() as count:
         other = run(gemma(), seed=2, edits=push(4, response_only=False, rows=rows))
@@ -248,4 +257,4 @@ def test_what_does_not_fit_is_refused_before_any_work() -> None:
         run(model, edits=push(1, response_only=False, rows=3))
     for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.2}, {"top_k": -1}):
         with pytest.raises(jaxsteer.UserError, match=next(iter(bad))):
-            make_sampling(model, **bad)
+            Decoding(**bad)

@@ -16,7 +16,7 @@ import jaxsteer
 from jaxsteer import steer
 from jaxsteer.models.generation import generate_tokens
 from jaxsteer.models.model import Model
-from jaxsteer.models.sampling import make_sampling
+from jaxsteer.models.sampling import Decoding
 from jaxsteer.models.sites import BLOCK_PLACES
 from jaxsteer.models.taps import Tap, Where, make_where
 from jaxsteer.models.transformer import forward
@@ -357,8 +357,8 @@ def test_bfloat16_streams_are_edited_in_float32() -> None:
 def test_generation_follows_the_edited_logits(compile_counter: Any) -> None:
     selections = ["response", "last_and_response"]
     table = steer.stack_rows([steer.add("blocks.1.hook_resid_mid", 3 * VECTOR, positions=p) for p in selections])
-    prompts, sampling = [TOKENS[0, :5], TOKENS[1, :3]], make_sampling(LLAMA, temperature=0.0)
-    *_, last = generate_tokens(LLAMA, prompts, sampling, max_new_tokens=5, edits=table)
+    prompts, decoding = [TOKENS[0, :5], TOKENS[1, :3]], Decoding(max_new_tokens=5, temperature=0.0)
+    *_, last = generate_tokens(LLAMA, prompts, decoding, edits=table)
     for row, (prompt, tokens) in enumerate(zip(prompts, last.tokens[:, :5])):
         text = np.concatenate([prompt, tokens])[None]
         length, alone = np.asarray([len(prompt)]), steer.take_rows(table, np.asarray([row]))
@@ -366,5 +366,5 @@ def test_generation_follows_the_edited_logits(compile_counter: Any) -> None:
         assert np.asarray(logits)[0, len(prompt) - 1 : -1].argmax(-1).tolist() == tokens.tolist()
     wide = steer.add("blocks.1.mlp.hook_post", VECTOR)
     with compile_counter() as count, pytest.raises(jaxsteer.UserError, match="24 components"):
-        generate_tokens(LLAMA, prompts, sampling, max_new_tokens=5, edits=wide)
+        generate_tokens(LLAMA, prompts, decoding, edits=wide)
     assert not count.total()
