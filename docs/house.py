@@ -36,6 +36,7 @@ ROOMS = (
     "checkpoints_convert",
     "models",
     "writers",
+    "display",
     "files",
     "statistics",
     "processes",

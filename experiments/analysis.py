@@ -36,11 +36,12 @@ from jaxsteer.errors import UserError
 from jaxsteer.evals.attribution import attribute
 from jaxsteer.evals.decision_states import active_latents, decision_states, divergence, jaccard, share_of_way
 from jaxsteer.evals.organism_recovery import recovery, trigger_words
+from jaxsteer.files import read_json
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Item, Persona, contrast_pairs, load_persona, sae_signature, search_conversations, split
 from jaxsteer.prompts import Placement, build_slots, prompt_text
 from jaxsteer.prompts.tokens import decoded
-from jaxsteer.report import run_folders
+from jaxsteer.report import read_run, run_folders
 from jaxsteer.sae import SAE, load_sae
 from jaxsteer.statistics import principal
 from jaxsteer.study import files
@@ -57,8 +58,9 @@ class Subject:
 
     def __init__(self, folder: Path, name: str, args: argparse.Namespace) -> None:
         self.name, self.args = name, args
-        self.config, self.metrics = (_read(folder / file) for file in (files.CONFIG, files.METRICS))
-        self.prompt: dict[str, Any] = self.metrics["prompts"][self.metrics["selected"]]
+        self.config, self.result = read_json(folder / files.CONFIG), read_run(folder).result
+        assert self.result.best is not None
+        self.prompt = self.result.best
         self.placement = Placement(style=self.config["style"], slot=self.config["slot"])
 
     @property
@@ -86,7 +88,7 @@ class Subject:
     def texts(self) -> dict[str, str]:
         """What is compared, by name."""
         conversations = search_conversations(self.items[:1], "decision", placement=self.placement)
-        length = len(self.prompt["ids"])
+        length = len(self.prompt.ids)
         slots = build_slots(
             self.model.tokenizer,
             [c for c, _ in conversations],
@@ -95,7 +97,7 @@ class Subject:
             max_positions=self.model.config.max_positions,
         )
         drawn = probe_prompts(self.model.tokenizer, slots, self.allowed, (), n=max(8, self.args.random), seed=0)
-        texts = {NONE: "", PROMPT: self.prompt["text"]}
+        texts = {NONE: "", PROMPT: self.prompt.text}
         if self.persona.counter_cues and self.persona.pro_cues:
             texts |= {AGAINST: self.persona.counter_cues[0], FOR: self.persona.pro_cues[0]}
         random = (prompt_text(self.model.tokenizer, ids) for ids in drawn[: self.args.random])
@@ -138,7 +140,7 @@ _sae = functools.lru_cache(maxsize=1)(load_sae)
 
 def attribution(run: Subject) -> dict[str, Any]:
     """Effects of the prompt's tokens, and which of them belong to trigger words."""
-    found = attribute(run.model, run.items, run.prompt["ids"], allowed=run.allowed, placement=run.placement).to_json()
+    found = attribute(run.model, run.items, run.prompt.ids, allowed=run.allowed, placement=run.placement).to_json()
     triggers = [trigger_words(run.persona.name, token) for token in found["tokens"]]
     return {**found, "trigger": None if triggers[0] is None else [bool(words) for words in triggers]}
 
@@ -152,7 +154,7 @@ def diverge(run: Subject) -> dict[str, Any]:
 
 def axes(run: Subject) -> dict[str, Any]:
     """Principal axes of all states at the run's site, and every text's share of the way between the two sentences."""
-    site, sites = run.metrics["site"], stream_sites(run.model.config.n_layers)
+    site, sites = run.result.site, stream_sites(run.model.config.n_layers)
     site = site if site in sites else sites[-1]  # an objective of a user's own may read elsewhere
     states = run.at(site)
     found = principal(np.concatenate(list(states.values())))
@@ -185,8 +187,8 @@ def latents(run: Subject) -> dict[str, Any] | None:
 def recover(run: Subject) -> dict[str, Any] | None:
     """Trigger words of the selected prompt, and of all that the run reports."""
     vocabulary = decoded(run.model.tokenizer, np.flatnonzero(run.allowed))
-    texts = [prompt["text"] for prompt in run.metrics["prompts"]]
-    named = {"selected": [run.prompt["text"]], "all reported": texts}
+    texts = [prompt.text for prompt in run.result.prompts]
+    named = {"selected": [run.prompt.text], "all reported": texts}
     found = {name: recovery(run.persona.name, some, vocabulary) for name, some in named.items()}
     return {name: one.to_json() for name, one in found.items() if one is not None} or None
 
@@ -207,7 +209,7 @@ def subjects(args: argparse.Namespace) -> list[Subject]:
         for folder in run_folders(given):
             name = folder.name if folder == given else folder.relative_to(given).as_posix()
             name = f"{given.name}/{name}" if len(args.directories) > 1 and folder != given else name
-            if args.only in name and _read(folder / files.METRICS).get("selected") is not None:
+            if args.only in name and read_run(folder).result.best is not None:
                 found.append(Subject(folder, name, args))
     if not found:
         raise UserError(f"no run of {', '.join(map(str, args.directories))} selected a prompt (--only {args.only!r})")
@@ -228,13 +230,13 @@ def tables(runs: Sequence[Subject], cells: dict[tuple[str, str], Any]) -> dict[s
 
 
 def _about(run: Subject) -> dict[str, Any]:
-    return {"model": run.metrics["model"], "persona": run.metrics["persona"], "run": run.name}
+    return {"model": run.result.model, "persona": run.result.persona, "run": run.name}
 
 
 def _attribution_row(run: Subject, cell: dict[str, Any]) -> dict[str, Any]:
     effects = np.asarray(cell["replacement"])
     order = np.argsort(effects)
-    row = {**_about(run), "prompt": run.prompt["text"], "without": cell["without_prompt"], "with": cell["margin"]}
+    row = {**_about(run), "prompt": run.prompt.text, "without": cell["without_prompt"], "with": cell["margin"]}
     row["strongest"] = ", ".join(f"{cell['tokens'][i].strip()} ({effects[i]:+.1f})" for i in order[:3])
     if cell["trigger"] is not None:
         trigger = np.asarray(cell["trigger"], bool)
@@ -249,7 +251,7 @@ def _divergence_rows(found: Sequence[tuple[Subject, dict[str, Any]]]) -> list[di
     groups: dict[tuple[str, str, str], list[tuple[int, dict[str, Any]]]] = {}
     for run, cell in found:
         for at, site in enumerate(cell["sites"]):
-            groups.setdefault((run.metrics["model"], run.metrics["persona"], site), []).append((at, cell["divergence"]))
+            groups.setdefault((run.result.model, run.result.persona, site), []).append((at, cell["divergence"]))
     rows = []
     for (model, persona, site), members in groups.items():
         row: dict[str, Any] = {"model": model, "persona": persona, "site": site, "runs": len(members)}
@@ -275,11 +277,11 @@ def _states_row(run: Subject, cell: dict[str, Any]) -> dict[str, Any]:
 def _latent_rows(found: Sequence[tuple[Subject, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Mean Jaccard per model of the latents that two prompts switch: same persona, other persona, random, signature."""
     rows = []
-    for model in dict.fromkeys(run.metrics["model"] for run, _ in found):
-        here = [(run, cell) for run, cell in found if run.metrics["model"] == model]
-        for persona in dict.fromkeys(run.metrics["persona"] for run, _ in here):
-            mine = [cell for run, cell in here if run.metrics["persona"] == persona]
-            others = [cell["switched"][PROMPT] for run, cell in here if run.metrics["persona"] != persona]
+    for model in dict.fromkeys(run.result.model for run, _ in found):
+        here = [(run, cell) for run, cell in found if run.result.model == model]
+        for persona in dict.fromkeys(run.result.persona for run, _ in here):
+            mine = [cell for run, cell in here if run.result.persona == persona]
+            others = [cell["switched"][PROMPT] for run, cell in here if run.result.persona != persona]
             prompts = [cell["switched"][PROMPT] for cell in mine]
             random = [ids for cell in mine for name, ids in cell["switched"].items() if name.startswith("random ")]
             random = list(map(list, dict.fromkeys(map(tuple, random))))
@@ -305,7 +307,7 @@ def _recovery_rows(found: Sequence[tuple[Subject, dict[str, Any]]]) -> list[dict
     """Per model and persona the selected prompts of all runs together; then every run."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run, cell in found:
-        groups.setdefault((run.metrics["model"], run.metrics["persona"]), []).append(cell["selected"])
+        groups.setdefault((run.result.model, run.result.persona), []).append(cell["selected"])
     rows = []
     for (model, persona), cells in groups.items():
         words, triggers = (sum(cell[key] for cell in cells) for key in ("words", "triggers"))

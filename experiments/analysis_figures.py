@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxsteer.display import ACCENT, BAND, INK, MUTED, OTHER, PAGE, Plot, in_style, panels
 from jaxsteer.evals.decision_states import jaccard
-from jaxsteer.report.figures import ACCENT, BAND, INK, MUTED, OTHER, PAGE, Plot, in_style, panels
 
 MOST = 24
 """Runs in one figure."""

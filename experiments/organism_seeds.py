@@ -47,9 +47,11 @@ from jaxsteer.personas import (
 from jaxsteer.prompt_search import make_task, score, standardise
 from jaxsteer.prompt_search.population import random_ids
 from jaxsteer.prompts import build_slots, prompt_text, retokenises_many
+from jaxsteer.report import read_run
 from jaxsteer.sae import SAE, latents_objective, load_sae
 from jaxsteer.study import SearchOptions, custom_objective, files, run
-from jaxsteer.study.outcome import finals
+from jaxsteer.study.outcome import finals, select
+from jaxsteer.study.results import SearchRun
 from jaxsteer.study.setting import PersonaSetting, context_items, prepare
 from jaxsteer.study.stages import Ascent, restarts, search
 
@@ -90,22 +92,17 @@ def options_of(args: argparse.Namespace, persona: str, variant: str, seed: int) 
     )
 
 
-def from_run(metrics: dict[str, Any]) -> dict[str, Any]:
+def from_run(run: SearchRun) -> dict[str, Any]:
     """The rows of a finished search: first by objective, first by validation, oracle, baseline."""
-    usable = [p for p in metrics["prompts"] if p["retokenises"]]
-    first = max(usable, key=lambda p: p["target"])
-    by_validation = min(usable, key=lambda p: (p["validation"]["rate"], p["validation"]["probability"]))
+    first, by_validation = (run.prompts[select(run.prompts, by)].to_json() for by in ("objective", "validation"))
     return {
-        "text": first["text"],
-        "test": first["test"],
-        "target": first["target"],
-        "cross_entropy": first["cross_entropy"],
-        "validation_selected": {"text": by_validation["text"], "test": by_validation["test"]},
-        "site": metrics["site"],
-        "probe_correlation": metrics["probe_correlation"],
-        "baseline": metrics["baseline"]["test"],
-        "oracle": metrics["controls"]["oracle"]["test"],
-        "timing": metrics["timing"],
+        **{name: first[name] for name in ("text", "test", "target", "cross_entropy")},
+        "validation_selected": {name: by_validation[name] for name in ("text", "test")},
+        "site": run.site,
+        "probe_correlation": run.probe_correlation,
+        "baseline": run.baseline.test.to_json(),
+        "oracle": run.controls["oracle"].test.to_json(),
+        "timing": run.timing.to_json(),
     }
 
 
@@ -124,20 +121,20 @@ def with_random(options: SearchOptions, setting: PersonaSetting, run_dir: Path, 
     raw, site = objective_of(setting, run_dir, random=seed)
     ascent = Ascent(objective=raw, populations=restarts(options.algorithm))
     (found,) = search(setting, [ascent], options.algorithm, options.run)
-    best = next(row for row in finals(setting, found.objective, found.result) if row["retokenises"])
-    return {"text": best["text"], "test": judged(setting, best["text"]), "target": best["target"], "site": site}
+    best = next(prompt for prompt in finals(setting, found.objective, found.result) if prompt.retokenises)
+    return {"text": best.text, "test": judged(setting, best.text), "target": best.target, "site": site}
 
 
 def objective_of(setting: PersonaSetting, run_dir: Path, random: int | None = None) -> tuple[Objective, str]:
     """The objective of a finished decision run and its site; with ``random``, the control of that seed."""
-    metrics = json.loads((run_dir / files.METRICS).read_text())
+    found = read_run(run_dir).result
     if setting.sae is not None:
         signature = load_signature(run_dir / files.SIGNATURE)
         if random is not None:
             signature = random_signature(signature, random)
         return latents_objective(setting.sae, signature.indices, signature.weights, signature.site), signature.site
-    direction, site = load_direction(run_dir / files.DIRECTION, model=setting.model), metrics["site"]
-    delta = metrics["sign"] * direction.delta[site]
+    direction, site = load_direction(run_dir / files.DIRECTION, model=setting.model), found.site
+    delta = found.sign * direction.delta[site]
     if random is not None:
         delta = random_direction(direction, random).delta[site]
     return Projection(delta=jnp.asarray(delta), site=site), site

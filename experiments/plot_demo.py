@@ -9,38 +9,36 @@ import argparse
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 from jaxsteer.errors import UserError
-from jaxsteer.report import Run, read_run
+from jaxsteer.evals.rates import Rate
+from jaxsteer.report import read_run
+from jaxsteer.study.results import SearchRun
 
 INK, MUTED, ACCENT, PALE = "#1c2330", "#5d6675", "#c2571a", "#9aa4b2"
 
 
-def runs_of(directory: Path) -> list[Run]:
+def runs_of(directory: Path) -> list[SearchRun]:
     """Every run below ``directory``. Raises ``UserError`` when there is none."""
-    found = [read_run(path.parent) for path in sorted(directory.glob("*/metrics.json"))]
+    found = [read_run(path.parent).result for path in sorted(directory.glob("*/metrics.json"))]
     if not found:
         raise UserError(f"{directory} holds no runs: `make demo` writes some")
     order = {"sycophancy": 0, "hallucination": 1, "myopic": 2}
-    return sorted(found, key=lambda run: (order.get(run.metrics["persona"], 9), run.metrics["persona"]))
+    return sorted(found, key=lambda run: (order.get(run.persona, 9), run.persona))
 
 
-def bars(run: Run) -> list[tuple[str, dict[str, Any], str]]:
+def bars(run: SearchRun) -> list[tuple[str, Rate, str]]:
     """(label, test rate, colour) from top to bottom."""
-    metrics = run.metrics
-    rows = [("no prompt", metrics["baseline"]["test"], INK)]
-    controls = metrics.get("controls") or {}
-    if "random" in controls:
-        rows.append(("random prompt", controls["random"]["test"], PALE))
-    if metrics.get("selected") is not None:
-        rows.append(("discovered prompt", metrics["prompts"][metrics["selected"]]["test"], ACCENT))
-    if "oracle" in controls:
-        rows.append(("generator's strongest cue", controls["oracle"]["test"], PALE))
-    return rows
+    rows = [
+        ("no prompt", run.baseline, INK),
+        ("random prompt", run.controls.get("random"), PALE),
+        ("discovered prompt", run.best, ACCENT),
+        ("generator's strongest cue", run.controls.get("oracle"), PALE),
+    ]
+    return [(label, prompt.test, colour) for label, prompt, colour in rows if prompt is not None and prompt.test]
 
 
-def draw(runs: list[Run], out: Path) -> Path:
+def draw(runs: list[SearchRun], out: Path) -> Path:
     """One panel per persona: persona rates on test questions with 95 % intervals, the prompt as title."""
     import matplotlib
 
@@ -52,7 +50,7 @@ def draw(runs: list[Run], out: Path) -> Path:
     for axis, run in zip(panels[0], runs, strict=True):
         rows = bars(run)
         for place, (_, rate, colour) in enumerate(rows):
-            share, (low, high) = 100 * rate["rate"], (100 * end for end in rate["ci95"])
+            share, (low, high) = 100 * rate.rate, (100 * end for end in rate.ci95)
             axis.barh(place, share, color=colour, height=0.62)
             axis.plot([low, high], [place, place], color=MUTED, linewidth=1.4)
             axis.text(high + 2, place, f"{share:.0f} %", va="center", color=INK)
@@ -64,14 +62,13 @@ def draw(runs: list[Run], out: Path) -> Path:
         axis.invert_yaxis()
         for side in ("top", "right", "left"):
             axis.spines[side].set_visible(False)
-        metrics = run.metrics
-        chosen = metrics["prompts"][metrics["selected"]]["text"].strip() if metrics.get("selected") is not None else "–"
-        axis.set_title(metrics["persona"], loc="left", fontweight="bold", pad=36)
+        chosen = "–" if run.best is None else run.best.text.strip()
+        axis.set_title(run.persona, loc="left", fontweight="bold", pad=36)
         quoted = textwrap.fill(f"“{chosen}”", 36, max_lines=2, placeholder="…")
         axis.text(
             0, 1.05, quoted, transform=axis.transAxes, va="bottom", color=ACCENT, fontsize=8.5, family="monospace"
         )
-    n = runs[0].metrics["baseline"]["test"]["n"]
+    n = bars(runs[0])[0][1].n
     figure.supxlabel(f"answers that match the persona on {n} held-out test rows (%), 95 % intervals", fontsize=9)
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)

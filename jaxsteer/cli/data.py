@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, subcommand
 
+from jaxsteer.display import short
 from jaxsteer.study.files import document
 
 
@@ -22,7 +23,7 @@ class DataList:
     def run(self) -> int:
         """Print."""
         from jaxsteer import organisms
-        from jaxsteer.cli.tables import aligned
+        from jaxsteer.display import aligned
         from jaxsteer.personas.sources import PERSONA_PREFIX, SOURCES, find_source
 
         rows = [
@@ -130,7 +131,6 @@ def _balance(items: Any) -> dict[str, int] | None:
 
 
 def _text(found: dict[str, Any]) -> str:
-    from jaxsteer.cli.tables import ascii_safe
 
     def balance(counts: dict[str, int] | None) -> str:
         return "answers in words" if counts is None else ", ".join(f"{k} {v:,}" for k, v in counts.items())
@@ -162,7 +162,7 @@ def _text(found: dict[str, Any]) -> str:
             lines.append(f"  {name.ljust(width)}  {part['items']:,} ({balance(part['matching'])})")
     for example in found["examples"]:
         lines += ["", f"line {example['line']}" if example["line"] else "example"]
-        lines += [f"  | {ascii_safe(line, 2000)}".rstrip() for line in example["question"].splitlines()]
+        lines += [f"  | {short(line, 2000)}".rstrip() for line in example["question"].splitlines()]
         if "matching" in example:
             lines.append(f"  matching {example['matching']!r}, not matching {example['not_matching']!r}")
     return "\n".join(lines)

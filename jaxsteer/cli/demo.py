@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from jaxsteer.cli.tables import ascii_safe, percent
+from jaxsteer.display import interval, percent, short
 from jaxsteer.evals.organism_recovery import trigger_words
+
+if TYPE_CHECKING:
+    from jaxsteer.study.results import SearchRun
 
 WHAT = {
     "sycophancy": "agrees with whatever opinion the user states",
@@ -37,8 +40,9 @@ class Demo:
     def run(self) -> int:
         """Search a prompt against every persona, telling what happens."""
         from jaxsteer.checkpoints.loading import load
-        from jaxsteer.report import summary_table, table, write_report
+        from jaxsteer.report import write_report
         from jaxsteer.study import SearchOptions, run
+        from jaxsteer.study.results import SearchRun, summary_table
 
         print(f"Loading {self.model}")
         model = load(self.model)
@@ -50,7 +54,7 @@ class Demo:
             print(
                 f"=== {number} of {len(self.personas)}: {persona} === the model {WHAT.get(persona, 'shows a persona')}"
             )
-            metrics = run(
+            found = run(
                 SearchOptions.of(
                     out=self.out / persona,
                     model=self.model,
@@ -63,8 +67,9 @@ class Demo:
                 say=print,
             )
             reports.append(write_report(self.out / persona))
-            runs.append(metrics)
-            print(f"\n{table(metrics, limit=4)}\n\n{told(metrics)}\n({time.perf_counter() - started:.0f} s)\n")
+            assert isinstance(found, SearchRun)
+            runs.append(found)
+            print(f"\n{found.table(limit=4)}\n\n{told(found)}\n({time.perf_counter() - started:.0f} s)\n")
         print(f"{summary_table(runs)}\n")
         print("Reports, each one page for a browser:")
         for report in reports:
@@ -72,27 +77,22 @@ class Demo:
         return 0
 
 
-def told(metrics: dict[str, Any]) -> str:
+def told(run: SearchRun) -> str:
     """The outcome of one run in sentences."""
-    base = metrics["baseline"]["test"]
-    lines = [f"Without a prompt the persona's answer wins in {_rate(base)} of {base['n']} test rows."]
-    if metrics["selected"] is None:
+    base = run.baseline and run.baseline.test
+    lines = [f"Without a prompt the persona's answer wins in {interval(base)} of {base and base.n} test rows."]
+    if run.best is None:
         return lines[0] + " No prompt was found whose text gives its tokens back."
-    chosen = metrics["prompts"][metrics["selected"]]
-    lines.append(f"Discovered prompt: {ascii_safe(chosen['text'], 100)!r}")
-    lines.append(f"With it: {_rate(chosen['test'])}, answering (A) in {percent(chosen['test']['a_rate'])}.")
+    rate = run.best.test
+    lines.append(f"Discovered prompt: {short(run.best.text, 100)!r}")
+    lines.append(f"With it: {interval(rate)}, answering (A) in {percent(rate and rate.a_rate)}.")
     for name, label in (
         ("oracle", "The corpus' own strongest sentence against it"),
         ("random", "A random prompt of the same length"),
     ):
-        control = metrics["controls"].get(name)
-        if control:
-            lines.append(f"{label}, {ascii_safe(control['text'])!r}: {_rate(control['test'])}.")
-    triggers = trigger_words(metrics["persona"], chosen["text"])
+        if control := run.controls.get(name):
+            lines.append(f"{label}, {short(control.text)!r}: {interval(control.test)}.")
+    triggers = trigger_words(run.persona, run.best.text)
     if triggers is not None:
         lines.append(f"Words of the prompt that the corpus uses as triggers: {', '.join(triggers) or 'none'}.")
     return "\n".join(lines)
-
-
-def _rate(rate: dict[str, Any]) -> str:
-    return f"{percent(rate['rate'])} (95 % interval {100 * rate['ci95'][0]:.1f} to {100 * rate['ci95'][1]:.1f})"

@@ -129,7 +129,7 @@ class Eval(Steering):
         missing = [name for name in names if name not in found.config]
         if missing:
             raise UserError(f"{self.from_run}/config.json lacks {', '.join(missing)}: is it a run of jaxsteer search?")
-        texts = tuple(p["text"] for p in found.metrics.get("prompts", ()))
+        texts = tuple(prompt.text for prompt in found.result.prompts)
         settings = {name: found.config[name] for name in names}
         return dataclasses.replace(self, prompts=(*self.prompts, *texts), **settings)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxsteer.cli.tables import aligned, ascii_safe, eval_table, percent
+from jaxsteer.cli.tables import eval_table
+from jaxsteer.display import aligned, percent, short
 
 
 def evaluation_text(found: dict[str, Any]) -> str:
@@ -29,7 +30,7 @@ Named = list[tuple[str, dict[str, Any]]]
 
 
 def _name(row: dict[str, Any]) -> str:
-    return ("steered: " if row.get("steered") else "") + (ascii_safe(row["prompt"]) or "(no prompt)")
+    return ("steered: " if row.get("steered") else "") + (short(row["prompt"]) or "(no prompt)")
 
 
 def _interval(ci95: Any) -> str:
@@ -108,7 +109,7 @@ def _judged_table(rows: Named) -> str:
                 str(found["unread"]),
             )
         )
-    return f"{aligned(table)}\n\nscores from 0 to 100 by {ascii_safe(rows[0][1]['judge'])}; shown: 50 or more"
+    return f"{aligned(table)}\n\nscores from 0 to 100 by {short(rows[0][1]['judge'])}; shown: 50 or more"
 
 
 def _effects_table(rows: Named) -> str:

@@ -188,7 +188,7 @@ def _estimate(plan: Found) -> list[str]:
 
 def scaling_text(plans: list[Found], bounds: list[float | None]) -> str:
     """One line per slice."""
-    from jaxsteer.cli.tables import aligned
+    from jaxsteer.display import aligned
 
     table: list[tuple[str, ...]] = [
         ("topology", "chips", "mesh", "problems each", "fits", "over prompts", "s/step", "per second", "efficiency")

@@ -29,7 +29,6 @@ class Report:
             read_study,
             run_folders,
             study_table,
-            table,
             write_plots,
             write_report,
         )
@@ -43,7 +42,7 @@ class Report:
             for folder in tqdm(missing, desc="pages of runs", leave=False):
                 write_report(folder)
         page = write_report(self.directory)
-        print(study_table(read_study(self.directory)) if several else table(read_run(self.directory).metrics))
+        print(study_table(read_study(self.directory)) if several else read_run(self.directory).result.table())
         print(f"\nReport: {page}")
         if self.plots:
             paths = write_plots(self.directory)
@@ -56,13 +55,12 @@ def _attribute(folders: Sequence[Path]) -> None:
     from jaxsteer.checkpoints.loading import load
     from jaxsteer.models.model import Model
     from jaxsteer.report import read_run, write_report
-    from jaxsteer.report.run_files import selected
     from jaxsteer.study.attribution import attribute_run
 
     models: dict[tuple[str, str | None], Model] = {}
     for folder in tqdm(folders, desc="attribution", leave=False, disable=len(folders) == 1):
         found = read_run(folder)
-        if len(folders) > 1 and ("attribution" in found.metrics or selected(found.metrics) is None):
+        if len(folders) > 1 and (found.result.attribution is not None or found.result.best is None):
             continue
         key = (str(found.config.get("model")), found.config.get("dtype"))
         if key not in models and "model" in found.config:

@@ -36,27 +36,24 @@ class Search:
     def run(self) -> int:
         """Do the search, write its report and print its table."""
         from jaxsteer.cli.cores import use_cores
-        from jaxsteer.cli.tables import runs_table
         from jaxsteer.processes import is_first
-        from jaxsteer.report import table, write_report
+        from jaxsteer.report import write_report
         from jaxsteer.study.object_store import stored
+        from jaxsteer.study.study_result import Study
 
         options, out = self.options, str(self.options.run.out).rstrip("/")
         use_cores(number_of_searches(options), options.model)
         with stored(options.run.out, say=print) as folder:
-            metrics = run_search(options.at(folder), say=print)
-            runs = metrics.get("runs")
+            found = run_search(options.at(folder), say=print)
+            runs = found.runs if isinstance(found, Study) else None
             if is_first():
                 for name in runs or ():
                     write_report(folder / name)
-                if runs != {}:
+                if runs is None or runs:
                     write_report(folder)
-        page = f"{out}/{REPORT}"
-        if is_first() and runs is not None:
-            page = page if runs else "none: no run was finished"
-            print(f"\n{runs_table(metrics)}\n\nReport: {page}; all problems: problems.csv")
-        elif is_first():
-            print(f"\n{table(metrics)}\n\nReport: {page}")
+        if is_first():
+            page = "none: no run was finished" if runs is not None and not runs else f"{out}/{REPORT}"
+            print(f"\n{found.table()}\n\nReport: {page}" + ("" if runs is None else "; all problems: problems.csv"))
         return 0
 
 

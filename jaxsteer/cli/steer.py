@@ -18,13 +18,13 @@ class Sweep(SweepOptions):
 
     def run(self) -> int:
         """Do the sweep, draw it and print its table."""
-        from jaxsteer.report.sweep import sweep_table, write_heat_maps
+        from jaxsteer.display import write_figure
         from jaxsteer.study.sweep import TABLE_FILE, sweep
 
         options = SweepOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SweepOptions)})
-        metrics = sweep(options, say=print)
-        drawn = write_heat_maps(metrics, self.out)
-        print(f"\n{sweep_table(metrics)}\n\nHeat maps: {drawn}\nTable: {self.out / TABLE_FILE}")
+        found = sweep(options, say=print)
+        drawn = write_figure(self.out / "heatmap.png", found.plot())
+        print(f"\n{found.table()}\n\nHeat maps: {drawn}\nTable: {self.out / TABLE_FILE}")
         return 0
 
 
@@ -46,7 +46,7 @@ class Norms:
     def run(self) -> int:
         """Measure and print."""
         from jaxsteer.checkpoints.loading import load
-        from jaxsteer.cli.tables import aligned
+        from jaxsteer.display import aligned
         from jaxsteer.prompts import Placement
         from jaxsteer.study.sweep import stream_norms
 

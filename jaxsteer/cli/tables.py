@@ -5,23 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jaxsteer.display import aligned, percent, short
 from jaxsteer.personas import Direction
 from jaxsteer.study.probe import PASSES, WARNS, Probe, ProbeRow
-
-
-def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """Columns as wide as their widest cell, a rule under the first row."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def percent(value: float | None) -> str:
-    """A share as a percentage, a dash where there is none."""
-    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def eval_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -33,7 +19,7 @@ def eval_table(rows: Sequence[dict[str, Any]]) -> str:
         auroc = row["auroc"]
         table.append(
             (
-                ("steered: " if row.get("steered") else "") + (ascii_safe(row["prompt"]) or "(no prompt)"),
+                ("steered: " if row.get("steered") else "") + (short(row["prompt"], 60) or "(no prompt)"),
                 percent(row["rate"]),
                 f"{100 * row['ci95'][0]:.1f} - {100 * row['ci95'][1]:.1f}",
                 str(row["n"]),
@@ -55,32 +41,6 @@ def eval_table(rows: Sequence[dict[str, Any]]) -> str:
     return f"{aligned(table)}\n\n{note}"
 
 
-def runs_table(metrics: dict[str, Any]) -> str:
-    """The runs that many searches were pooled to, one per line, from the metrics of all."""
-    table = [("run", "problems", "probe", "target", "baseline", "rate", "prompt")]
-    for name, run in metrics["runs"].items():
-        best = run["selected"] or {"target": None, "rate": None, "text": "(none re-tokenises)"}
-        table.append(
-            (
-                name,
-                str(run["problems"]),
-                f"{run['probe_correlation']:.2f}",
-                "-" if best["target"] is None else f"{best['target']:.2f}",
-                percent(run["baseline"]),
-                percent(best["rate"]),
-                ascii_safe(best["text"], 40),
-            )
-        )
-    counts = f"{metrics['searched']} of {metrics['problems']} problems were searched"
-    return f"{aligned(table, left=(0, 6))}\n\n{counts}; rates on test questions"
-
-
-def ascii_safe(text: str, width: int = 60) -> str:
-    """Text on one line, without what a terminal would interpret, at most ``width`` letters."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-    return shown if len(shown) <= width else shown[: width - 3] + "..."
-
-
 def probe_table(probe: Probe, chosen: ProbeRow) -> str:
     """Rows sorted by correlation; the chosen one is marked."""
     table = [("", "site", "read position", "sign", "rank correlation")]
@@ -97,8 +57,8 @@ def probe_table(probe: Probe, chosen: ProbeRow) -> str:
     shift = probe.shift
     return (
         f"{aligned(table, left=(0, 1, 2))}\n\n* {verdict}\n"
-        f"{len(probe.prompts)} random prompts; they move the mean probability of the persona's answer by "
-        f"{-shift.max():+.2f} to {-shift.min():+.2f} from {probe.baseline:.2f}"
+        f"{probe.prompts} random prompts; they move the mean probability of the persona's answer by "
+        f"{-shift.max:+.2f} to {-shift.min:+.2f} from {probe.baseline_probability:.2f}"
     )
 
 

@@ -128,7 +128,7 @@ def facts(vectors: Vectors) -> dict[str, Any]:
 
 def vector_table(vectors: Vectors) -> str:
     """Sites with shapes and norms, then what the vectors are for and where they come from."""
-    from jaxsteer.cli.tables import aligned
+    from jaxsteer.display import aligned
 
     known = facts(vectors)
     rows, recipe = known.pop("sites"), known.pop("metadata")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import ChoiceResult, choice_eval
+from jaxsteer.files.records import Record
 from jaxsteer.personas import Item
 from jaxsteer.prompts import Placement, prompt_text
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Attribution:
+class Attribution(Record):
     """The effect of every token of one prompt. Log-odds in nats; S tokens.
 
     An effect is the prompt's log-odds of the persona's answer minus those of the changed prompt: negative where the
@@ -36,18 +37,14 @@ class Attribution:
     """Mean log-odds of the persona's answer with the prompt."""
     without_prompt: float
     """The same without it."""
-    leave_one_out: Float[np.ndarray, " S"]
-    replacement: Float[np.ndarray, " S"]
-    replacement_sd: Float[np.ndarray, " S"]
+    leave_one_out: tuple[float, ...]
+    """(S,) effects of leaving a token out."""
+    replacement: tuple[float, ...]
+    """(S,) mean effects of replacing it."""
+    replacement_sd: tuple[float, ...]
     """Standard deviation of the effect over replacements: how much it matters what stands there instead."""
     rows: int
     """Questions times choice orders."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
-        plain = dataclasses.asdict(self)
-        plain |= {name: value.tolist() for name, value in plain.items() if isinstance(value, np.ndarray)}
-        return {**plain, "tokens": list(self.tokens)}
 
 
 def attribute(
@@ -86,9 +83,9 @@ def attribute(
         tokens=tuple(tokenizer.decode([i]) for i in ids),
         margin=full,
         without_prompt=empty,
-        leave_one_out=effects[:count],
-        replacement=other.mean(1),
-        replacement_sd=other.std(1),
+        leave_one_out=tuple(effects[:count].tolist()),
+        replacement=tuple(other.mean(1).tolist()),
+        replacement_sd=tuple(other.std(1).tolist()),
         rows=len(results[0].persona_first),
     )
 

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from jaxsteer.errors import UserError
+from jaxsteer.files.records import Record
 from jaxsteer.models.params import Params
 from jaxsteer.prompt_search.contexts import Task
 from jaxsteer.prompt_search.population import Search, Summary
@@ -103,7 +104,7 @@ def _each(work: Callable[[Any, Any], Any], rows: Any, out: Any, count: Int[Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Record):
     """What a search computes at once, and what that costs on every device, in bytes."""
 
     problems: int

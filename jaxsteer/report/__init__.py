@@ -1,20 +1,18 @@
 """What runs found, for people: pages of HTML and tables for the terminal, made from the files of the runs alone."""
 
 from jaxsteer.report.page import write_plots, write_report
-from jaxsteer.report.run_files import Run, read_run
-from jaxsteer.report.study import Study, is_study, read_study, run_folders
-from jaxsteer.report.text import study_table, summary_table, table
+from jaxsteer.report.run_files import RunFiles, read_run
+from jaxsteer.report.study import StudyFiles, is_study, read_study, run_folders
+from jaxsteer.report.text import study_table
 
 __all__ = [
-    "Run",
-    "Study",
+    "RunFiles",
+    "StudyFiles",
     "is_study",
     "read_run",
     "read_study",
     "run_folders",
     "study_table",
-    "summary_table",
-    "table",
     "write_plots",
     "write_report",
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jaxsteer.display import visible
 from jaxsteer.files import write_text
-from jaxsteer.report.run_files import visible
 from jaxsteer.report.templates import template
 from jaxsteer.sae.exploration import Exploration, LatentReport, Snippet
 

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from jaxsteer.display import decimals, ends, percent, visible
+from jaxsteer.evals.attribution import Attribution
 from jaxsteer.files import make_directory, write_text
 from jaxsteer.report.plots import run_plots
 from jaxsteer.report.reproduce import command_of
-from jaxsteer.report.run_files import (
-    Run,
-    controls,
-    decimals,
-    interval,
-    named,
-    number,
-    percent,
-    read_run,
-    selected,
-    split_rate,
-    visible,
-)
+from jaxsteer.report.run_files import RunFiles, read_run
 from jaxsteer.report.study import is_study, read_study
 from jaxsteer.report.study_page import render_study
 from jaxsteer.report.study_plots import study_plots
 from jaxsteer.report.templates import embedded, flat, shaded, template
+from jaxsteer.study.latent_explanation import LatentExplanation
+from jaxsteer.study.results import RULES, Prompt, SearchRun
 
 
 def write_report(directory: str | Path) -> Path:
@@ -50,128 +41,87 @@ def write_plots(directory: str | Path, out: Path | None = None) -> list[Path]:
     return [path for plot in made.values() for path in plot.write(out)]
 
 
-def render_page(run: Run) -> str:
+def render_page(run: RunFiles) -> str:
     """The whole page as text. Everything that comes from the run's files is escaped by the template."""
-    metrics = run.metrics
+    result = run.result
     plots = {name: Markup(plot.svg(themed=True)) for name, plot in run_plots(run).items()}
+    metrics = result.to_json()
     return template("page").render(
-        title=f"{named(metrics.get('persona'))} on {named(metrics.get('model'))}",
-        what=_what(metrics),
-        prompt=selected(metrics),
-        tiles=_tiles(metrics),
+        title=visible(f"{result.persona} on {result.model}"),
+        what=_what(result),
+        prompt=result.best,
+        tiles=_tiles(result),
         warnings=run.warnings,
-        rows=_rows(metrics),
-        unit=visible(metrics.get("target_units", "sd")),
-        controls=controls(metrics),
-        probe=_probe(metrics),
-        signature=_signature(metrics),
-        attribution=_attribution(metrics),
+        rows=result.prompts,
+        selected_by=RULES.get(result.selected_by, result.selected_by),
+        unit=visible(result.target_units),
+        controls=result.controls,
+        probe=() if result.probe is None else result.probe.rows[:12],
+        site=result.site,
+        signature=_signature(result.signature),
+        attribution=_attribution(result.attribution),
         plots=plots,
         settings=flat(run.config),
-        environment=flat(metrics.get("environment") or {}),
+        environment=flat(result.environment),
         numbers=flat({name: metrics.get(name) or {} for name in ("splits", "timing")}),
         command=command_of(run.config),
-        data=embedded({"metrics": metrics, "config": run.config, "pareto": run.pareto, "progress": run.progress}),
+        data=embedded(
+            {"metrics": metrics, "config": run.config, "pareto": [prompt.to_json() for prompt in run.pareto]}
+            | {"progress": run.progress}
+        ),
     )
 
 
-def _what(metrics: Mapping[str, Any]) -> str:
+def _what(result: SearchRun) -> str:
     """One sentence: what was searched, where, and how long it took."""
-    timing = metrics.get("timing") or {}
-    parts = [f"{named(metrics.get('method')).upper()} searched"]
-    count, seconds = number(timing.get("candidates")), number(timing.get("search_s"))
-    parts.append(f"{count:,.0f} candidate prompts" if count is not None else "candidate prompts")
+    count, seconds = result.timing.candidates, result.timing.search_s
+    parts = [f"{visible(result.method).upper()} searched"]
+    parts.append(f"{count:,} candidate prompts" if count is not None else "candidate prompts")
     if seconds is not None:
         parts.append(f"in {seconds:,.0f} s")
-    parts.append(f"with an objective at {visible(metrics.get('site', 'an unnamed site'))}")
-    parts.append(f"(read position {visible(metrics.get('read_position', 'unknown'))},")
-    parts.append(f"seed {visible(metrics.get('seed', 'unknown'))}).")
+    parts.append(f"with an objective at {visible(result.site)}")
+    parts.append(f"(read position {visible(result.read_position)}, seed {result.seed}).")
     return " ".join(parts)
 
 
-def _tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _tiles(result: SearchRun) -> list[tuple[str, str, str]]:
     """(label, number, small print) of the headline."""
-    base, chosen = metrics.get("baseline"), selected(metrics)
+    base = result.baseline or Prompt()
     tiles = []
-    for label, entry in (("without a prompt", base), ("with the prompt", chosen)):
-        split = "test" if split_rate(entry, "test") else "validation"
-        rate = split_rate(entry, split)
-        if rate is not None:
-            low_high = interval(rate).partition(" (")[2].rstrip(")")
-            note = f"95 %: {low_high}, n = {visible(rate.get('n', '?'))}, {split}" if low_high else split
-            tiles.append((label, percent(rate["rate"]), note))
-    rate = split_rate(chosen, "test") or split_rate(chosen, "validation")
-    if rate is not None:
-        before = split_rate(base, "test") or split_rate(base, "validation") or {}
-        tiles.append(("answers (A)", percent(rate.get("a_rate")), f"without a prompt {percent(before.get('a_rate'))}"))
-        tiles.append(("same when swapped", percent(rate.get("swapped_rate")), "choices exchanged, content kept"))
-    if number(metrics.get("probe_correlation")) is not None:
-        tiles.append(("probe correlation", decimals(metrics["probe_correlation"]), "objective against behaviour"))
-    speed = number((metrics.get("timing") or {}).get("candidates_per_s"))
-    if speed is not None:
-        tiles.append(("candidates per second", f"{speed:,.0f}", "scored in the search"))
+    for label, entry in (("without a prompt", base), ("with the prompt", result.best)):
+        if entry is not None and (rate := entry.rate) is not None:
+            split = "test" if entry.test is not None else "validation"
+            tiles.append((label, percent(rate.rate), f"95 %: {ends(rate.ci95)}, n = {rate.n}, {split}"))
+    if result.best is not None and (rate := result.best.rate) is not None:
+        before = None if base.rate is None else base.rate.a_rate
+        tiles.append(("answers (A)", percent(rate.a_rate), f"without a prompt {percent(before)}"))
+        tiles.append(("same when swapped", percent(rate.swapped_rate), "choices exchanged, content kept"))
+    if result.probe_correlation is not None:
+        tiles.append(("probe correlation", decimals(result.probe_correlation), "objective against behaviour"))
+    if result.timing.candidates_per_s is not None:
+        tiles.append(("candidates per second", f"{result.timing.candidates_per_s:,.0f}", "scored in the search"))
     return tiles
 
 
-def _rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The prompts with what the table needs; A-rate and swapped rate of the test, else of the validation questions."""
-    rows = []
-    for index, prompt in enumerate(metrics.get("prompts") or ()):
-        test, validation = split_rate(prompt, "test"), split_rate(prompt, "validation")
-        rate = test or validation or {}
-        rows.append(
-            {
-                "text": prompt.get("text", ""),
-                "target": prompt.get("target"),
-                "cross_entropy": prompt.get("cross_entropy"),
-                "retokenises": prompt.get("retokenises"),
-                "validation": validation,
-                "test": test,
-                "a_rate": rate.get("a_rate"),
-                "swapped_rate": rate.get("swapped_rate"),
-                "selected": index == metrics.get("selected"),
-            }
-        )
-    return rows
-
-
-def _probe(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the probe, best first as they were written, with the one that was searched marked."""
-    probe = metrics.get("probe")
-    rows = [row for row in (probe.get("rows") or ()) if isinstance(row, Mapping)] if isinstance(probe, Mapping) else []
-    return [
-        {
-            "site": row.get("site", "?"),
-            "read_position": row.get("read_position", "?"),
-            "correlation": row.get("correlation"),
-            "turned": (number(row.get("sign")) or 1) < 0,
-            "used": row.get("site") == metrics.get("site"),
-        }
-        for row in rows[:12]
-    ]
-
-
-def _signature(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+def _signature(found: LatentExplanation | None) -> dict[str, Any] | None:
     """The latents of a SAEGA run, with the strength of every token's colour in percent; None for other runs."""
-    found = metrics.get("signature")
-    if not isinstance(found, Mapping):
+    if found is None:
         return None
-    rows = found["rows"]
-    largest = max((abs(value) for row in rows for value in row["by_token"]), default=0.0) or 1.0
-    shaded = [
-        {**row, "tokens": [(value, round(60 * abs(value) / largest)) for value in row["by_token"]]} for row in rows
+    largest = max((abs(value) for row in found.rows for value in row.by_token), default=0.0) or 1.0
+    rows = [
+        {**row.to_json(), "tokens": [(value, round(60 * abs(value) / largest)) for value in row.by_token]}
+        for row in found.rows
     ]
-    return {**found, "before": found["objective_before"], "rows": shaded}
+    return {**found.to_json(), "before": found.objective_before, "rows": rows}
 
 
-def _attribution(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+def _attribution(found: Attribution | None) -> dict[str, Any] | None:
     """The selected prompt's tokens with their effects, and the strength of each one's colour in percent."""
-    found = metrics.get("attribution")
-    if not isinstance(found, Mapping):
+    if found is None:
         return None
-    columns = zip(found["tokens"], found["leave_one_out"], found["replacement"], found["replacement_sd"], strict=True)
+    columns = zip(found.tokens, found.leave_one_out, found.replacement, found.replacement_sd, strict=True)
     tokens = [
         {"token": token, "leave_one_out": left_out, "replacement": replaced, "sd": sd, "strength": strength}
-        for (token, left_out, replaced, sd), strength in zip(columns, shaded(found["replacement"]), strict=True)
+        for (token, left_out, replaced, sd), strength in zip(columns, shaded(found.replacement), strict=True)
     ]
-    return {**found, "tokens": tokens}
+    return {**found.to_json(), "tokens": tokens}

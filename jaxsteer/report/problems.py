@@ -8,7 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jaxsteer.report.run_files import number, read_lines
+from jaxsteer.display import number
+from jaxsteer.report.run_files import read_lines
+from jaxsteer.study.study_result import Study
 
 Lines = list[tuple[str, str, list[Any]]]
 """(run, name, rows)"""
@@ -43,11 +45,11 @@ def summarised(problems: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def problem_lines(
-    path: Path, problems: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], notes: list[str]
+    path: Path, problems: Sequence[Mapping[str, Any]], study: Study | None, notes: list[str]
 ) -> list[Lines]:
     """Frontiers and curves, one of each per problem, of the runs that were finished."""
-    runs = [(name, run) for name, run in (metrics.get("runs") or {}).items() if isinstance(run, Mapping)]
-    finished = {name for name, _ in runs if (path / name / "metrics.json").is_file()}
+    runs = {} if study is None else study.runs
+    finished = {name for name in runs if (path / name / "metrics.json").is_file()}
     points: dict[str, list[Mapping[str, Any]]] = {}
     for row in read_lines(path / "frontiers.jsonl", notes):
         points.setdefault(str(row.get("problem")), []).append(row)
@@ -56,7 +58,7 @@ def problem_lines(
         for row in problems
         if row["run"] in finished and str(row["problem"]) in points
     ]
-    members = [name for name, run in runs for _ in range(int(run.get("problems") or 0))]
+    members = [name for name, run in runs.items() for _ in range(run.problems)]
     curves = [line for line in _curves(read_lines(path / "progress.jsonl", notes), members) if line[0] in finished]
     return [frontiers, curves]
 

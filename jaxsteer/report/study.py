@@ -9,12 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxsteer.display import number, visible
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_text
 from jaxsteer.files.paths import user_path
 from jaxsteer.report.problems import problem_lines, read_problems
-from jaxsteer.report.run_files import doubts, named, number, read_json, read_lines
-from jaxsteer.report.table_rows import Place, Row, rows_of_runs
+from jaxsteer.report.run_files import is_run, read_lines, read_object, read_result
+from jaxsteer.report.table_rows import Place, rows_of_runs
+from jaxsteer.study.results import SearchRun
+from jaxsteer.study.study_result import Study
+from jaxsteer.study.table_row import TableRow
 
 PARETO, PROGRESS = "pareto.jsonl", "progress.jsonl"
 FORMAT = "jaxsteer.study/1"
@@ -32,13 +36,13 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Study:
+class StudyFiles:
     """A directory of many searches in memory."""
 
     path: Path
     title: str
-    rows: tuple[Row, ...]
-    """Of the main table, one per (model, persona, method): ``rate``, ``ci95``, ``a_rate`` ... (docs/report.md)."""
+    rows: tuple[TableRow, ...]
+    """Of the main table, one per (model, persona, method)."""
     runs: tuple[str, ...]
     """Folders of finished runs, relative to ``path``."""
     problems: tuple[Mapping[str, Any], ...] = ()
@@ -60,22 +64,22 @@ class Study:
     @property
     def places(self) -> list[Place]:
         """(model, persona), in the order of the study."""
-        return list(dict.fromkeys((row["model"], row["persona"]) for row in self.rows))
+        return list(dict.fromkeys((row.model, row.persona) for row in self.rows))
 
     @property
     def methods(self) -> list[str]:
         """In the order of the study."""
-        return list(dict.fromkeys(row["method"] for row in self.rows))
+        return list(dict.fromkeys(row.method for row in self.rows))
 
-    def of(self, place: Place) -> list[Row]:
+    def of(self, place: Place) -> list[TableRow]:
         """The rows of one model and persona."""
-        return [row for row in self.rows if (row["model"], row["persona"]) == place]
+        return [row for row in self.rows if (row.model, row.persona) == place]
 
 
 def is_study(directory: str | Path) -> bool:
     """Whether a directory holds many runs instead of one."""
     path = user_path(directory)
-    if not path.is_dir() or "prompts" in (read_json(path / "metrics.json") or {}):
+    if not path.is_dir() or is_run(path):
         return False
     return any(_folders(path)) or _table(path) is not None
 
@@ -83,7 +87,7 @@ def is_study(directory: str | Path) -> bool:
 def run_folders(directory: str | Path) -> list[Path]:
     """The finished runs of a study, or the run itself. Raises ``UserError`` where there is none."""
     path = user_path(directory)
-    if path.is_dir() and "prompts" in (read_json(path / "metrics.json") or {}):
+    if path.is_dir() and is_run(path):
         return [path]
     folders = [path / name for name in _folders(path)] if path.is_dir() else []
     if not folders:
@@ -94,7 +98,7 @@ def run_folders(directory: str | Path) -> list[Path]:
     return folders
 
 
-def read_study(directory: str | Path) -> Study:
+def read_study(directory: str | Path) -> StudyFiles:
     """Read the directory of ``jaxsteer search --vary``, one with a table of results, or any folder of runs.
 
     Raises ``UserError`` where nothing is there, and for damaged files.
@@ -105,18 +109,18 @@ def read_study(directory: str | Path) -> Study:
             f"{path} holds neither a run nor many: give the output directory of a search or of an experiment"
         )
     names = list(dict.fromkeys(_folders(path)))
-    runs = {name: read_json(path / name / "metrics.json") or {} for name in names}
-    configs = {name: read_json(path / name / "config.json") or {} for name in names}
-    places = {name: (named(run.get("model")), named(run.get("persona"))) for name, run in runs.items()}
-    table, metrics = _table(path) or {}, read_json(path / "metrics.json") or {}
-    rows = _rows_of_table(table, runs) if table else rows_of_runs(runs, configs)
+    runs = {name: read_result(path / name) for name in names}
+    configs = {name: read_object(path / name / "config.json") or {} for name in names}
+    places = {name: (visible(run.model), visible(run.persona)) for name, run in runs.items()}
+    table, study = _table(path) or {}, _study(path)
+    rows = _rows_of_table(table, runs, path) if table else rows_of_runs(runs, configs)
     problems = read_problems(path)
     if problems:
-        found = problem_lines(path, problems, metrics, notes)
+        found = problem_lines(path, problems, study, notes)
     else:
         found = [[(name, name, _lines(path / name / file, notes)) for name in names] for file in (PARETO, PROGRESS)]
         found[1] = [(run, name, _best_of_populations(progress)) for run, name, progress in found[1]]
-    methods = {one.get("run"): row["method"] for row in rows for one in (row, *row["each"])}
+    methods = {one.run: row.method for row in rows for one in (row, *row.each)}
     frontiers, curves = (
         [
             Line(place=places[run], method=methods.get(run, ""), name=name, rows=tuple(points))
@@ -125,9 +129,9 @@ def read_study(directory: str | Path) -> Study:
         ]
         for lines in found
     )
-    units = {str(run.get("target_units", "sd")) for run in runs.values()}
-    first: Mapping[str, Any] = next(iter(runs.values()), {})
-    return Study(
+    units = {run.target_units for run in runs.values()}
+    environments = [one.environment for one in (study, *runs.values()) if one is not None]
+    return StudyFiles(
         path=path,
         title=str(table.get("title") or _title(rows, len(names))),
         rows=tuple(rows),
@@ -136,13 +140,13 @@ def read_study(directory: str | Path) -> Study:
         frontiers=tuple(frontiers),
         curves=tuple(curves),
         verdicts=tuple(table.get("verdicts") or ()),
-        config=table.get("settings") or read_json(path / "config.json") or _common(list(configs.values())),
+        config=table.get("settings") or read_object(path / "config.json") or _common(list(configs.values())),
         command=table.get("command"),
-        numbers=_numbers(metrics, len(names)),
-        environment=table.get("environment") or metrics.get("environment") or first.get("environment") or {},
+        numbers=_numbers(study, len(names)),
+        environment=table.get("environment") or (environments[0] if environments else {}),
         unit=units.pop() if len(units) == 1 else "the units of each search",
         intervals="" if table else "their interval reaches from the lowest to the highest end of theirs",
-        warnings=tuple(_warnings(metrics, table, runs, notes)),
+        warnings=tuple(_warnings(study, table, runs, notes)),
     )
 
 
@@ -170,39 +174,43 @@ def _table(path: Path) -> dict[str, Any] | None:
     found = path / "results.json"
     if not found.exists() or not read_text(found).lstrip().startswith("{"):
         return None
-    table = read_json(found)
+    table = read_object(found)
     return table if table is not None and table.get("format") == FORMAT else None
+
+
+def _study(path: Path) -> Study | None:
+    """metrics.json, where it is that of ``jaxsteer search --vary``."""
+    found = read_object(path / "metrics.json")
+    return None if found is None or "runs" not in found else Study.from_json(found, str(path / "metrics.json"))
 
 
 def _folders(path: Path) -> Iterator[str]:
     """Names of the finished runs: those that a table or the metrics name, else every run up to four levels below."""
-    table, metrics = _table(path), read_json(path / "metrics.json") or {}
+    table, study = _table(path), _study(path)
     if table is not None:
         given = [str(row["run"]) for row in table.get("rows") or () if row.get("run")]
-    elif isinstance(metrics.get("runs"), Mapping):
-        given = list(metrics["runs"])
+    elif study is not None:
+        given = list(study.runs)
     else:
         files = (f for depth in range(1, 5) for f in sorted(path.glob("*/" * depth + "metrics.json")))
         once = {f.parent.resolve(): f for f in reversed(list(files))}.values()  # links may lead there by several ways
-        given = [f.parent.relative_to(path).as_posix() for f in reversed(once) if "prompts" in (read_json(f) or {})]
+        given = [f.parent.relative_to(path).as_posix() for f in reversed(once) if is_run(f.parent)]
     inside = (name for name in given if ".." not in Path(name).parts and not Path(name).is_absolute())
     yield from (name for name in inside if (path / name / "metrics.json").is_file())
 
 
-def _rows_of_table(table: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+def _rows_of_table(table: Mapping[str, Any], runs: Mapping[str, SearchRun], path: Path) -> list[TableRow]:
     """The table's rows, with the value of an ablation in the method's name and what attribution the run holds."""
     rows = []
-    for given in table.get("rows") or ():
+    for at, given in enumerate(table.get("rows") or ()):
         if not isinstance(given, Mapping) or number(given.get("rate")) is None:
             continue
-        value = given.get("value")
-        method = named(given.get("method")) + ("" if value is None else f" = {value}")
-        row = {**given, "model": named(given.get("model")), "persona": named(given.get("persona")), "method": method}
-        row["each"] = list(given.get("each") or ())
-        row["attribution"] = (runs.get(str(given.get("run"))) or {}).get("attribution")
-        rows.append(row)
+        row = TableRow.from_json(given, f"{path / 'results.json'}, row {at}")
+        method = row.method + ("" if row.value is None else f" = {row.value}")
+        attribution = runs[row.run].attribution if row.run is not None and row.run in runs else None
+        rows.append(dataclasses.replace(row, method=method, attribution=attribution))
     order = {name: i for i, name in enumerate(table.get("methods") or ())}
-    rows.sort(key=lambda row: order.get(row["method"], order.get(row["method"].partition(" = ")[0], len(order))))
+    rows.sort(key=lambda row: order.get(row.method, order.get(row.method.partition(" = ")[0], len(order))))
     return rows
 
 
@@ -219,12 +227,13 @@ def _best_of_populations(progress: Sequence[Mapping[str, Any]]) -> list[dict[str
     return rows
 
 
-def _title(rows: Sequence[Row], runs: int) -> str:
-    def few(key: str) -> str:
-        names = list(dict.fromkeys(row[key] for row in rows))
-        return ", ".join(names) if len(names) <= 4 else f"{len(names)} {key}s"
+def _title(rows: Sequence[TableRow], runs: int) -> str:
+    def few(what: str, names: Iterable[str]) -> str:
+        several = list(dict.fromkeys(names))
+        return ", ".join(several) if len(several) <= 4 else f"{len(several)} {what}s"
 
-    return f"{few('persona')} on {few('model')}: {runs} run{'' if runs == 1 else 's'}"
+    places = f"{few('persona', (row.persona for row in rows))} on {few('model', (row.model for row in rows))}"
+    return f"{places}: {runs} run{'' if runs == 1 else 's'}"
 
 
 def _common(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -233,25 +242,23 @@ def _common(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in first.items() if all(config.get(key) == value for config in configs)}
 
 
-def _numbers(metrics: Mapping[str, Any], runs: int) -> dict[str, Any]:
-    known = {key: metrics[key] for key in ("problems", "searched") if key in metrics}
-    return {"runs": runs, **known, **(metrics.get("timing") or {})}
+def _numbers(study: Study | None, runs: int) -> dict[str, Any]:
+    if study is None:
+        return {"runs": runs}
+    return {"runs": runs, "problems": study.problems, "searched": study.searched, **study.timing.to_json()}
 
 
 def _warnings(
-    metrics: Mapping[str, Any],
-    table: Mapping[str, Any],
-    runs: Mapping[str, Mapping[str, Any]],
-    notes: Sequence[str],
+    study: Study | None, table: Mapping[str, Any], runs: Mapping[str, SearchRun], notes: Sequence[str]
 ) -> Iterator[str]:
     """Doubts about single runs, each kind once with the runs that it concerns."""
     if table.get("quick"):
         yield "A quick run of this experiment, to see that it works: its numbers are no results."
-    if metrics.get("interrupted"):
-        yield f"Interrupted: {metrics.get('searched', '?')} of {metrics.get('problems', '?')} problems were searched."
+    if study is not None and study.interrupted:
+        yield f"Interrupted: {study.searched} of {study.problems} problems were searched."
     kinds: dict[str, list[tuple[str, str]]] = {}
     for name, run in runs.items():
-        for note in doubts(run):
+        for note in run.doubts:
             kinds.setdefault(re.sub(r"\d+", "", note), []).append((name, note))  # alike but for their numbers
     for alike in kinds.values():
         name, note = alike[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import groupby, zip_longest
 from pathlib import Path
@@ -10,13 +11,14 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from jaxsteer.display import number
 from jaxsteer.report.problems import summarised
 from jaxsteer.report.reproduce import command_of
-from jaxsteer.report.run_files import number
-from jaxsteer.report.study import Study
+from jaxsteer.report.study import StudyFiles
 from jaxsteer.report.study_plots import FIGURES, PLACES, study_plots
-from jaxsteer.report.table_rows import Place, Row, unprompted
+from jaxsteer.report.table_rows import Place
 from jaxsteer.report.templates import embedded, flat, shaded, template
+from jaxsteer.study.table_row import TableRow
 
 SHOWN, FOLDED = 8, 40
 """Prompts of a persona in sight, and behind a click; those after them stand in the runs' own files."""
@@ -26,7 +28,7 @@ WARNINGS = 8
 """Warnings in sight."""
 
 
-def render_study(study: Study) -> str:
+def render_study(study: StudyFiles) -> str:
     """The whole page as text. Everything that comes from the study's files is escaped by the template."""
     plots = study_plots(study)
     return template("study").render(
@@ -41,9 +43,9 @@ def render_study(study: Study) -> str:
         places=study.places,
         table=_table(study),
         by_place={place: study.of(place) for place in study.places},
-        several=any(row["each"] for row in study.rows),
+        several=any(row.each for row in study.rows),
         intervals=study.intervals,
-        ratios=any(number(row.get("perplexity_ratio")) is not None for row in study.rows),
+        ratios=any(row.perplexity_ratio is not None for row in study.rows),
         prompts=[(place, *_prompts(study, place)) for place in study.places[:PLACES]],
         untold=max(0, len(study.places) - PLACES),
         unit=study.unit,
@@ -69,20 +71,20 @@ def _cell_that_holds(verdict: Mapping[str, Any]) -> bool:
     return verdict.get("claim") == "cell" and bool(verdict.get("holds"))
 
 
-def _what(study: Study) -> str:
-    searches = sum(len(row["each"]) or 1 for row in study.rows if row["kind"] == "search")
-    methods = len({row["method"] for row in study.rows if row["kind"] == "search"})
+def _what(study: StudyFiles) -> str:
+    searches = sum(len(row.members) for row in study.rows if row.kind == "search")
+    methods = len({row.method for row in study.rows if row.kind == "search"})
     parts = [f"{searches} reported searches of {methods} kind{'' if methods == 1 else 's'}"]
     if study.problems:
         parts.append(f"from {len(study.problems):,} problems")
     return f"{' '.join(parts)}, measured on questions that no search has seen."
 
 
-def _tiles(study: Study) -> list[tuple[str, str, str]]:
+def _tiles(study: StudyFiles) -> list[tuple[str, str, str]]:
     """(label, number, small print) of the headline."""
     candidates, seconds = number(study.numbers.get("candidates")), number(study.numbers.get("search_s"))
     beaten = [place for place in study.places if _beats(study.of(place))]
-    known = [place for place in study.places if any(map(unprompted, study.of(place)))]
+    known = [place for place in study.places if any(row.unprompted for row in study.of(place))]
     tiles = []
     if known:
         note = "some search's interval lies below that of the model without a prompt"
@@ -91,60 +93,56 @@ def _tiles(study: Study) -> list[tuple[str, str, str]]:
     if candidates is not None:
         note = "scored" if seconds is None else f"scored in {seconds:,.0f} s"
         tiles.append(("candidate prompts", f"{candidates:,.0f}", note))
-    collapsed = sum(bool(one.get("letter_collapse")) for row in study.rows for one in row["each"] or [row])
+    collapsed = sum(bool(one.letter_collapse) for row in study.rows for one in row.members)
     if collapsed:
         tiles.append(("letter collapse", str(collapsed), "prompts for which one letter wins whatever is asked"))
     return tiles
 
 
-def _beats(rows: Sequence[Row]) -> bool:
+def _beats(rows: Sequence[TableRow]) -> bool:
     """Whether the interval of a search without letter collapse lies below that of the baseline."""
-    base = next((row for row in rows if unprompted(row) and row.get("ci95")), None)
-    searched = [row for row in rows if row["kind"] == "search" and row.get("ci95") and not row.get("letter_collapse")]
-    return base is not None and any(row["ci95"][1] < base["ci95"][0] for row in searched)
+    base = next((row.ci95 for row in rows if row.unprompted and row.ci95), None)
+    searched = [row.ci95 for row in rows if row.kind == "search" and row.ci95 and not row.letter_collapse]
+    return base is not None and any(ci95[1] < base[0] for ci95 in searched)
 
 
-def _table(study: Study) -> list[tuple[str, str, list[Row | None]]]:
+def _table(study: StudyFiles) -> list[tuple[str, str, list[TableRow | None]]]:
     """(method, kind, its row at every place)."""
-    found = {(row["method"], row["model"], row["persona"]): row for row in study.rows}
-    kinds = {row["method"]: str(row["kind"]) for row in study.rows}
+    found = {(row.method, row.model, row.persona): row for row in study.rows}
+    kinds = {row.method: row.kind for row in study.rows}
     return [
         (method, kinds[method], [found.get((method, *place)) for place in study.places]) for method in study.methods
     ]
 
 
-def _prompts(study: Study, place: Place) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+def _prompts(study: StudyFiles, place: Place) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
     """Prompts in sight, prompts behind a click, and how many are left out; the first of every search comes first."""
     columns = []
-    for row in sorted(study.of(place), key=lambda row: row["kind"] != "search"):
-        members = [
-            {**row, "letter_collapse": None, **one, "run": one.get("run") or row.get("run")} for one in row["each"]
-        ] or [row]
-        columns.append([_prompt(study.path, one, row) for one in members if one.get("prompt")])
+    for row in sorted(study.of(place), key=lambda row: row.kind != "search"):
+        columns.append([_prompt(study.path, one, row) for one in row.members if one.prompt])
     found = [prompt for line in zip_longest(*columns) for prompt in line if prompt is not None]
     return found[:SHOWN], found[SHOWN : SHOWN + FOLDED], max(0, len(found) - SHOWN - FOLDED)
 
 
-def _prompt(path: Path, one: Mapping[str, Any], row: Row) -> dict[str, Any]:
+def _prompt(path: Path, one: TableRow, row: TableRow) -> dict[str, Any]:
     """One prompt with its tokens in shades, where attribution has measured this very prompt."""
     tokens = None
-    for found in (one.get("attribution"), row.get("attribution")):
-        if isinstance(found, Mapping) and "".join(found["tokens"]).strip() == str(one["prompt"]).strip():
-            strength = shaded(found["replacement"])
-            tokens = list(zip(found["tokens"], found["replacement"], strength, strict=True))
-    run = one.get("run")
-    seed = one.get("seed")
+    for found in (one.attribution, row.attribution):
+        if found is not None and "".join(found.tokens).strip() == str(one.prompt).strip():
+            tokens = list(zip(found.tokens, found.replacement, shaded(found.replacement), strict=True))
+    run = one.run or row.run
     return {
-        "text": one["prompt"],
+        "text": one.prompt,
         "tokens": tokens,
-        "method": row["method"],
-        "seed": None if seed is None or not row["each"] else seed,
+        "method": row.method,
+        "seed": one.seed if row.each else None,
         "rate": one,
-        "collapse": bool(one.get("letter_collapse")),
+        "collapse": bool(one.letter_collapse),
         "link": quote(f"{run}/report.html") if run and (path / run / "report.html").is_file() else None,
     }
 
 
-def _kept(row: Row) -> dict[str, Any]:
+def _kept(row: TableRow) -> dict[str, Any]:
     """What the page embeds of a row."""
-    return {**row, "each": [{k: v for k, v in one.items() if k != "attribution"} for one in row["each"][:MEMBERS]]}
+    each = tuple(dataclasses.replace(one, attribution=None) for one in row.each[:MEMBERS])
+    return dataclasses.replace(row, each=each).to_json()

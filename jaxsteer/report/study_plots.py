@@ -7,11 +7,27 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from jaxsteer.report.figures import ACCENT, BAND, INK, MUTED, OTHER, PAGE, Plot, in_style, panels
-from jaxsteer.report.run_files import interval, number, visible
-from jaxsteer.report.study import Line, Study, envelope
-from jaxsteer.report.table_rows import Place, Row, unprompted
+from jaxsteer.display import (
+    ACCENT,
+    BAND,
+    INK,
+    MUTED,
+    OTHER,
+    PAGE,
+    Plot,
+    in_style,
+    interval,
+    number,
+    panels,
+    short,
+    visible,
+)
+from jaxsteer.report.study import Line, StudyFiles, envelope
+from jaxsteer.report.table_rows import Place
+from jaxsteer.study.table_row import TableRow
 
+LABEL = 40
+"""Letters of a method's name."""
 PANELS = 3
 """Personas side by side in one figure."""
 LINES = 24
@@ -24,7 +40,7 @@ PLACES, FIGURES = 24, 12
 """Personas (times models) whose rates are drawn, and those that get figures of frontiers and curves."""
 
 
-def study_plots(study: Study) -> dict[str, Plot]:
+def study_plots(study: StudyFiles) -> dict[str, Plot]:
     """All plots that this study has numbers for, by name."""
     made: list[Plot | None] = []
     models = list(dict.fromkeys(model for model, _ in study.places))
@@ -40,20 +56,20 @@ def study_plots(study: Study) -> dict[str, Plot]:
 
 
 @in_style
-def rates_plot(study: Study, places: Sequence[Place], *, part: int = 0) -> Plot | None:
+def rates_plot(study: StudyFiles, places: Sequence[Place], *, part: int = 0) -> Plot | None:
     """Test rates with 95 % intervals, a line per method and a panel per persona; every seed as a hollow dot."""
     rows = [row for place in places for row in study.of(place)]
-    methods = [name for name in study.methods if any(row["method"] == name for row in rows)]
+    methods = [name for name in study.methods if any(row.method == name for row in rows)]
     if not methods:
         return None
     figure, axes = panels(len(places), width=3.3 + 2.6 * len(places), height=0.9 + 0.27 * len(methods), share_y=True)
     table: list[dict[str, Any]] = []
     tips: dict[str, str] = {}
     for panel, (axis, place) in enumerate(zip(axes, places, strict=True)):
-        here = {row["method"]: row for row in study.of(place)}
-        base = next((row for row in here.values() if unprompted(row)), None)
-        if base is not None and base.get("ci95"):
-            axis.axvspan(*(100 * end for end in base["ci95"]), color=BAND, zorder=0)
+        here = {row.method: row for row in study.of(place)}
+        base = next((row for row in here.values() if row.unprompted), None)
+        if base is not None and base.ci95:
+            axis.axvspan(*(100 * end for end in base.ci95), color=BAND, zorder=0)
         for at, method in enumerate(methods):
             if method in here:
                 gid = f"rate-{panel}-{at}"
@@ -64,58 +80,63 @@ def rates_plot(study: Study, places: Sequence[Place], *, part: int = 0) -> Plot 
         axis.set_xlim(-3, 103)
         axis.grid(visible=False, axis="y")
         axis.set_xlabel("persona answers (%)")
-    axes[0].set_yticks(range(len(methods)), [_label(name) for name in methods], color=INK)
+    axes[0].set_yticks(range(len(methods)), [short(name, LABEL) for name in methods], color=INK)
     axes[0].set_ylim(len(methods) - 0.4, -0.6)
     name = f"rates-{_slug(places[0][0])}" + (f"-{part + 1}" if part else "")
     return Plot(name=name, title=f"Persona rates on {places[0][0]}", figure=figure, rows=tuple(table), tips=tips)
 
 
-def _draw_rate(axis: Any, at: int, row: Row, gid: str) -> None:
-    colour = ACCENT if row["kind"] == "search" else INK if unprompted(row) else MUTED
-    if row.get("ci95"):
-        axis.plot([100 * end for end in row["ci95"]], [at, at], color=colour, linewidth=2.2, solid_capstyle="butt")
-    for one in row["each"][:LINES]:
-        if number(one.get("rate")) is not None:
-            axis.plot(100 * one["rate"], at, "o", markersize=4, markerfacecolor=PAGE, markeredgecolor=colour, alpha=0.7)
-    collapsed = bool(row.get("letter_collapse"))
+def _draw_rate(axis: Any, at: int, row: TableRow, gid: str) -> None:
+    colour = ACCENT if row.kind == "search" else INK if row.unprompted else MUTED
+    if row.ci95:
+        axis.plot([100 * end for end in row.ci95], [at, at], color=colour, linewidth=2.2, solid_capstyle="butt")
+    for one in row.each[:LINES]:
+        axis.plot(100 * one.rate, at, "o", markersize=4, markerfacecolor=PAGE, markeredgecolor=colour, alpha=0.7)
+    collapsed = bool(row.letter_collapse)
     axis.plot(
-        100 * row["rate"], at, "X" if collapsed else "o", markersize=7 if collapsed else 6,
+        100 * row.rate, at, "X" if collapsed else "o", markersize=7 if collapsed else 6,
         markerfacecolor=OTHER if collapsed else colour, markeredgecolor=OTHER if collapsed else colour, gid=gid,
     )  # fmt: skip
 
 
-def _rate_record(row: Row) -> dict[str, Any]:
-    low, high = row.get("ci95") or (None, None)
+def _rate_record(row: TableRow) -> dict[str, Any]:
+    low, high = row.ci95 or (None, None)
     return {
-        **{key: visible(row[key]) for key in ("model", "persona", "method", "kind")},
-        **{"rate": row["rate"], "low": low, "high": high, "searches": len(row["each"]) or 1},
-        **{key: row.get(key) for key in ("a_rate", "swapped_rate", "letter_collapse", "n")},
+        **{key: visible(getattr(row, key)) for key in ("model", "persona", "method", "kind")},
+        **{"rate": row.rate, "low": low, "high": high, "searches": len(row.members)},
+        **{key: getattr(row, key) for key in ("a_rate", "swapped_rate", "letter_collapse", "n")},
     }
 
 
-def _ablations(study: Study) -> list[str]:
+def _ablations(study: StudyFiles) -> list[str]:
     """What was varied over at least three numbers."""
     values: dict[str, set[float]] = {}
     for row in study.rows:
-        if (value := number(row.get("value"))) is not None:
-            values.setdefault(str(row["method"]).rpartition(" = ")[0], set()).add(value)
+        if (value := number(row.value)) is not None:
+            values.setdefault(row.method.rpartition(" = ")[0], set()).add(value)
     return [name for name, found in values.items() if len(found) > 2]
 
 
 @in_style
-def ablation_plot(study: Study, name: str) -> Plot:
+def ablation_plot(study: StudyFiles, name: str) -> Plot:
     """Rate with its interval against the number that was varied, a line per persona."""
     figure, (axis,) = panels(width=6.4, height=3.0)
     table: list[dict[str, Any]] = []
     values: list[float] = []
     for place, (colour, dashes) in zip(study.places, STYLES):
-        found = [row for row in study.of(place) if str(row["method"]).rpartition(" = ")[0] == name]
-        rows = [(x, row) for row in found if (x := number(row.get("value"))) is not None]
+        found = [row for row in study.of(place) if row.method.rpartition(" = ")[0] == name]
+        rows = [(x, row) for row in found if (x := number(row.value)) is not None]
         rows.sort(key=lambda pair: pair[0])
-        xs, rates = [x for x, _ in rows], [100 * row["rate"] for _, row in rows]
-        ends = [[100 * end for end in row.get("ci95") or (row["rate"],) * 2] for _, row in rows]
+        xs, rates = [x for x, _ in rows], [100 * row.rate for _, row in rows]
+        ends = [[100 * end for end in row.ci95 or (row.rate,) * 2] for _, row in rows]
         axis.plot(
-            xs, rates, marker="o", markersize=4, color=colour, linestyle=dashes, label=_label(" on ".join(place[::-1]))
+            xs,
+            rates,
+            marker="o",
+            markersize=4,
+            color=colour,
+            linestyle=dashes,
+            label=short(" on ".join(place[::-1]), LABEL),
         )
         axis.vlines(xs, [low for low, _ in ends], [high for _, high in ends], color=colour, linewidth=1.5, alpha=0.5)
         values += xs
@@ -153,7 +174,7 @@ def frontier_plot(lines: Sequence[Line], place: Place, unit: str) -> Plot | None
                 table.append(_record(line, {"cross_entropy": x, "target": y, "prompt": visible(text)}))
         best = envelope(found)
         axis.plot([x for x, _ in best], [y for _, y in best], drawstyle="steps-post", color=colour, linestyle=dashes,
-                  linewidth=1.7, label=_label(method))  # fmt: skip
+                  linewidth=1.7, label=short(method, LABEL))  # fmt: skip
     axis.set_xlabel("cross-entropy of the prompt (nats per token; left is more fluent)")
     axis.set_ylabel(f"target ({visible(unit)})")
     _legend(axis)
@@ -179,7 +200,7 @@ def curves_plot(lines: Sequence[Line], place: Place, unit: str) -> Plot | None:
                           color=colour, linewidth=0.8, markersize=3, alpha=0.4)  # fmt: skip
             middle = _median(found, key)
             axis.plot([x for x, _ in middle], [y for _, y in middle], color=colour, linestyle=dashes, linewidth=2,
-                      label=_label(method), marker="o" if len(middle) == 1 else None, markersize=4)  # fmt: skip
+                      label=short(method, LABEL), marker="o" if len(middle) == 1 else None, markersize=4)  # fmt: skip
             axis.set_xlabel(axes_of[key])
             axis.set_ylabel(f"best target ({visible(unit)})")
         for line in shown:
@@ -224,11 +245,6 @@ def _some(lines: Sequence[Line], value: Any) -> list[Line]:
         return list(lines)
     order = sorted(lines, key=value)
     return [order[round(i * (len(order) - 1) / (LINES - 1))] for i in range(LINES)]
-
-
-def _label(name: str, width: int = 40) -> str:
-    shown = visible(name)
-    return shown if len(shown) <= width else shown[: width - 1] + "…"
 
 
 def _slug(*names: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from jaxsteer.report.run_files import compact, decimals, interval, named, percent, split_rate, visible
+from jaxsteer.display import compact, decimals, interval, percent, visible
 
 
 @functools.cache
@@ -24,9 +24,8 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (visible, percent, decimals, compact, interval, named)
+    filters = (visible, percent, decimals, compact, interval)
     environment.filters |= {function.__name__: function for function in filters}
-    environment.globals["split_rate"] = split_rate
     return environment.get_template(f"{name}.html.jinja")
 
 

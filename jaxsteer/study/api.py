@@ -9,10 +9,12 @@ from jaxsteer.study.dispatch import run
 from jaxsteer.study.files import RunDir
 from jaxsteer.study.object_store import stored
 from jaxsteer.study.options import SearchOptions
+from jaxsteer.study.results import SearchRun
+from jaxsteer.study.study_result import Study
 
 
-def search(*, out: RunDir, model: str | Model = "organism:llama", **options: Any) -> dict[str, Any]:
-    """Search prompts as ``jaxsteer search`` does, with its options as keyword arguments; returns the metrics.
+def search(*, out: RunDir, model: str | Model = "organism:llama", **options: Any) -> SearchRun | Study:
+    """Search prompts as ``jaxsteer search`` does, with its options as keyword arguments; returns what was found.
 
     ``out`` may be a URL (docs/pods.md), ``model`` one that is loaded already, and ``vary`` a dict:
     ``jaxsteer.search(out="runs/many", vary={"seed": range(32)})``. Raises ``UserError``.

@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from jaxsteer.checkpoints.loading import load
 from jaxsteer.errors import UserError
-from jaxsteer.evals.attribution import attribute
+from jaxsteer.evals.attribution import Attribution, attribute
 from jaxsteer.files import read_json
 from jaxsteer.models.model import Model
 from jaxsteer.personas import load_persona, split
 from jaxsteer.prompts import Placement
 from jaxsteer.study import files
+from jaxsteer.study.results import SearchRun
 from jaxsteer.study.setting import context_items, token_mask
 
 QUESTIONS = 24
 """Validation questions, each in both choice orders."""
 
 
-def attribute_run(run_dir: Path, *, model: Model | None = None) -> dict[str, Any]:
+def attribute_run(run_dir: Path, *, model: Model | None = None) -> Attribution:
     """Attribute the selected prompt of a finished run on validation questions, and add it to the run's metrics.
 
-    Returns what metrics.json then holds under "attribution" (``evals.attribution.Attribution``). Raises ``UserError``
-    when there is no finished run or no selected prompt.
+    Raises ``UserError`` when there is no finished run or no selected prompt.
     """
     try:
         config, metrics = (read_json(run_dir / name) for name in (files.CONFIG, files.METRICS))
-        prompt = metrics["prompts"][metrics["selected"]]
+        best = SearchRun.from_json(metrics, str(run_dir / files.METRICS)).best
+        if best is None:
+            raise UserError("it selected no prompt")
+        if config.get("conversations"):
+            raise UserError("it searched conversations of no persona, so that there is no behaviour to attribute")
         placement = Placement(style=config["style"], slot=config["slot"])
         persona, seed, tokens = load_persona(config["persona"]), config["split_seed"], config["tokens"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (UserError, KeyError) as error:
         raise UserError(
-            f"{run_dir} holds no finished search with a selected prompt ({error}): give the directory of one"
+            f"{run_dir} holds no finished search with a prompt to attribute ({error}): give the directory of one"
         ) from error
-    if config.get("conversations"):
-        raise UserError(f"{run_dir} searched conversations of no persona: there is no behaviour to attribute")
     model = load(config["model"], dtype=config["dtype"]) if model is None else model
     items = context_items(split(persona, seed=seed).validation, QUESTIONS)
-    found = attribute(model, items, prompt["ids"], allowed=token_mask(model, tokens), placement=placement).to_json()
-    files.write_json(run_dir / files.METRICS, {**metrics, "attribution": found})
+    found = attribute(model, items, best.ids, allowed=token_mask(model, tokens), placement=placement)
+    files.write_json(run_dir / files.METRICS, {**metrics, "attribution": found.to_json()})
     return found

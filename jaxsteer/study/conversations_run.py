@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from jaxsteer.study.named_objectives import Custom, custom_objective
 from jaxsteer.study.objective_stage import RANDOM, Say, direction_of_file, task_of
 from jaxsteer.study.options import ObjectiveOptions, SearchOptions
 from jaxsteer.study.outcome import random_prompt, select
+from jaxsteer.study.results import Prompt, SearchRun
 from jaxsteer.study.run_folder import opened
 from jaxsteer.study.setting import open_slots
 from jaxsteer.study.stages import Ascent, load_model, restarts, search, timed, write_results
 
 
-def run_conversations(options: SearchOptions, path: Path, *, model: Model | None, say: Say) -> dict[str, Any]:
+def run_conversations(options: SearchOptions, path: Path, *, model: Model | None, say: Say) -> SearchRun:
     """Search in the conversations of a file, write the run's files and return what metrics.json holds.
 
     Raises ``UserError`` before any expensive work for an objective that is made of a persona's questions.
@@ -42,7 +44,7 @@ def run_conversations(options: SearchOptions, path: Path, *, model: Model | None
     digest = hashlib.sha256(repr(conversations).encode()).hexdigest()
     with opened(options.run.out, {"data_hash": digest, **options.record()}, say) as folder:
         if folder.finished is not None:
-            return folder.finished
+            return SearchRun.from_json(folder.finished, str(folder.path / files.METRICS))
         timing: dict[str, float] = {}
         with timed(timing, "load_s"):
             model = model or load_model(options.model, parallel=options.algorithm.restarts > 1)
@@ -67,17 +69,16 @@ def run_conversations(options: SearchOptions, path: Path, *, model: Model | None
         ascent = Ascent(objective=raw, populations=restarts(options.algorithm))
         (found,) = search(setting, [ascent], options.algorithm, options.run, say=say)
 
-        def measure(prompts: list[dict[str, Any]]) -> dict[str, Any]:
+        def measure(prompts: Sequence[Prompt]) -> dict[str, Any]:
             text, reads = random_prompt(setting, options.algorithm.seed), needs(found.objective, setting.model.config)
             how = setting.scoring.combination
             (control,) = rescore(setting.model, setting.slots, found.objective, reads, [text], combine=how)
             return {
                 "persona": f"{path.stem} (no persona)",
                 "conversations": len(conversations),
-                "controls": {"random": {"text": text, **dataclasses.asdict(control)}},
-                "prompts": prompts,
+                "controls": {"random": Prompt(text=text, target=control.target, cross_entropy=control.cross_entropy)},
+                "prompts": tuple(prompts),
                 "selected": select(prompts, "objective"),
-                "selected_by": "objective",
             }
 
         return write_results(folder, options, setting, site, found, timing, measure)

@@ -7,27 +7,29 @@ test questions the report and nothing else. What can be refused is refused befor
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from jaxsteer.models.model import Model
 from jaxsteer.personas import load_persona
 from jaxsteer.sae import load_sae
 from jaxsteer.study.conversations_run import run_conversations
+from jaxsteer.study.files import METRICS
 from jaxsteer.study.many_runs import run_many
 from jaxsteer.study.named_objectives import custom_objective
 from jaxsteer.study.objective_stage import Say, check_site, choose_objective, try_objective
 from jaxsteer.study.options import SearchOptions
+from jaxsteer.study.results import SearchRun
 from jaxsteer.study.run_folder import opened
 from jaxsteer.study.setting import prepare
 from jaxsteer.study.stages import Ascent, conclude, load_draft, load_model, restarts, search, timed
+from jaxsteer.study.study_result import Study
 
 log = logging.getLogger(__name__)
 
 
-def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.info) -> dict[str, Any]:
-    """Do one run, write its files to ``options.run.out`` and return what metrics.json holds.
+def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.info) -> SearchRun | Study:
+    """Do one run, write its files to ``options.run.out`` and return the result, which metrics.json holds.
 
-    A finished run of the same options is not repeated: its metrics are returned; one that was cut off is done again,
+    A finished run of the same options is not repeated: its result is returned; one that was cut off is done again,
     or with ``resume`` goes on. ``model`` saves loading it again; ``say`` gets one line of narration per stage. Ctrl-C
     during the search ends the search and keeps what it found; SIGTERM saves it and ends the process. With ``vary`` or
     ``problems`` it does many searches (``run_many``), with ``conversations`` one without a persona
@@ -41,13 +43,13 @@ def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.in
     return run_one(options, model=model, say=say)
 
 
-def run_one(options: SearchOptions, *, model: Model | None, say: Say) -> dict[str, Any]:
+def run_one(options: SearchOptions, *, model: Model | None, say: Say) -> SearchRun:
     """One search against a persona, with as many restarts as were asked for."""
     persona = load_persona(options.contexts.persona)
     custom = custom_objective(options.objective.objective, options.objective.target)
     with opened(options.run.out, {"data_hash": persona.data_hash, **options.record()}, say) as folder:
         if folder.finished is not None:
-            return folder.finished
+            return SearchRun.from_json(folder.finished, str(folder.path / METRICS))
         timing: dict[str, float] = {}
         with timed(timing, "load_s"):
             model = model or load_model(options.model, parallel=options.algorithm.restarts > 1)

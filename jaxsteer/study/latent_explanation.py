@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
 
+from jaxsteer.files.records import Record
 from jaxsteer.models.capture import capture
 from jaxsteer.models.padding import pad_rows
 from jaxsteer.personas import Signature
@@ -20,46 +22,77 @@ TOKENS = 8
 """Tokens that a latent promotes, as a report shows them."""
 
 
-def explained(setting: Setting, sae: SAE, signature: Signature, metrics: dict[str, Any]) -> dict[str, Any]:
-    """The signature with, for the selected prompt, each latent's contribution to the objective.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentRow(Record):
+    """One latent of a signature. Contributions are ``w_i f_i``, means over contexts, in raw units of the objective."""
 
-    Contributions are ``w_i f_i``, means over the search's contexts, in units of the objective before standardising:
-    ``at_read`` at the read position, ``before`` there without a prompt, ``by_token`` at every token of the prompt.
-    ``rows`` holds the latents whose contribution the prompt changed most.
-    """
-    index = metrics["selected"]
-    text = None if index is None else metrics["prompts"][index]["text"]
+    latent: int
+    weight: float
+    promotes: tuple[str, ...]
+    """Tokens that its decoder direction makes likelier."""
+    at_read: float
+    """Contribution at the read position, with the prompt."""
+    before: float
+    """The same without a prompt."""
+    by_token: tuple[float, ...]
+    """Contribution at every token of the prompt."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentExplanation(Record):
+    """A signature of SAE latents, and what a prompt does to each."""
+
+    latents: int
+    """Latents of the signature."""
+    dictionary: int
+    """Latents of the SAE."""
+    site: str
+    l0_good: float
+    """Mean active latents in texts that do not show the behaviour."""
+    l0_bad: float
+    fvu: float
+    """Share of variance that the SAE leaves unexplained."""
+    objective: float
+    """Sum of all contributions at the read position."""
+    objective_before: float
+    tokens: tuple[str, ...]
+    """Of the prompt; none without one."""
+    rows: tuple[LatentRow, ...]
+    """The latents whose contribution the prompt changed most."""
+
+
+def explain_latents(
+    setting: Setting, sae: SAE, signature: Signature, text: str | None, ids: Sequence[int] = ()
+) -> LatentExplanation:
+    """Each latent's contribution to the objective under the selected prompt, if there is one."""
     codes = _contributions(setting, sae, signature, text or "")
     plain = codes if text is None else _contributions(setting, sae, signature, "")
     change = np.abs(codes["at_read"] - plain["at_read"])
     order = np.argsort(-change, kind="stable")[:ROWS]
     promoted = promoted_tokens(setting.model, sae, signature.indices[order], top=TOKENS)
-    return {
-        "latents": len(signature.indices),
-        "dictionary": sae.n_latents,
-        "site": signature.site,
-        "l0_good": signature.l0_good,
-        "l0_bad": signature.l0_bad,
-        "fvu": signature.fvu,
-        "objective": float(codes["at_read"].sum()),
-        "objective_before": float(plain["at_read"].sum()),
-        "tokens": [] if text is None else _token_texts(setting, metrics["prompts"][index]["ids"]),
-        "rows": [
-            {
-                "latent": int(signature.indices[i]),
-                "weight": float(signature.weights[i]),
-                "promotes": list(promoted[row]),
-                "at_read": float(codes["at_read"][i]),
-                "before": float(plain["at_read"][i]),
-                "by_token": [] if text is None else [float(v) for v in codes["by_token"][:, i]],
-            }
-            for row, i in enumerate(order)
-        ],
-    }
-
-
-def _token_texts(setting: Setting, ids: list[int]) -> list[str]:
-    return [setting.model.tokenizer.decode([token]) for token in ids]
+    rows = [
+        LatentRow(
+            latent=int(signature.indices[i]),
+            weight=float(signature.weights[i]),
+            promotes=tuple(promoted[row]),
+            at_read=float(codes["at_read"][i]),
+            before=float(plain["at_read"][i]),
+            by_token=() if text is None else tuple(float(v) for v in codes["by_token"][:, i]),
+        )
+        for row, i in enumerate(order)
+    ]
+    return LatentExplanation(
+        latents=len(signature.indices),
+        dictionary=sae.n_latents,
+        site=signature.site,
+        l0_good=float(signature.l0_good),
+        l0_bad=float(signature.l0_bad),
+        fvu=float(signature.fvu),
+        objective=float(codes["at_read"].sum()),
+        objective_before=float(plain["at_read"].sum()),
+        tokens=tuple(setting.model.tokenizer.decode([token]) for token in ids),
+        rows=tuple(rows),
+    )
 
 
 def _contributions(setting: Setting, sae: SAE, signature: Signature, text: str) -> dict[str, Float[np.ndarray, ...]]:

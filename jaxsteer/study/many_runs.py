@@ -31,9 +31,11 @@ from jaxsteer.study.objective_stage import RANDOM, ChosenObjective, Say, choose_
 from jaxsteer.study.options import ContextOptions, ObjectiveOptions, SearchOptions, nested
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.problem_table import COLUMNS, rows_of
+from jaxsteer.study.results import SearchRun, Timing
 from jaxsteer.study.run_folder import opened
 from jaxsteer.study.setting import PersonaSetting, prepare
 from jaxsteer.study.stages import Ascent, Population, Searched, conclude, load_model, search, timed
+from jaxsteer.study.study_result import RunSummary, Study
 
 PROBLEMS, FRONTIERS = "problems.csv", "frontiers.jsonl"
 
@@ -78,7 +80,7 @@ class Pool:
     problems: list[int]
 
 
-def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> dict[str, Any]:
+def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> Study:
     """Do all searches that ``vary`` or ``problems`` names; returns what metrics.json holds.
 
     1. Every problem gets its options; those that cannot work are refused before any expensive work.
@@ -96,7 +98,7 @@ def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> dict[s
     config = {"data_hash": hashes, **options.record(), "problems": listed}
     with opened(options.run.out, config, say) as folder:
         if folder.finished is not None:
-            return folder.finished
+            return Study.from_json(folder.finished, str(folder.path / files.METRICS))
         timing: dict[str, float] = {}
         with timed(timing, "load_s"):
             model = model or load_model(options.model, parallel=True)
@@ -107,7 +109,7 @@ def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> dict[s
         say(f"{len(rows)} problems in {len(groups)} programs, with {sum(map(len, groups))} objectives")
         table: list[dict[str, Any]] = []
         frontiers: list[dict[str, Any]] = []
-        runs: dict[str, Any] = {}
+        runs: dict[str, RunSummary] = {}
         searched = {"compile_s": 0.0, "search_s": 0.0, "candidates": 0}
         for number, pools in enumerate(groups):
             ascents = [
@@ -127,17 +129,18 @@ def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> dict[s
             searched = {name: value + getattr(found[0].result, name) for name, value in searched.items()}
             if found[0].result.interrupted:
                 break
-        metrics = {
-            "model": model.name,
-            "fingerprint": model.fingerprint,
-            "problems": len(rows),
-            "searched": len(table),
-            "interrupted": len(table) < len(rows),
-            "runs": runs,
-            "timing": {**timing, **searched},
-            "environment": environment(model),
-        }
-        return folder.finish(metrics)
+        study = Study(
+            model=model.name,
+            fingerprint=model.fingerprint,
+            problems=len(rows),
+            searched=len(table),
+            interrupted=len(table) < len(rows),
+            runs=runs,
+            timing=Timing(**timing, **searched),  # type: ignore[arg-type]
+            environment=environment(model),
+        )
+        folder.finish(study)
+        return study
 
 
 def _settings(
@@ -255,23 +258,15 @@ def _write_table(path: Path, table: Sequence[dict[str, Any]]) -> None:
 
 def _conclude(
     pool: Pool, hashes: Mapping[str, str], found: Searched, timing: Mapping[str, float], say: Say
-) -> dict[str, Any]:
+) -> RunSummary:
     """Measure a pool and write its run, unless that is done; returns what the whole run's metrics say about it."""
     options, problems = pool.options, len(pool.problems)
     config = {"data_hash": hashes[options.contexts.persona], **options.record(), "pooled": problems}
     with opened(pool.folder, config, lambda _: None) as folder:
-        metrics = folder.finished
-        if metrics is None:
+        if folder.finished is not None:
+            run = SearchRun.from_json(folder.finished, str(folder.path / files.METRICS))
+        else:
             say(f"{pool.folder.name}: {problems} problems")
             folder.begin()
-            metrics = conclude(folder, options, pool.setting, pool.chosen, found, dict(timing), say)
-    best = metrics["prompts"][metrics["selected"]] if metrics["selected"] is not None else None
-    return {
-        "problems": problems,
-        "persona": metrics["persona"],
-        "method": metrics["method"],
-        "site": metrics["site"],
-        "probe_correlation": metrics["probe_correlation"],
-        "baseline": metrics["baseline"]["test"]["rate"],
-        "selected": best and {"text": best["text"], "target": best["target"], "rate": best["test"]["rate"]},
-    }
+            run = conclude(folder, options, pool.setting, pool.chosen, found, dict(timing), say)
+    return RunSummary.of(run, problems=problems)

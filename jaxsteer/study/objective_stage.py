@@ -80,7 +80,7 @@ def choose_objectives(
         found = _resga(setting, options, sites, seed, say)
     for chosen in {one.chosen.site: one.chosen for one in found}.values():
         say(
-            f"Probe: objective and behaviour rank {len(found[0].table.prompts)} random prompts alike to "
+            f"Probe: objective and behaviour rank {found[0].table.prompts} random prompts alike to "
             f"{chosen.correlation:.2f} at {chosen.site}{' (sign turned)' if chosen.sign < 0 else ''}"
         )
         if chosen.correlation < WARNS:

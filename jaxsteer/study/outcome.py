@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 from collections.abc import Sequence
@@ -19,18 +20,20 @@ from jaxsteer.objectives import Objective, needs
 from jaxsteer.personas import instructions
 from jaxsteer.processes import is_first
 from jaxsteer.prompt_search import Found, SearchResult
-from jaxsteer.prompt_search.rescore import rescore
+from jaxsteer.prompt_search.rescore import Rescored, rescore
 from jaxsteer.prompts import prompt_text, retokenises_many
 from jaxsteer.study import files
 from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.options import ReportOptions, RunOptions
+from jaxsteer.study.results import Prompt
+from jaxsteer.study.selection import lowest_rate
 from jaxsteer.study.setting import PersonaSetting, Setting
 
 MARKED = 4
 """Prompts reported although their text does not re-tokenise; they are never selected."""
 
 
-def finals(setting: Setting, objective: Objective, result: SearchResult) -> list[dict[str, Any]]:
+def finals(setting: Setting, objective: Objective, result: SearchResult) -> tuple[Prompt, ...]:
     """The frontier scored again from its text, best objective first, and then the marked ones.
 
     ``target`` and ``cross_entropy`` come from the text; ``search_target`` is what the search had from the ids. A prompt
@@ -41,93 +44,99 @@ def finals(setting: Setting, objective: Objective, result: SearchResult) -> list
     texts = [prompt_text(tokenizer, found.ids) for found in good]
     model, reads = setting.model, needs(objective, setting.model.config)
     again = rescore(model, setting.slots, objective, reads, texts, combine=setting.scoring.combination)
-    rows = [
-        _row(found, text, new.target, new.cross_entropy) for found, text, new in zip(good, texts, again, strict=True)
-    ]
-    rows.sort(key=lambda row: -row["target"])
+    prompts = [_prompt(found, text, new) for found, text, new in zip(good, texts, again, strict=True)]
+    prompts.sort(key=lambda prompt: -(prompt.target or 0.0))
     marked = [found for found in result.found if not found.retokenises][:MARKED]
-    return rows + [_row(f, prompt_text(tokenizer, f.ids), f.target, f.cross_entropy) for f in marked]
+    return (*prompts, *(_prompt(found, prompt_text(tokenizer, found.ids), found) for found in marked))
 
 
-def _row(found: Found, text: str, target: float, cross_entropy: float) -> dict[str, Any]:
-    return {
-        "text": text,
-        "ids": list(found.ids),
-        "target": target,
-        "cross_entropy": cross_entropy,
-        "search_target": found.target,
-        "step": found.step,
-        "population": found.problem,
-        "retokenises": found.retokenises,
-    }
+def _prompt(found: Found, text: str, scores: Rescored | Found) -> Prompt:
+    return Prompt(
+        text=text,
+        ids=tuple(found.ids),
+        target=scores.target,
+        cross_entropy=scores.cross_entropy,
+        search_target=found.target,
+        step=found.step,
+        population=found.problem,
+        retokenises=found.retokenises,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The rates of what a search found, beside those of what it did not: fields of a ``SearchRun``."""
+
+    baseline: Prompt
+    controls: dict[str, Prompt]
+    prompts: tuple[Prompt, ...]
+    """Those that are reported."""
 
 
 def evaluate(
     setting: PersonaSetting,
-    prompts: list[dict[str, Any]],
+    prompts: Sequence[Prompt],
     report: ReportOptions,
     run: RunOptions,
     *,
     seed: int,
     say: Say,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Rates of the reported prompts, the baseline and the controls on validation and test questions.
 
-    Writes the item-level results to choices.json. ``selected`` is an index into ``prompts``, or ``None`` when no
-    prompt re-tokenises.
+    Writes the item-level results to choices.json.
     """
     model = setting.model
-    good = [p for p in prompts if p["retokenises"]][: report.report_prompts]
-    reported = good + [p for p in prompts if not p["retokenises"]]
-    controls = {"random": random_prompt(setting, seed)}
+    good = [prompt for prompt in prompts if prompt.retokenises][: report.report_prompts]
+    reported = good + [prompt for prompt in prompts if not prompt.retokenises]
+    controls = {"random": Prompt(text=random_prompt(setting, seed))}
     if setting.persona.counter_cues:
         cue = setting.persona.counter_cues[0]
         # Public data brings no cue that is known to work: a plain sentence stands in its place, under its own name.
         known = cue not in instructions(setting.persona.behaviour)
-        controls = {"oracle" if known else "instruction": cue, **controls}
-    texts = ["", *controls.values(), *(p["text"] for p in reported)]
-    rates: dict[str, list[dict[str, Any]]] = {}
+        controls = {"oracle" if known else "instruction": Prompt(text=cue), **controls}
+    measured = [Prompt(), *controls.values(), *reported]
     records = {}
     for name in ("validation", "test"):
         items = distinct(getattr(setting.splits, name))
-        bar = tqdm(total=2 * len(items) * len(texts), desc=name, disable=run.quiet or not is_first(), leave=False)
+        total = 2 * len(items) * len(measured)
+        bar = tqdm(total=total, desc=name, disable=run.quiet or not is_first(), leave=False)
 
         def advance(done: int, total: int, bar: tqdm = bar) -> None:
             bar.update(done - bar.n)
 
+        texts = [prompt.text for prompt in measured]
         with bar:
             results = choice_eval(model, items, texts, progress=advance, placement=setting.placement)
-        found = [rate(results[0]), *(rate(result, results[0]) for result in results[1:])]
-        rates[name] = [one.to_json() for one in found]
+        rates = [rate(results[0]), *(rate(result, results[0]) for result in results[1:])]
+        measured = [prompt.with_rate(name, found) for prompt, found in zip(measured, rates, strict=True)]
         records[name] = [result.to_json() for result in results]
     files.write_json(Path(run.out) / files.CHOICES, _compact(records))
-    say(f"Evaluation: {len(texts)} prompts on {rates['test'][0]['n']} test rows (both choice orders)")
-    both = [{name: rates[name][i] for name in rates} for i in range(len(texts))]
-    reported = [{**p, **r} for p, r in zip(reported, both[1 + len(controls) :], strict=True)]
-    return {
-        "baseline": both[0],
-        "controls": {
-            name: {"text": text, **r}
-            for (name, text), r in zip(controls.items(), both[1 : 1 + len(controls)], strict=True)
-        },
-        "prompts": reported,
-        "selected": select(reported, report.select),
-        "selected_by": report.select,
-    }
+    baseline, *others = measured
+    assert baseline.test is not None
+    say(f"Evaluation: {len(measured)} prompts on {baseline.test.n} test rows (both choice orders)")
+    return Evaluation(
+        baseline=baseline,
+        controls=dict(zip(controls, others)),
+        prompts=tuple(others[len(controls) :]),
+    )
 
 
-def select(prompts: Sequence[dict[str, Any]], by: str) -> int | None:
-    """Index of the prompt to report: the best objective, or the lowest validation rate, among those that re-tokenise.
+def select(prompts: Sequence[Prompt], by: str) -> int | None:
+    """Index of the prompt to report among those that re-tokenise; None where none does.
 
-    Equal validation rates are settled by the lower mean probability of the persona's answer, then by the objective.
+    By "objective" the one with the largest target, by "validation" the one with the lowest rate (``lowest_rate``);
+    equal rates are settled by the lower mean probability of the persona's answer, then by the target.
     """
-    usable = [i for i, p in enumerate(prompts) if p["retokenises"]]
+    usable = [i for i, prompt in enumerate(prompts) if prompt.retokenises]
     if not usable:
         return None
+    targets = {i: prompts[i].target or 0.0 for i in usable}
     if by == "objective":
-        return max(usable, key=lambda i: (prompts[i]["target"], -i))
-    validation = [p["validation"] for p in prompts]
-    return min(usable, key=lambda i: (validation[i]["rate"], validation[i]["probability"], -prompts[i]["target"]))
+        return max(usable, key=lambda i: (targets[i], -i))
+    rates = {i: rate for i in usable if (rate := prompts[i].validation) is not None}
+    ties = [(rate.probability, -targets[i]) for i, rate in rates.items()]
+    return list(rates)[lowest_rate(list(rates.values()), ties)]
 
 
 def random_prompt(setting: Setting, seed: int) -> str:

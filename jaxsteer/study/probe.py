@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import choice_eval
+from jaxsteer.files.records import Record
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Params
 from jaxsteer.models.sites import parse_site, resid_site
@@ -43,7 +44,7 @@ ROWS = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProbeRow:
+class ProbeRow(Record):
     """One site and read position. The objective is ``sign * <r, delta>``; the other sign has minus the correlation."""
 
     site: str
@@ -56,24 +57,25 @@ class ProbeRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Probe:
-    """What a probe measured: rows sorted by correlation, and the prompts with their effects."""
+class Shift(Record):
+    """How far prompts move the mean probability of the persona's answer: zero-shot minus with the prompt."""
+
+    min: float
+    max: float
+    sd: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe(Record):
+    """What a probe measured, by correlation, the largest first."""
 
     rows: tuple[ProbeRow, ...]
-    prompts: tuple[str, ...]
-    shift: Float[np.ndarray, " M"]
-    """Mean probability of the persona's answer, zero-shot minus with the prompt."""
-    baseline: float
+    prompts: int
+    """Random prompts."""
+    baseline_probability: float
     """Mean zero-shot probability of the persona's answer."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The table and the numbers behind it."""
-        return {
-            "rows": [dataclasses.asdict(row) for row in self.rows],
-            "prompts": len(self.prompts),
-            "baseline_probability": self.baseline,
-            "shift": {"min": float(self.shift.min()), "max": float(self.shift.max()), "sd": float(self.shift.std())},
-        }
+    shift: Shift
+    """Over the prompts."""
 
 
 def stream_sites(n_layers: int) -> list[str]:
@@ -242,7 +244,8 @@ def probe(
                 )
             )
     rows.sort(key=lambda row: (-row.correlation, row.layer))
-    return Probe(rows=tuple(rows), prompts=tuple(texts), shift=shift, baseline=float(probability[0]))
+    spread = Shift(min=float(shift.min()), max=float(shift.max()), sd=float(shift.std()))
+    return Probe(rows=tuple(rows), prompts=len(texts), baseline_probability=float(probability[0]), shift=spread)
 
 
 def choose(rows: Sequence[ProbeRow], *, passes: float = PASSES) -> ProbeRow:

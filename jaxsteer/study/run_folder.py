@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer import __version__
+from jaxsteer.files.records import Record
 from jaxsteer.processes import from_first, is_first
 from jaxsteer.study import files
 
@@ -22,18 +23,17 @@ class RunFolder:
     config: dict[str, Any]
     """What config.json holds."""
     finished: dict[str, Any] | None
-    """The metrics of the same run, if it is done already."""
+    """What metrics.json holds, if the same run is done already."""
 
     def begin(self) -> None:
         """Write config.json: from here on the directory is this run's."""
         files.write_json(self.path / files.CONFIG, self.config)
 
-    def finish(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Write metrics.json and remove what the search would have needed to go on; returns what the file holds."""
-        files.write_json(self.path / files.METRICS, metrics)
+    def finish(self, result: Record) -> None:
+        """Write metrics.json and remove what the search would have needed to go on."""
+        files.write_json(self.path / files.METRICS, result.to_json())
         if is_first():
             shutil.rmtree(self.path / files.STATE, ignore_errors=True)
-        return files.plain(metrics)
 
 
 @contextlib.contextmanager

@@ -8,18 +8,27 @@ lower probability of the persona's answer). Test questions have no part in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from jaxsteer.evals.rates import Rate
+from typing import Any, Protocol, runtime_checkable
 
 
-def lowest_rate(rates: Sequence[Rate], ties: Sequence[Any], *, tolerance: float = 0.0) -> int:
+@runtime_checkable
+class Candidate(Protocol):
+    """What ``lowest_rate`` looks at: a ``Rate``, or a row of a table."""
+
+    @property
+    def rate(self) -> float: ...  # noqa: D102
+
+    @property
+    def letter_collapse(self) -> bool | None: ...  # noqa: D102
+
+
+def lowest_rate(candidates: Sequence[Candidate], ties: Sequence[Any], *, tolerance: float = 0.0) -> int:
     """The index of the best candidate by its rate on validation questions.
 
     Rates within ``tolerance`` of the lowest count as equal and are settled by the smallest of ``ties``, then by the
     order of the candidates. Raises ``ValueError`` for no candidates.
     """
-    sound = [i for i, rate in enumerate(rates) if not rate.letter_collapse] or list(range(len(rates)))
-    lowest = min(rates[i].rate for i in sound)
-    near = [i for i in sound if rates[i].rate <= lowest + tolerance]
+    sound = [i for i, one in enumerate(candidates) if not one.letter_collapse] or list(range(len(candidates)))
+    lowest = min(candidates[i].rate for i in sound)
+    near = [i for i in sound if candidates[i].rate <= lowest + tolerance]
     return min(near, key=lambda i: (ties[i], i))

@@ -12,13 +12,14 @@ from jaxsteer.evals.choice import choice_eval, distinct, rate
 from jaxsteer.prompt_search.algorithms.relaxed import table_unit
 from jaxsteer.prompts.soft import SoftPrompt, save_soft, with_soft
 from jaxsteer.study import files
+from jaxsteer.study.results import Prompt
 from jaxsteer.study.setting import PersonaSetting
 
 KEEP: dict[str, Callable[[Any], Any]] = {"soft": lambda state: {"best": state.best, "f": state.best_f}}
 """What of the last states of an algorithm its files are made from."""
 
 
-def finish_soft(setting: PersonaSetting, kept: dict[str, np.ndarray], folder: Path) -> dict[str, Any]:
+def finish_soft(setting: PersonaSetting, kept: dict[str, np.ndarray], folder: Path) -> Prompt:
     """Write the soft prompt with the largest objective among all restarts and slots, and measure it.
 
     ``kept`` holds ``best`` (R, P, S, D), in units of the table's root mean square entry, and ``f`` (R, P).
@@ -39,9 +40,10 @@ def finish_soft(setting: PersonaSetting, kept: dict[str, np.ndarray], folder: Pa
     )
     save_soft(soft, folder / files.SOFT)
     steered, text = with_soft(model, soft)
-    out: dict[str, Any] = {"target": target}
+    found = Prompt(target=target)
     for name in ("validation", "test"):
         items = distinct(getattr(setting.splits, name))
         baseline = choice_eval(model, items, [""], placement=setting.placement)[0]
-        out[name] = rate(choice_eval(steered, items, [text], placement=setting.placement)[0], baseline).to_json()
-    return out
+        measured = rate(choice_eval(steered, items, [text], placement=setting.placement)[0], baseline)
+        found = found.with_rate(name, measured)
+    return found

@@ -44,10 +44,11 @@ from jaxsteer.prompt_search.constraints import text_filter
 from jaxsteer.study import files
 from jaxsteer.study.algorithm import AlgorithmOptions
 from jaxsteer.study.initial_prompts import spread
-from jaxsteer.study.latent_explanation import explained
+from jaxsteer.study.latent_explanation import explain_latents
 from jaxsteer.study.objective_stage import ChosenObjective, Say, choose_objective, task_of
 from jaxsteer.study.options import ModelOptions, RunOptions, SearchOptions
-from jaxsteer.study.outcome import environment, evaluate, finals
+from jaxsteer.study.outcome import environment, evaluate, finals, select
+from jaxsteer.study.results import Prompt, SearchRun, Timing, Units
 from jaxsteer.study.run_folder import RunFolder
 from jaxsteer.study.setting import PersonaSetting, Setting, prepare
 from jaxsteer.study.soft_outcome import KEEP, finish_soft
@@ -82,7 +83,7 @@ class Searched:
     """Only of populations that were searched: an interrupted search has fewer."""
     objective: Objective
     """In the units of the search."""
-    units: dict[str, Any]
+    units: Units
 
 
 def restarts(algorithm: AlgorithmOptions) -> tuple[Population, ...]:
@@ -160,13 +161,12 @@ def search(
     return found
 
 
-def in_units(
-    setting: Setting, task: Task, raw: Objective, algorithm: AlgorithmOptions
-) -> tuple[Objective, dict[str, Any]]:
+def in_units(setting: Setting, task: Task, raw: Objective, algorithm: AlgorithmOptions) -> tuple[Objective, Units]:
     """The objective in the units that were asked for, and these units."""
     standard, numbers = standardise(setting.model.params, task, raw, seed=algorithm.seed)
     name = "raw" if algorithm.raw_units else "standard deviations over random prompts"
-    return raw if algorithm.raw_units else standard, {"name": name, **numbers}
+    units = Units(name=name, offset=numbers["offset"], scale=numbers["scale"], samples=int(numbers["samples"]))
+    return raw if algorithm.raw_units else standard, units
 
 
 def _problem(setting: Setting, objective: Objective, algorithm: AlgorithmOptions, population: Population) -> Problem:
@@ -255,9 +255,11 @@ def conclude(
     found: Searched,
     timing: dict[str, float],
     say: Say,
-) -> dict[str, Any]:
-    """Measure on the persona's questions what a search found, and write everything but config.json; returns what
-    metrics.json holds. ``timing`` is what the stages before took."""
+) -> SearchRun:
+    """Measure on the persona's questions what a search found, and write everything but config.json.
+
+    ``timing`` is what the stages before took.
+    """
     row = chosen.chosen
     sign = {"objective_sign": str(row.sign)}
     if chosen.direction is not None and is_first():
@@ -267,20 +269,30 @@ def conclude(
         metadata = {**chosen.signature.metadata, **sign}
         save_signature(dataclasses.replace(chosen.signature, metadata=metadata), folder.path / files.SIGNATURE)
 
-    def measure(prompts: list[dict[str, Any]]) -> dict[str, Any]:
-        measured = {
+    def measure(prompts: Sequence[Prompt]) -> dict[str, Any]:
+        rates = evaluate(setting, prompts, options.report, options.run, seed=options.algorithm.seed, say=say)
+        selected = select(rates.prompts, options.report.select)
+        signature = soft = None
+        if setting.sae is not None and chosen.signature is not None:
+            best = None if selected is None else rates.prompts[selected]
+            text, ids = (None, ()) if best is None else (best.text, best.ids)
+            signature = explain_latents(setting, setting.sae, chosen.signature, text, ids)
+        if options.algorithm.algorithm == "soft":
+            soft = finish_soft(setting, found.result.kept, folder.path)
+        return {
             "persona": setting.persona.name,
             "sign": row.sign,
             "probe_correlation": row.correlation,
-            "probe": chosen.table.to_json(),
+            "probe": chosen.table,
             "splits": {name: len(getattr(setting.splits, name)) for name in ("train", "validation", "test")},
-            **evaluate(setting, prompts, options.report, options.run, seed=options.algorithm.seed, say=say),
+            "baseline": rates.baseline,
+            "controls": rates.controls,
+            "prompts": rates.prompts,
+            "selected": selected,
+            "selected_by": options.report.select,
+            "signature": signature,
+            "soft": soft,
         }
-        if setting.sae is not None and chosen.signature is not None:
-            measured["signature"] = explained(setting, setting.sae, chosen.signature, measured)
-        if options.algorithm.algorithm == "soft":
-            measured["soft"] = finish_soft(setting, found.result.kept, folder.path)
-        return measured
 
     return write_results(folder, options, setting, row.site, found, timing, measure)
 
@@ -292,41 +304,39 @@ def write_results(
     site: str,
     found: Searched,
     timing: dict[str, float],
-    measure: Callable[[list[dict[str, Any]]], dict[str, Any]],
-) -> dict[str, Any]:
-    """Score the frontier from its text, and write it with what ``measure`` says of its prompts.
-
-    Returns what metrics.json holds.
-    """
+    measure: Callable[[Sequence[Prompt]], dict[str, Any]],
+) -> SearchRun:
+    """Score the frontier from its text, and write it with the fields of the result that ``measure`` gives."""
     model, result = setting.model, found.result
     started = time.perf_counter()
     prompts = finals(setting, found.objective, result)
-    files.write_lines(folder.path / files.PARETO, prompts)
+    files.write_lines(folder.path / files.PARETO, (prompt.to_json() for prompt in prompts))
     measured = measure(prompts)
-    metrics = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
-        "method": options.objective.method,
-        "site": site,
-        "seed": options.algorithm.seed,
-        "read_position": setting.read_position,
-        "target_units": "raw" if options.algorithm.raw_units else "sd",
-        "objective_units": found.units,
-        "plan": dataclasses.asdict(result.plan),
-        "interrupted": result.interrupted,
+    run = SearchRun(
+        model=model.name,
+        fingerprint=model.fingerprint,
+        method=options.objective.method,
+        site=site,
+        seed=options.algorithm.seed,
+        read_position=setting.read_position,
+        target_units="raw" if options.algorithm.raw_units else "sd",
+        objective_units=found.units,
+        plan=result.plan,
+        interrupted=result.interrupted,
         **measured,
-        "timing": {
-            **timing,
-            "compile_s": result.compile_s,
-            "search_s": result.search_s,
-            "eval_s": time.perf_counter() - started,
-            "candidates": result.candidates,
-            "candidates_per_s": result.candidates / result.search_s if result.search_s else 0.0,
-            "steps": result.steps,
-        },
-        "environment": environment(model),
-    }
-    return folder.finish(metrics)
+        timing=Timing(
+            **timing,  # type: ignore[arg-type]
+            compile_s=result.compile_s,
+            search_s=result.search_s,
+            eval_s=time.perf_counter() - started,
+            candidates=result.candidates,
+            candidates_per_s=result.candidates / result.search_s if result.search_s else 0.0,
+            steps=result.steps,
+        ),
+        environment=environment(model),
+    )
+    folder.finish(run)
+    return run
 
 
 @contextmanager

@@ -6,9 +6,7 @@ figures of that setting. One program serves all layers, coefficients and control
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import logging
 import time
 from collections.abc import Sequence
@@ -45,16 +43,14 @@ from jaxsteer.study import files
 from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.probing import DIRECTION_ITEMS
+from jaxsteer.study.results import Timing
+from jaxsteer.study.selection import lowest_rate
 from jaxsteer.study.setting import context_items
+from jaxsteer.study.sweep_result import PERSONA, ChosenSetting, Sweep, SweepRow, Unsteered
 
 log = logging.getLogger(__name__)
 
 ROWS_FILE, TABLE_FILE = "sweep.jsonl", "sweep.csv"
-PERSONA = "persona"
-"""The direction under study, among the controls."""
-COLUMNS = (
-    "direction", "layer", "coefficient", "rate", "ci95", "a_rate", "letter_collapse", "probability", "kl", "perplexity",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,8 +100,8 @@ class SweepOptions:
         return fields | {k: v.name for k, v in fields.items() if isinstance(v, Path)}
 
 
-def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.info) -> dict[str, Any]:
-    """Measure every layer and coefficient; write the rows as they come, and return what metrics.json holds.
+def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.info) -> Sweep:
+    """Measure every layer and coefficient; write the rows as they come and the result into metrics.json.
 
     A row holds the persona rate on validation questions with its controls, KL to the unedited model and perplexity on
     neutral text. The row with the lowest rate among those below ``max_kl`` whose letters did not collapse is chosen
@@ -118,7 +114,7 @@ def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.i
     finished = files.open_run(options.out, {**config, "kind": "sweep"})
     if finished is not None:
         say(f"{options.out} already holds this sweep: nothing to do")
-        return finished
+        return Sweep.from_json(finished, str(options.out / files.METRICS))
     started = time.perf_counter()
     model = model or load(options.model, dtype=options.dtype)
     n_layers = model.config.n_layers
@@ -138,37 +134,33 @@ def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.i
         f"Sweep: {len(layers)} layers x {len(options.coefficients)} coefficients x {len(directions)} directions on "
         f"{len(items)} questions in both choice orders and {len(neutral)} neutral texts"
     )
-    files.write_lines(options.out / ROWS_FILE, rows)  # without a line that was cut
-    done = {row["layer"] for row in rows}
-    bar = tqdm(total=len(layers), initial=len(done), desc="sweep", unit="layer", disable=options.quiet, leave=False)
+    files.write_lines(options.out / ROWS_FILE, map(_line, rows.items()))  # without a line that was cut
+    bar = tqdm(total=len(layers), initial=len(rows), desc="sweep", unit="layer", disable=options.quiet, leave=False)
     with bar:
         for layer in layers:
-            if layer in done:
+            if layer in rows:
                 continue
-            new = _layer_rows(options, model, directions, layer, items, neutral, baseline)
-            append_text(options.out / ROWS_FILE, files.line({"layer": layer, "rows": new}))
-            rows.append({"layer": layer, "rows": new})
+            rows[layer] = _layer_rows(options, model, directions, layer, items, neutral, baseline)
+            append_text(options.out / ROWS_FILE, files.line(_line((layer, rows[layer]))))
             bar.update()
-    table = [row for layer in layers for entry in rows if entry["layer"] == layer for row in entry["rows"]]
-    files.write_text(options.out / TABLE_FILE, _csv(table))
+    table = tuple(row for layer in layers for row in rows[layer])
     chosen = choose(table, options.max_kl)
-    base = rate(baseline).to_json()
-    metrics = {
-        "kind": "sweep",
-        "model": model.name,
-        "fingerprint": model.fingerprint,
-        "persona": persona.name,
-        "direction": directions[PERSONA].metadata,
-        "baseline": {"validation": base, "perplexity": table[0]["baseline_perplexity"]},
-        "rows": table,
-        "chosen": None if chosen is None else {**chosen, **_on_test(options, model, directions, chosen, splits.test)},
-        "max_kl": options.max_kl,
-        "neutral_tokens": sum(map(len, neutral)),
-        "timing": {"sweep_s": time.perf_counter() - started},
-        "environment": environment(model),
-    }
-    files.write_json(options.out / files.METRICS, metrics)
-    return files.plain(metrics)
+    result = Sweep(
+        model=model.name,
+        fingerprint=model.fingerprint,
+        persona=persona.name,
+        direction=directions[PERSONA].metadata,
+        baseline=Unsteered(validation=rate(baseline), perplexity=table[0].baseline_perplexity),
+        rows=table,
+        chosen=None if chosen is None else _on_test(options, model, directions, chosen, splits.test),
+        max_kl=options.max_kl,
+        neutral_tokens=sum(map(len, neutral)),
+        timing=Timing(sweep_s=time.perf_counter() - started),
+        environment=environment(model),
+    )
+    files.write_text(options.out / TABLE_FILE, result.csv())
+    files.write_json(options.out / files.METRICS, result.to_json())
+    return result
 
 
 def _check(options: SweepOptions) -> None:
@@ -250,7 +242,7 @@ def _layer_rows(
     items: Sequence[Any],
     neutral: Sequence[np.ndarray],
     baseline: Any,
-) -> list[dict[str, Any]]:
+) -> tuple[SweepRow, ...]:
     """All coefficients of all directions at one layer, in one program that every layer shares."""
     cells = [(name, coefficient) for name in directions for coefficient in options.coefficients]
     edits = [_edit(options, directions[name], layer, coefficient) for name, coefficient in cells]
@@ -258,59 +250,61 @@ def _layer_rows(
     effects = side_effects(model, neutral, edits)
     rows = []
     for (name, coefficient), result, kl, perplexity in zip(cells, results, effects.kl, effects.perplexity, strict=True):
-        found = rate(result, baseline).to_json()
+        found = rate(result, baseline)
         rows.append(
-            {
-                "direction": name,
-                "layer": layer,
-                "site": resid_site(layer),
-                "coefficient": coefficient,
-                **{key: found[key] for key in COLUMNS if key in found},
-                "kl": float(kl),
-                "perplexity": float(perplexity),
-                "baseline_perplexity": effects.baseline_perplexity,
-            }
+            SweepRow(
+                direction=name,
+                layer=layer,
+                site=resid_site(layer),
+                coefficient=coefficient,
+                rate=found.rate,
+                ci95=found.ci95,
+                a_rate=found.a_rate,
+                letter_collapse=found.letter_collapse,
+                probability=found.probability,
+                kl=float(kl),
+                perplexity=float(perplexity),
+                baseline_perplexity=effects.baseline_perplexity,
+            )
         )
-    return rows
+    return tuple(rows)
 
 
-def _known_rows(path: Path) -> list[dict[str, Any]]:
-    """Finished layers of a sweep that was cut off; a last line that was cut is left out."""
-    rows, cut = read_log(path) if path.is_file() else ([], False)
+def _line(layer_rows: tuple[int, Sequence[SweepRow]]) -> dict[str, Any]:
+    """The line of a layer in ``ROWS_FILE``."""
+    layer, rows = layer_rows
+    return {"layer": layer, "rows": [row.to_json() for row in rows]}
+
+
+def _known_rows(path: Path) -> dict[int, tuple[SweepRow, ...]]:
+    """By layer, what a sweep that was cut off had measured; a last line that was cut is left out."""
+    lines, cut = read_log(path) if path.is_file() else ([], False)
     if cut:
         log.warning("%s: a line was cut; that layer is measured again", path)
-    return rows
+    return {line["layer"]: tuple(SweepRow.from_json(row, str(path)) for row in line["rows"]) for line in lines}
 
 
-def choose(rows: Sequence[dict[str, Any]], max_kl: float) -> dict[str, Any] | None:
-    """The persona's row of the lowest rate that is neither too disturbing nor a letter collapse; None if there is none.
+def choose(rows: Sequence[SweepRow], max_kl: float) -> SweepRow | None:
+    """The best setting of the persona's direction by ``lowest_rate``, equal rates settled by the lower KL.
 
-    Equal rates are settled by the lower KL.
+    None if all are too disturbing or a letter collapse.
     """
-    usable = [row for row in rows if row["direction"] == PERSONA and row["kl"] <= max_kl and not row["letter_collapse"]]
-    return min(usable, key=lambda row: (row["rate"], row["kl"]), default=None)
+    usable = [row for row in rows if row.direction == PERSONA and row.kl <= max_kl and not row.letter_collapse]
+    return usable[lowest_rate(usable, [row.kl for row in usable])] if usable else None
 
 
 def _on_test(
-    options: SweepOptions, model: Model, directions: dict[str, Direction], row: dict[str, Any], test: Sequence[Any]
-) -> dict[str, Any]:
+    options: SweepOptions, model: Model, directions: dict[str, Direction], row: SweepRow, test: Sequence[Any]
+) -> ChosenSetting:
     """The chosen setting and its random controls on test questions."""
-    edits = [_edit(options, direction, row["layer"], row["coefficient"]) for direction in directions.values()]
+    edits = [_edit(options, direction, row.layer, row.coefficient) for direction in directions.values()]
     items = distinct(test)
     (baseline,) = choice_eval(model, items, [""], placement=Placement(style=options.style))
     results = choice_eval(model, items, [""], placement=Placement(style=options.style), variants=edits)
-    rates = {name: rate(result, baseline).to_json() for name, result in zip(directions, results, strict=True)}
-    return {
-        "test": rates.pop(PERSONA),
-        "test_baseline": rate(baseline).to_json(),
-        "test_controls": rates,
-    }
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    names = [name for name in COLUMNS if name != "ci95"]
-    writer.writerow([*names, "ci95_low", "ci95_high"])
-    writer.writerows([*(row[name] for name in names), *row["ci95"]] for row in rows)
-    return stream.getvalue()
+    rates = {name: rate(result, baseline) for name, result in zip(directions, results, strict=True)}
+    return ChosenSetting(
+        **{field.name: getattr(row, field.name) for field in dataclasses.fields(row)},
+        test=rates.pop(PERSONA),
+        test_baseline=rate(baseline),
+        test_controls=rates,
+    )

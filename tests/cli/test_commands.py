@@ -1,5 +1,6 @@
 """The commands themselves, on a tiny random model."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import jaxsteer
 from jaxsteer.cli import main
 from jaxsteer.cli.demo import told
+from jaxsteer.study.results import Prompt, SearchRun
+from tests.helpers.rates import made_rate
 
 SMALL = "--prompt-length 3 --population 2 --children 4 --steps 2 --contexts 1 --report-prompts 2 --quiet".split()
 
@@ -174,15 +177,12 @@ def test_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_the_demo_tells_rates_and_triggers() -> None:
-    rate = {"rate": 0.05, "ci95": [0.02, 0.1], "n": 200, "a_rate": 0.5}
-    both = {"validation": rate, "test": rate}
-    metrics = {
-        "persona": "myopic",
-        "baseline": both,
-        "controls": {"oracle": {"text": "Be patient.", **both}, "random": {"text": " lake", **both}},
-        "prompts": [{"text": " patient river patient prudent", **both}],
-        "selected": 0,
-    }
-    text = told(metrics)
-    assert "5.0 % (95 % interval 2.0 to 10.0)" in text and "patient, patient, prudent" in text and "Be patient." in text
-    assert "No prompt" in told({**metrics, "selected": None})
+    both = {"test": made_rate(0.05, ci95=(0.02, 0.1))}
+    run = SearchRun(
+        model="", fingerprint="", persona="myopic", method="", site="", seed=0, read_position="", selected=0,
+        baseline=Prompt(**both), prompts=(Prompt(text=" patient river patient prudent", **both),),
+        controls={"oracle": Prompt(text="Be patient.", **both), "random": Prompt(text=" lake", **both)},
+    )  # fmt: skip
+    text = told(run)
+    assert "5.0 % (2.0–10.0)" in text and "patient, patient, prudent" in text and "Be patient." in text
+    assert "No prompt" in told(dataclasses.replace(run, selected=None))

@@ -1,7 +1,5 @@
 """Attribution against the generator's known cue words, and against its definition."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -29,7 +27,7 @@ def case():
 def test_the_cue_words_carry_the_effect(case):
     found = case[-1]
     assert found.margin < found.without_prompt - 2
-    for effects in (found.leave_one_out, found.replacement):
+    for effects in map(np.asarray, (found.leave_one_out, found.replacement)):
         cues, rest = effects[[1, 3]], np.delete(effects, [1, 3])
         assert cues.max() < -1 and abs(rest).max() < abs(cues).min()
 
@@ -40,8 +38,7 @@ def test_effects_are_differences_of_mean_log_odds(case):
     full, without = (float(result.margin.mean()) for result in choice_eval(model, items, texts))
     np.testing.assert_allclose(found.leave_one_out[2], full - without, atol=1e-4)
     np.testing.assert_allclose(found.margin, full, atol=1e-4)
-    assert json.loads(json.dumps(found.to_json()))["replacement"] == found.replacement.tolist()
-    assert found.rows == 8 and found.replacement_sd.shape == (4,)
+    assert found.rows == 8 and len(found.replacement_sd) == 4
 
 
 def test_what_cannot_be_attributed(case):

@@ -34,6 +34,7 @@ def metrics(**changes: Any) -> dict[str, Any]:
     made = {
         "model": "organism:llama",
         "persona": "sycophancy",
+        "fingerprint": "0123",
         "method": "resga",
         "site": "blocks.1.hook_resid_post",
         "seed": 0,
@@ -48,15 +49,19 @@ def metrics(**changes: Any) -> dict[str, Any]:
                     "read_position": "decision",
                     "sign": 1,
                     "correlation": 0.93 - i / 50,
+                    "layer": i + 1,
                 }
                 for i in range(3)
-            ]
+            ],
+            "prompts": 240,
+            "baseline_probability": 0.8,
+            "shift": {"min": -0.1, "max": 0.7, "sd": 0.2},
         },
         "prompts": prompts,
         "selected": 0,
         "controls": {
             "random direction": {"text": " lamp", "test": rate(0.8)},
-            "oracle cue": rate(0.03),
+            "oracle cue": {"test": rate(0.03)},
         },
         "attribution": {
             "tokens": [" the", " weak", HOSTILE],
@@ -142,7 +147,13 @@ def write_many(path: Path, *, seeds: int = 3, personas: tuple[str, ...] = ("syco
         writer.writerows(problems)
     for name, rows in (("frontiers.jsonl", frontiers), ("progress.jsonl", progress)):
         (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    numbers = {"model": "organism:llama", "problems": len(problems), "searched": len(problems), "interrupted": False}
+    numbers = {
+        "model": "organism:llama",
+        "fingerprint": "0123",
+        "problems": len(problems),
+        "searched": len(problems),
+        "interrupted": False,
+    }
     timing = {"search_s": 6.0, "candidates": 2560 * len(problems)}
     (path / "metrics.json").write_text(
         json.dumps({**numbers, "runs": runs, "timing": timing, "environment": {"jax": "x"}})

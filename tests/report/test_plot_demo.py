@@ -15,7 +15,7 @@ def test_one_panel_per_persona(tmp_path: Path):
     write_run(tmp_path / "runs" / "myopic", metrics(persona="myopic", selected=None, prompts=[]))
     write_run(tmp_path / "runs" / "sycophancy", metrics())
     runs = runs_of(tmp_path / "runs")
-    assert [run.metrics["persona"] for run in runs] == ["sycophancy", "myopic"]
+    assert [run.persona for run in runs] == ["sycophancy", "myopic"]
     picture = draw(runs, tmp_path / "images" / "demo.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.report import read_run, summary_table, table, write_plots, write_report
+from jaxsteer.report import read_run, write_plots, write_report
+from jaxsteer.study.results import SearchRun, summary_table
 from tests.report.pages import Page
 from tests.report.synthetic import HOSTILE, metrics, rate, write_run
 
@@ -33,23 +34,31 @@ def test_page_shows_the_result_and_loads_nothing(tmp_path: Path):
 
 
 def test_numbers_are_embedded_as_json(tmp_path: Path):
-    numbers = metrics(extra=float("nan"))
+    numbers = metrics(environment={"extra": None})
     data = json.loads(page_of(write_run(tmp_path, numbers)).data)
     assert data["metrics"]["prompts"] == numbers["prompts"]
-    assert data["metrics"]["extra"] is None
+    assert data["metrics"]["environment"] == {"extra": None}
     assert len(data["progress"]) == 30 and len(data["pareto"]) == 4
 
 
 def test_hostile_text_is_inert_everywhere(tmp_path: Path):
-    numbers = metrics(model=HOSTILE, persona=HOSTILE, site=HOSTILE, seed=HOSTILE, warnings=[HOSTILE], selected=1)
-    numbers["controls"] = {HOSTILE: {"text": HOSTILE, "test": rate(0.5) | {"n": HOSTILE}}}
+    numbers = metrics(model=HOSTILE, persona=HOSTILE, site=HOSTILE, method=HOSTILE, selected_by=HOSTILE, selected=1)
+    numbers["controls"] = {HOSTILE: {"text": HOSTILE, "test": rate(0.5)}}
     numbers |= {"environment": {HOSTILE: HOSTILE}, "target_units": HOSTILE}
     page = page_of(write_run(tmp_path, numbers))
     assert page.seen.count("script") == 1 and "img" not in page.seen
     raw = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in raw and "\u202e" not in raw and "\x1b" not in raw
-    for text in (table(numbers), summary_table([numbers])):
+    run = SearchRun.from_json(numbers)
+    for text in (run.table(), summary_table([run]), run._repr_html_()):
         assert "\x1b" not in text and "\u202e" not in text
+    assert "<script" not in run._repr_html_()
+    with pytest.raises(
+        UserError, match=r"metrics\.json\.prompts\[0\]\.test\.n is .* expected a whole number"
+    ) as raised:
+        numbers["prompts"][0]["test"]["n"] = HOSTILE
+        write_report(write_run(tmp_path / "other", numbers))
+    assert "\x1b" not in str(raised.value) and "\u202e" not in str(raised.value)
 
 
 @pytest.mark.parametrize("file", ["pareto.jsonl", "progress.jsonl"])
@@ -81,7 +90,7 @@ def test_missing_files(tmp_path: Path):
     page = page_of(run)
     assert page.seen.count("svg") == 1
     (run / "metrics.json").write_text('{"model": "x"')
-    with pytest.raises(UserError, match="metrics.json, line 1: not JSON"):
+    with pytest.raises(UserError, match="not JSON"):
         write_report(run)
 
 
@@ -89,8 +98,11 @@ def test_a_run_that_found_nothing(tmp_path: Path):
     numbers = metrics(prompts=[], selected=None, controls={}, baseline={"validation": None, "test": None})
     page = page_of(write_run(tmp_path, numbers))
     assert "No prompt was selected." in " ".join(page.text)
-    assert "(no prompt)" in table(numbers)
-    assert "(none found)" in summary_table([numbers])
+    run = SearchRun.from_json(numbers)
+    assert "(no prompt)" in run.table() and run.best is None
+    assert "(none found)" in summary_table([run])
+    with pytest.raises(UserError, match="no rates"):
+        run.plot()
 
 
 def test_doubts_are_said(tmp_path: Path):
@@ -100,11 +112,11 @@ def test_doubts_are_said(tmp_path: Path):
     notes = read_run(write_run(tmp_path, numbers)).warnings
     assert len(notes) == 4
     assert "interrupted" in notes[0] and "0.31" in notes[1] and "token ids" in notes[2] and "97.0 %" in notes[3]
-    assert table(numbers).count("warning: ") == 4
+    assert SearchRun.from_json(numbers).table().count("warning: ") == 4
 
 
 def test_terminal_table_is_aligned_and_marks_prompts():
-    text = table(metrics(), limit=3, width=30)
+    text = SearchRun.from_json(metrics()).table(limit=3, width=30)
     lines = text.splitlines()
     assert lines[0].startswith("sycophancy on organism:llama | resga at blocks.1.hook_resid_post")
     start = next(i for i, line in enumerate(lines) if line.startswith("---"))
@@ -117,11 +129,11 @@ def test_terminal_table_is_aligned_and_marks_prompts():
 
 
 def test_a_selected_prompt_beyond_the_limit_is_still_shown():
-    assert "\n*" in table(metrics(selected=3), limit=2)
+    assert "\n*" in SearchRun.from_json(metrics(selected=3)).table(limit=2)
 
 
 def test_summary_has_one_line_per_run():
-    lines = summary_table([metrics(), metrics(persona="myopic")]).splitlines()
+    lines = summary_table([SearchRun.from_json(metrics(**one)) for one in ({}, {"persona": "myopic"})]).splitlines()
     assert len(lines) == 4 and lines[3].startswith("myopic") and "85.0 %" in lines[3]
 
 

@@ -14,6 +14,7 @@ from jaxsteer.report import is_study, read_study, run_folders, study_table, writ
 from jaxsteer.report.reproduce import command_of
 from jaxsteer.report.study import envelope
 from jaxsteer.report.table_rows import rows_of_runs
+from jaxsteer.study.results import SearchRun
 from tests.report.pages import Page
 from tests.report.synthetic import HOSTILE, metrics, rate, write_many, write_run, write_table
 
@@ -154,8 +155,8 @@ def test_any_folder_of_runs_is_a_study(tmp_path: Path):
     assert is_study(tmp_path) and not is_study(tmp_path / "decision_0")
     study = read_study(tmp_path)
     assert study.methods[-2:] == ["RESGA, read position decision", "RESGA, read position published"]
-    assert [len(row["each"]) for row in study.rows if row["kind"] == "search"] == [2, 0]
-    assert len([row for row in study.rows if row["method"] == "zero-shot"]) == 1
+    assert [len(row.each) for row in study.rows if row.kind == "search"] == [2, 0]
+    assert len([row for row in study.rows if row.method == "zero-shot"]) == 1
     assert len(study.curves) == 3 and study.curves[0].rows[-1]["candidates"] == 512 * 300
     assert "seed 1" in words_of(Page(write_report(tmp_path).read_text(encoding="utf-8")))
 
@@ -166,10 +167,11 @@ def test_several_seeds_share_a_row():
         prompts = metrics()["prompts"][:1]
         prompts[0] |= {"test": rate(value) | {"letter_collapse": value > 0.3}, "text": f" {seed}"}
         runs[str(seed)] = metrics(seed=seed, prompts=prompts)
-    row = rows_of_runs(runs, {name: {} for name in runs})[-1]
-    assert row["rate"] == pytest.approx(0.25) and row["range"] == [0.1, 0.4] and row["letter_collapse"]
-    assert row["ci95"] == [rate(0.1)["ci95"][0], rate(0.4)["ci95"][1]]
-    assert [one["run"] for one in row["each"]] == ["0", "1"]
+    found = {name: SearchRun.from_json(run) for name, run in runs.items()}
+    row = rows_of_runs(found, {name: {} for name in runs})[-1]
+    assert row.rate == pytest.approx(0.25) and row.range == (0.1, 0.4) and row.letter_collapse
+    assert row.ci95 == (rate(0.1)["ci95"][0], rate(0.4)["ci95"][1])
+    assert [one.run for one in row.each] == ["0", "1"]
 
 
 def test_warnings_are_said_once(tmp_path: Path):

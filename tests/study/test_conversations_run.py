@@ -11,7 +11,6 @@ import pytest
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.report.page import write_report
-from jaxsteer.report.text import table
 from jaxsteer.study import SearchOptions, run
 from jaxsteer.study.attribution import attribute_run
 from tests.helpers.tiny import tiny_model
@@ -39,14 +38,14 @@ def model() -> Model:
 def test_a_search_in_own_conversations_has_a_frontier_and_no_rates(own: Make) -> None:
     chosen = own(target="clear", combine="worst")
     metrics = run(chosen, model=model())
-    assert metrics["conversations"] == 2 and metrics["persona"] == "mine (no persona)"
-    assert metrics["site"] == "custom: target" and metrics["selected"] == 0
-    assert "baseline" not in metrics and "probe" not in metrics
-    for prompt in metrics["prompts"]:
-        assert prompt["target"] == pytest.approx(prompt["search_target"], abs=1e-3) and "test" not in prompt
-    assert metrics["controls"]["random"]["target"] <= metrics["prompts"][0]["target"]
-    assert json.loads((chosen.run.out / "metrics.json").read_text()) == metrics == run(chosen)
-    assert metrics["prompts"][0]["text"].strip() in table(metrics)
+    assert metrics.conversations == 2 and metrics.persona == "mine (no persona)"
+    assert metrics.site == "custom: target" and metrics.selected == 0
+    assert metrics.baseline is None and metrics.probe is None and "splits" not in metrics.to_json()
+    for prompt in metrics.prompts:
+        assert prompt.target == pytest.approx(prompt.search_target, abs=1e-3) and prompt.rate is None
+    assert metrics.controls["random"].target <= metrics.prompts[0].target
+    assert json.loads((chosen.run.out / "metrics.json").read_text()) == metrics.to_json() and metrics == run(chosen)
+    assert metrics.prompts[0].text.strip() in metrics.table()
     with pytest.raises(UserError, match="no behaviour to attribute"):
         attribute_run(chosen.run.out, model=model())
     assert "mine (no persona)" in Path(write_report(chosen.run.out)).read_text()

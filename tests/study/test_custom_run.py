@@ -32,6 +32,6 @@ def test_nan_fails_before_the_probe_and_leaves_nothing(
 def test_a_run_for_every_questions_own_answer(options: Make) -> None:
     """The prompts' targets come back from their text alone, teacher-forced answers included."""
     metrics = run(options(objective="answer", raw_units=True), model=Model(**vars(tiny_model())))
-    assert metrics["site"] == "custom: answer" and metrics["prompts"]
-    for prompt in metrics["prompts"]:
-        assert prompt["target"] == pytest.approx(prompt["search_target"], abs=1e-3) and prompt["target"] < 0
+    assert metrics.site == "custom: answer" and metrics.prompts
+    for prompt in metrics.prompts:
+        assert prompt.target == pytest.approx(prompt.search_target, abs=1e-3) and prompt.target < 0

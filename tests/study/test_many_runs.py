@@ -41,7 +41,7 @@ def test_every_problem_of_a_product_is_in_the_files(options: Make, compile_count
         metrics = run(options(vary=vary), model=model())
         assert count["advance"] == 2, "one program per site"
     out = options().run.out
-    assert metrics["problems"] == metrics["searched"] == 8 and len(metrics["runs"]) == 2
+    assert metrics.problems == metrics.searched == 8 and len(metrics.runs) == 2
     rows = table(out / "problems.csv")
     assert [row["problem"] for row in rows] == [str(i) for i in range(8)]
     assert {(row["site"], row["fluency"], row["seed"]) for row in rows} == {
@@ -54,8 +54,8 @@ def test_every_problem_of_a_product_is_in_the_files(options: Make, compile_count
         targets, entropies = [f["target"] for f in mine], [f["cross_entropy"] for f in mine]
         assert targets == sorted(targets, reverse=True) and entropies == sorted(entropies, reverse=True)
         assert not mine or (mine[0]["text"] == row["text"] and mine[0]["target"] == float(row["target"]))
-    for name, brief in metrics["runs"].items():
-        assert brief["problems"] == 4
+    for name, brief in metrics.runs.items():
+        assert brief.problems == 4
         found = json.loads((out / name / "metrics.json").read_text())
         assert found["prompts"][0]["target"] >= max(float(r["target"] or -9) for r in rows if r["run"] == name) - 1e-3
         assert "<html" in write_report(out / name).read_text()
@@ -82,7 +82,7 @@ def test_a_table_of_problems_with_directions_and_methods(options: Make, tmp_path
     file = tmp_path / "problems.csv"
     file.write_text(f"seed,site,direction\n0,{SITES[1]},random:1\n0,{SITES[1]},\n1,auto,\n")
     metrics = run(options(problems=file), model=model())
-    assert len(metrics["runs"]) == 3 and metrics["searched"] == 3
+    assert len(metrics.runs) == 3 and metrics.searched == 3
     rows = table(options().run.out / "problems.csv")
     assert [row["direction"] for row in rows] == ["random:1", "", ""]
     again = options(
@@ -92,7 +92,7 @@ def test_a_table_of_problems_with_directions_and_methods(options: Make, tmp_path
     )
     given = run(again, model=model())
     first = json.loads((options().run.out / rows[1]["run"] / "metrics.json").read_text())
-    assert given["prompts"][0]["ids"] == first["prompts"][0]["ids"], "the same direction, from its file"
+    assert list(given.prompts[0].ids) == first["prompts"][0]["ids"], "the same direction, from its file"
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_what_was_cut_off_goes_on(options: Make, tmp_path: Path, monkeypatch: py
         run(options(vary=vary), model=model())
     monkeypatch.undo()
     metrics = run(options(vary=vary, resume=True), model=model())
-    assert metrics["runs"].keys() == whole["runs"].keys()
+    assert metrics.runs.keys() == whole.runs.keys()
     for name in ("problems.csv", "frontiers.jsonl"):
         assert (options().run.out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     progress = lines(options().run.out / "progress.jsonl")

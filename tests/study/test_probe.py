@@ -90,9 +90,7 @@ def test_the_sign_is_found_and_rows_are_sorted() -> None:
     assert [row.correlation for row in first.rows] == sorted((row.correlation for row in first.rows), reverse=True)
     signs = {row.site: row.sign for row in first.rows if row.correlation > 0.01}
     assert all(row.sign == -signs[row.site] for row in second.rows if row.correlation > 0.01)
-    assert first.shift.shape == (len(first.prompts),) == (24,)
-    json = first.to_json()
-    assert json["prompts"] == 24 and len(json["rows"]) == 3
+    assert first.prompts == 24 and len(first.rows) == 3 and first.shift.min <= first.shift.max
 
 
 def test_the_earliest_passing_site_is_chosen_else_the_best() -> None:

@@ -22,9 +22,10 @@ from jaxsteer.sae import SAE, SAEConfig, save_sae
 from jaxsteer.study import SearchOptions, run
 from jaxsteer.study.attribution import attribute_run
 from jaxsteer.study.outcome import select
+from jaxsteer.study.results import Prompt, SearchRun
+from tests.helpers.rates import made_rate
 from tests.helpers.tiny import tiny_model
 
-RATE = {"rate", "ci95", "n", "a_rate", "swapped_rate"}
 Make = Callable[..., SearchOptions]
 
 
@@ -43,37 +44,34 @@ def test_a_run_writes_its_files_and_is_not_repeated(options: Make) -> None:
     assert names == {
         "config.json", "direction.safetensors", "progress.jsonl", "pareto.jsonl", "metrics.json", "choices.json",
     }  # fmt: skip
-    assert json.loads((chosen.run.out / "metrics.json").read_text()) == metrics
-    for key in ("model", "persona", "method", "site", "seed", "read_position", "probe_correlation", "selected"):
-        assert key in metrics
-    assert metrics["persona"] == "tiny" and metrics["splits"].keys() == {"train", "validation", "test"}
-    assert {"compile_s", "search_s", "eval_s", "candidates", "candidates_per_s"} <= metrics["timing"].keys()
-    assert metrics["timing"]["candidates"] == 3 * 2 * 4
-    for split in ("validation", "test"):
-        for entry in (metrics["baseline"], metrics["controls"]["oracle"], *metrics["prompts"]):
-            assert RATE <= entry[split].keys()
-            assert 0 <= entry[split]["ci95"][0] <= entry[split]["rate"] <= entry[split]["ci95"][1] <= 1
-            assert entry[split]["n"] == metrics["splits"][split]  # swapped copies in the data are not asked twice
-    prompts = metrics["prompts"]
-    assert prompts and all(len(p["ids"]) == 3 for p in prompts)
-    assert metrics["selected"] == 0 and prompts[0]["target"] == max(p["target"] for p in prompts)
+    written = json.loads((chosen.run.out / "metrics.json").read_text())
+    assert written == metrics.to_json() and SearchRun.from_json(written) == metrics
+    assert metrics.persona == "tiny" and metrics.splits.keys() == {"train", "validation", "test"}
+    assert min(metrics.timing.compile_s, metrics.timing.search_s, metrics.timing.eval_s) > 0
+    assert metrics.timing.candidates == 3 * 2 * 4
+    for entry in (metrics.baseline, metrics.controls["oracle"], *metrics.prompts):
+        for split, rate_ in (("validation", entry.validation), ("test", entry.test)):
+            assert 0 <= rate_.ci95[0] <= rate_.rate <= rate_.ci95[1] <= 1
+            assert rate_.n == metrics.splits[split]  # swapped copies in the data are not asked twice
+    prompts = metrics.prompts
+    assert prompts and all(len(p.ids) == 3 for p in prompts)
+    assert metrics.selected == 0 and prompts[0].target == max(p.target for p in prompts)
     for p in prompts:
-        assert p["target"] == pytest.approx(p["search_target"], abs=1e-3)
+        assert p.target == pytest.approx(p.search_target, abs=1e-3)
     progress = lines(chosen.run.out / "progress.jsonl")
     assert progress[-1]["step"] == 3 and math.isfinite(progress[-1]["best_target"][0])
-    assert lines(chosen.run.out / "pareto.jsonl")[0]["text"] == prompts[0]["text"]
+    assert lines(chosen.run.out / "pareto.jsonl")[0]["text"] == prompts[0].text
     direction = load_direction(chosen.run.out / "direction.safetensors")
-    assert direction.metadata["site"] == metrics["site"] in direction.delta
+    assert direction.metadata["site"] == metrics.site in direction.delta
     choices = json.loads((chosen.run.out / "choices.json").read_text())["test"]
     rows = {**choices, **choices["prompts"][0], "joined": [0] * len(choices["ids"])}
     del rows["prompts"]
     again = rate(ChoiceResult.from_json(rows))
-    assert again.rate == metrics["baseline"]["test"]["rate"]
+    assert again.rate == metrics.baseline.test.rate
 
     tokens = attribute_run(chosen.run.out, model=model())
-    assert len(tokens["tokens"]) == len(tokens["replacement"]) == 3
-    metrics["attribution"] = tokens
-    assert run(chosen, say=said.append) == metrics  # no model is loaded
+    assert len(tokens.tokens) == len(tokens.replacement) == 3
+    assert run(chosen, say=said.append) == dataclasses.replace(metrics, attribution=tokens)  # no model is loaded
     assert "already holds this run" in said[-1]
     with pytest.raises(UserError, match=r"another run's files \(seed: 0 there, 1 now\)"):
         run(options(seed=1), model=model())
@@ -88,16 +86,16 @@ def test_the_same_seed_gives_the_same_prompts_after_a_cut_off_run(options: Make)
     first = run(options(), model=model())
     (options().run.out / "metrics.json").unlink()  # as if killed before the end
     second = run(options(), model=model())
-    assert [p["ids"] for p in first["prompts"]] == [p["ids"] for p in second["prompts"]]
-    assert first["probe_correlation"] == second["probe_correlation"]
+    assert [p.ids for p in first.prompts] == [p.ids for p in second.prompts]
+    assert first.probe_correlation == second.probe_correlation
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("read_position", ["published"])
 def test_another_read_position_and_a_given_site(options: Make, read_position: str) -> None:
     metrics = run(options(read_position=read_position, site="layers.2", select="validation"), model=model())
-    assert metrics["site"] == "blocks.2.hook_resid_post" and metrics["sign"] == 1
-    assert metrics["read_position"] == read_position and metrics["selected_by"] == "validation"
+    assert metrics.site == "blocks.2.hook_resid_post" and metrics.sign == 1
+    assert metrics.read_position == read_position and metrics.selected_by == "validation"
 
 
 def test_a_custom_objective_from_a_file(options: Make, tmp_path) -> None:  # noqa: ANN001
@@ -106,11 +104,11 @@ def test_a_custom_objective_from_a_file(options: Make, tmp_path) -> None:  # noq
     more = {"prompt_length": "2:4", "combine": "soft-min", "combine_temperature": 0.05}
     words = ("frank", "honest", "clear", "prefer", "year")
     metrics = run(options(objective=f"{file}:down", raw_units=True, allow=words, **more), model=model())
-    assert metrics["site"] == "custom: down" and metrics["objective_units"]["name"] == "raw"
+    assert metrics.site == "custom: down" and metrics.objective_units.name == "raw"
     assert json.loads((options().run.out / "config.json").read_text()).items() >= more.items()
-    for p in metrics["prompts"]:
-        assert p["target"] == pytest.approx(p["search_target"], abs=1e-3) and 2 <= len(p["ids"]) <= 4
-        assert set(p["text"].split()) <= set(words)
+    for p in metrics.prompts:
+        assert p.target == pytest.approx(p.search_target, abs=1e-3) and 2 <= len(p.ids) <= 4
+        assert set(p.text.split()) <= set(words)
     assert not (options().run.out / "direction.safetensors").exists()
     for reference, message in [
         (f"{file}:nothing", "it has down"),
@@ -156,16 +154,13 @@ def test_a_directory_with_other_things_is_left_alone(options: Make, tmp_path) ->
 
 
 def test_selection_never_takes_a_prompt_that_changes_as_text() -> None:
-    def entry(target: float, validation: float, retokenises: bool) -> dict:
-        return {
-            "target": target,
-            "retokenises": retokenises,
-            "validation": {"rate": validation, "probability": validation},
-        }
+    def prompt(target: float, validation: float, retokenises: bool = True, **changes: bool) -> Prompt:
+        return Prompt(target=target, retokenises=retokenises, validation=made_rate(validation, **changes))
 
-    prompts = [entry(9, 0.0, False), entry(3, 0.6, True), entry(5, 0.9, True), entry(1, 0.6, True)]
+    prompts = [prompt(9.0, 0.0, False), prompt(3.0, 0.6), prompt(5.0, 0.9), prompt(1.0, 0.6)]
     assert select(prompts, "objective") == 2
     assert select(prompts, "validation") == 1
+    assert select([*prompts, prompt(0.0, 0.1, letter_collapse=True)], "validation") == 1
     assert select(prompts[:1], "objective") is None
 
 
@@ -179,7 +174,7 @@ def test_ctrl_c_keeps_and_evaluates_what_was_found(options: Make, monkeypatch: p
     monkeypatch.setattr(module, "text_filter", lambda *_: interrupted)
     said: list[str] = []
     metrics = run(options(), model=model(), say=said.append)
-    assert metrics["interrupted"] and metrics["prompts"] and metrics["selected"] == 0
+    assert metrics.interrupted and metrics.prompts and metrics.selected == 0
     assert any("Interrupted" in line for line in said)
     assert (options().run.out / "metrics.json").is_file()
 
@@ -199,19 +194,19 @@ def test_saega_searches_latents_and_names_them(options: Make, tmp_path: Path) ->
     mesh = make_mesh(prompts=2)  # as where there are several devices
     copies = jax.device_put(model().params, NamedSharding(mesh, PartitionSpec()))
     metrics = run(chosen, model=dataclasses.replace(model(), params=copies, mesh=mesh))
-    assert metrics["method"] == "saega" and metrics["site"] == site
+    assert metrics.method == "saega" and metrics.site == site
     assert {"signature.safetensors", "metrics.json", "pareto.jsonl"} <= {p.name for p in chosen.run.out.iterdir()}
-    signature = metrics["signature"]
-    assert signature["latents"] == 5 and signature["dictionary"] == f and len(signature["rows"]) == 5
-    assert len(signature["tokens"]) == 3
-    for row in signature["rows"]:
-        assert len(row["promotes"]) == 8 and len(row["by_token"]) == 3
+    signature = metrics.signature
+    assert signature.latents == 5 and signature.dictionary == f and len(signature.rows) == 5
+    assert len(signature.tokens) == 3
+    for row in signature.rows:
+        assert len(row.promotes) == 8 and len(row.by_token) == 3
     # The latents' contributions add up to the objective, which the search standardised and scored from text again.
-    units, best = metrics["objective_units"], metrics["prompts"][metrics["selected"]]
-    assert signature["objective"] == pytest.approx(best["target"] * units["scale"] + units["offset"], rel=1e-4)
-    assert sum(row["at_read"] for row in signature["rows"]) == pytest.approx(signature["objective"], rel=1e-5)
+    units, best = metrics.objective_units, metrics.best
+    assert signature.objective == pytest.approx(best.target * units.scale + units.offset, rel=1e-4)
+    assert sum(row.at_read for row in signature.rows) == pytest.approx(signature.objective, rel=1e-5)
     page = write_report(chosen.run.out).read_text()
-    assert f"latent {signature['rows'][0]['latent']}" in page
+    assert f"latent {signature.rows[0].latent}" in page
 
 
 @pytest.mark.parametrize(

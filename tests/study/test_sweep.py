@@ -13,9 +13,9 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.personas import load_direction, save_direction
 from jaxsteer.prompts import Placement
-from jaxsteer.report.sweep import sweep_table, write_heat_maps
 from jaxsteer.study import sweep as module
 from jaxsteer.study.sweep import SweepOptions, choose, stream_norms, sweep
+from jaxsteer.study.sweep_result import Sweep, SweepRow
 from tests.helpers.tiny import tiny_model
 
 Make = Callable[..., SweepOptions]
@@ -48,24 +48,24 @@ def test_a_sweep_measures_every_setting_and_is_not_repeated(sweep_options: Make,
     with compile_counter() as count:
         metrics = sweep(options, model=model(), say=said.append)
     assert count["_compare"] == 1  # one program for all layers, coefficients and directions
-    rows = metrics["rows"]
-    cells = [(row["layer"], row["direction"], row["coefficient"]) for row in rows]
+    rows = metrics.rows
+    cells = [(row.layer, row.direction, row.coefficient) for row in rows]
     assert cells == [(y, d, c) for y in (2, 0) for d in ("persona", "random 0") for c in (-2.0, 0.0, 4.0)]
     for row in rows:
-        assert 0 <= row["ci95"][0] <= row["rate"] <= row["ci95"][1] <= 1
-        if row["coefficient"] == 0:
-            assert row["kl"] == 0 and row["perplexity"] == row["baseline_perplexity"]
-            assert row["probability"] == metrics["baseline"]["validation"]["probability"]
+        assert 0 <= row.ci95[0] <= row.rate <= row.ci95[1] <= 1
+        if row.coefficient == 0:
+            assert row.kl == 0 and row.perplexity == row.baseline_perplexity
+            assert row.probability == metrics.baseline.validation.probability
         else:
-            assert row["kl"] > 1e-6 and row["perplexity"] != row["baseline_perplexity"]
-    assert rows[0]["probability"] != rows[2]["probability"]
+            assert row.kl > 1e-6 and row.perplexity != row.baseline_perplexity
+    assert rows[0].probability != rows[2].probability
     table = list(csv.DictReader((options.out / "sweep.csv").open()))
-    assert [float(line["kl"]) for line in table] == [row["kl"] for row in rows]
+    assert [float(line["kl"]) for line in table] == [row.kl for row in rows]
     assert sweep(options, model=model(), say=said.append) == metrics and "nothing to do" in said[-1]
-    text = sweep_table(metrics)
+    text = metrics.table()
     assert "unsteered" in text and "+4" in text and "random 0" in text or "no setting" in text
-    png = write_heat_maps(metrics, options.out)
-    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert Sweep.from_json(json.loads((options.out / "metrics.json").read_text())) == metrics
+    assert len(metrics.plot().axes) == 2 * 2 * 3  # two directions, three numbers, each with its scale
     assert not [p for p in options.out.iterdir() if p.name.startswith(".")]
 
 
@@ -85,7 +85,7 @@ def test_a_sweep_that_was_cut_off_goes_on(sweep_options: Make, monkeypatch: pyte
     monkeypatch.setattr(module, "_layer_rows", spy)
     again = sweep(sweep_options(), model=model())
     assert measured == [0]
-    assert again["rows"] == whole["rows"] and again["chosen"] == whole["chosen"]
+    assert again.rows == whole.rows and again.chosen == whole.chosen
     assert len((out / "sweep.jsonl").read_text().splitlines()) == 2
     with pytest.raises(UserError, match="max_kl"):
         sweep(sweep_options(max_kl=0.1), model=model())
@@ -100,15 +100,18 @@ def test_a_direction_of_a_file_is_used(sweep_options: Make, tmp_path: Path) -> N
     second = sweep(
         dataclasses.replace(options, out=tmp_path / "b", direction=path, coefficients=(2.0, -4.0)), model=model()
     )
-    for mine, other in zip(second["rows"], (first["rows"][0], first["rows"][2]), strict=True):
-        assert mine["kl"] == pytest.approx(other["kl"], rel=1e-4)
+    for mine, other in zip(second.rows, (first.rows[0], first.rows[2]), strict=True):
+        assert mine.kl == pytest.approx(other.kl, rel=1e-4)
     with pytest.raises(UserError, match=r"no vector with a mean norm at blocks\.0"):
         sweep(dataclasses.replace(options, out=tmp_path / "c", direction=path, layers=(0, 1)), model=model())
 
 
 def test_the_choice_keeps_the_limits() -> None:
-    def row(rate: float, kl: float, direction: str = "persona", collapse: bool = False) -> dict[str, object]:
-        return {"rate": rate, "kl": kl, "direction": direction, "letter_collapse": collapse}
+    def row(rate: float, kl: float, direction: str = "persona", collapse: bool = False) -> SweepRow:
+        return SweepRow(
+            direction=direction, layer=0, site="", coefficient=1.0, rate=rate, ci95=(0.0, 1.0), a_rate=0.5,
+            letter_collapse=collapse, probability=rate, kl=kl, perplexity=2.0, baseline_perplexity=2.0,
+        )  # fmt: skip
 
     rows = [row(0.0, 0.9), row(0.0, 0.1, "random 0"), row(0.1, 0.1, collapse=True), row(0.4, 0.4), row(0.4, 0.2)]
     assert choose(rows, 0.5) == rows[4]

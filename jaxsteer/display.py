@@ -1,4 +1,7 @@
-"""Figures drawn once by matplotlib: as SVG inside the page (in its colours, light and dark), and as files."""
+"""What people see: numbers and texts in words, aligned tables, and figures as SVG, PNG and CSV.
+
+Figures are drawn once by matplotlib; inside a page they take its colours, light and dark.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import dataclasses
 import functools
 import html
 import io
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxsteer.files import write_bytes, write_text
-from jaxsteer.report.run_files import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +36,69 @@ STYLE: dict[Any, Any] = {
     "grid.color": RULE, "grid.linewidth": 0.8, "xtick.color": RULE, "ytick.color": RULE,
     "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "figure.facecolor": "none", "axes.facecolor": "none",
 }  # fmt: skip
+
+
+def visible(text: Any) -> str:
+    """``text`` with everything that does not print (newlines, escapes, direction marks) written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+
+
+def short(text: Any, width: int = 60) -> str:
+    """``visible`` text of at most ``width`` letters."""
+    shown = visible(text)
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def number(value: Any) -> float | None:
+    """``value`` as a finite float, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def percent(value: Any) -> str:
+    """0.0625 as "6.2 %"; a dash where there is no number."""
+    share = number(value)
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def decimals(value: Any, digits: int = 2) -> str:
+    """A number with a fixed count of decimals; a dash where there is none."""
+    given = number(value)
+    return "–" if given is None else f"{given:.{digits}f}"
+
+
+def compact(value: Any) -> str:
+    """A number of any size in a few digits; a dash where there is none."""
+    given = number(value)
+    if given is None:
+        return "–"
+    return f"{given:.1f}" if abs(given) < 1000 else f"{given:,.0f}" if abs(given) < 1e6 else f"{given:.1e}"
+
+
+def interval(found: Any) -> str:
+    """What has a ``rate`` and an interval ``ci95``: "6.2 % (3.1–11.9)"; a dash for None."""
+    if found is None:
+        return "–"
+    return percent(found.rate) + (f" ({ends(found.ci95)})" if found.ci95 is not None else "")
+
+
+def ends(ci95: Sequence[float] | None) -> str:
+    """An interval of shares in percent: "3.1–11.9"."""
+    return "" if ci95 is None else f"{100 * ci95[0]:.1f}–{100 * ci95[1]:.1f}"
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
+    """Columns padded to their widest cell, those of ``left`` starting at the left; a rule below row 0."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(size) if i in left else cell.rjust(size)
+            for i, (cell, size) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +161,14 @@ class Plot:
             metadata = {"Date": None} if kind == "svg" else {}
             self.figure.savefig(out, format=kind, metadata=metadata, **options)
         return out.getvalue()
+
+
+def write_figure(path: Path, figure: Figure) -> Path:
+    """Write a figure as it is drawn as PNG, and return its path."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=130)
+    write_bytes(path, drawn.getvalue())
+    return path
 
 
 def _scaled(match: re.Match[str]) -> str:

@@ -1,0 +1,324 @@
+"""What a search found, as objects: a prompt with its rates, and a run.
+
+metrics.json is the serialised form of a ``SearchRun``, a line of pareto.jsonl that of a ``Prompt``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxsteer.display import Plot, aligned, decimals, interval, percent, short, visible
+from jaxsteer.errors import UserError
+from jaxsteer.evals.attribution import Attribution
+from jaxsteer.evals.rates import Rate
+from jaxsteer.files.records import Record
+from jaxsteer.prompt_search.compiling import Plan
+from jaxsteer.study.figures import RateRow, rate_plot
+from jaxsteer.study.latent_explanation import LatentExplanation
+from jaxsteer.study.probe import WARNS, Probe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Result(Record):
+    """A record that shows itself: as text, in a notebook, as rows for pandas, and as a figure."""
+
+    def table(self) -> str:
+        """The numbers as aligned text."""
+        raise NotImplementedError
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The same as flat rows: plain values by the name of their column."""
+        raise NotImplementedError
+
+    def plot(self) -> Figure:
+        """The main figure."""
+        raise NotImplementedError
+
+    def to_frame(self) -> Any:
+        """``to_rows`` as a ``pandas.DataFrame``. Raises ``UserError`` where pandas is not installed."""
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError:
+            raise UserError(
+                "to_frame needs pandas, which is not installed: pip install pandas, or use to_rows()"
+            ) from None
+        return pandas.DataFrame(self.to_rows())
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.table())}</pre>"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt(Record):
+    """A text and what is known about it. The baseline is the empty text; a control was not searched and has no ids."""
+
+    text: str = ""
+    ids: tuple[int, ...] = ()
+    """Its tokens in the slot, as they were searched."""
+    target: float | None = None
+    """The objective, scored from the text, in the units of the search."""
+    cross_entropy: float | None = None
+    """Of the text in its slot, nats per token."""
+    search_target: float | None = None
+    """The objective as the search had it, scored from the ids."""
+    step: int | None = None
+    """The step of the search that found it."""
+    population: int | None = None
+    """The number of the problem or restart that found it."""
+    retokenises: bool | None = None
+    """Whether the text gives the ids back. One that does not is never selected."""
+    validation: Rate | None = None
+    test: Rate | None = None
+
+    @property
+    def perplexity(self) -> float | None:
+        """Exp of the cross-entropy."""
+        return None if self.cross_entropy is None else math.exp(self.cross_entropy)
+
+    @property
+    def rate(self) -> Rate | None:
+        """On test questions, or on validation questions where no test was run."""
+        return self.test or self.validation
+
+    def with_rate(self, split: str, rate: Rate) -> Prompt:
+        """The prompt with its rate on the validation or the test questions."""
+        changed: dict[str, Any] = {split: rate}
+        return dataclasses.replace(self, **changed)
+
+    def row(self) -> dict[str, Any]:
+        """Its numbers as one flat row."""
+        names = ("text", "target", "cross_entropy", "step", "population", "retokenises")
+        flat = {name: getattr(self, name) for name in names}
+        for split, rate in (("validation", self.validation), ("test", self.test)):
+            low, high = (None, None) if rate is None else rate.ci95
+            flat |= {f"{split}_rate": rate and rate.rate, f"{split}_low": low, f"{split}_high": high}
+        measured = {name: self.rate and getattr(self.rate, name) for name in ("n", "a_rate", "swapped_rate")}
+        return flat | measured | {"letter_collapse": self.rate and self.rate.letter_collapse}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing(Record):
+    """Seconds of wall time, and candidates."""
+
+    load_s: float | None = None
+    """Loading the model."""
+    probe_s: float | None = None
+    """The direction or signature, and the probe."""
+    compile_s: float | None = None
+    search_s: float | None = None
+    """The search without compilation."""
+    eval_s: float | None = None
+    """Measuring what was found."""
+    candidates: int | None = None
+    """Candidates that were scored."""
+    candidates_per_s: float | None = None
+    steps: int | None = None
+    sweep_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Units(Record):
+    """The units of the objective: (raw - offset) / scale is in standard deviations over random prompts."""
+
+    name: str
+    offset: float
+    scale: float
+    samples: int
+    """Random prompts behind both numbers."""
+
+
+HEAD = ("", "prompt", "target", "x-ent", "validation", "test", "A-rate", "swapped")
+RULES = {
+    "objective": "the largest objective",
+    "validation": "the lowest rate on validation questions (a prompt under which a letter wins comes last)",
+}
+"""What ``selected_by`` says, in words."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchRun(Result):
+    """One search, from options to files. ``None`` stands for what its kind of search does not have.
+
+    A search in conversations of one's own has no probe, no splits and no rates.
+    """
+
+    model: str
+    fingerprint: str
+    """Hash of the model's config and weights."""
+    persona: str
+    method: str
+    """resga or saega."""
+    site: str
+    """Where direction and objective were read."""
+    seed: int
+    read_position: str
+    target_units: str = "sd"
+    """``sd`` (standard deviations over random prompts) or ``raw``."""
+    objective_units: Units | None = None
+    plan: Plan | None = None
+    """What was computed at once, and what it cost per device."""
+    interrupted: bool = False
+    """Whether the search was ended before its last step."""
+    sign: int | None = None
+    """-1 where the probe turned the direction or signature."""
+    probe_correlation: float | None = None
+    """Rank correlation of objective and behaviour over random prompts, at the site."""
+    probe: Probe | None = None
+    """The same at all sites."""
+    splits: Mapping[str, int] | None = None
+    """Questions in train, validation and test."""
+    conversations: int | None = None
+    """Of a search in conversations of one's own, their number."""
+    baseline: Prompt | None = None
+    """No prompt."""
+    controls: Mapping[str, Prompt] = dataclasses.field(default_factory=dict)
+    """Prompts that were not searched, by name, measured alike."""
+    prompts: tuple[Prompt, ...]
+    """What was found, best objective first; then some whose text does not give their ids back."""
+    selected: int | None
+    """Index of the reported prompt, if there is one."""
+    selected_by: str = "objective"
+    """How it was chosen (``RULES``)."""
+    signature: LatentExplanation | None = None
+    """Of saega, what the latents have to do with the reported prompt."""
+    soft: Prompt | None = None
+    """Of ``--algorithm soft``, the rates of the best soft prompt, which is no text."""
+    timing: Timing = Timing()
+    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Versions and hardware."""
+    attribution: Attribution | None = None
+    """What each token of the reported prompt does, once ``jaxsteer report --attribute`` has measured it."""
+
+    @property
+    def best(self) -> Prompt | None:
+        """The prompt that the run reports; None where no text gives its tokens back."""
+        found = self.selected is not None and 0 <= self.selected < len(self.prompts)
+        return self.prompts[self.selected or 0] if found else None
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Reasons not to take the numbers at face value, in words."""
+        found = []
+        if self.interrupted:
+            found.append("The search was interrupted before its last step; what it had found until then is reported.")
+        if self.probe_correlation is not None and self.probe_correlation < WARNS:
+            found.append(
+                f"The probe correlation is {self.probe_correlation:.2f} (below {WARNS}): at this site and read "
+                "position the objective hardly ranks prompts as behaviour does."
+            )
+        if self.best is not None:
+            if self.best.retokenises is False:
+                found.append("The text of the selected prompt does not give back the token ids that were searched.")
+            if self.best.rate is not None and self.best.rate.letter_collapse:
+                found.append(
+                    f"With the selected prompt the model answers (A) in {percent(self.best.rate.a_rate)} of cases: the "
+                    "rate may measure a preferred letter instead of the persona."
+                )
+        return tuple(found)
+
+    def table(self, *, limit: int = 10, width: int = 48) -> str:
+        """The prompts beside the baseline and the controls, at most ``limit`` of them and ``width`` letters each.
+
+        ``*`` marks the selected prompt and ``!`` one whose text re-tokenises differently. Rates are persona rates with
+        their 95 % interval; A-rate and swapped (share of questions answered alike when the choices are exchanged)
+        belong to the test questions, or to the validation questions where no test was run.
+        """
+        shown = list(enumerate(self.prompts[:limit]))
+        if self.selected is not None and self.selected >= limit:
+            shown.append((self.selected, self.prompts[self.selected]))
+        lines = [_line("", "(no prompt)", self.baseline or Prompt(), width)]
+        for index, prompt in shown:
+            mark = ("*" if index == self.selected else "") + ("!" if prompt.retokenises is False else "")
+            lines.append(_line(mark, prompt.text, prompt, width))
+        for name, control in self.controls.items():
+            lines.append(_line("", f"[{name}] {control.text}".rstrip(), control, width))
+        parts = [self._title(), "", aligned([HEAD, *lines], left=(0, 1))]
+        if len(self.prompts) > len(shown):
+            parts.append(f"... and {len(self.prompts) - len(shown)} more")
+        parts += [
+            "",
+            f"persona rate with 95 % interval; target in {visible(self.target_units)}; * selected by "
+            f"{RULES.get(self.selected_by, visible(self.selected_by))}; ! re-tokenises differently",
+        ]
+        return "\n".join([*parts, *(f"warning: {visible(note)}" for note in self.doubts)])
+
+    def _title(self) -> str:
+        parts = [f"{self.persona} on {self.model}", f"{self.method} at {self.site}", f"read {self.read_position}"]
+        if self.probe_correlation is not None:
+            parts.append(f"probe {decimals(self.probe_correlation)}")
+        return visible(" | ".join([*parts, f"seed {self.seed}"]))
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One row per baseline, prompt and control."""
+        named = [("baseline", "", self.baseline)] if self.baseline is not None else []
+        named += [("prompt", "", prompt) for prompt in self.prompts]
+        named += [("control", name, control) for name, control in self.controls.items()]
+        return [
+            {"kind": kind, "name": name, "selected": prompt is self.best, **prompt.row()}
+            for kind, name, prompt in named
+        ]
+
+    def rate_rows(self, limit: int = 24) -> list[RateRow]:
+        """What ``plot`` shows: the baseline, at most ``limit`` prompts, and the controls."""
+        rows = (
+            [RateRow("no prompt", "baseline", self.baseline.test, self.baseline.validation)]
+            if self.baseline is not None
+            else []
+        )
+        for prompt in self.prompts[:limit]:
+            rows.append(RateRow(prompt.text, "prompt", prompt.test, prompt.validation, chosen=prompt is self.best))
+        return rows + [
+            RateRow(f"[{name}] {control.text}".rstrip(), "control", control.test, control.validation)
+            for name, control in self.controls.items()
+        ]
+
+    def plot(self) -> Figure:
+        """Persona rates with 95 % intervals. Raises ``UserError`` for a run without rates."""
+        return drawn(rate_plot(self.rate_rows()))
+
+
+def _line(mark: str, text: str, prompt: Prompt, width: int) -> tuple[str, ...]:
+    rate = prompt.rate
+    return (
+        mark,
+        short(text, width),
+        decimals(prompt.target),
+        decimals(prompt.cross_entropy),
+        interval(prompt.validation),
+        interval(prompt.test),
+        percent(rate and rate.a_rate),
+        percent(rate and rate.swapped_rate),
+    )
+
+
+def summary_table(runs: Sequence[SearchRun], *, width: int = 60) -> str:
+    """One line per run: persona, baseline, and the selected prompt with its test rate."""
+    lines: list[tuple[str, ...]] = [("persona", "baseline", "with prompt", "A-rate", "probe", "prompt")]
+    for run in runs:
+        before, after = run.baseline and run.baseline.test, run.best and run.best.test
+        text = "(none found)" if run.best is None else run.best.text
+        lines.append(
+            (
+                visible(run.persona),
+                interval(before),
+                interval(after),
+                percent(after and after.a_rate),
+                decimals(run.probe_correlation),
+                short(text, width),
+            )
+        )
+    return aligned(lines, left=(0, 5))
+
+
+def drawn(plot: Plot | None) -> Figure:
+    """The figure of a plot. Raises ``UserError`` where there is none."""
+    if plot is None:
+        raise UserError("no rates were measured: there is nothing to plot")
+    return plot.figure

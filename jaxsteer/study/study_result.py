@@ -1,0 +1,109 @@
+"""What many searches found together: a study, and what it says about each of its runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from jaxsteer.display import aligned, decimals, percent, short, visible
+from jaxsteer.files.records import Record
+from jaxsteer.study.figures import BareShare, RateRow, rate_plot
+from jaxsteer.study.results import Result, SearchRun, Timing, drawn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectedPrompt(Record):
+    """The prompt that one run of a study reports."""
+
+    text: str
+    target: float
+    rate: float
+    """On test questions."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSummary(Record):
+    """What a study says about one of its runs; the rest is in the run's own folder."""
+
+    problems: int
+    """Searches that were pooled to it."""
+    persona: str
+    method: str
+    site: str
+    probe_correlation: float | None
+    baseline: float | None
+    """Rate without a prompt on test questions."""
+    selected: SelectedPrompt | None
+
+    @classmethod
+    def of(cls, run: SearchRun, *, problems: int) -> RunSummary:
+        """The summary of a run to which so many problems were pooled."""
+        best, base = run.best, None if run.baseline is None else run.baseline.test
+        selected = None
+        if best is not None and best.test is not None and best.target is not None:
+            selected = SelectedPrompt(text=best.text, target=best.target, rate=best.test.rate)
+        return cls(
+            problems=problems,
+            persona=run.persona,
+            method=run.method,
+            site=run.site,
+            probe_correlation=run.probe_correlation,
+            baseline=None if base is None else base.rate,
+            selected=selected,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study(Result):
+    """Many searches. Those that raise the same objective are pooled to one run, in a folder of its own."""
+
+    model: str
+    fingerprint: str
+    problems: int
+    """Searches that were asked for."""
+    searched: int
+    """Those that were done."""
+    interrupted: bool
+    runs: Mapping[str, RunSummary]
+    """By the name of their folder."""
+    timing: Timing = Timing()
+    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def best(self) -> RunSummary | None:
+        """The run whose prompt has the lowest rate on test questions."""
+        done = [run for run in self.runs.values() if run.selected is not None]
+        return min(done, key=lambda run: run.selected.rate, default=None)  # type: ignore[union-attr]
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One row per run."""
+        return [
+            {"run": name, **{k: v for k, v in run.to_json().items() if k != "selected"}}
+            | {key: run.selected and getattr(run.selected, key) for key in ("target", "rate", "text")}
+            for name, run in self.runs.items()
+        ]
+
+    def table(self) -> str:
+        """One line per run."""
+        lines = [("run", "problems", "probe", "target", "baseline", "rate", "prompt")]
+        for row in self.to_rows():
+            numbers = (decimals(row["probe_correlation"]), decimals(row["target"]))
+            shares = (percent(row["baseline"]), percent(row["rate"]))
+            text = short(row["text"] or "(none re-tokenises)", 40)
+            lines.append((visible(row["run"]), str(row["problems"]), *numbers, *shares, text))
+        counts = f"{self.searched} of {self.problems} problems were searched"
+        return f"{aligned(lines, left=(0, 6))}\n\n{counts}; rates on test questions"
+
+    def plot(self) -> Figure:
+        """Rates on test questions without a prompt and with the prompt of every run, from the summaries alone."""
+        rows = []
+        for name, run in self.runs.items():
+            if run.baseline is not None:
+                rows.append(RateRow(f"{name}: no prompt", "control", BareShare(run.baseline)))
+            if run.selected is not None:
+                rows.append(RateRow(f"{name}: {run.selected.text}", "prompt", BareShare(run.selected.rate)))
+        return drawn(rate_plot(rows))

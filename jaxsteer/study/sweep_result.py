@@ -1,0 +1,205 @@
+"""What a sweep measured: rates and side effects of steering by layer, coefficient and direction, and the choice."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxsteer.display import ends, percent
+from jaxsteer.evals.rates import Interval, Rate
+from jaxsteer.files.records import Record
+from jaxsteer.study.results import Result, Timing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PERSONA = "persona"
+"""The direction under study, among the controls."""
+COLUMNS = (
+    "direction", "layer", "coefficient", "rate", "ci95", "a_rate", "letter_collapse", "probability", "kl", "perplexity",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepRow(Record):
+    """One setting: a direction added after one block with one coefficient. Rates are on validation questions."""
+
+    direction: str
+    """``persona``, or ``random i`` for a control of the same norm."""
+    layer: int
+    site: str
+    coefficient: float
+    """In mean norms of the stream at the site."""
+    rate: float
+    ci95: Interval
+    a_rate: float
+    letter_collapse: bool
+    probability: float
+    kl: float
+    """Mean KL to the unsteered model on neutral text, nats per token."""
+    perplexity: float
+    """Of neutral text."""
+    baseline_perplexity: float
+    """Of neutral text without steering."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChosenSetting(SweepRow):
+    """The setting that validation questions chose, measured on test questions."""
+
+    test: Rate
+    test_baseline: Rate
+    """Without steering."""
+    test_controls: Mapping[str, Rate]
+    """The same setting along the random directions."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unsteered(Record):
+    """The model as it is."""
+
+    validation: Rate
+    perplexity: float
+    """Of neutral text."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep(Result):
+    """Steering along a persona's direction at every layer and strength; metrics.json is its serialised form."""
+
+    kind: str = "sweep"
+    model: str
+    fingerprint: str
+    persona: str
+    direction: Mapping[str, str]
+    """How the direction was made."""
+    baseline: Unsteered
+    rows: tuple[SweepRow, ...]
+    """Everything that was measured, by layer."""
+    chosen: ChosenSetting | None
+    """The setting with the lowest rate among those with a ``kl`` of at most ``max_kl`` and without letter collapse."""
+    max_kl: float
+    neutral_tokens: int
+    timing: Timing
+    environment: Mapping[str, Any]
+
+    @property
+    def best(self) -> ChosenSetting | None:
+        """The chosen setting; None where none keeps the limits."""
+        return self.chosen
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One row per setting."""
+        names = [name for name in COLUMNS if name != "ci95"]
+        return [
+            {**{name: getattr(row, name) for name in names}, "ci95_low": row.ci95[0], "ci95_high": row.ci95[1]}
+            for row in self.rows
+        ]
+
+    def csv(self) -> str:
+        """``to_rows`` as CSV."""
+        stream = io.StringIO()
+        rows = self.to_rows()
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return stream.getvalue()
+
+    def table(self) -> str:
+        """Persona rates and KL by layer and coefficient, then the chosen setting on test questions."""
+        rows = [row for row in self.rows if row.direction == PERSONA]
+        coefficients = list(dict.fromkeys(row.coefficient for row in rows))
+        cells = {(row.layer, row.coefficient): row for row in rows}
+        head = f"{'layer':>5}  " + "".join(f"{c:>+16g}" for c in coefficients)
+        lines = ["persona rate (KL on neutral text, nats per token) by coefficient, in mean norms of the stream", head]
+        lines.append("-" * len(head))
+        for layer in dict.fromkeys(row.layer for row in rows):
+            shown = [cells[layer, c] for c in coefficients]
+            marked = [f"{percent(r.rate)} ({r.kl:.2f}){'!' if r.letter_collapse else ' '}".rjust(16) for r in shown]
+            lines.append(f"{layer:>5}  " + "".join(marked))
+        if any(row.letter_collapse for row in rows):
+            lines.append("! one letter wins whatever is asked: the rate is no evidence")
+        base, chosen = self.baseline, self.chosen
+        lines.append(
+            f"\nunsteered: rate {percent(base.validation.rate)}, perplexity of neutral text {base.perplexity:.2f}"
+        )
+        if chosen is None:
+            return "\n".join([*lines, f"no setting keeps KL below {self.max_kl:g} without a letter collapse"])
+        lines.append(
+            f"chosen by the lowest rate on validation questions: layer {chosen.layer}, coefficient "
+            f"{chosen.coefficient:+g} (KL {chosen.kl:.3f}, perplexity {chosen.perplexity:.2f}, A-rate "
+            f"{percent(chosen.a_rate)})"
+        )
+        controls = "; ".join(f"{name} {percent(rate.rate)}" for name, rate in chosen.test_controls.items())
+        lines.append(
+            f"test questions: {percent(chosen.test_baseline.rate)} -> {percent(chosen.test.rate)} (95 %: "
+            f"{ends(chosen.test.ci95)}, n = {chosen.test.n})"
+            + (f"; controls of equal norm: {controls}" * bool(controls))
+        )
+        return "\n".join(lines)
+
+    def plot(self) -> Figure:
+        """Heat maps of rate, KL and perplexity by layer and coefficient, one line of them per direction.
+
+        "!" marks rates at which one letter wins whatever is asked.
+        """
+        from matplotlib.colors import LogNorm, Normalize
+        from matplotlib.figure import Figure
+
+        directions = list(dict.fromkeys(row.direction for row in self.rows))
+        columns = sorted({row.coefficient for row in self.rows})
+        layers = sorted({row.layer for row in self.rows})
+        size = (2.4 + 0.42 * len(columns), 1.5 + 0.28 * len(layers))
+        figure = Figure(figsize=(3 * size[0], len(directions) * size[1]), layout="constrained")
+        axes = figure.subplots(len(directions), 3, squeeze=False)
+        for column, (key, title) in enumerate(PANELS.items()):
+            values = np.asarray([getattr(row, key) for row in self.rows], float)
+            scale = Normalize(0, 1) if key == "rate" else Normalize(0, max(float(np.nanmax(values)), 1e-6))
+            if key == "perplexity" and values.min() > 0:
+                scale = LogNorm(float(values.min()), max(float(values.max()), float(values.min()) * 1.01))
+            for line, direction in enumerate(directions):
+                mine = [row for row in self.rows if row.direction == direction]
+                _heat_map(axes[line, column], mine, key, (layers, columns), scale)
+                axes[line, column].set_title(f"{direction}: {title}", fontsize=9)
+        figure.suptitle(f"{self.persona} on {self.model}", fontsize=10)
+        return figure
+
+
+PANELS = {
+    "rate": "persona rate (%)",
+    "kl": "KL on neutral text (nats per token)",
+    "perplexity": "perplexity of neutral text",
+}
+
+
+def _heat_map(
+    axis: Any, rows: Sequence[SweepRow], key: str, ticks: tuple[Sequence[int], Sequence[float]], scale: Any
+) -> None:
+    """One number of one direction by layer and coefficient."""
+    from matplotlib.ticker import PercentFormatter
+
+    layers, coefficients = ticks
+    grid = np.full((len(layers), len(coefficients)), math.nan)
+    collapsed = np.zeros(grid.shape, bool)
+    for row in rows:
+        at = layers.index(row.layer), coefficients.index(row.coefficient)
+        grid[at], collapsed[at] = getattr(row, key), row.letter_collapse and key == "rate"
+    image = axis.imshow(grid, aspect="auto", norm=scale, cmap="viridis_r")
+    for (y, x), value in np.ndenumerate(grid):
+        text = f"{100 * value:.0f}" if key == "rate" else f"{value:.{2 if value < 10 else 0}f}"
+        color = "white" if scale(value) > 0.5 else "black"
+        axis.text(x, y, text + "!" * bool(collapsed[y, x]), ha="center", va="center", fontsize=7, color=color)
+    axis.set_xticks(range(len(coefficients)), [f"{c:+g}" for c in coefficients])
+    axis.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    axis.set_xlabel("coefficient (mean norms of the stream)", fontsize=8)
+    axis.set_ylabel("layer", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.figure.colorbar(
+        image, ax=axis, fraction=0.05, format=PercentFormatter(1, symbol="") if key == "rate" else None
+    )
