@@ -27,7 +27,17 @@ import numpy as np
 
 from jaxsteer.checkpoints.loading import load
 from jaxsteer.personas import load_persona
-from jaxsteer.prompt_search import FLUENCY, Fluency, Search, make_problem, make_search, run_search, score, standardise
+from jaxsteer.prompt_search import (
+    FLUENCY,
+    Fluency,
+    Hooks,
+    Search,
+    make_problem,
+    make_search,
+    run_search,
+    score,
+    standardise,
+)
 from jaxsteer.prompt_search.population import random_ids
 from jaxsteer.prompts import prompt_text, retokenises_many
 from jaxsteer.study import SearchOptions, files
@@ -96,9 +106,11 @@ def run(setting: Setting, task: Any, objective: Any, name: str, seeds: list[int]
         problems,
         search,
         steps=steps,
-        valid=lambda ids: retokenises_many(tokenizer, setting.slots, ids),
-        callback=look,
-        steps_per_call=max(1, steps // LOOKS),
+        hooks=Hooks(
+            valid=lambda ids: retokenises_many(tokenizer, setting.slots, ids),
+            callback=look,
+            steps_per_call=max(1, steps // LOOKS),
+        ),
     )
     for i, curve in enumerate(curves):
         good = [entry for entry in result.frontier([i]) if entry.retokenises]

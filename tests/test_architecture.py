@@ -25,8 +25,6 @@ KNOWN = {
     "jaxsteer.evals.choice.choice_eval",
     "jaxsteer.evals.scoring._score",
     "jaxsteer.models.config.llama_config",
-    "jaxsteer.prompt_search.driver._search_wave",
-    "jaxsteer.prompt_search.driver.run_search",
     "jaxsteer.prompt_search.rescore._score_whole",
     "jaxsteer.sae.exploration.explore",
     "jaxsteer.sae.loading.load_sae",

@@ -22,7 +22,7 @@ from jaxsteer.models.params import init_params
 from jaxsteer.models.sharding import make_mesh
 from jaxsteer.models.sites import parse_site
 from jaxsteer.personas import load_persona
-from jaxsteer.prompt_search import FLUENCY, EpoConfig, Fluency, make_problem, run_search, standardise
+from jaxsteer.prompt_search import FLUENCY, EpoConfig, Fluency, Resources, make_problem, run_search, standardise
 from jaxsteer.prompt_search.algorithms import epo
 from jaxsteer.study import SearchOptions
 from jaxsteer.study.objective_stage import choose_objective
@@ -198,5 +198,5 @@ def _searches(config: ModelConfig, count: int, steps: int, sizes: EpoConfig) -> 
         )
         for i in range(count)
     ]
-    result = run_search(params, task, some, epo(sizes), steps=steps, mesh=mesh)
+    result = run_search(params, task, some, epo(sizes), steps=steps, resources=Resources(mesh=mesh))
     return result.candidates / result.search_s, result.compile_s

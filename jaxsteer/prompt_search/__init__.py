@@ -3,12 +3,13 @@
 from jaxsteer.prompt_search.algorithms import ALGORITHMS, make_search
 from jaxsteer.prompt_search.algorithms.epo import EpoConfig, epo
 from jaxsteer.prompt_search.checking import check_objective
+from jaxsteer.prompt_search.compiling import Resources
 from jaxsteer.prompt_search.contexts import Combination, Task, TokenMask, make_task
-from jaxsteer.prompt_search.driver import Progress, run_search, standardise
+from jaxsteer.prompt_search.driver import Hooks, Progress, run_search, standardise
 from jaxsteer.prompt_search.population import Search
 from jaxsteer.prompt_search.problem import FLUENCY, Fluency, Problem, make_problem
 from jaxsteer.prompt_search.rescore import Rescored, rescore
-from jaxsteer.prompt_search.results import Found, SearchResult
+from jaxsteer.prompt_search.results import ScoredPrompt, SearchResult
 from jaxsteer.prompt_search.resume import Store
 from jaxsteer.prompt_search.scoring import score
 
@@ -18,10 +19,12 @@ __all__ = [
     "FLUENCY",
     "EpoConfig",
     "Fluency",
-    "Found",
+    "Hooks",
     "Problem",
     "Progress",
     "Rescored",
+    "Resources",
+    "ScoredPrompt",
     "Search",
     "SearchResult",
     "Store",

@@ -28,14 +28,35 @@ from jaxtyping import Array, Int
 from jaxsteer.errors import UserError
 from jaxsteer.files.records import Record
 from jaxsteer.models.params import Params
+from jaxsteer.processes import as_first
 from jaxsteer.prompt_search.contexts import Task
 from jaxsteer.prompt_search.population import Search, Summary
 from jaxsteer.prompt_search.problem import Problem, abstract
 
-WAVE = 64
-"""Problems per device that are searched together at most; others wait on the host."""
 GIB = 2**30
+WAVE = 64
 _SHARE_OF_RAM, _SHARE_OF_DEVICE = 0.5, 0.9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a search may use of a machine."""
+
+    mesh: Mesh | None = None
+    """Problems are spread over its axis "prompts", weights over its axis "model"; ``None``: one device."""
+    memory_gib: float | None = None
+    """Per device (default: what ``default_budget`` finds)."""
+    wave: int = WAVE
+    """Problems per device that are searched together at most; others wait on the host."""
+
+    @property
+    def shards(self) -> int:
+        """Parts that problems are divided into."""
+        return 1 if self.mesh is None else self.mesh.shape["prompts"]
+
+    def budget(self) -> int:
+        """Bytes per device; the same in all processes, which must all call it."""
+        return as_first(default_budget(self.mesh)) if self.memory_gib is None else int(self.memory_gib * GIB)
 
 
 class Programs(NamedTuple):
@@ -56,11 +77,13 @@ def programs(search: Search, mesh: Mesh | None) -> Programs:
     """The programs of ``search``; to be lowered with arrays or with ``jax.ShapeDtypeStruct``."""
 
     def start(params: Params, task: Task, problems: Problem, counts: Int[Array, " devices"]) -> Any:
-        init = lambda problem: search.init(params, task, _keyed(problem))  # noqa: E731
+        def init(problem: Problem) -> Any:
+            return search.init(params, task, _with_key(problem))
+
         shapes = jax.eval_shape(init, jax.tree.map(lambda a: a[0], problems))
         rows = len(problems.fluency)
         empty = jax.tree.map(lambda s: jnp.zeros((rows, *s.shape), s.dtype), shapes)
-        return _each(lambda problem, _: init(problem), problems, empty, counts[0])
+        return _for_each(lambda problem, _: init(problem), problems, empty, counts[0])
 
     def advance(
         params: Params,
@@ -71,14 +94,14 @@ def programs(search: Search, mesh: Mesh | None) -> Programs:
         stop: Int[Array, ""],
     ) -> tuple[Any, Summary]:
         def one(problem: Problem, both: tuple[Any, Summary]) -> tuple[Any, Summary]:
-            mine = _keyed(problem)
+            mine = _with_key(problem)
             return lax.while_loop(
                 lambda both: both[0].step < stop, lambda both: search.step(params, task, mine, both[0]), both
             )
 
         rows, population = problems.fluency.shape
         none = Summary(jnp.zeros(rows), jnp.zeros((rows, population)), jnp.zeros((rows, population)))
-        return _each(one, problems, (states, none), counts[0])
+        return _for_each(one, problems, (states, none), counts[0])
 
     if mesh is not None:
         # Manual over "prompts": a collective across problems cannot arise.
@@ -89,22 +112,23 @@ def programs(search: Search, mesh: Mesh | None) -> Programs:
     return Programs(jax.jit(start), jax.jit(advance))
 
 
-def _keyed(problem: Problem) -> Problem:
-    return problem.replace(key=jax.random.wrap_key_data(problem.key))  # type: ignore[attr-defined]
+def _with_key(problem: Problem) -> Problem:
+    """The problem with a key in place of the key's data, which ``problem.stack`` leaves."""
+    return dataclasses.replace(problem, key=jax.random.wrap_key_data(problem.key))
 
 
-def _each(work: Callable[[Any, Any], Any], rows: Any, out: Any, count: Int[Array, ""]) -> Any:
-    """``out`` with its first ``count`` rows replaced by what ``work`` makes of those of ``rows`` and ``out``."""
+def _for_each(update: Callable[[Any, Any], Any], rows: Any, out: Any, count: Int[Array, ""]) -> Any:
+    """``out`` with its first ``count`` rows replaced by what ``update`` makes of those of ``rows`` and ``out``."""
 
     def one(i: Array, out: Any) -> Any:
         mine = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), (rows, out))
-        return jax.tree.map(lambda a, new: lax.dynamic_update_index_in_dim(a, new, i, 0), out, work(*mine))
+        return jax.tree.map(lambda a, new: lax.dynamic_update_index_in_dim(a, new, i, 0), out, update(*mine))
 
     return lax.fori_loop(0, count, one, out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan(Record):
+class MemoryPlan(Record):
     """What a search computes at once, and what that costs on every device, in bytes."""
 
     problems: int
@@ -137,37 +161,28 @@ class Plan(Record):
 class Compiled(NamedTuple):
     """A plan with its executables and the task that they take."""
 
-    plan: Plan
+    plan: MemoryPlan
     task: Task
     start: Any
     advance: Any
 
 
 def plan_search(
-    params: Params,
-    task: Task,
-    problem: Problem,
-    search: Search,
-    *,
-    count: int,
-    budget: int,
-    mesh: Mesh | None = None,
-    wave: int = WAVE,
+    params: Params, task: Task, problem: Problem, search: Search, *, count: int, resources: Resources
 ) -> Compiled:
-    """Compile the search of ``count`` problems like ``problem`` so that a device needs at most ``budget`` bytes.
+    """Compile the search of ``count`` problems like ``problem`` so that it fits in the memory of a device.
 
-    At most ``wave`` problems per device are taken at once, fewer where they do not fit. ``task.batch`` candidates are
-    scored at once; only if not even one problem fits with that, the largest of its halves that does. Raises
-    ``UserError`` with what is needed when nothing fits.
+    ``task.batch`` candidates are scored at once; only if not even one problem fits with that, the largest of its halves
+    that does. Raises ``UserError`` with what is needed when nothing fits.
     """
-    shards = 1 if mesh is None else mesh.shape["prompts"]
-    started = time.perf_counter()
+    shards, budget, started = resources.shards, resources.budget(), time.perf_counter()
 
     def attempt(rows: int, batch: int) -> Compiled:
-        smaller = task.replace(batch=batch)  # type: ignore[attr-defined]
-        start, advance = _compile(search, mesh, *_signature((params, smaller, abstract(problem, rows * shards))))
+        smaller = dataclasses.replace(task, batch=batch)
+        arguments = _abstract_arguments((params, smaller, abstract(problem, rows * shards)))
+        start, advance = _compile(search, resources.mesh, *arguments)
         given, made, temporary = (max(pair) for pair in zip(_bytes(start), _bytes(advance), strict=True))
-        plan = Plan(
+        plan = MemoryPlan(
             problems=rows * shards,
             batch=batch,
             given=given,
@@ -178,19 +193,20 @@ def plan_search(
         )
         return Compiled(plan, smaller, start, advance)
 
-    most = rows = max(1, min(wave, -(-count // shards)))
-    batch = task.batch
-    found = attempt(rows, batch)
+    # 1. As many problems as are wanted.
+    most = rows = max(1, min(resources.wave, -(-count // shards)))
+    found = attempt(rows, task.batch)
+    # 2. Fewer of them: each takes so many bytes.
     each = _problem_bytes(params, task, problem, search)
     while found.plan.total > budget and (fewer := rows - -(-(found.plan.total - budget) // each)) >= 1:
         rows = fewer
-        found = attempt(rows, batch)
+        found = attempt(rows, task.batch)
     if found.plan.total <= budget:
         return found
-    # What is too large is the scratch of one candidate batch; it grows with the batch, at most in proportion.
+    # 3. One problem and a smaller batch: what is too large is its scratch, which grows at most in proportion to it.
     fixed = found.plan.given + found.plan.made - (rows - 1) * each
-    fitting = int(batch * max(0, budget - fixed) / found.plan.temporary)
-    batch = 1 << (max(1, min(batch // 2, fitting)).bit_length() - 1) if batch > 1 else 0
+    fitting = int(task.batch * max(0, budget - fixed) / found.plan.temporary)
+    batch = 1 << (max(1, min(task.batch // 2, fitting)).bit_length() - 1) if task.batch > 1 else 0
     while found.plan.total > budget and batch >= 1:
         found, batch = attempt(1, batch), batch // 2
     if found.plan.total > budget:
@@ -199,8 +215,8 @@ def plan_search(
             f"with one problem and one candidate at a time, and the budget is {_size(budget)}: raise --memory-gib, or "
             "use fewer or shorter contexts, a smaller population, bfloat16 weights, or more devices"
         )
-    rows = min(most, 1 + (budget - found.plan.total) // each)
-    wider = attempt(rows, found.plan.batch)
+    # 4. As many problems as fit beside that batch.
+    wider = attempt(min(most, 1 + (budget - found.plan.total) // each), found.plan.batch)
     return wider if wider.plan.total <= budget else found
 
 
@@ -230,14 +246,14 @@ def _size(size: int) -> str:
 def _problem_bytes(params: Params, task: Task, problem: Problem, search: Search) -> int:
     """Bytes that one more problem takes while a step runs: itself, its state before and its state after."""
     state = jax.eval_shape(search.init, params, task, problem)
-    problem = abstract(problem, 1)
-    size = lambda tree: sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
-    return max(1, size(problem) + 2 * size(state))
+    leaves = jax.tree.leaves((abstract(problem, 1), state, state))
+    return max(1, sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 
-def _signature(arguments: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
-    leaves, shape = jax.tree.flatten(arguments)
-    return shape, tuple(
+def _abstract_arguments(arguments: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
+    """Their structure and shapes, as ``_compile`` takes them: hashable."""
+    leaves, structure = jax.tree.flatten(arguments)
+    return structure, tuple(
         leaf
         if isinstance(leaf, jax.ShapeDtypeStruct)
         else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if leaf.committed else None)
@@ -247,28 +263,28 @@ def _signature(arguments: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
 
 @functools.lru_cache(maxsize=32)
 def _compile(
-    search: Search, mesh: Mesh | None, shape: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]
+    search: Search, mesh: Mesh | None, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]
 ) -> tuple[Any, Any]:
     """Both programs for arguments of these shapes; kept, so that a later search of the same shapes compiles nothing."""
-    params, task, problems = jax.tree.unflatten(shape, leaves)
+
+    def put(tree: Any, spec: P) -> Any:
+        sharding = None if mesh is None else NamedSharding(mesh, spec)
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
+
+    params, task, problems = jax.tree.unflatten(structure, leaves)
+    if mesh is not None:
+        problems = put(problems, P("prompts"))
     shards = 1 if mesh is None else mesh.shape["prompts"]
-    struct = jax.ShapeDtypeStruct
-    counts, stop = struct((shards,), jnp.int32), struct((), jnp.int32)
-    if mesh is not None:
-        rows, everywhere = NamedSharding(mesh, P("prompts")), NamedSharding(mesh, P())
-        place = lambda tree, where: jax.tree.map(lambda s: struct(s.shape, s.dtype, sharding=where), tree)  # noqa: E731
-        problems, counts, stop = place(problems, rows), place(counts, rows), place(stop, everywhere)
+    counts = put(jax.ShapeDtypeStruct((shards,), jnp.int32), P("prompts"))
+    stop = put(jax.ShapeDtypeStruct((), jnp.int32), P())
     start, advance = programs(search, mesh)
-    begin = start.lower(params, task, problems, counts)
-    states = begin.out_info
-    if mesh is not None:
-        states = place(states, rows)
-    else:
-        states = jax.tree.map(lambda s: struct(s.shape, s.dtype), states)
-    return begin.compile(), advance.lower(params, task, problems, states, counts, stop).compile()
+    first = start.lower(params, task, problems, counts)
+    states = put(first.out_info, P("prompts"))
+    return first.compile(), advance.lower(params, task, problems, states, counts, stop).compile()
 
 
 def _bytes(compiled: Any) -> tuple[int, int, int]:
+    """Of arguments, of results, and of scratch."""
     memory = compiled.memory_analysis()
     code = memory.generated_code_size_in_bytes
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -1,4 +1,4 @@
-"""Run a search: problems in waves, many steps per call on the devices, the host looking in now and then."""
+"""Run a search: problems in waves, many steps per call on the devices, the host at work between two calls."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxsteer.errors import UserError
@@ -22,14 +21,14 @@ from jaxsteer.models.params import Params
 from jaxsteer.objectives import Objective, Standardised, as_pytree
 from jaxsteer.processes import PREEMPTED, as_first, preempted, several
 from jaxsteer.prompt_search.checking import check_objective, check_scores
-from jaxsteer.prompt_search.compiling import GIB, WAVE, default_budget, plan_search
+from jaxsteer.prompt_search.compiling import Compiled, Resources, plan_search
 from jaxsteer.prompt_search.constraints import Valid
 from jaxsteer.prompt_search.contexts import MEAN, Task
-from jaxsteer.prompt_search.on_devices import OnDevices, TextCheck
-from jaxsteer.prompt_search.population import Search, random_ids
+from jaxsteer.prompt_search.on_devices import Wave, drop_broken
+from jaxsteer.prompt_search.population import Search, Summary, random_ids
 from jaxsteer.prompt_search.problem import FIRST_DRAW, Problem
-from jaxsteer.prompt_search.results import SearchResult, Wave, from_json, joined, to_json
-from jaxsteer.prompt_search.resume import Store, digest
+from jaxsteer.prompt_search.results import ScoredPrompt, SearchResult, WaveResult, from_json, joined, to_json
+from jaxsteer.prompt_search.resume import Notes, Sizes, Store, digest
 from jaxsteer.prompt_search.scoring import score
 
 log = logging.getLogger(__name__)
@@ -37,12 +36,12 @@ log = logging.getLogger(__name__)
 STEPS_PER_CALL = 10
 """Steps between two checks of the prompts' text. Part of the result, and the same for all."""
 CALL_S = 5.0
-"""Seconds that a call should last at most: then the host looks in, and saves what there is if it is time."""
+"""Seconds that a call should last at most: then the host saves what there is, if it is time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What the host learns after each call about the wave that is searched: arrays over its n problems and P slots."""
+    """What the host learns after a call about the wave that is searched: arrays over its n problems and P members."""
 
     step: int
     """Steps that each of them has done."""
@@ -56,6 +55,23 @@ class Progress:
     seconds: float
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What the host does before, between and after the calls to the devices."""
+
+    valid: Valid | None = None
+    """Says for prompts (n, S) whether their text re-tokenises in place. What fails is taken out of populations and
+    archives."""
+    steps_per_call: int = STEPS_PER_CALL
+    """Steps between two questions to ``valid``."""
+    callback: Callable[[Progress], None] | None = None
+    """Called after each call to the devices."""
+    keep: Callable[[Any], Any] | None = None
+    """Takes the last states of a wave and returns what of them is to be in the result."""
+    say: Callable[[str], None] = log.info
+    """Gets one line that tells the plan."""
+
+
 def standardise(
     params: Params, task: Task, objective: Objective, *, seed: int = 0, samples: int = 256
 ) -> tuple[Standardised, dict[str, float]]:
@@ -67,8 +83,7 @@ def standardise(
     objective = as_pytree(objective)
     key = jax.random.fold_in(jax.random.key(seed), FIRST_DRAW)
     ids = random_ids(key, task, samples)
-    mean = dataclasses.replace(task, combine=MEAN)
-    f, _ = jax.jit(score)(params, mean, objective, ids)
+    f, _ = jax.jit(score)(params, dataclasses.replace(task, combine=MEAN), objective, ids)
     offset, scale = float(jnp.mean(f)), float(jnp.std(f))
     if not np.isfinite(offset) or not scale > 0:
         raise UserError(
@@ -86,170 +101,221 @@ def run_search(
     search: Search,
     *,
     steps: int,
-    valid: Valid | None = None,
-    callback: Callable[[Progress], None] | None = None,
-    mesh: Mesh | None = None,
-    steps_per_call: int = STEPS_PER_CALL,
-    memory_gib: float | None = None,
-    wave: int = WAVE,
+    hooks: Hooks = Hooks(),
+    resources: Resources = Resources(),
     store: Store | None = None,
-    keep: Callable[[Any], Any] | None = None,
-    say: Callable[[str], None] = log.info,
 ) -> SearchResult:
-    """Run ``steps`` steps of ``search`` on every problem.
+    """Run ``steps`` steps of ``search`` on every problem, as many problems together as the devices hold.
 
-    As many problems as fit in ``memory_gib`` per device (default: what the device has to offer), at most ``wave`` per
-    device, are searched together, the others after them. ``valid`` says for prompts (n, S) whether their text
-    re-tokenises in place; it is asked every ``steps_per_call`` steps, and what fails is taken out of populations and
-    archives. With a ``mesh``, problems are spread over its axis "prompts". ``keep`` takes the last states of a wave and
-    returns what of them is to be in the result. A problem's prompts depend neither on the problems beside it nor on the
-    number of devices nor on memory.
+    A problem's prompts depend neither on the problems beside it nor on the number of devices nor on memory.
+    KeyboardInterrupt ends the search and keeps what was found, except where several processes search.
 
-    With a ``store``, what is found goes to disk as it says there; SIGTERM then saves the state and ends the process
-    with status 143, and a store that resumes takes up where the last checkpoint was. KeyboardInterrupt ends the search
-    and keeps what was found, except where several processes search. Raises ``UserError`` for problems that are not
-    alike, when not even one fits in the budget, when the objective is not finite or scores rows by their company, and
-    when the store cannot be written.
+    Args:
+        params: The model's parameters.
+        task: What candidates are scored against.
+        problems: Alike in everything but their numbers (``problem.stack``).
+        search: The algorithm.
+        steps: Of every problem.
+        hooks: What the host does between two calls to the devices.
+        resources: Devices, memory, and how many problems are searched together; the others wait on the host.
+        store: Where the search is kept on disk, so that it can go on after any end. SIGTERM then saves the state and
+            ends the process with status 143, and a store that resumes goes on from the last checkpoint.
+
+    Raises:
+        UserError: the problems are not alike, not even one fits in memory, the objective is not finite or scores rows
+            by their company, or the store cannot be written.
     """
     if not problems or steps < 1:
         raise UserError(f"a search needs problems and steps: got {len(problems)} and {steps}")
     check_objective(params, task, problems[0].objective)
-    budget = as_first(default_budget(mesh)) if memory_gib is None else int(memory_gib * GIB)
-    shards = 1 if mesh is None else mesh.shape["prompts"]
-    same = {"problems": digest(problems, task.ids, task.after), "steps": steps, "steps_per_call": steps_per_call}
-    if task.varies:
-        same["least"] = task.least
-    began = {} if store is None else store.open(same)
-    if began:  # the same candidates at once, and the same waves
-        task, wave = task.replace(batch=began["batch"]), -(-began["wave"] // shards)  # type: ignore[attr-defined]
-    compiled = plan_search(params, task, problems[0], search, count=len(problems), budget=budget, mesh=mesh, wave=wave)
-    if began and compiled.plan.problems < began["wave"]:
-        raise UserError(
-            f"the search began with {began['wave']} problems at a time, and only {compiled.plan.problems} fit in the "
-            "memory budget now: raise --memory-gib, or leave out --resume to begin again"
-        )
-    say(f"Plan: {compiled.plan}")
-    at_once = began.get("wave", min(compiled.plan.problems, len(problems)))
-    if store is not None and not began:
-        store.begin({"batch": compiled.plan.batch, "wave": at_once})
-    on_host: list[Wave] = []
-    kept = jax.tree.structure(jax.eval_shape(keep, compiled.start.out_info)) if keep else jax.tree.structure(None)
-    clock, candidates, interrupted = _Clock(), 0, False
-    for number, first in enumerate(range(0, len(problems), at_once)):
-        mine = problems[first : first + at_once]
-        arrays = None if store is None else store.finished(number)
-        if arrays is not None:
-            found = Wave.from_arrays(arrays, kept)
-            clock.set(found.seconds)
-        else:
-            found, interrupted = _search_wave(
-                OnDevices(params, compiled, mesh, mine),
-                number,
-                first,
-                steps=steps,
-                look=steps_per_call,
-                check=None if valid is None else TextCheck(valid),
-                callback=callback,
-                store=store,
-                keep=keep,
-                clock=clock,
-                before=candidates,
-                per_step=len(mine) * search.candidates,
-            )
-        candidates += found.steps * len(mine) * search.candidates
-        on_host.append(found)
-        if interrupted:
+    begun = None if store is None else store.open(_identity(task, problems, steps, hooks))
+    compiled, together = _plan(params, task, problems, search, resources, begun)
+    hooks.say(f"Plan: {compiled.plan}")
+    if store is not None and begun is None:
+        store.begin(Sizes(batch=compiled.plan.batch, wave=together))
+    job = _Job(steps, search.candidates, hooks, store, _Clock())
+    results: list[WaveResult] = []
+    for number, first in enumerate(range(0, len(problems), together)):
+        result = _finished(job, number, compiled)
+        if result is None:
+            wave = Wave(params, compiled, resources.mesh, problems[first : first + together], first=first)
+            result = _search_wave(job, number, wave)
+        results.append(result)
+        if result.interrupted:
             break
-    every = joined(on_host)
+    every = joined(results)
     return SearchResult(
         archive=every.archive,
         rejected=every.rejected,
         kept=every.kept,
         plan=compiled.plan,
         steps=every.steps,
-        candidates=candidates,
+        candidates=search.candidates * sum(result.steps * len(result.archive.f) for result in results),
         compile_s=compiled.plan.compile_s,
-        search_s=clock(),
-        interrupted=interrupted,
+        search_s=job.clock(),
+        interrupted=every.interrupted,
     )
 
 
-def _search_wave(
-    wave: OnDevices,
-    number: int,
-    first: int,
-    *,
-    steps: int,
-    look: int,
-    check: TextCheck | None,
-    callback: Callable[[Progress], None] | None,
-    store: Store | None,
-    keep: Callable[[Any], Any] | None,
-    clock: _Clock,
-    before: int,
-    per_step: int,
-) -> tuple[Wave, bool]:
-    """Search one wave from its start or its last checkpoint; returns what it found, and whether it was interrupted.
+def _identity(task: Task, problems: Sequence[Problem], steps: int, hooks: Hooks) -> dict[str, Any]:
+    """By what a search on disk is recognised."""
+    numbers = {"steps": steps, "steps_per_call": hooks.steps_per_call, **({"least": task.least} if task.varies else {})}
+    return {"problems": digest(problems, task.ids, task.after), **numbers}
 
-    ``before`` candidates were scored for earlier waves, ``per_step`` are in each step of this one.
-    """
-    states, done, interrupted = wave.start(), 0, False
-    check_scores(wave.host(states.f), first)
-    restored = None if store is None else store.restore(number, wave.host(states))
-    if restored is not None:
-        states, notes = wave.put(restored[0]), restored[1]
-        done = notes["step"]
-        clock.set(notes["seconds"])
-        if check is not None:
-            check.rejected = from_json(notes["rejected"])
 
-    def save(*, wait: bool) -> None:
-        assert store is not None
-        where = f"step {done} of problems {first} to {first + wave.count - 1}"
-        rejected = to_json(check.rejected) if check is not None else []
-        notes = {"wave": number, "step": done, "where": where, "rejected": rejected, "seconds": clock()}
-        store.save(number * steps + done, wave.host(states), notes, wait=wait)
+def _plan(
+    params: Params,
+    task: Task,
+    problems: Sequence[Problem],
+    search: Search,
+    resources: Resources,
+    begun: Sizes | None,
+) -> tuple[Compiled, int]:
+    """The compiled search, and how many problems it takes together. One that was ``begun`` keeps its sizes."""
+    if begun is not None:
+        task = dataclasses.replace(task, batch=begun.batch)
+        resources = dataclasses.replace(resources, wave=-(-begun.wave // resources.shards))
+    compiled = plan_search(params, task, problems[0], search, count=len(problems), resources=resources)
+    if begun is None:
+        return compiled, min(compiled.plan.problems, len(problems))
+    if compiled.plan.problems < begun.wave:
+        raise UserError(
+            f"the search began with {begun.wave} problems at a time, and only {compiled.plan.problems} fit in the "
+            "memory budget now: raise --memory-gib, or leave out --resume to begin again"
+        )
+    return compiled, begun.wave
 
-    pace = look
+
+class _Job(NamedTuple):
+    """What is the same for all waves of a search."""
+
+    steps: int
+    candidates: int
+    """Per problem and step."""
+    hooks: Hooks
+    store: Store | None
+    clock: _Clock
+
+
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    """How far a wave has come."""
+
+    step: int
+    states: Any
+    """On the devices."""
+    rejected: tuple[ScoredPrompt, ...]
+    """Prompts that were taken out of archives."""
+
+
+def _finished(job: _Job, number: int, compiled: Compiled) -> WaveResult | None:
+    """What the store has of a wave that was finished before."""
+    arrays = None if job.store is None else job.store.finished(number)
+    if arrays is None:
+        return None
+    keep = job.hooks.keep
+    kept = jax.eval_shape(keep, compiled.start.out_info) if keep else None
+    result = WaveResult.from_arrays(arrays, jax.tree.structure(kept))
+    job.clock.set(result.seconds)
+    return result
+
+
+def _search_wave(job: _Job, number: int, wave: Wave) -> WaveResult:
+    """Search one wave from its beginning or its last checkpoint."""
+    point = _begin(job, number, wave)
+    pace, interrupted = _Pace(job.steps, job.hooks.steps_per_call), False
     try:
-        with _told_to_end(store is not None) as told:
-            while done < steps:
-                until = min(steps, done + min(pace, look - done % look))
-                called = time.perf_counter()
-                new, summary = wave.advance(states, until)
-                ended = not _ready(new.step, told)
-                if not ended:
-                    step_s = as_first((time.perf_counter() - called) / (until - done))
-                    states, done, pace = new, until, max(1, min(look, int(CALL_S / max(step_s, 1e-9))))
-                    if check is not None and (done % look == 0 or done == steps):
-                        states = check(wave, states, first)
-                    if callback is not None:
-                        numbers = wave.host(summary)._asdict()
-                        scored = before + per_step * done
-                        callback(Progress(step=done, first=first, candidates=scored, seconds=clock(), **numbers))
-                if store is not None and done < steps and (ended or told() or preempted()):
-                    save(wait=True)
-                    log.warning(
-                        "SIGTERM: the search is saved at step %d of %d; the same command with --resume goes on",
-                        done, steps,
-                    )  # fmt: skip
-                    raise SystemExit(PREEMPTED)
-                if store is not None and done < steps and store.due():
-                    save(wait=False)
+        with _noting_sigterm(job.store is not None) as told:
+            while point.step < job.steps:
+                stop, called = pace.stop(point.step), time.perf_counter()
+                states, summary = wave.advance(point.states, stop)
+                if _ready(states.step, told):
+                    pace.adapt(as_first((time.perf_counter() - called) / (stop - point.step)))
+                    point = _check_texts(job, wave, dataclasses.replace(point, step=stop, states=states))
+                    _report(job, wave, point, summary)
+                if point.step < job.steps:
+                    _save(job, number, wave, point, told)
     except KeyboardInterrupt:
         if several():  # they may have got it after different steps
             raise
         interrupted = True
-    found = Wave(
-        archive=wave.host(states.archive),
-        rejected=tuple(check.rejected) if check is not None else (),
-        kept=wave.host(keep(states)) if keep else None,
-        steps=done,
-        seconds=clock(),
+    keep = job.hooks.keep
+    result = WaveResult(
+        archive=wave.host(point.states.archive),
+        rejected=point.rejected,
+        kept=wave.host(keep(point.states)) if keep else None,
+        steps=point.step,
+        seconds=job.clock(),
+        interrupted=interrupted,
     )
-    if store is not None and not interrupted:
-        store.finish(number, found.to_arrays())
-    return found, interrupted
+    if job.store is not None and not interrupted:
+        job.store.finish(number, result.to_arrays())
+    return result
+
+
+def _begin(job: _Job, number: int, wave: Wave) -> _Point:
+    """The first states of a wave, or those of its last checkpoint."""
+    states = wave.start()
+    check_scores(wave.host(states.f), wave.first)
+    restored = None if job.store is None else job.store.restore(number, wave.host(states))
+    if restored is None:
+        return _Point(0, states, ())
+    saved, notes = restored
+    job.clock.set(notes.seconds)
+    return _Point(notes.step, wave.put(saved), tuple(from_json(notes.rejected)))
+
+
+def _check_texts(job: _Job, wave: Wave, point: _Point) -> _Point:
+    """Take prompts out whose text does not re-tokenise, where it is time to ask."""
+    if job.hooks.valid is None or (point.step % job.hooks.steps_per_call and point.step < job.steps):
+        return point
+    states, rejected = drop_broken(wave, point.states, job.hooks.valid)
+    return dataclasses.replace(point, states=states, rejected=(*point.rejected, *rejected))
+
+
+def _report(job: _Job, wave: Wave, point: _Point, summary: Summary) -> None:
+    if job.hooks.callback is not None:
+        candidates = job.candidates * (wave.first * job.steps + wave.count * point.step)
+        numbers = wave.host(summary)._asdict()
+        job.hooks.callback(
+            Progress(step=point.step, first=wave.first, candidates=candidates, seconds=job.clock(), **numbers)
+        )
+
+
+def _save(job: _Job, number: int, wave: Wave, point: _Point, told: Callable[[], bool]) -> None:
+    """Write a checkpoint if it is time. Ends the process after it if it was ``told`` to end."""
+    if job.store is None:
+        return
+    ending = told() or preempted()
+    if ending or job.store.due():
+        notes = Notes(
+            wave=number,
+            step=point.step,
+            where=f"step {point.step} of problems {wave.first} to {wave.first + wave.count - 1}",
+            rejected=to_json(point.rejected),
+            seconds=job.clock(),
+        )
+        job.store.save(number * job.steps + point.step, wave.host(point.states), notes, wait=ending)
+    if ending:
+        message = "SIGTERM: the search is saved at step %d of %d; the same command with --resume goes on"
+        log.warning(message, point.step, job.steps)
+        raise SystemExit(PREEMPTED)
+
+
+class _Pace:
+    """Up to which step the devices run before the host looks in: not past a check of texts, and for ``CALL_S``."""
+
+    def __init__(self, steps: int, steps_per_call: int) -> None:
+        self._steps, self._most = steps, steps_per_call
+        self._at_once = steps_per_call
+
+    def stop(self, step: int) -> int:
+        """Where the call that begins after ``step`` ends."""
+        return min(self._steps, step + min(self._at_once, self._most - step % self._most))
+
+    def adapt(self, step_s: float) -> None:
+        """Take as many steps as fit in a call when one lasts so many seconds."""
+        self._at_once = max(1, min(self._most, int(CALL_S / max(step_s, 1e-9))))
 
 
 class _Clock:
@@ -266,8 +332,8 @@ class _Clock:
 
 
 @contextmanager
-def _told_to_end(listening: bool) -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGTERM has come, which ends nothing meanwhile."""
+def _noting_sigterm(listening: bool) -> Iterator[Callable[[], bool]]:
+    """A function that says whether SIGTERM has come; meanwhile the signal ends nothing."""
     told = threading.Event()
     if not listening or several() or threading.current_thread() is not threading.main_thread():
         yield told.is_set
@@ -280,7 +346,7 @@ def _told_to_end(listening: bool) -> Iterator[Callable[[], bool]]:
 
 
 def _ready(array: Any, told: Callable[[], bool]) -> bool:
-    """Wait until the array is computed, or stop waiting when the process was told to end."""
+    """Wait until the array is computed; False where the process was told to end before."""
     pause = 1e-4
     while not array.is_ready():
         if told():

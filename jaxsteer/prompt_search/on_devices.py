@@ -1,4 +1,4 @@
-"""A wave: problems that are on the devices together, and the way of their arrays to the devices and back."""
+"""A wave: the problems that are on the devices together, and the transfer of their arrays between host and devices."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ from jaxsteer.prompt_search.compiling import Compiled
 from jaxsteer.prompt_search.constraints import Valid
 from jaxsteer.prompt_search.population import Summary, evict
 from jaxsteer.prompt_search.problem import Problem, stack
-from jaxsteer.prompt_search.results import Found, found_at
+from jaxsteer.prompt_search.results import ScoredPrompt, prompt_at
 
 
-class OnDevices:
-    """``problems`` on the devices of a compiled search, spread evenly over the mesh's axis "prompts".
+class Wave:
+    """Problems on the devices of a compiled search, spread evenly over the mesh's axis "prompts".
 
     On the host their arrays have one row per problem, whatever the devices; on the devices they have as many rows as
     the program was compiled for.
     """
 
-    def __init__(self, params: Params, compiled: Compiled, mesh: Mesh | None, problems: Sequence[Problem]) -> None:
-        """Send the problems there."""
+    def __init__(
+        self, params: Params, compiled: Compiled, mesh: Mesh | None, problems: Sequence[Problem], *, first: int = 0
+    ) -> None:
+        """Send ``problems`` there, of which the first has the number ``first``."""
         shards = 1 if mesh is None else mesh.shape["prompts"]
         self._params, self._compiled, self._mesh = params, compiled, mesh
         self._size = compiled.plan.problems
-        self.count = n = len(problems)
+        self.first, self.count = first, len(problems)
         each = self._size // shards
-        counts = np.asarray([n // shards + (device < n % shards) for device in range(shards)], np.int32)
+        share, rest = divmod(self.count, shards)
+        counts = np.asarray([share + (device < rest) for device in range(shards)], np.int32)
         self._rows = np.concatenate([np.arange(k) + each * device for device, k in enumerate(counts)])
         self._counts = self._put(counts, P("prompts"))
         self._task = compiled.task if mesh is None else self._put(compiled.task, P())
@@ -48,15 +51,15 @@ class OnDevices:
 
     def advance(self, states: Any, stop: int) -> tuple[Any, Summary]:
         """States after step ``stop``, and what that step reported; both may still be being computed."""
-        stop_there = self._put(np.int32(stop), P())
-        return self._compiled.advance(self._params, self._task, self._problems, states, self._counts, stop_there)
+        last = self._put(np.int32(stop), P())
+        return self._compiled.advance(self._params, self._task, self._problems, states, self._counts, last)
 
     def host(self, tree: Any) -> Any:
         """NumPy arrays with one row per problem, of arrays on the devices."""
         return jax.tree.map(lambda a: a[self._rows], to_host(tree))
 
     def put(self, tree: Any) -> Any:
-        """The way back of ``host``."""
+        """The reverse of ``host``."""
 
         def spread(leaf: np.ndarray) -> np.ndarray:
             out = np.broadcast_to(leaf[:1], (self._size, *leaf.shape[1:])).copy()
@@ -72,29 +75,28 @@ class OnDevices:
         return jax.tree.map(lambda leaf: put(leaf, sharding), tree)
 
 
-class TextCheck:
-    """Takes prompts whose text does not re-tokenise out of populations and archives."""
+def drop_broken(wave: Wave, states: Any, valid: Valid) -> tuple[Any, list[ScoredPrompt]]:
+    """Take prompts whose text does not re-tokenise out of populations and archives.
 
-    def __init__(self, valid: Valid, rejected: Sequence[Found] = ()) -> None:
-        """``rejected`` are those of before."""
-        self._valid = valid
-        self.rejected = list(rejected)
+    Returns the states without them, and those that were in an archive.
+    """
+    ids, archive = wave.host((states.ids, states.archive))
+    alive = np.isfinite(archive.f)
+    bad = ~_ask(valid, ids, np.ones(ids.shape[:2], bool))
+    bad_archive = ~_ask(valid, archive.ids, alive) & alive
+    rejected = [
+        prompt_at(archive, problem, row, number=wave.first + int(problem), retokenises=False)
+        for problem, row in zip(*np.nonzero(bad_archive), strict=True)
+    ]
+    return _evict(states, *wave.put((bad, bad_archive))), rejected
 
-    def __call__(self, wave: OnDevices, states: Any, first: int) -> Any:
-        """The states without them; archive members that this costs go to ``rejected``. ``first`` is the number of the
-        wave's first problem."""
-        ids, archive = wave.host((states.ids, states.archive))
-        alive = np.isfinite(archive.f)
-        bad, bad_archive = ~self._ask(ids, np.ones(ids.shape[:2], bool)), ~self._ask(archive.ids, alive) & alive
-        for problem, row in zip(*np.nonzero(bad_archive), strict=True):
-            self.rejected.append(found_at(archive, problem, row, number=first + int(problem), retokenises=False))
-        return _evict(states, *wave.put((bad, bad_archive)))
 
-    def _ask(self, ids: Int[np.ndarray, "n P S"], which: Bool[np.ndarray, "n P"]) -> Bool[np.ndarray, "n P"]:
-        answers = np.ones(which.shape, bool)
-        if which.any():
-            answers[which] = self._valid(ids[which])
-        return answers
+def _ask(valid: Valid, ids: Int[np.ndarray, "n P S"], which: Bool[np.ndarray, "n P"]) -> Bool[np.ndarray, "n P"]:
+    """What ``valid`` says of the prompts ``which``; True for the others."""
+    answers = np.ones(which.shape, bool)
+    if which.any():
+        answers[which] = valid(ids[which])
+    return answers
 
 
 @jax.jit

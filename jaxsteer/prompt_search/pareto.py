@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +59,7 @@ def insert(
     chosen = jnp.sort(lax.top_k(rank, capacity)[1])
     kept = keep[chosen]
     out = jax.tree.map(lambda a: a[chosen], merged)
-    return out.replace(f=jnp.where(kept, out.f, -jnp.inf), x=jnp.where(kept, out.x, jnp.inf))
+    return dataclasses.replace(out, f=jnp.where(kept, out.f, -jnp.inf), x=jnp.where(kept, out.x, jnp.inf))
 
 
 def _area(f: Float[Array, " n"], x: Float[Array, " n"], keep: Bool[Array, " n"]) -> Float[Array, " n"]:

@@ -100,7 +100,7 @@ def stack(problems: Sequence[Problem]) -> Problem:
 
     Raises ``UserError`` when they are not alike: another kind of objective, another site, shape or dtype.
     """
-    rows = [jax.tree.map(np.asarray, problem.replace(key=jax.random.key_data(problem.key))) for problem in problems]  # type: ignore[attr-defined]
+    rows = [jax.tree.map(np.asarray, _with_key_data(problem)) for problem in problems]
     kind: Any = jax.tree.structure(rows[0])
     shapes = _shapes(rows[0])
     for number, row in enumerate(rows):
@@ -114,8 +114,12 @@ def stack(problems: Sequence[Problem]) -> Problem:
 
 def abstract(problem: Problem, rows: int) -> Problem:
     """What ``stack`` makes of so many problems like this one, as shapes and dtypes."""
-    data = jax.eval_shape(lambda p: p.replace(key=jax.random.key_data(p.key)), problem)
+    data = jax.eval_shape(_with_key_data, problem)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape), leaf.dtype), data)
+
+
+def _with_key_data(problem: Problem) -> Problem:
+    return dataclasses.replace(problem, key=jax.random.key_data(problem.key))
 
 
 def _shapes(problem: Problem) -> list[tuple[tuple[int, ...], str]]:

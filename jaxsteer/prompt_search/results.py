@@ -12,13 +12,13 @@ import numpy as np
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import parse_json
-from jaxsteer.prompt_search.compiling import Plan
+from jaxsteer.prompt_search.compiling import MemoryPlan
 from jaxsteer.prompt_search.pareto import Archive, frontier
 from jaxsteer.prompts import PAD
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
+class ScoredPrompt:
     """One prompt of a result: its ids, scores, the step that found it and whether its text gives the same ids."""
 
     ids: tuple[int, ...]
@@ -30,27 +30,28 @@ class Found:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Wave:
+class WaveResult:
     """What the n problems of a wave found, on the host."""
 
     archive: Archive
     """NumPy arrays with a leading n axis."""
-    rejected: tuple[Found, ...]
+    rejected: tuple[ScoredPrompt, ...]
     kept: Any
     """A tree of NumPy arrays with a leading n axis."""
     steps: int
     seconds: float
     """From the start of the search to the end of this wave."""
+    interrupted: bool = False
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Everything, by names."""
+        """Everything that a file keeps, by names."""
         kept = {f"kept{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(self.kept))}
         notes = {"rejected": to_json(self.rejected), "steps": self.steps, "seconds": self.seconds}
         archive = {name: getattr(self.archive, name) for name in ("ids", "f", "x", "step")}
         return {**archive, **kept, "notes": np.asarray(json.dumps(notes))}
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray], kept: jax.tree_util.PyTreeDef) -> Wave:
+    def from_arrays(cls, arrays: dict[str, np.ndarray], kept: jax.tree_util.PyTreeDef) -> WaveResult:
         """What ``to_arrays`` made; ``kept`` is the structure of that field. Raises ``UserError`` for anything else."""
         try:
             notes = parse_json(str(arrays["notes"]), "the notes of a finished wave")
@@ -75,11 +76,11 @@ class SearchResult:
     archive: Archive
     """NumPy arrays with a leading R axis: every problem's Pareto frontier. Only of problems that were searched: an
     interrupted search has fewer."""
-    rejected: tuple[Found, ...]
+    rejected: tuple[ScoredPrompt, ...]
     """Prompts that were on an archive until their text was found not to re-tokenise."""
     kept: Any
     """What ``keep`` made of the last states, as NumPy arrays with a leading R axis."""
-    plan: Plan
+    plan: MemoryPlan
     steps: int
     """Steps of every problem; of the problems searched last, if the search was interrupted."""
     candidates: int
@@ -88,7 +89,7 @@ class SearchResult:
     interrupted: bool
 
     @property
-    def found(self) -> tuple[Found, ...]:
+    def prompts(self) -> tuple[ScoredPrompt, ...]:
         """The Pareto frontier over all problems, as ``frontier`` gives it."""
         return self.frontier(range(len(self.archive.f)))
 
@@ -107,12 +108,12 @@ class SearchResult:
             ),
         )
 
-    def frontier(self, problems: Sequence[int]) -> tuple[Found, ...]:
+    def frontier(self, problems: Sequence[int]) -> tuple[ScoredPrompt, ...]:
         """The Pareto frontier over some problems, best target first, and after it the prompts that would have been on
         it if their text re-tokenised."""
         chosen = [problem for problem in problems if problem < len(self.archive.f)]
         kept = [
-            found_at(self.archive, problem, row, number=problem, retokenises=True)
+            prompt_at(self.archive, problem, row, number=problem, retokenises=True)
             for problem in chosen
             for row in np.flatnonzero(np.isfinite(self.archive.f[problem]))
         ]
@@ -125,24 +126,27 @@ class SearchResult:
         return (*good, *marked)
 
 
-def joined(waves: Sequence[Wave]) -> Wave:
+def joined(waves: Sequence[WaveResult]) -> WaveResult:
     """Waves as one, in their order."""
     archive, kept = (
         jax.tree.map(lambda *leaves: np.concatenate(leaves), *trees)
         for trees in ([wave.archive for wave in waves], [wave.kept for wave in waves])
     )
-    return Wave(
+    return WaveResult(
         archive=archive,
         rejected=tuple(entry for wave in waves for entry in wave.rejected),
         kept=kept,
         steps=waves[-1].steps,
         seconds=waves[-1].seconds,
+        interrupted=waves[-1].interrupted,
     )
 
 
-def found_at(archive: Archive, problem: SupportsIndex, row: SupportsIndex, *, number: int, retokenises: bool) -> Found:
+def prompt_at(
+    archive: Archive, problem: SupportsIndex, row: SupportsIndex, *, number: int, retokenises: bool
+) -> ScoredPrompt:
     """A row of one problem's archive; the problem's own number is ``number``."""
-    return Found(
+    return ScoredPrompt(
         ids=tuple(int(i) for i in archive.ids[problem, row] if i != PAD),
         target=float(archive.f[problem, row]),
         cross_entropy=float(archive.x[problem, row]),
@@ -152,17 +156,17 @@ def found_at(archive: Archive, problem: SupportsIndex, row: SupportsIndex, *, nu
     )
 
 
-def to_json(entries: Sequence[Found]) -> list[dict[str, Any]]:
+def to_json(entries: Sequence[ScoredPrompt]) -> list[dict[str, Any]]:
     """Prompts as JSON objects."""
     return [dataclasses.asdict(entry) for entry in entries]
 
 
-def from_json(rows: Sequence[dict[str, Any]]) -> list[Found]:
+def from_json(rows: Sequence[dict[str, Any]]) -> list[ScoredPrompt]:
     """What ``to_json`` made."""
-    return [Found(**{**row, "ids": tuple(row["ids"])}) for row in rows]
+    return [ScoredPrompt(**{**row, "ids": tuple(row["ids"])}) for row in rows]
 
 
-def _frontier_of(entries: Sequence[Found]) -> np.ndarray:
+def _frontier_of(entries: Sequence[ScoredPrompt]) -> np.ndarray:
     if not entries:
         return np.zeros(0, int)
     return frontier(np.array([e.target for e in entries]), np.array([e.cross_entropy for e in entries]))

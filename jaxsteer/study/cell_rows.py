@@ -19,7 +19,7 @@ from jaxsteer import organisms
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
 from jaxsteer.objectives import Projection
 from jaxsteer.personas import random_direction
-from jaxsteer.prompt_search import Found
+from jaxsteer.prompt_search import ScoredPrompt
 from jaxsteer.prompt_search.algorithms.relaxed import table_unit
 from jaxsteer.prompts import Placement, prompt_text
 from jaxsteer.prompts.soft import SoftPrompt, with_soft
@@ -180,11 +180,11 @@ def _summary(
     return row
 
 
-def _entry(found: Found, text: str) -> dict[str, Any]:
+def _entry(found: ScoredPrompt, text: str) -> dict[str, Any]:
     return {"prompt": text, "target": found.target, "cross_entropy": found.cross_entropy, "step": found.step}
 
 
-def _spread(entries: Sequence[Found], most: int) -> list[Found]:
+def _spread(entries: Sequence[ScoredPrompt], most: int) -> list[ScoredPrompt]:
     """At most so many of a frontier, evenly spread from the best objective to the likeliest text."""
     return [entries[i] for i in sorted({round(i) for i in np.linspace(0, len(entries) - 1, most)})] if entries else []
 

@@ -19,7 +19,7 @@ from jaxsteer.models.model import Model
 from jaxsteer.objectives import Objective, needs
 from jaxsteer.personas import instructions
 from jaxsteer.processes import is_first
-from jaxsteer.prompt_search import Found, SearchResult
+from jaxsteer.prompt_search import ScoredPrompt, SearchResult
 from jaxsteer.prompt_search.rescore import Rescored, rescore
 from jaxsteer.prompts import prompt_text, retokenises_many
 from jaxsteer.study import files
@@ -40,17 +40,17 @@ def finals(setting: Setting, objective: Objective, result: SearchResult) -> tupl
     whose text does not give its ids back has no score from text: it is marked and never selected.
     """
     tokenizer = setting.model.tokenizer
-    good = [found for found in result.found if found.retokenises]
+    good = [found for found in result.prompts if found.retokenises]
     texts = [prompt_text(tokenizer, found.ids) for found in good]
     model, reads = setting.model, needs(objective, setting.model.config)
     again = rescore(model, setting.slots, objective, reads, texts, combine=setting.scoring.combination)
     prompts = [_prompt(found, text, new) for found, text, new in zip(good, texts, again, strict=True)]
     prompts.sort(key=lambda prompt: -(prompt.target or 0.0))
-    marked = [found for found in result.found if not found.retokenises][:MARKED]
+    marked = [found for found in result.prompts if not found.retokenises][:MARKED]
     return (*prompts, *(_prompt(found, prompt_text(tokenizer, found.ids), found) for found in marked))
 
 
-def _prompt(found: Found, text: str, scores: Rescored | Found) -> Prompt:
+def _prompt(found: ScoredPrompt, text: str, scores: Rescored | ScoredPrompt) -> Prompt:
     return Prompt(
         text=text,
         ids=tuple(found.ids),

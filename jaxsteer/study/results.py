@@ -17,7 +17,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.evals.attribution import Attribution
 from jaxsteer.evals.rates import Rate
 from jaxsteer.files.records import Record
-from jaxsteer.prompt_search.compiling import Plan
+from jaxsteer.prompt_search.compiling import MemoryPlan
 from jaxsteer.study.figures import RateRow, rate_plot
 from jaxsteer.study.latent_explanation import LatentExplanation
 from jaxsteer.study.probe import WARNS, Probe
@@ -162,7 +162,7 @@ class SearchRun(Result):
     target_units: str = "sd"
     """``sd`` (standard deviations over random prompts) or ``raw``."""
     objective_units: Units | None = None
-    plan: Plan | None = None
+    plan: MemoryPlan | None = None
     """What was computed at once, and what it cost per device."""
     interrupted: bool = False
     """Whether the search was ended before its last step."""

@@ -30,8 +30,10 @@ from jaxsteer.personas import save_direction, save_signature
 from jaxsteer.processes import is_first
 from jaxsteer.prompt_search import (
     FLUENCY,
+    Hooks,
     Problem,
     Progress,
+    Resources,
     SearchResult,
     Store,
     Task,
@@ -208,13 +210,14 @@ def _searched(
             problems,
             how,
             steps=algorithm.steps or 0,
-            valid=text_filter(model.tokenizer, setting.slots, setting.banned),
-            callback=report,
-            mesh=model.mesh,
-            memory_gib=run.memory_gib,
+            hooks=Hooks(
+                valid=text_filter(model.tokenizer, setting.slots, setting.banned),
+                callback=report,
+                keep=KEEP.get(algorithm.algorithm),
+                say=say,
+            ),
+            resources=Resources(mesh=model.mesh, memory_gib=run.memory_gib),
             store=store,
-            keep=KEEP.get(algorithm.algorithm),
-            say=say,
         )
     if result.interrupted:
         say(f"Interrupted after {result.steps} steps: going on with what was found")

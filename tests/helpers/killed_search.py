@@ -67,15 +67,15 @@ def search(folder: Path, seed: int, looks: int) -> None:
     """A search of two waves, saved at every look."""
     import numpy as np
 
-    from jaxsteer.prompt_search import EpoConfig, Store, make_problem, run_search
+    from jaxsteer.prompt_search import EpoConfig, Store, make_problem
     from jaxsteer.prompt_search.algorithms import epo
-    from tests.prompt_search.setting import setting
+    from tests.prompt_search.setting import search_with, setting
 
     s = setting()
     problems = [make_problem(s.objective, 4, seed=seed, restart=i) for i in range(3)]
     config = EpoConfig(population=4, children=8, top_k=16, restart_every=5, archive=16)
     with Store(folder / "state", every_s=0.0, resume=True) as store:
-        result = run_search(
+        result = search_with(
             s.model.params,
             s.task,
             problems,

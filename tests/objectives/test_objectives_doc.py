@@ -21,7 +21,7 @@ def test_every_block_runs_and_the_first_finds_a_prompt(capsys: pytest.CaptureFix
     names: dict = {}
     exec(compile(blocks[0], "docs/objectives.md", "exec"), names)  # noqa: S102
     assert len(capsys.readouterr().out.split()) >= 3, "a prompt of words"
-    found, model, task = names["result"].found[0], names["model"], names["task"]
+    found, model, task = names["result"].prompts[0], names["model"], names["task"]
     assert len([line for line in blocks[0].splitlines() if line]) <= 15
     plain = jnp.asarray(
         [model.tokenizer.encode(" a" * task.length, add_special_tokens=False)[: task.length]], jnp.int32

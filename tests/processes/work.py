@@ -22,8 +22,8 @@ LONG = 400
 
 def search(out: Path, algorithm: str = "epo", *, steps: int = 4, store: Any = None) -> dict[str, np.ndarray]:
     """Five problems spread over four devices; some of their prompts are rejected on the way."""
-    from jaxsteer.prompt_search import make_problem, make_search, make_task, run_search
-    from tests.prompt_search.setting import setting
+    from jaxsteer.prompt_search import make_problem, make_search, make_task
+    from tests.prompt_search.setting import search_with, setting
 
     s, mesh = setting(contexts=2, length=3), make_mesh(prompts=min(DEVICES, jax.device_count()))
     sizes = {"population": 2, "children": 4, "restart_every": 3, "archive": 8}
@@ -36,7 +36,7 @@ def search(out: Path, algorithm: str = "epo", *, steps: int = 4, store: Any = No
         if is_first():
             (out / "step").write_text(str(progress.step))
 
-    result = run_search(
+    result = search_with(
         params,
         task,
         [make_problem(s.objective, 2, restart=i) for i in range(5)],
@@ -49,9 +49,9 @@ def search(out: Path, algorithm: str = "epo", *, steps: int = 4, store: Any = No
         store=store,
     )
     return {
-        "ids": np.asarray([f.ids for f in result.found]),
-        "scores": np.asarray([[f.target, f.cross_entropy] for f in result.found]),
-        "origins": np.asarray([[f.step, f.problem, f.retokenises] for f in result.found]),
+        "ids": np.asarray([f.ids for f in result.prompts]),
+        "scores": np.asarray([[f.target, f.cross_entropy] for f in result.prompts]),
+        "origins": np.asarray([[f.step, f.problem, f.retokenises] for f in result.prompts]),
         "loss": losses[-1],
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.objectives import Projection, needs
-from jaxsteer.prompt_search import make_task
+from jaxsteer.prompt_search import Hooks, Resources, SearchResult, make_task, run_search
 from jaxsteer.prompts import Conversation, allowed_tokens, build_slots, question_conversation
 from tests.helpers.tiny import tiny_model
 
@@ -55,3 +56,9 @@ def random_prompts(task, rows: int, seed: int = 0) -> jnp.ndarray:
     """Allowed ids, uniformly drawn on the host."""
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.choice(np.asarray(task.ids), (rows, task.length)), jnp.int32)
+
+
+def search_with(*args: Any, steps: int, store: Any = None, **options: Any) -> SearchResult:
+    """``run_search`` with the fields of ``Hooks`` and ``Resources`` side by side."""
+    hooks = {field.name: options.pop(field.name) for field in dataclasses.fields(Hooks) if field.name in options}
+    return run_search(*args, steps=steps, hooks=Hooks(**hooks), resources=Resources(**options), store=store)

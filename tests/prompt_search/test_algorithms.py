@@ -17,7 +17,7 @@ from flax import struct
 
 from jaxsteer.errors import UserError
 from jaxsteer.objectives import needs
-from jaxsteer.prompt_search import Fluency, Store, make_problem, make_search, make_task, run_search, score
+from jaxsteer.prompt_search import Fluency, Store, make_problem, make_search, make_task, score
 from jaxsteer.prompt_search.algorithms import ALGORITHMS
 from jaxsteer.prompt_search.algorithms.epo import EpoConfig, draw_positions, epo
 from jaxsteer.prompt_search.algorithms.gbda import GbdaConfig, gbda
@@ -40,6 +40,7 @@ from jaxsteer.prompt_search.population import evict
 from jaxsteer.prompt_search.shared_scoring import stratified
 from jaxsteer.prompts import build_slots, question_conversation
 from tests.helpers.tiny import tiny_model
+from tests.prompt_search.setting import search_with
 
 LENGTH, TOKENS = 3, 7
 RATE = 0.5
@@ -333,7 +334,7 @@ def test_a_whole_search_of_a_state_with_fields_of_its_own(toy) -> None:
     problems = [make_problem(toy.objective, 2, fluency=NO_FLUENCY, seed=0)]
 
     def run(valid=None):
-        return run_search(toy.params, toy.task, problems, search, steps=20, steps_per_call=5, valid=valid).found
+        return search_with(toy.params, toy.task, problems, search, steps=20, steps_per_call=5, valid=valid).prompts
 
     found = run()
     assert found[0].target == pytest.approx(toy.best, abs=1e-5)
@@ -353,7 +354,7 @@ def test_a_search_with_an_optimizer_resumes_as_if_nothing_had_happened(toy, tmp_
     problems = [make_problem(toy.objective, 2, fluency=SOME_FLUENCY, seed=seed) for seed in range(2)]
 
     def run(**given):
-        return run_search(toy.params, toy.task, problems, search, steps=9, steps_per_call=3, **given)
+        return search_with(toy.params, toy.task, problems, search, steps=9, steps_per_call=3, **given)
 
     def die(progress) -> None:
         if progress.step >= 6:

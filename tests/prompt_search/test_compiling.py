@@ -16,7 +16,7 @@ import jaxsteer
 from jaxsteer.errors import UserError
 from jaxsteer.prompt_search import EpoConfig, make_problem
 from jaxsteer.prompt_search.algorithms import epo
-from jaxsteer.prompt_search.compiling import WAVE, default_budget, plan_search, programs
+from jaxsteer.prompt_search.compiling import Resources, default_budget, plan_search, programs
 from jaxsteer.prompt_search.problem import abstract
 from tests.prompt_search.setting import setting
 
@@ -30,8 +30,9 @@ def s() -> Any:
 
 def plan(s, budget: float, **options: Any) -> Any:  # noqa: ANN001
     problem = make_problem(s.objective, 4)
-    given = {"count": 40, **options}
-    return plan_search(s.model.params, s.task, problem, epo(SMALL), budget=int(budget), **given)
+    count, gib = options.pop("count", 40), int(budget) / 2**30
+    resources = Resources(memory_gib=gib, **options)
+    return plan_search(s.model.params, s.task, problem, epo(SMALL), count=count, resources=resources)
 
 
 @pytest.mark.slow
@@ -58,14 +59,17 @@ def test_a_smaller_batch_is_the_last_resort_before_an_error(s) -> None:  # noqa:
 @pytest.mark.slow
 def test_a_mesh_holds_as_many_problems_on_every_device(s) -> None:  # noqa: ANN001
     mesh = jaxsteer.make_mesh(prompts=2)
-    found = plan(s, 2**34, mesh=mesh, count=5, wave=WAVE).plan
+    found = plan(s, 2**34, mesh=mesh, count=5).plan
     assert found.problems == 6
     assert found.total < 2 * plan(s, 2**34, count=5).plan.total
 
 
 def test_the_account_is_that_of_the_arrays(s) -> None:  # noqa: ANN001
     found = plan(s, 2**34)
-    bytes_of = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+
+    def bytes_of(tree: Any) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
     problems = abstract(make_problem(s.objective, 4), 40)
     states = jax.eval_shape(
         programs(epo(SMALL), None).start, s.model.params, found.task, problems, jnp.zeros(1, jnp.int32)
@@ -104,8 +108,8 @@ sys.path.insert(0, ".")
 from jaxsteer.prompts import allowed_tokens, build_slots, question_conversation
 from jaxsteer.objectives import Projection, needs
 from jaxsteer.prompt_search import EpoConfig, epo, make_problem, make_task
-from jaxsteer.prompt_search.compiling import plan_search
-from jaxsteer.prompt_search.on_devices import OnDevices
+from jaxsteer.prompt_search.compiling import Resources, plan_search
+from jaxsteer.prompt_search.on_devices import Wave
 from tests.helpers.tiny import tiny_model
 
 asked = json.loads(sys.argv[1])
@@ -123,10 +127,11 @@ task = make_task(
 )
 problems = [make_problem(objective, 16, restart=i) for i in range(4)]
 config = EpoConfig(population=16, children=64, top_k=64)
-ample = plan_search(model.params, task, problems[0], epo(config), count=4, budget=2**34).plan
+ample = plan_search(model.params, task, problems[0], epo(config), count=4, resources=Resources(memory_gib=16)).plan
 budget = int(ample.total * 0.7)
-compiled = plan_search(model.params, task, problems[0], epo(config), count=4, budget=budget)
-wave = OnDevices(model.params, compiled, None, problems[: compiled.plan.problems])
+less = Resources(memory_gib=budget / 2**30)
+compiled = plan_search(model.params, task, problems[0], epo(config), count=4, resources=less)
+wave = Wave(model.params, compiled, None, problems[: compiled.plan.problems])
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 peak, ended = [0], threading.Event()

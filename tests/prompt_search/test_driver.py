@@ -11,10 +11,10 @@ import pytest
 import jaxsteer
 from jaxsteer.errors import UserError
 from jaxsteer.objectives import Projection
-from jaxsteer.prompt_search import FLUENCY, EpoConfig, make_problem, run_search
+from jaxsteer.prompt_search import FLUENCY, EpoConfig, make_problem
 from jaxsteer.prompt_search.algorithms import epo
 from jaxsteer.prompt_search.driver import Progress
-from tests.prompt_search.setting import setting
+from tests.prompt_search.setting import search_with, setting
 
 SMALL = EpoConfig(population=4, children=8, top_k=32, restart_every=5, archive=16)
 PROBLEMS = 11
@@ -38,7 +38,7 @@ def problems(s) -> list[Any]:  # noqa: ANN001
 
 def run(s, problems, **kwargs: Any) -> Any:  # noqa: ANN001
     options = {"steps": 6, "steps_per_call": 3, "wave": 4, **kwargs}  # waves of 4: one compilation serves most tests
-    return run_search(s.model.params, s.task, problems, epo(SMALL), **options)
+    return search_with(s.model.params, s.task, problems, epo(SMALL), **options)
 
 
 def bits(result: Any) -> list[bytes]:
@@ -113,10 +113,10 @@ def test_frontiers_per_problem_and_over_some(s, problems, together) -> None:  # 
         targets = [entry.target for entry in found]
         entropies = [entry.cross_entropy for entry in found]
         assert targets == sorted(targets, reverse=True) and entropies == sorted(entropies, reverse=True)
-    assert together.found[0].target == max(found[0].target for found in alone)
+    assert together.prompts[0].target == max(found[0].target for found in alone)
     part = together.of([2, 5])
-    assert [entry.ids for entry in part.found] == [entry.ids for entry in together.frontier([2, 5])]
-    assert {entry.problem for entry in part.found} <= {0, 1}
+    assert [entry.ids for entry in part.prompts] == [entry.ids for entry in together.frontier([2, 5])]
+    assert {entry.problem for entry in part.prompts} <= {0, 1}
 
 
 def test_an_interruption_keeps_the_waves_that_were_begun(s, problems) -> None:  # noqa: ANN001
@@ -137,8 +137,7 @@ def test_prompts_that_break_as_text_leave_no_problem_s_frontier(s, problems) -> 
 
 
 def test_what_is_kept_of_the_last_states_comes_problem_by_problem(s, problems, together) -> None:  # noqa: ANN001
-    keep = lambda states: {"f": states.f, "best": states.f.max(-1)}  # noqa: E731
-    result = run(s, problems, keep=keep)
+    result = run(s, problems, keep=lambda states: {"f": states.f, "best": states.f.max(-1)})
     assert result.kept["f"].shape == (PROBLEMS, 4) and together.kept is None
     np.testing.assert_array_equal(result.kept["best"], result.kept["f"].max(-1))
 

@@ -9,13 +9,13 @@ import pytest
 
 import jaxsteer
 from jaxsteer.errors import UserError
-from jaxsteer.prompt_search import FLUENCY, EpoConfig, Fluency, make_problem, run_search, score, standardise
+from jaxsteer.prompt_search import FLUENCY, EpoConfig, Fluency, make_problem, score, standardise
 from jaxsteer.prompt_search.algorithms import epo
 from jaxsteer.prompt_search.algorithms.epo import mutate
 from jaxsteer.prompt_search.driver import Progress
 from jaxsteer.prompt_search.population import select
 from jaxsteer.prompts import retokenises_many
-from tests.prompt_search.setting import setting
+from tests.prompt_search.setting import search_with, setting
 
 QUICK = EpoConfig(population=4, children=8, top_k=32, restart_every=5, archive=16)
 STEPS = 12
@@ -30,7 +30,7 @@ def run(s, *, objective=None, seed=0, problems=1, ids=None, steps=STEPS, **kwarg
     kwargs.setdefault("steps_per_call", 3)  # one compilation serves most tests
     objective = s.objective if objective is None else objective
     every = [make_problem(objective, 4, seed=seed, restart=i, ids=ids) for i in range(problems)]
-    return run_search(s.model.params, s.task, every, epo(QUICK), steps=steps, **kwargs)
+    return search_with(s.model.params, s.task, every, epo(QUICK), steps=steps, **kwargs)
 
 
 def test_mutate_changes_one_token_to_a_proposal() -> None:
@@ -81,7 +81,7 @@ def test_defects_07_and_08_restarts(s) -> None:
 @pytest.mark.slow
 def test_archive_scores_are_the_scores_of_their_prompts(s) -> None:
     """Defects 9 and 10: contexts are fixed and nobody keeps a lucky score."""
-    found = run(s).found
+    found = run(s).prompts
     ids = jnp.asarray([entry.ids for entry in found])
     f, x = jax.jit(score)(s.model.params, s.task, s.objective, ids)
     np.testing.assert_allclose([entry.target for entry in found], f, atol=1e-5)
@@ -90,7 +90,7 @@ def test_archive_scores_are_the_scores_of_their_prompts(s) -> None:
 
 def test_result_is_a_frontier_best_first(s) -> None:
     """Defect 5: ordered by target, and nothing on it is dominated."""
-    found = run(s, problems=2).found
+    found = run(s, problems=2).prompts
     target = np.array([entry.target for entry in found])
     entropy = np.array([entry.cross_entropy for entry in found])
     assert (np.diff(target) < 0).all() and (np.diff(entropy) < 0).all()
@@ -99,13 +99,13 @@ def test_result_is_a_frontier_best_first(s) -> None:
 
 @pytest.mark.slow
 def test_same_seed_same_prompts_on_one_and_eight_devices_and_in_any_company(s) -> None:
-    alone = run(s, seed=5).found
-    assert [f.ids for f in run(s, seed=5).found] == [f.ids for f in alone]
-    assert [f.ids for f in run(s, seed=6).found] != [f.ids for f in alone]
+    alone = run(s, seed=5).prompts
+    assert [f.ids for f in run(s, seed=5).prompts] == [f.ids for f in alone]
+    assert [f.ids for f in run(s, seed=6).prompts] != [f.ids for f in alone]
     mesh = jaxsteer.make_mesh(prompts=8)
     many, sharded = run(s, seed=5, problems=10), run(s, seed=5, problems=10, mesh=mesh)
-    assert [(f.problem, f.ids) for f in many.found] == [(f.problem, f.ids) for f in sharded.found]
-    packed = {f.ids for f in many.found if f.problem == 0}
+    assert [(f.problem, f.ids) for f in many.prompts] == [(f.problem, f.ids) for f in sharded.prompts]
+    packed = {f.ids for f in many.prompts if f.problem == 0}
     assert packed <= {f.ids for f in alone}
 
 
@@ -126,7 +126,7 @@ def test_the_step_compiles_once(s, compile_counter) -> None:
 def test_better_than_random_search_with_as_many_evaluations(s) -> None:
     objective, units = standardise(s.model.params, s.task, s.objective, samples=256)
     assert units["scale"] > 0
-    best = run(s, objective=objective).found[0].target
+    best = run(s, objective=objective).prompts[0].target
     rng = np.random.default_rng(0)
     ids = jnp.asarray(rng.choice(np.asarray(s.task.ids), (12 * 32, 6)), jnp.int32)
     f, _ = jax.jit(score)(s.model.params, s.task, objective, ids)
@@ -135,17 +135,17 @@ def test_better_than_random_search_with_as_many_evaluations(s) -> None:
 
 
 def test_flipping_the_objective_flips_the_prompts(s) -> None:
-    up = run(s).found[0]
-    down = run(s, objective=s.objective.replace(delta=-s.objective.delta)).found[0]
+    up = run(s).prompts[0]
+    down = run(s, objective=s.objective.replace(delta=-s.objective.delta)).prompts[0]
     assert up.target > -down.target
 
 
 def test_prompts_that_do_not_retokenise_are_marked_and_never_lead(s) -> None:
     """What ends in a multiple of 4 is declared broken and leaves the frontier."""
     result = run(s, valid=lambda ids: ids[:, -1] % 4 > 0)
-    good = [entry for entry in result.found if entry.retokenises]
+    good = [entry for entry in result.prompts if entry.retokenises]
     assert good and all(entry.ids[-1] % 4 > 0 for entry in good)
-    assert all(entry.ids[-1] % 4 == 0 for entry in result.found if not entry.retokenises)
+    assert all(entry.ids[-1] % 4 == 0 for entry in result.prompts if not entry.retokenises)
     everything = retokenises_many(s.model.tokenizer, s.slots, np.array([entry.ids for entry in good]))
     assert everything.shape == (len(good),)
 
@@ -156,12 +156,12 @@ def test_interrupt_keeps_what_was_found(s) -> None:
             raise KeyboardInterrupt
 
     result = run(s, callback=stop)
-    assert result.interrupted and result.steps == 6 and result.found
+    assert result.interrupted and result.steps == 6 and result.prompts
 
 
 def test_initial_prompts_are_used(s) -> None:
     ids = np.broadcast_to(np.asarray(s.task.ids)[:6], (4, 6))
-    found = run(s, steps=1, ids=ids).found
+    found = run(s, steps=1, ids=ids).prompts
     assert all(np.sum(np.array(entry.ids) != ids[0]) <= 1 for entry in found)
 
 

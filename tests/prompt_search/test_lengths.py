@@ -12,7 +12,7 @@ import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.objectives import Projection, TargetLogProb, as_pytree, needs
-from jaxsteer.prompt_search import Store, TokenMask, make_problem, make_search, make_task, rescore, run_search, score
+from jaxsteer.prompt_search import Store, TokenMask, make_problem, make_search, make_task, rescore, score
 from jaxsteer.prompt_search.algorithms.proposals import proposals, proposals_and_insertions
 from jaxsteer.prompt_search.constraints import repetition, text_filter
 from jaxsteer.prompt_search.lengths import DELETE, INSERT, SWAP, Mutations, apply_mutations, draw_mutations
@@ -30,7 +30,7 @@ from jaxsteer.prompts import (
     with_target,
 )
 from tests.helpers.tiny import tiny_model
-from tests.prompt_search.setting import QUESTIONS, gemma_like
+from tests.prompt_search.setting import QUESTIONS, gemma_like, search_with
 
 LEAST, MOST = 2, 6
 scored = jax.jit(score)
@@ -175,7 +175,7 @@ def run_of(algorithm: str, given: dict, **more):
     model, slots_of, objective, task_of = setting("system")
     task, slots = task_of(MOST, LEAST), slots_of(MOST)
     problems = [make_problem(objective, 3, seed=seed) for seed in range(2)]
-    return run_search(
+    return search_with(
         model.params, task, problems, make_search(algorithm, given), steps=4,
         valid=text_filter(model.tokenizer, slots), **more,
     )  # fmt: skip
@@ -187,8 +187,8 @@ def test_a_search_finds_prompts_of_several_lengths_with_the_scores_of_their_text
     model, slots_of, objective, task_of = setting("system")
     given = {"population": 3, "children": 6, **({"top_k": 8} if algorithm == "epo" else {})}
     result = run_of(algorithm, given)
-    good = [found for found in result.found if found.retokenises]
-    assert good and all(LEAST <= len(found.ids) <= MOST and min(found.ids) >= 0 for found in result.found)
+    good = [found for found in result.prompts if found.retokenises]
+    assert good and all(LEAST <= len(found.ids) <= MOST and min(found.ids) >= 0 for found in result.prompts)
     alive = np.isfinite(result.archive.f)
     assert len({(row != PAD).sum() for row in result.archive.ids[alive]}) > 1
     slots = slots_of(MOST)
@@ -212,7 +212,7 @@ def test_a_search_that_is_cut_off_goes_on_to_the_same_prompts(tmp_path) -> None:
     steps = []
     with Store(tmp_path, resume=True) as store:
         again = run_of("epo", given, steps_per_call=2, store=store, callback=lambda p: steps.append(p.step))
-    assert steps == [4] and again.found == whole.found
+    assert steps == [4] and again.prompts == whole.prompts
     np.testing.assert_array_equal(again.archive.ids, whole.archive.ids)
 
 

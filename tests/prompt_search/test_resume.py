@@ -20,10 +20,10 @@ import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.processes import PREEMPTED
-from jaxsteer.prompt_search import ALGORITHMS, EpoConfig, Store, make_problem, make_search, run_search
+from jaxsteer.prompt_search import ALGORITHMS, EpoConfig, Store, make_problem, make_search
 from jaxsteer.prompt_search.algorithms import epo
 from jaxsteer.prompt_search.driver import Progress
-from tests.prompt_search.setting import setting
+from tests.prompt_search.setting import search_with, setting
 
 SMALL = EpoConfig(population=2, children=4, top_k=16, restart_every=4, archive=8)
 STEPS, LOOK, PROBLEMS = 7, 2, 3
@@ -39,13 +39,13 @@ def search(s, store: Store | None = None, *, seed: int = 0, **kwargs: Any):  # n
     problems = [make_problem(s.objective, 2, seed=seed, restart=i) for i in range(PROBLEMS)]
     options = {"steps": STEPS, "steps_per_call": LOOK, "wave": 2, "valid": lambda ids: ids[:, -1] % 4 > 0, **kwargs}
     with store or Store(Path("/nowhere")) as open_store:
-        return run_search(s.model.params, s.task, problems, epo(SMALL), store=store and open_store, **options)
+        return search_with(s.model.params, s.task, problems, epo(SMALL), store=store and open_store, **options)
 
 
 def same(first: Any, second: Any) -> None:
     for a, b in zip(vars(first.archive).values(), vars(second.archive).values(), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert first.found == second.found and first.rejected == second.rejected
+    assert first.prompts == second.prompts and first.rejected == second.rejected
 
 
 class Lost(BaseException):
@@ -201,7 +201,7 @@ def test_states_of_other_algorithms_go_to_disk_and_back(s, tmp_path: Path, algor
 
     def go(store: Store | None, callback: Any = None) -> Any:
         options = {"steps": 4, "steps_per_call": 2, "callback": callback}
-        return run_search(s.model.params, s.task, [problem], made, store=store, **options)
+        return search_with(s.model.params, s.task, [problem], made, store=store, **options)
 
     def end(progress: Progress) -> None:
         if progress.step == 4:

@@ -19,7 +19,7 @@ from jaxsteer.cli import main
 from jaxsteer.errors import UserError
 from jaxsteer.files.stores import Bucket
 from jaxsteer.models.model import Model
-from jaxsteer.prompt_search import Store
+from jaxsteer.prompt_search.resume import Notes, Sizes, Store
 from jaxsteer.study import SearchOptions, dispatch, files, run
 from jaxsteer.study import many_runs as several
 from jaxsteer.study import object_store as module
@@ -83,15 +83,16 @@ def work(folder: Path, *, steps: int = 3, end: int = 3) -> int:
     files.write_json(folder / files.CONFIG, CONFIG)
     with Store(folder / files.STATE, resume=True) as store:
         like = np.zeros(4, np.float32)
-        if not store.open({"run": 1}):
-            store.begin({"batch": 1})
+        if store.open({"run": 1}) is None:
+            store.begin(Sizes(batch=1, wave=1))
         found = store.restore(0, like)
-        state, first = (like, 0) if found is None else (found[0], found[1]["step"])
+        state, first = (like, 0) if found is None else (found[0], found[1].step)
         for step in range(first, steps):
             if step == end:
                 raise Cut
             state = state + step
-            store.save(step + 1, state, {"wave": 0, "step": step + 1, "where": f"step {step + 1}"}, wait=True)
+            notes = Notes(wave=0, step=step + 1, where=f"step {step + 1}", rejected=[], seconds=0.0)
+            store.save(step + 1, state, notes, wait=True)
     (folder / "pool").mkdir(exist_ok=True)
     files.write_lines(folder / files.PARETO, [{"sum": state}])
     files.write_json(folder / "pool" / files.METRICS, {})
