@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
-from checkpoints_convert.files import DTYPES
+from checkpoints_convert.files import DTYPES, all_finite
 from checkpoints_convert.sae_files import Asked, Found, find
 from checkpoints_convert.sae_libraries import OURS, dictionary_learning, saelens, sparsify
 from checkpoints_convert.sae_releases import (
@@ -179,8 +180,11 @@ def read_sae(
     done where the library of the layout does it. Raises ``UserError`` for what is unknown, ambiguous, damaged, or says
     too little (the message names the argument that is missing).
     """
-    found = find(source, asked or Asked())
-    d = canonical(sniff(found).read(found))
+    found = find(source, dataclasses.replace(asked or Asked(), unit_decoder=unit_decoder_rows))
+    try:
+        d = canonical(sniff(found).read(found))
+    except UserError as error:
+        raise error if found.origin in str(error) else UserError(f"{found.origin}: {error}") from error
     if unit_decoder_rows and d.config.latent_units != "unit decoder":
         d = unit_decoder(d)
     elif unit_decoder_rows is False and d.config.latent_units == "unit decoder":
@@ -253,7 +257,11 @@ def _stored(d: Dictionary, dtype: np.dtype) -> dict[str, np.ndarray]:
         vectors["threshold"] = d.threshold
     if d.W_skip is not None:  # SAELens keeps it [out, in]
         matrices["W_skip"] = Matrix(d.W_skip.stored, not d.W_skip.transposed, d.W_skip.columns, d.W_skip.rows)
-    arrays = {name: matrix.read(dtype=dtype) for name, matrix in matrices.items()}
+    with np.errstate(over="ignore"):
+        arrays = {name: matrix.read(dtype=dtype) for name, matrix in matrices.items()}
+    for name, array in arrays.items():
+        if not all_finite(array.reshape(-1).view(np.uint8).data, array.dtype):
+            d.refuse(f"its {name} holds NaN or infinity as {array.dtype}")
     return arrays | {name: vector.astype(np.float32) for name, vector in vectors.items()}
 
 

@@ -6,11 +6,12 @@ import dataclasses
 import difflib
 import fnmatch
 import glob
+import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -19,12 +20,14 @@ from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import parse_json, read_text, read_torch
 from jaxsteer.files.npz import read_npz
 from jaxsteer.files.paths import user_path
+from jaxsteer.files.sae_form import Matrix
 
+T = TypeVar("T")
 SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
 NAMES = ("sae_weights.safetensors", "sae.safetensors", "params.safetensors", "params.npz", "ae.pt")
 """What the libraries call the one file; another beside it is not the SAE."""
 NESTED = "checkpoints/final.safetensors"
-_NOT_SAES = ("sparsity.safetensors", "optimizer*", "opt*.pt", "*scheduler*", "training_*")
+_NOT_SAES = ("sparsity.safetensors", "optimizer*", "opt*.pt", "*scheduler*", "training_*", "trainer_*")
 _HUB = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<folder>[^:]*))?")
 _SHOWN = 24
 
@@ -38,6 +41,10 @@ class Asked:
     k: int | None = None
     norm_scaling_factor: float | None = None
     use_threshold: bool = False
+    unit_decoder: bool | None = None
+    """Whether decoder rows are to have norm 1; by default as the library of the layout does it."""
+    site_out: str | None = None
+    """Of SAEs that write to several layers: the site whose decoder is read."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,19 +83,47 @@ class Found:
             self.refuse(f"the tensor {name!r} is missing")
         return self.tensors[name]
 
+    def matrix(self, name: str, *, transposed: bool = False) -> Matrix:
+        """One array of two dimensions."""
+        values = self.tensor(name)
+        if values.ndim != 2 or not self._numbers(values):
+            self.refuse(f"the tensor {name!r} should be a matrix of numbers")
+        return Matrix(values, transposed)
+
     def vector(self, name: str) -> np.ndarray:
         """One array of one dimension as float64."""
         values = self.tensor(name)
-        if values.ndim != 1:
+        if values.ndim != 1 or not self._numbers(values):
             self.refuse(f"the tensor {name!r} should have one dimension")
         return values.astype(np.float64)
 
     def scalar(self, name: str) -> float:
-        """One array of one value."""
+        """One array of one finite value."""
         values = self.tensor(name)
-        if values.size != 1:
+        if values.size != 1 or not self._numbers(values) or not np.isfinite(values.astype(np.float64)).all():
             self.refuse(f"the tensor {name!r} should hold one number")
         return float(values.astype(np.float64).reshape(()))
+
+    def _numbers(self, values: np.ndarray) -> bool:
+        return values.dtype.kind in "fiu" or values.dtype == DTYPES["BF16"]
+
+    def said(self, config: Mapping[str, Any], name: str, kind: type[T], default: Any = None) -> Any:
+        """What a config says under ``name``; ``default`` where it says nothing or null. Refuses another kind of value.
+
+        A whole number may be written as a float, and a float as a whole number.
+        """
+        value = config.get(name)
+        if value is None:
+            return default
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if kind is float and number:
+            return float(value)
+        if kind is int and number and value == int(value) and abs(value) < 2**31:
+            return int(value)
+        if kind not in (int, float) and isinstance(value, kind):
+            return value
+        names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
+        self.refuse(f"its config has {name} = {str(value)[:80]!r}, expected {names.get(kind, 'an object')}")
 
     def in_name(self, pattern: str) -> str | None:
         """The first group of the last match of ``pattern`` in the origin, which ends in the most specific name."""

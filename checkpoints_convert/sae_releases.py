@@ -6,6 +6,7 @@ in the config and not folded yet. docs/saes.md has the table.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -64,23 +65,26 @@ _GEMMA_HOOKS = {
 }
 
 
-def _jumprelu(found: Found, config: SAEConfig) -> Dictionary:
-    """Arrays named W_enc, W_dec, b_enc, b_dec, threshold in any case, oriented [in, out]."""
+def _jumprelu(found: Found, config: SAEConfig, into: int | None = None) -> Dictionary:
+    """Arrays named W_enc, W_dec, b_enc, b_dec, threshold in any case, oriented [in, out].
+
+    Decoders into several layers, [F, layers, D], are read at the layer with the number ``into``.
+    """
     lower = {name.lower(): name for name in found.tensors}
     missing = [name for name in ("w_enc", "w_dec", "b_enc", "b_dec", "threshold") if name not in lower]
     if missing:
         found.refuse(f"tensors are missing: {', '.join(missing)}")
-    if found.tensors[lower["w_dec"]].ndim != 2:
-        found.refuse("it is a cross-layer transcoder or a crosscoder (w_dec has three axes), which are not read yet")
-    skip = found.tensors.get("affine_skip_connection")
+    if into is not None:
+        decoders = found.tensors[lower["w_dec"]][:, into]
+        found = dataclasses.replace(found, tensors=found.tensors | {lower["w_dec"]: decoders})
     return Dictionary(
         config=config,
-        W_enc=Matrix(found.tensor(lower["w_enc"])),
-        W_dec=Matrix(found.tensor(lower["w_dec"])),
+        W_enc=found.matrix(lower["w_enc"]),
+        W_dec=found.matrix(lower["w_dec"]),
         b_enc=found.vector(lower["b_enc"]),
         b_dec=found.vector(lower["b_dec"]),
         threshold=found.vector(lower["threshold"]),
-        W_skip=None if skip is None else Matrix(skip),
+        W_skip=found.matrix("affine_skip_connection") if "affine_skip_connection" in found.tensors else None,
     )
 
 
@@ -106,26 +110,64 @@ def gemma_scope_1(found: Found) -> Dictionary:
 
 
 def gemma_scope_2(found: Found) -> Dictionary:
-    """``params.safetensors`` in lower case, with or without ``config.json``; transcoders may have an affine skip."""
+    """``params.safetensors`` in lower case, with or without ``config.json``; transcoders may have an affine skip.
+
+    Crosscoders and cross-layer transcoders have a file for each layer, with latents that read this layer and write to
+    several: such a file is read as the SAE of its layer that writes to one of them, ``site_out`` or its own.
+    """
     config = next((s for s in found.settings.values() if "hf_hook_point_in" in s), {})
-    if config.get("type") in ("crosscoder", "clt") or found.in_name(r"(?:^|[/:])(crosscoder|clt)(?:/|$)"):
-        found.refuse("it is a crosscoder or cross-layer transcoder of Gemma Scope 2, which are not read yet")
-    if (config.get("architecture") or "jump_relu") not in ("jump_relu", "jumprelu"):
-        found.refuse(f"its architecture is {config['architecture']!r}, and only jump_relu is known")
+    architecture = found.said(config, "architecture", str, "jump_relu")
+    if architecture not in ("jump_relu", "jumprelu"):
+        found.refuse(f"its architecture is {architecture!r}, and only jump_relu is known")
     size, layer = found.in_name(r"gemma-scope-2-(\w+?-(?:pt|it))"), found.in_name(r"layer_(\d+)")
+    name = found.said(config, "model_name", str, "").replace("gemma-v3", "gemma-3")
+    model = (name if "/" in name else f"google/{name}") if name else f"google/gemma-3-{size}" if size else None
+    if model is not None and "270m" in model:  # the base model of this size has no suffix
+        model = model.removesuffix("-pt")
+    w_dec = next((values for key, values in found.tensors.items() if key.lower() == "w_dec"), None)
+    if w_dec is not None and w_dec.ndim == 3:
+        return _gemma_layers(found, model, w_dec.shape[1])
     part = found.in_name(r"(resid_post|attn_out|mlp_out|transcoder)(?:_all)?/")
     sites: tuple[str, str] | tuple[None, None] = (None, None)
-    if config:
-        sites = _gemma_hook(found, config["hf_hook_point_in"]), _gemma_hook(found, config["hf_hook_point_out"])
+    if config and found.asked.site is None:
+        into = found.said(config, "hf_hook_point_in", str) or found.refuse("its config names no hf_hook_point_in")
+        out = found.said(config, "hf_hook_point_out", str) or into
+        sites = _gemma_hook(found, into), _gemma_hook(found, out)
     elif layer is not None and part is not None:
         into, out = _GEMMA_2[part.lower()]
         sites = f"blocks.{layer}.{into}", f"blocks.{layer}.{out}"
-    name = str(config.get("model_name") or "").replace("gemma-v3", "gemma-3")
-    model = (name if "/" in name else f"google/{name}") if name else f"google/gemma-3-{size}" if size else None
     where = site_and_model(found, sites[0], model)
     if sites[1] != sites[0]:
         where["site_out"] = sites[1]
     return _jumprelu(found, SAEConfig(activation="jumprelu", format="Gemma Scope 2", **where))
+
+
+def _gemma_layers(found: Found, model: str | None, n_layers: int) -> Dictionary:
+    """One layer of a crosscoder (over the residual streams that the folder names) or of a cross-layer transcoder."""
+    number = found.in_name(r"params_layer_(\d+)\.safetensors") or found.in_name(r"layer_(\d+)\.safetensors")
+    listed = found.in_name(r"crosscoder/layer_(\d+(?:_\d+)+)_width")
+    layers = [int(layer) for layer in listed.split("_")] if listed else list(range(n_layers))
+    known = listed or found.in_name(r"(?:^|[/:])(clt)/")
+    if not known or number is None or not int(number) < len(layers) == n_layers:
+        found.refuse(
+            f"w_dec has three axes, of {n_layers} layers: it is one layer of a crosscoder or of a cross-layer "
+            f"transcoder, and its path does not say which (crosscoder/layer_7_13_17_22_width_.../params_layer_2"
+            f".safetensors, clt/width_.../params_layer_2.safetensors)"
+        )
+    read, write = ("hook_resid_post", "hook_resid_post") if listed else ("mlp.hook_in", "hook_mlp_out")
+    own = int(number)
+    sites = [f"blocks.{layer}.{write}" for layer in layers]
+    out = canonical_site(found.asked.site_out or sites[own])
+    if out not in sites:
+        found.refuse(f"site_out {out!r} is none of the sites that it writes to: {', '.join(sites)}")
+    where = site_and_model(found, f"blocks.{layers[own]}.{read}", model) | {"site_out": out}
+    note = f"one layer of a {'crosscoder' if listed else 'cross-layer transcoder'}: other layers write to {out} too"
+    config = SAEConfig(activation="jumprelu", format="Gemma Scope 2", notes=(note,), **where)
+    d = _jumprelu(found, config, into=sites.index(out))
+    if out == sites[own]:
+        return d
+    # The bias of another layer, and its affine part, stand in the file of that layer.
+    return d.replace("b_dec of another layer left out", b_dec=np.zeros_like(d.b_dec), W_skip=None)
 
 
 def _gemma_hook(found: Found, hook: str) -> str:
@@ -149,35 +191,37 @@ def openmoss(found: Found) -> Dictionary:
 
 
 def _openmoss(found: Found, config: dict[str, Any], name: str) -> Dictionary:
-    if config.get("use_glu_encoder") or any("glu" in key for key in found.tensors):
+    if found.said(config, "use_glu_encoder", bool, False) or any("glu" in key for key in found.tensors):
         found.refuse("its encoder is gated by a second matrix (glu), which is not read")
     if config.get("sae_type", "sae") not in ("sae", "SAE"):
         found.refuse(f"it is a {config['sae_type']}, and of this library only plain SAEs and transcoders are read")
-    into, out = config.get("hook_point_in"), config.get("hook_point_out") or config.get("hook_point_in")
+    into = found.said(config, "hook_point_in", str)
+    out = found.said(config, "hook_point_out", str) or into
     if "encoder.weight" in found.tensors:
-        W_enc, W_dec = (Matrix(found.tensor(f"{part}.weight"), transposed=True) for part in ("encoder", "decoder"))
+        W_enc, W_dec = (found.matrix(f"{part}.weight", transposed=True) for part in ("encoder", "decoder"))
         biases = "encoder.bias", "decoder.bias"
     else:
-        W_enc, W_dec = Matrix(found.tensor("W_E")), Matrix(found.tensor("W_D"))
+        W_enc, W_dec = found.matrix("W_E"), found.matrix("W_D")
         biases = "b_E", "b_D"
-    b_dec = found.vector(biases[1]) if config.get("use_decoder_bias", True) else np.zeros(W_dec.shape[1])
+    has_bias = found.said(config, "use_decoder_bias", bool, True)
+    b_dec = found.vector(biases[1]) if has_bias else np.zeros(W_dec.shape[1])
     scale_in, scale_out, norm = _openmoss_scales(found, config, into, out, W_enc.shape[0], len(b_dec))
-    kind = str(config.get("act_fn", "relu")).lower()
+    kind = found.said(config, "act_fn", str, "relu").lower()
     if kind not in ("relu", "jumprelu", "topk", "batchtopk"):
         found.refuse(f"its act_fn is {kind!r}; known are relu, jumprelu, topk and batchtopk")
     where = site_and_model(found, into, _openmoss_model(found))
     if out is not None and out != into:
         where["site_out"] = canonical_site(out)
-    by_norm = bool(config.get("sparsity_include_decoder_norm", True))
+    by_norm = found.said(config, "sparsity_include_decoder_norm", bool, True)
     d = Dictionary(
         config=SAEConfig(
             activation="topk" if kind == "batchtopk" else kind,  # type: ignore[arg-type]
-            k=found.asked.k or config.get("top_k") if kind.endswith("topk") else None,
+            k=found.asked.k or found.said(config, "top_k", int) if kind.endswith("topk") else None,
             format=name,
             input_norm=norm,  # type: ignore[arg-type]
             input_scale=scale_in,
             output_scale=scale_out,
-            subtract_b_dec=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
+            subtract_b_dec=found.said(config, "apply_decoder_bias_to_pre_encoder", bool, False),
             **where,
         ),
         W_enc=W_enc,
@@ -200,23 +244,26 @@ def _openmoss_scales(
     found: Found, config: dict[str, Any], into: str | None, out: str | None, d_in: int, d_out: int
 ) -> tuple[float, float, str]:
     """(input scale, output scale, norm of rows) of ``norm_activation``."""
-    rule = config.get("norm_activation") or "inference"
+    rule = found.said(config, "norm_activation", str) or "inference"
     if rule == "token-wise":
         return 1.0, 1.0, "constant_norm"
     if rule in ("inference", "none"):
         return 1.0, 1.0, "none"
     if rule != "dataset-wise":
         found.refuse(f"its norm_activation is {rule!r}; known are dataset-wise, token-wise and inference")
-    stored = config.get("dataset_average_activation_norm") or {}
+    stored = found.said(config, "dataset_average_activation_norm", dict, {})
     if found.asked.norm_scaling_factor is not None:
         return found.asked.norm_scaling_factor, found.asked.norm_scaling_factor, "none"
     norms = []
     for side, hook in (("in", into), ("out", out)):
         key = f"dataset_average_activation_norm.{hook}"
-        value = found.scalar(key) if key in found.tensors else stored.get(side, stored.get(hook))
+        name = side if side in stored else str(hook)
+        value = found.scalar(key) if key in found.tensors else found.said(stored, name, float)
         if value is None:
             found.ask("norm_scaling_factor", f"the average norm at {hook}, by which inputs are scaled", "0.31")
-        norms.append(float(value))
+        if value <= 0:
+            found.refuse(f"the average norm at {hook} is {value}")
+        norms.append(value)
     return math.sqrt(d_in) / norms[0], math.sqrt(d_out) / norms[1], "none"
 
 
@@ -224,10 +271,14 @@ def _openmoss_threshold(found: Found, config: dict[str, Any], scale: float, late
     """Thresholds of n_j * p_j, in units of the normalised input."""
     log = next((key for key in found.tensors if key.endswith("log_jumprelu_threshold")), None)
     if log is not None:
-        return np.exp(found.tensor(log).astype(np.float64)) * np.ones(latents)
-    if "jump_relu_threshold" not in config:
+        stored = found.tensor(log)
+        values = found.vector(log) if stored.ndim == 1 and stored.size != 1 else np.full(latents, found.scalar(log))
+        with np.errstate(over="ignore"):
+            return np.exp(values)
+    threshold = found.said(config, "jump_relu_threshold", float)
+    if threshold is None:
         found.refuse("it is a JumpReLU SAE without log_jumprelu_threshold and without jump_relu_threshold")
-    return np.full(latents, scale * float(config["jump_relu_threshold"]))
+    return np.full(latents, scale * threshold)
 
 
 def _openmoss_model(found: Found) -> str | None:
@@ -248,8 +299,8 @@ def qwen_scope(found: Found) -> Dictionary:
     where = site_and_model(found, layer_in_name(found, r"layer(\d+)\.sae\.pt"), f"Qwen/{model}" if model else None)
     return Dictionary(
         config=SAEConfig(activation="topk", k=int(k), relu=False, format="Qwen-Scope", **where),
-        W_enc=Matrix(found.tensor("W_enc"), transposed=True),
-        W_dec=Matrix(found.tensor("W_dec"), transposed=True),
+        W_enc=found.matrix("W_enc", transposed=True),
+        W_dec=found.matrix("W_dec", transposed=True),
         b_enc=found.vector("b_enc"),
         b_dec=found.vector("b_dec"),
     )
@@ -272,8 +323,8 @@ def _linear(found: Found, encoder: str, decoder: str, name: str, model: str | No
     where = site_and_model(found, layer_in_name(found, r"-SAE-l(\d+)"), model)
     return Dictionary(
         config=SAEConfig(activation="relu", format=name, **where),
-        W_enc=Matrix(found.tensor(f"{encoder}.weight"), transposed=True),
-        W_dec=Matrix(found.tensor(f"{decoder}.weight"), transposed=True),
+        W_enc=found.matrix(f"{encoder}.weight", transposed=True),
+        W_dec=found.matrix(f"{decoder}.weight", transposed=True),
         b_enc=found.vector(f"{encoder}.bias"),
         b_dec=found.vector(f"{decoder}.bias"),
     )
@@ -289,8 +340,8 @@ def goodfire_r1(found: Found) -> Dictionary:
     where = site_and_model(
         found, layer_in_name(found, r"-SAE-l(\d+)"), "deepseek-ai/DeepSeek-R1" if r1 else None
     )  # fmt: skip
-    W, b_enc = found.tensor("W"), found.vector("b_enc")
-    tall = W.ndim == 2 and W.shape[1] == len(b_enc)
+    W, b_enc = found.matrix("W").stored, found.vector("b_enc")
+    tall = W.shape[1] == len(b_enc)
     return Dictionary(
         config=SAEConfig(activation="topk", k=k, format="Goodfire R1", notes=(BATCH_TOP_K,), **where),
         W_enc=Matrix(W, transposed=not tall),

@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from jaxsteer.errors import UserError
+from jaxsteer.files.records import Record
 
 Activation = Literal["relu", "jumprelu", "gated", "topk", "abstopk", "groupmax", "matching_pursuit"]
 ELEMENTWISE = ("relu", "jumprelu", "gated")
@@ -29,7 +30,7 @@ _BLOCK = 1 << 23
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SAEConfig:
+class SAEConfig(Record):
     """What an SAE computes, and where it belongs. Frozen and hashable: the static part of the pytree ``SAE``."""
 
     activation: Activation
@@ -68,18 +69,21 @@ class SAEConfig:
     """What was rewritten while it was read, and what differs from training."""
 
     def __post_init__(self) -> None:
-        """Refuse a selection without its k."""
-        if self.activation in NEEDS_K and (self.k is None or self.k < 1):
-            raise UserError(f"An SAE with the activation {self.activation!r} needs k >= 1, got k={self.k}.")
+        """Refuse a selection without its k, and numbers that cannot be."""
+        if (self.activation in NEEDS_K or self.k is not None) and (type(self.k) is not int or self.k < 1):
+            raise UserError(f"An SAE with the activation {self.activation!r} needs k >= 1, got k={self.k!r}.")
+        for name in ("input_scale", "output_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"The {name} of an SAE must be a finite number above 0, got {getattr(self, name)}.")
+        if not 0 <= self.residual_threshold < math.inf or (self.max_steps is not None and self.max_steps < 1):
+            raise UserError(
+                f"Matching pursuit needs residual_threshold >= 0 and max_steps >= 1, got {self.residual_threshold} and "
+                f"{self.max_steps}."
+            )
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; ``from_json`` is its inverse."""
+        """A JSON-ready dictionary of all fields; ``from_json`` is its inverse."""
         return dataclasses.asdict(self) | {"notes": list(self.notes)}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> SAEConfig:
-        """The config that ``to_json`` wrote. Raises ``TypeError`` for unknown or missing fields."""
-        return cls(**(fields | {"notes": tuple(fields.get("notes", ()))}))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,7 +133,8 @@ class Matrix:
                 block *= self.rows[rows][part[0], None]
             if self.columns is not None:
                 block *= self.columns[columns][part[1]]
-            out[part] = block
+            with np.errstate(over="ignore"):  # whoever cannot use infinities looks for them
+                out[part] = block
         return out
 
     def before(self, vector: np.ndarray) -> np.ndarray:
@@ -166,7 +171,12 @@ class Dictionary:
     W_skip: Matrix | None = None
 
     def __post_init__(self) -> None:
-        """Refuse shapes that do not belong together; biases decide which side of a matrix is which."""
+        """Refuse shapes that do not belong together (biases decide which side of a matrix is which), and NaN."""
+        for name in ("b_enc", "b_dec", "threshold", "b_mag", "mag_scale"):
+            vector = getattr(self, name)
+            # An infinite threshold is how a latent is switched off.
+            if vector is not None and (np.isnan(vector) | (np.isinf(vector) & (name != "threshold"))).any():
+                self.refuse(f"its {name} holds NaN or infinity")
         f, d_out, d_in = len(self.b_enc), len(self.b_dec), self.W_enc.shape[0]
         expected: dict[str, tuple[Any, tuple[int, ...]]] = {
             "W_enc": (self.W_enc, (d_in, f)),
@@ -209,6 +219,8 @@ def drop_b_dec(d: Dictionary) -> Dictionary:
     if not d.config.subtract_b_dec or d.config.activation == "matching_pursuit":
         return d
     shift = d.W_enc.before(d.b_dec)
+    if not np.isfinite(shift).all():
+        d.refuse("its W_enc holds NaN or infinity")
     b_mag = None if d.b_mag is None or d.mag_scale is None else d.b_mag - d.mag_scale * shift
     return d.replace(
         "subtraction of b_dec from the input folded into b_enc",
@@ -223,8 +235,6 @@ def drop_scales(d: Dictionary) -> Dictionary:
     s, s_out = d.config.input_scale, d.config.output_scale
     if s == 1.0 and s_out == 1.0:
         return d
-    if not (s > 0 and s_out > 0 and math.isfinite(s) and math.isfinite(s_out)):
-        d.refuse(f"its input scale {s} and output scale {s_out} must be positive numbers")
     if d.config.activation == "matching_pursuit":
         d.refuse("an input scale cannot be folded into a decoder that also encodes (matching pursuit)")
     d = drop_b_dec(d)  # first: it is subtracted from the scaled input

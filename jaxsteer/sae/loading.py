@@ -36,6 +36,8 @@ class Health(NamedTuple):
     """Decoder rows of zeros: these latents never write anything."""
     non_finite: int
     """Latents with a NaN or an infinity among their weights."""
+    tensors: tuple[str, ...]
+    """Where NaN or infinities are."""
 
 
 def load_sae(
@@ -49,6 +51,7 @@ def load_sae(
     norm_scaling_factor: float | None = None,
     use_threshold: bool = False,
     unit_decoder: bool | None = None,
+    site_out: str | None = None,
 ) -> SAE:
     """Load a sparse autoencoder or transcoder, in canonical form (docs/saes.md).
 
@@ -61,20 +64,29 @@ def load_sae(
     ``jaxsteer.parse_site``), ``model`` (a hub id), ``k`` (active latents of top-k), ``norm_scaling_factor`` (of SAELens
     releases with inputs scaled to a fixed average norm). ``use_threshold`` reads an ``AutoEncoderTopK`` of
     dictionary_learning by its stored threshold instead of top-k. ``unit_decoder`` scales decoder rows to norm 1, which
-    changes the units of the latents; by default as the layout's own library does.
+    changes the units of the latents; by default as the layout's own library does. ``site_out`` chooses where a layer of
+    a crosscoder or of a cross-layer transcoder writes to; by default in its own layer.
 
-    Dead latents are logged, non-finite ones with a warning. Raises ``UserError`` for a source that is not found, not
-    known, ambiguous, damaged, or that says too little; the message lists what was found and what is known.
+    Dead latents are logged. Raises ``UserError`` for a source that is not found, not known, ambiguous, damaged, that
+    says too little (the message lists what was found and what is known), or that holds NaN or infinity.
     """
     target = _dtype(dtype)
     if str(source).startswith(ORGANISM):
         source = organism_sae_dir(str(source).removeprefix(ORGANISM))
-    asked = Asked(model=model, site=site, k=k, norm_scaling_factor=norm_scaling_factor, use_threshold=use_threshold)
+    asked = Asked(
+        model=model,
+        site=site,
+        k=k,
+        norm_scaling_factor=norm_scaling_factor,
+        use_threshold=use_threshold,
+        site_out=site_out,
+    )
     sae = to_device(read_sae(source, unit_decoder_rows=unit_decoder, asked=asked), dtype=target, mesh=mesh)
     health = check_health(sae)
-    if health.non_finite:
-        log.warning(
-            "%d of %d latents of the SAE %s have NaN or infinite weights", health.non_finite, sae.n_latents, source
+    if health.non_finite or health.tensors:
+        raise UserError(
+            f"The SAE {source} holds NaN or infinity as {target.name} in {', '.join(health.tensors)} "
+            f"({health.non_finite} of {sae.n_latents} latents), so that nothing it computes could be right."
         )
     if health.dead:
         log.info("%d of %d latents of the SAE %s have decoder rows of zeros", health.dead, sae.n_latents, source)
@@ -120,19 +132,20 @@ def to_host(sae: SAE) -> Dictionary:
 
 def check_health(sae: SAE) -> Health:
     """Count the latents that cannot be used."""
-    dead, non_finite = _health(sae)
-    return Health(int(dead), int(non_finite))
+    dead, non_finite, tensors = gathered(_health(sae))
+    return Health(int(dead), int(non_finite), tuple(name for name, finite in tensors.items() if not finite))
 
 
 @jax.jit
-def _health(sae: SAE) -> tuple[jax.Array, jax.Array]:
-    dead = jnp.all(sae.W_dec == 0, axis=1)
-    finite = jnp.all(jnp.isfinite(sae.W_dec), axis=1) & jnp.all(jnp.isfinite(sae.W_enc), axis=0)
-    for vector in (sae.b_enc, sae.b_mag, sae.mag_scale):
-        finite &= True if vector is None else jnp.isfinite(vector)
+def _health(sae: SAE) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    leaves = {name: leaf for name in SPECS if (leaf := getattr(sae, name)) is not None}
+    good = {name: jnp.isfinite(leaf) for name, leaf in leaves.items()}
     if sae.threshold is not None:  # an infinite threshold is how a latent is switched off
-        finite &= ~jnp.isnan(sae.threshold)
-    return dead.sum(), (~finite).sum()
+        good["threshold"] = ~jnp.isnan(sae.threshold)
+    finite = good["W_dec"].all(axis=1) & good["W_enc"].all(axis=0)
+    for name in ("b_enc", "b_mag", "mag_scale", "threshold"):
+        finite &= good.get(name, True)
+    return jnp.all(sae.W_dec == 0, axis=1).sum(), (~finite).sum(), {name: each.all() for name, each in good.items()}
 
 
 def check_sae(sae: SAE, model: Model, site: str | None = None) -> None:

@@ -377,6 +377,39 @@ def saelens_scaled(tmp: Path) -> Case:
     )  # fmt: skip
 
 
+def saelens_batch_topk_training(tmp: Path) -> Case:
+    w, scale, threshold = weights(33), 0.4, 0.9
+    n = np.linalg.norm(w["W_dec"], axis=1)
+    cfg = saelens_cfg(
+        "matryoshka_batchtopk", k=12.5, rescale_acts_by_decoder_norm=True, apply_b_dec_to_input=False,
+        normalize_activations="expected_average_only_in", topk_threshold_lr=0.01,
+    )  # fmt: skip
+    case = _saelens(
+        tmp, w | {"topk_threshold": np.asarray(threshold)}, _FOUR | {"topk_threshold": "topk_threshold"}, cfg,
+        lambda x: jump((scale * x @ w["W_enc"] + w["b_enc"]) * n, threshold) / scale,
+        lambda f, x: ((f * scale / n) @ w["W_dec"] + w["b_dec"]) / scale,
+    )  # fmt: skip
+    (case.path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": scale}))
+    return case
+
+
+def saelens_batch_topk_unfitted(tmp: Path) -> Case:
+    w = weights(34)
+    arrays = w | {"topk_threshold": np.asarray(0.0)}
+    return _saelens(
+        tmp, arrays, _FOUR | {"topk_threshold": "topk_threshold"}, saelens_cfg("batchtopk", k=float(K)),
+        lambda x: relu(top((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], K)), plain_decode(w),
+    )  # fmt: skip
+
+
+def saelens_jumprelu_training(tmp: Path) -> Case:
+    w = weights(35)
+    return _saelens(
+        tmp, w | {"log": np.log(w["threshold"])}, _FOUR | {"log_threshold": "log"}, saelens_cfg("jumprelu"),
+        lambda x: jump((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], w["threshold"]), plain_decode(w),
+    )  # fmt: skip
+
+
 def saelens_old(tmp: Path) -> Case:
     w = weights(15)
     cfg = {
@@ -597,6 +630,7 @@ CASES: tuple[Callable[[Path], Case], ...] = (
     gemma_scope_1, gemma_scope_1_embedding, gemma_scope_2_transcoder, gemma_scope_2_bare, llama_scope, openmoss,
     openmoss_topk, saelens_standard, saelens_jumprelu_layer_norm, saelens_topk_rescaled, saelens_abstopk_constant_norm,
     saelens_gated, saelens_matching_pursuit, saelens_jumprelu_skip_transcoder, saelens_scaled, saelens_old,
+    saelens_batch_topk_training, saelens_batch_topk_unfitted, saelens_jumprelu_training,
     dl_auto_encoder, dl_auto_encoder_new, dl_gated, dl_topk, dl_topk_by_threshold, dl_batch_topk,
     dl_batch_topk_unfitted, dl_matryoshka, dl_jumprelu, sparsify_topk, sparsify_groupmax_skip_transcoder, goodfire,
     qresearch, goodfire_r1, qwen_scope,

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from checkpoints_convert.__main__ import main
 from checkpoints_convert.sae_files import Asked, find
 from jaxsteer import UserError, load_sae
+from jaxsteer.sae import encode, reconstruct
 from tests.helpers import torchzip
 from tests.sae import layouts
 from tests.sae.layouts import METADATA, D, F, f32, folder, saelens_cfg, weights
@@ -139,10 +141,13 @@ def test_what_is_known_and_not_read_is_refused_by_name(tmp_path: Path):
     _refused(folder(tmp_path / "tracer", turned, "layer_3.safetensors", {}), "circuit-tracer")
     lower = {name.lower(): value for name, value in FOUR.items()} | {"threshold": W["threshold"]}
     lower["w_dec"] = np.ones((F, 2, D))
-    _refused(folder(tmp_path / "gemma-scope-2-1b-pt/resid_post/layer_1_width_16k_l0_small", lower,
-                    "params.safetensors", {}), "w_dec has three axes")  # fmt: skip
-    config = {"hf_hook_point_in": "x", "hf_hook_point_out": "y", "type": "crosscoder"}
-    _refused(folder(tmp_path / "cross", lower, "params.safetensors", {"config.json": config}), "crosscoder")
+    for name in (
+        "resid_post/layer_1_width_16k_l0_small/params",
+        "crosscoder/layer_1_2_3_width_1k_l0_big/params_layer_0",
+        "crosscoder/layer_1_2_width_1k_l0_big/params_layer_2",
+    ):
+        path = tmp_path / "gemma-scope-2-1b-pt" / f"{name}.safetensors"
+        _refused(folder(path.parent, lower, path.name, {}), "w_dec has three axes, of 2 layers")
     moss = {"W_E": W["W_enc"], "b_E": W["b_enc"], "W_D": W["W_dec"], "b_D": W["b_dec"]}
     settings = {"sae_type": "sae", "act_fn": "relu", "hook_point_in": "blocks.0.hook_resid_post"}
     glu = moss | {"W_E_glu": W["W_enc"], "b_E_glu": W["b_enc"]}
@@ -185,12 +190,154 @@ def test_damaged_and_hostile_files_are_refused(tmp_path: Path):
     hostile = tmp_path / "gemma-scope-2b-pt-res/layer_1/params.npz"
     hostile.parent.mkdir(parents=True)
     np.savez(hostile, W_enc=np.asarray([{}], dtype=object), allow_pickle=True)
-    _refused(hostile, "cannot be read as plain NumPy arrays")
+    _refused(hostile, "no readable .npz file of plain NumPy arrays")
     hostile.write_bytes(b"PK\x03\x04rubbish")
-    _refused(hostile, "cannot be read")
+    _refused(hostile, "no readable .npz")
     code = torchzip.Raw(torchzip.GLOBAL("os", "system") + torchzip.opcodes(("true",), {}) + b"R")
     _refused(torchzip.write(tmp_path / "ae.pt", {"encoder.weight": code}), "os.system")
     _refused(torchzip.write(tmp_path / "list.pt", [np.ones(2, np.float32)]), "a dict of tensors")
+
+
+def lens(path: Path, arrays: dict[str, Any] = FOUR, architecture: str = "standard", **changes: Any) -> Path:
+    return folder(path, arrays, "sae_weights.safetensors", {"cfg.json": saelens_cfg(architecture, **changes)})
+
+
+@pytest.mark.parametrize("name", ["activation_fn", "activation_fn_str"])
+@pytest.mark.parametrize("value", ["tanh-relu", "silu", "topk", ["relu"], 3])
+def test_other_activations_are_not_read_as_relu(tmp_path: Path, name: str, value: Any):
+    """Nobody but the architecture top-k may have another activation than relu."""
+    for architecture in ("standard", "jumprelu", "gated"):
+        arrays = FOUR | {"threshold": W["threshold"], "b_gate": W["b_enc"], "b_mag": W["b_enc"], "r_mag": W["b_enc"]}
+        path = lens(tmp_path / architecture, arrays, architecture, **{name: value})
+        _refused(path, f"its {name} is .*architecture '{architecture}' is read with relu")
+    old = {"hook_point": "blocks.0.hook_resid_pre", "d_in": D, "d_sae": F, name: value}
+    if value != "topk":
+        _refused(folder(tmp_path / "old", FOUR, "sae_weights.safetensors", {"cfg.json": old}), f"its {name} is")
+
+
+def test_relu_by_its_name_is_relu(tmp_path: Path):
+    for name in ("activation_fn", "activation_fn_str"):
+        assert load_sae(lens(tmp_path / name, **{name: "relu"})).config.activation == "relu"
+
+
+def test_k_of_a_config_where_the_tensors_lack_it(tmp_path: Path):
+    case = layouts.dl_topk(tmp_path)
+    arrays = layouts._dl_topk(weights(19), 0.75)
+    del arrays["k"], arrays["threshold"]
+    torchzip.write(case.path / "ae.pt", arrays)
+    assert load_sae(case.path).config.k == layouts.K
+    x = np.random.default_rng(0).standard_normal((5, D)).astype(np.float32)
+    np.testing.assert_allclose(encode(load_sae(case.path), x), case.encode(x.astype(np.float64)), atol=3e-5)
+    settings = json.loads((case.path / "config.json").read_text())
+    for k, says in ((None, "Give k="), ("5", "k = '5', expected a whole number"), (True, "k = "), (2.5, "k = ")):
+        settings["trainer"]["k"] = k
+        (case.path / "config.json").write_text(json.dumps(settings))
+        _refused(case.path, says)
+        assert load_sae(case.path, k=4).config.k == 4
+
+
+def test_stored_units_of_an_auto_encoder_can_be_had(tmp_path: Path):
+    case, w = layouts.dl_auto_encoder(tmp_path), weights(16)
+    sae = load_sae(case.path, unit_decoder=False)
+    assert sae.config.latent_units == "as stored"
+    x = np.random.default_rng(0).standard_normal((5, D)).astype(np.float32)
+    want = np.maximum((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], 0)
+    np.testing.assert_allclose(encode(sae, x), want, atol=3e-5)
+    np.testing.assert_allclose(reconstruct(sae, x), reconstruct(load_sae(case.path), x), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": ["standard"]}, {"k": "5"}, {"metadata": 3}, {"apply_b_dec_to_input": "yes"},
+        {"normalize_activations": ["none"]}, {"metadata": METADATA | {"hook_name": 5}},
+        {"metadata": METADATA | {"model_name": ["x"]}}, {"metadata": METADATA | {"prepend_bos": "no"}},
+        {"metadata": METADATA | {"hook_name_out": 1}}, {"rescale_acts_by_decoder_norm": 1}, {"k": -5}, {"k": 0},
+        {"k": F + 1}, {"metadata": METADATA | {"jaxsteer": {"format": []}}}, {"k": 10**30}, {"k": 2.5},
+    ],
+)  # fmt: skip
+def test_configs_of_wrong_types_are_refused(tmp_path: Path, changes: dict[str, Any]):
+    path = lens(tmp_path / "saelens")
+    (path / "cfg.json").write_text(json.dumps(saelens_cfg("topk", k=5) | changes))
+    _refused(path, "saelens")
+
+
+@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec", "threshold"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_is_named(tmp_path: Path, name: str, value: float):
+    arrays = {key: array.copy() for key, array in (FOUR | {"threshold": W["threshold"]}).items()}
+    arrays[name].reshape(-1)[-1] = value
+    path = lens(tmp_path / "a", arrays, "jumprelu")
+    if name == "threshold" and value == np.inf:  # how a latent is switched off
+        load_sae(path)
+        return
+    _refused(path, rf"a.* NaN or infinity.*|a.* its {name} holds NaN")
+    with pytest.raises(UserError, match=name):
+        load_sae(path)
+    assert main(["sae", str(path), str(tmp_path / "out")]) == 2 and not (tmp_path / "out").exists()
+
+
+def test_a_dtype_that_cannot_hold_an_sae(tmp_path: Path):
+    path = lens(tmp_path / "a", FOUR | {"W_dec": 1e6 * W["W_dec"]})
+    load_sae(path, dtype="bfloat16")
+    with pytest.raises(UserError, match="NaN or infinity as float16 in W_dec"):
+        load_sae(path, dtype="float16")
+    assert main(["sae", str(path), str(tmp_path / "out"), "--dtype", "float16"]) == 2
+
+
+@pytest.mark.parametrize("shape", [(F,), (D, F, 1), ()])
+def test_matrices_of_other_shapes_are_refused(tmp_path: Path, shape: tuple[int, ...]):
+    _refused(lens(tmp_path / "a", FOUR | {"W_enc": np.ones(shape)}), "'W_enc' should be a matrix")
+
+
+def test_gemma_scope_2_as_it_is_published(tmp_path: Path):
+    arrays = {name.lower(): W[name] for name in FOUR} | {"threshold": W["threshold"]}
+    config = {"hf_hook_point_in": "model.layers.7.output", "model_name": "google/gemma-3-270m-pt"}
+    path = tmp_path / "resid_post/layer_7_width_16k_l0_small"
+    found = load_sae(folder(path, arrays, "params.safetensors", {"config.json": config})).config
+    assert (found.site_in, found.site_out, found.model) == ("blocks.7.hook_resid_post", None, "google/gemma-3-270m")
+    bare = tmp_path / "google/gemma-scope-2-270m-pt/mlp_out/layer_3_width_16k_l0_small"
+    assert load_sae(folder(bare, arrays, "params.safetensors", {})).config.model == "google/gemma-3-270m"
+    for changes, says in (
+        ({"hf_hook_point_in": None}, "names no hf_hook_point_in"),
+        ({"hf_hook_point_in": ["model.layers.7.output"]}, "hf_hook_point_in = "),
+        ({"hf_hook_point_out": 3}, "hf_hook_point_out = '3'"),
+        ({"model_name": 3}, "model_name = '3'"),
+        ({"architecture": "topk"}, "'topk', and only jump_relu"),
+    ):
+        _refused(folder(path, arrays, "params.safetensors", {"config.json": config | changes}), says)
+
+
+def test_layers_of_crosscoders_and_cross_layer_transcoders(tmp_path: Path):
+    """Latents read their own layer; of the decoders one is chosen (the tutorial of Gemma Scope 2 has the formula)."""
+    rng = np.random.default_rng(0)
+    w_dec = rng.standard_normal((F, 3, D)).astype(np.float32)
+    arrays = {name.lower(): W[name] for name in FOUR} | {"threshold": W["threshold"], "w_dec": w_dec}
+    repo = tmp_path / "google/gemma-scope-2-1b-pt"
+    cross = repo / "crosscoder/layer_7_13_17_width_262k_l0_medium"
+    x = rng.standard_normal((5, D)).astype(np.float32)
+    latents = layouts.jump(x @ W["W_enc"] + W["b_enc"], W["threshold"])
+    for number, layer in enumerate((7, 13, 17)):
+        folder(cross, arrays, f"params_layer_{number}.safetensors", {})
+        sae = load_sae(cross / f"params_layer_{number}.safetensors")
+        site = f"blocks.{layer}.hook_resid_post"
+        assert (sae.config.site_in, sae.config.site_out, sae.config.model) == (site, site, "google/gemma-3-1b-pt")
+        np.testing.assert_allclose(encode(sae, x), latents, atol=3e-5)
+        np.testing.assert_allclose(reconstruct(sae, x), latents @ w_dec[:, number] + W["b_dec"], atol=1e-4)
+        assert "other layers write to" in sae.config.notes[0]
+    other = load_sae(cross / "params_layer_0.safetensors", site_out="L17R")
+    assert other.config.site_out == "blocks.17.hook_resid_post"
+    np.testing.assert_allclose(reconstruct(other, x), latents @ w_dec[:, 2], atol=1e-4)
+    with pytest.raises(UserError, match="site_out 'blocks.9.hook_resid_post' is none of"):
+        load_sae(cross / "params_layer_0.safetensors", site_out="L9R")
+    _refused(cross, "holds 3 files of tensors: params_layer_0")
+    clt = folder(repo / "clt/width_262k_l0_big_affine", arrays | {"affine_skip_connection": W["W_skip"]},
+                 "params_layer_1.safetensors", {}) / "params_layer_1.safetensors"  # fmt: skip
+    sae = load_sae(clt)
+    assert (sae.config.site_in, sae.config.site_out) == ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out")
+    np.testing.assert_allclose(reconstruct(sae, x), latents @ w_dec[:, 1] + W["b_dec"] + x @ W["W_skip"], atol=1e-4)
+    later = load_sae(clt, site_out="blocks.2.hook_mlp_out")
+    np.testing.assert_allclose(reconstruct(later, x), latents @ w_dec[:, 2], atol=1e-4)
 
 
 def test_unit_decoder_is_asked_for_or_refused(tmp_path: Path):
@@ -268,4 +415,7 @@ def test_metadata_of_ours_is_checked(tmp_path: Path):
     _refused(case.path, "jaxsteer.sae/99")
     cfg["metadata"]["jaxsteer"] = {"format": "jaxsteer.sae/1", "config": {"activation": "relu", "colour": 1}}
     (case.path / "cfg.json").write_text(json.dumps(cfg))
-    _refused(case.path, "record is damaged")
+    _refused(case.path, "its record has colour: it is damaged, or a later version")
+    cfg["metadata"]["jaxsteer"] = {"format": "jaxsteer.sae/1", "config": {"activation": "silu"}}
+    (case.path / "cfg.json").write_text(json.dumps(cfg))
+    _refused(case.path, "record is damaged .activation is 'silu'")
