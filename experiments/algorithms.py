@@ -26,7 +26,6 @@ import jax
 import numpy as np
 
 from jaxsteer.checkpoints.loading import load
-from jaxsteer.personas import load_persona
 from jaxsteer.prompt_search import (
     FLUENCY,
     Fluency,
@@ -40,10 +39,9 @@ from jaxsteer.prompt_search import (
 )
 from jaxsteer.prompt_search.population import random_ids
 from jaxsteer.prompts import prompt_text, retokenises_many
-from jaxsteer.study import SearchOptions, files
-from jaxsteer.study.objective_stage import choose_objective, task_of
+from jaxsteer.study import SearchOptions, choose_objective, files, persona_setting, task_of
 from jaxsteer.study.outcome import environment
-from jaxsteer.study.setting import Setting, prepare
+from jaxsteer.study.setting import Setting
 
 WEIGHT = FLUENCY["medium"].low
 """Nats per token against standard deviations, the weight of slot 0 of the default preset."""
@@ -68,8 +66,8 @@ THRESHOLD = 0.9
 
 def setting_of(args: argparse.Namespace, persona: str) -> tuple[Setting, Any, Any]:
     """Contexts, task and standardised objective of one persona: those of ``jaxsteer search --persona``."""
-    options = SearchOptions.of(out="unused", persona=persona).resolved()
-    setting = prepare(options.contexts, options.scoring, options.prompt, load(args.model), load_persona(persona))
+    options = SearchOptions.of(out="unused", model=args.model, persona=persona).resolved()
+    setting = persona_setting(options)
     raw = choose_objective(setting, options.objective, seed=options.algorithm.seed).objective
     task = task_of(setting, raw)
     return setting, task, standardise(setting.model.params, task, raw)[0]

@@ -38,7 +38,6 @@ from jaxsteer.models.model import Model
 from jaxsteer.objectives import Objective, Projection, as_pytree, needs
 from jaxsteer.personas import (
     load_direction,
-    load_persona,
     load_signature,
     random_direction,
     random_signature,
@@ -48,12 +47,11 @@ from jaxsteer.prompt_search import make_task, score, standardise
 from jaxsteer.prompt_search.population import random_ids
 from jaxsteer.prompts import build_slots, prompt_text, retokenises_many
 from jaxsteer.report import read_run
-from jaxsteer.sae import SAE, latents_objective, load_sae
-from jaxsteer.study import SearchOptions, custom_objective, files, run
+from jaxsteer.sae import latents_objective
+from jaxsteer.study import Ascent, SearchOptions, custom_objective, files, persona_setting, restarts, run, search
 from jaxsteer.study.outcome import finals, select
 from jaxsteer.study.results import SearchRun
-from jaxsteer.study.setting import PersonaSetting, context_items, prepare
-from jaxsteer.study.stages import Ascent, restarts, search
+from jaxsteer.study.setting import PersonaSetting, context_items
 
 POSITIONS = ("decision", "matched", "published")
 LATENTS = (1, 4, 16, 64)
@@ -180,7 +178,7 @@ def by_behaviour(setting: PersonaSetting, count: int, seed: int) -> dict[str, An
     return {"text": text, "test": judged(setting, text), "target": float(f[best])}
 
 
-def cell(args: argparse.Namespace, model: Model, sae: SAE | None, persona: str, variant: str, seed: int) -> Any:
+def cell(args: argparse.Namespace, model: Model, persona: str, variant: str, seed: int) -> Any:
     """One cell of the table, from its file if it exists."""
     path = args.out / "cells" / f"{persona}_{variant}_s{seed}.json"
     if path.exists():
@@ -190,7 +188,7 @@ def cell(args: argparse.Namespace, model: Model, sae: SAE | None, persona: str, 
         row = from_run(run(options, model=model))
     else:
         options = options.resolved()
-        setting = prepare(options.contexts, options.scoring, options.prompt, model, load_persona(persona), sae=sae)
+        setting = persona_setting(options, model=model)
         assert options.algorithm.steps
         count = options.algorithm.make_search().candidates * options.algorithm.steps
         if variant in ("random_direction", "random_latents"):
@@ -299,12 +297,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{args.method} has no variant {unknown[0]}: it has {', '.join(VARIANTS[args.method])}")
     args.out = args.out or Path("runs/seeds" if args.method == "resga" else "runs/seeds-saega")
     model = load(args.model)
-    sae = load_sae(args.sae) if args.method == "saega" else None
     rows = []
     for persona in args.personas:
         for variant in args.variants:
             for seed in args.seeds:
-                row = cell(args, model, sae, persona, variant, seed)
+                row = cell(args, model, persona, variant, seed)
                 rows.append(row)
                 print(f"{persona} {variant} s{seed}: {100 * row['test']['rate']:.1f} % {row['text']!r}", flush=True)
     text = table(rows, args.method) + "\n\n" + "\n".join(f"- {line}" for line in verdicts(rows, args.method)) + "\n"

@@ -21,12 +21,9 @@ from jaxsteer.models.config import ModelConfig, llama_config
 from jaxsteer.models.params import init_params
 from jaxsteer.models.sharding import make_mesh
 from jaxsteer.models.sites import parse_site
-from jaxsteer.personas import load_persona
 from jaxsteer.prompt_search import FLUENCY, EpoConfig, Fluency, Resources, make_problem, run_search, standardise
 from jaxsteer.prompt_search.algorithms import epo
-from jaxsteer.study import SearchOptions
-from jaxsteer.study.objective_stage import choose_objective
-from jaxsteer.study.setting import prepare
+from jaxsteer.study import SearchOptions, choose_objective, persona_setting
 
 SEEDS = (0, 1, 2)
 REFERENCE_SEEDS, REFERENCE_STEPS = (90, 91, 92, 93, 94), 15
@@ -46,7 +43,7 @@ def target(quick: bool) -> list[dict[str, Any]]:
     """
     model = load("organism:llama")
     options = SearchOptions.of(out="unused", persona="sycophancy", site=SITE).resolved()
-    setting = prepare(options.contexts, options.scoring, options.prompt, model, load_persona("sycophancy"))
+    setting = persona_setting(options, model=model)
     chosen = choose_objective(setting, options.objective, seed=options.algorithm.seed)
     bos = slots_of(0, model.config.vocab_size)
     task = task_of(model.params, model.config, chosen.objective, bos)

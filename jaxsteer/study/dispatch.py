@@ -10,17 +10,14 @@ import logging
 
 from jaxsteer.models.model import Model
 from jaxsteer.personas import load_persona
-from jaxsteer.sae import load_sae
 from jaxsteer.study.conversations_run import run_conversations
 from jaxsteer.study.files import METRICS
 from jaxsteer.study.many_runs import run_many
-from jaxsteer.study.named_objectives import custom_objective
-from jaxsteer.study.objective_stage import Say, check_site, choose_objective, try_objective
+from jaxsteer.study.objective_stage import Say, choose_objective
 from jaxsteer.study.options import SearchOptions
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.run_folder import opened
-from jaxsteer.study.setting import prepare
-from jaxsteer.study.stages import Ascent, conclude, load_draft, load_model, restarts, search, timed
+from jaxsteer.study.stages import Ascent, conclude, load_draft, persona_setting, restarts, search, timed
 from jaxsteer.study.study_result import Study
 
 log = logging.getLogger(__name__)
@@ -46,18 +43,12 @@ def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.in
 def run_one(options: SearchOptions, *, model: Model | None, say: Say) -> SearchRun:
     """One search against a persona, with as many restarts as were asked for."""
     persona = load_persona(options.contexts.persona)
-    custom = custom_objective(options.objective.objective, options.objective.target)
     with opened(options.run.out, {"data_hash": persona.data_hash, **options.record()}, say) as folder:
         if folder.finished is not None:
             return SearchRun.from_json(folder.finished, str(folder.path / METRICS))
         timing: dict[str, float] = {}
         with timed(timing, "load_s"):
-            model = model or load_model(options.model, parallel=options.algorithm.restarts > 1)
-            if custom is None:
-                check_site(options.objective.site, model)
-            sae = load_sae(options.objective.sae, mesh=model.mesh) if options.objective.sae else None
-            setting = prepare(options.contexts, options.scoring, options.prompt, model, persona, custom, sae)
-            try_objective(setting)
+            setting = persona_setting(options, persona=persona, model=model)
             folder.begin()
         with timed(timing, "probe_s"):
             chosen = choose_objective(setting, options.objective, seed=options.algorithm.seed, say=say)

@@ -1,7 +1,8 @@
 """The stages that every search goes through, in their order; ``dispatch.run`` puts them together.
 
 1. ``load_model``: the model, on one device or spread over several.
-2. ``setting.prepare``: questions become contexts with an open slot, and what cannot work is refused.
+2. ``setting.prepare``: questions become contexts with an open slot, and what cannot work is refused
+   (``persona_setting`` does both).
 3. ``objective_stage.choose_objective``: direction or signature, its site and its sign.
 4. ``search``: objectives in the units of the search, one problem per population, and the search, saved as it goes.
 5. ``conclude``: what was found is scored again from its text, measured on questions, and written.
@@ -26,7 +27,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import make_mesh
 from jaxsteer.objectives import Objective
-from jaxsteer.personas import save_direction, save_signature
+from jaxsteer.personas import Persona, load_persona, save_direction, save_signature
 from jaxsteer.processes import is_first
 from jaxsteer.prompt_search import (
     FLUENCY,
@@ -43,11 +44,20 @@ from jaxsteer.prompt_search import (
 )
 from jaxsteer.prompt_search.algorithms.probe_sampling import Draft, PairedObjective, with_draft
 from jaxsteer.prompt_search.constraints import text_filter
+from jaxsteer.sae import load_sae
 from jaxsteer.study import files
 from jaxsteer.study.algorithm import AlgorithmOptions
 from jaxsteer.study.initial_prompts import spread
 from jaxsteer.study.latent_explanation import explain_latents
-from jaxsteer.study.objective_stage import ChosenObjective, Say, choose_objective, task_of
+from jaxsteer.study.named_objectives import custom_objective
+from jaxsteer.study.objective_stage import (
+    ChosenObjective,
+    Say,
+    check_site,
+    choose_objective,
+    task_of,
+    try_objective,
+)
 from jaxsteer.study.options import ModelOptions, RunOptions, SearchOptions
 from jaxsteer.study.outcome import environment, evaluate, finals, select
 from jaxsteer.study.results import Prompt, SearchRun, Timing, Units
@@ -100,6 +110,25 @@ def load_model(options: ModelOptions, *, parallel: bool) -> Model:
     spread = options.mesh_model > 1 or (parallel and jax.device_count() > 1)
     mesh = make_mesh(model=options.mesh_model) if spread else None
     return load(options.model, dtype=options.dtype, mesh=mesh)
+
+
+def persona_setting(
+    options: SearchOptions, *, persona: Persona | None = None, model: Model | None = None
+) -> PersonaSetting:
+    """The first two stages: the model, and the persona's questions as contexts. ``options`` are resolved.
+
+    ``persona`` and ``model`` save loading them again. Raises ``UserError`` for what cannot be searched.
+    """
+    objective = options.objective
+    custom = custom_objective(objective.objective, objective.target)
+    persona = persona or load_persona(options.contexts.persona)
+    model = model or load_model(options.model, parallel=options.algorithm.restarts > 1)
+    if custom is None:
+        check_site(objective.site, model)
+    sae = load_sae(objective.sae, mesh=model.mesh) if objective.sae else None
+    setting = prepare(options.contexts, options.scoring, options.prompt, model, persona, custom, sae)
+    try_objective(setting)
+    return setting
 
 
 def load_draft(options: SearchOptions, setting: PersonaSetting, say: Say) -> tuple[Setting, Objective] | None:

@@ -20,7 +20,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files.stores import Bucket
 from jaxsteer.models.model import Model
 from jaxsteer.prompt_search.resume import Notes, Sizes, Store
-from jaxsteer.study import SearchOptions, dispatch, files, run
+from jaxsteer.study import SearchOptions, files, run, stages
 from jaxsteer.study import many_runs as several
 from jaxsteer.study import object_store as module
 from jaxsteer.study.object_store import ARCHIVE, stored
@@ -269,7 +269,7 @@ def test_the_command_writes_to_a_url(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for room in (dispatch, several):
+    for room in (stages, several):
         monkeypatch.setattr(room, "load_model", lambda *_, **__: Model(**vars(tiny_model())))
     small = "--steps 3 --prompt-length 3 --population 2 --children 4 --contexts 2 --report-prompts 2 --quiet".split()
     command = ["search", "--persona", str(persona_file), *small, *many, "--out"]
