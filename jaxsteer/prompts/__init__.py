@@ -15,6 +15,7 @@ from jaxsteer.prompts.conversation import (
     render,
     with_system,
 )
+from jaxsteer.prompts.roles import encode_turns
 from jaxsteer.prompts.slots import (
     PAD,
     Slots,
@@ -41,6 +42,7 @@ __all__ = [
     "decision_ids",
     "encode",
     "encode_texts",
+    "encode_turns",
     "first_allowed",
     "join_answer",
     "listed_tokens",

@@ -204,32 +204,37 @@ def _fold_system(messages: list[Message]) -> list[Message]:
     return [{"role": "user", "content": system}, *rest]
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE, enable_thinking=False
-        )
-    )
-
-
-def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation_prompt: bool = True
+) -> str:
     """Chat turns as text, generation prompt included. Raises ``UserError`` without a template or for bad turns.
 
     A system message that the template refuses, or drops in silence, is put before the first user turn.
     """
     if not tokenizer.chat_template:
         raise UserError("this tokenizer has no chat template: use style 'plain', or add chat_template.jinja")
+
+    def apply(turns: list[Message]) -> str:
+        text = tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            date_string=TEMPLATE_DATE,
+            enable_thinking=False,
+        )
+        return str(text)
+
     turns = [dict(m) for m in messages]
     systems = [m["content"].strip() for m in turns if m["role"] == "system"]
     try:
-        text = _apply(tokenizer, turns)
+        text = apply(turns)
         if all(system in text for system in systems):
             return text
     except TemplateError as error:
         if not systems:
             raise UserError(f"the chat template refuses these turns: {error}") from error
     try:
-        return _apply(tokenizer, _fold_system(turns))
+        return apply(_fold_system(turns))
     except TemplateError as error:
         raise UserError(f"the chat template refuses these turns, also without system role: {error}") from error
 
