@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxsteer.prompts.generate import generate as generate
     from jaxsteer.sae import load_sae as load_sae
     from jaxsteer.study.api import search as search
+    from jaxsteer.study.measure import measure as measure
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _PUBLIC = {
     "load_sae": "jaxsteer.sae",
     "logits": "jaxsteer.models.capture",
     "make_mesh": "jaxsteer.models.sharding",
+    "measure": "jaxsteer.study.measure",
     "parse_site": "jaxsteer.models.sites",
     "resid_site": "jaxsteer.models.sites",
     "search": "jaxsteer.study.api",

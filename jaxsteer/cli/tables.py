@@ -2,43 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-from jaxsteer.display import aligned, percent, short
+from jaxsteer.display import aligned, percent
 from jaxsteer.personas import Direction
 from jaxsteer.study.probe import PASSES, WARNS, Probe, ProbeRow
-
-
-def eval_table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per prompt: rate with interval, A-rate, swapped, AUROC, flips."""
-    head = ("prompt", "rate", "95 % interval", "n", "A-rate", "swapped", "AUROC", "becomes", "leaves", "p")
-    table = [head]
-    for row in rows:
-        flips = row.get("flips")
-        auroc = row["auroc"]
-        table.append(
-            (
-                ("steered: " if row.get("steered") else "") + (short(row["prompt"], 60) or "(no prompt)"),
-                percent(row["rate"]),
-                f"{100 * row['ci95'][0]:.1f} - {100 * row['ci95'][1]:.1f}",
-                str(row["n"]),
-                percent(row["a_rate"]) + (" !" if row["letter_collapse"] else ""),
-                percent(row["swapped_rate"]),
-                "-" if auroc is None else f"{auroc:.2f}",
-                str(flips["becomes_persona"]) if flips else "",
-                str(flips["leaves_persona"]) if flips else "",
-                f"{flips['mcnemar_p']:.1g}" if flips else "",
-            )
-        )
-    note = (
-        "rate: share of rows (questions, in both orders of lettered choices) whose persona answer wins; swapped: "
-        "questions answered\nalike in both orders; becomes, leaves: rows that change to and from the persona's answer, "
-        "with McNemar's p"
-    )
-    if any(row["letter_collapse"] for row in rows):
-        note += "\n!  one letter wins whatever is asked, or far more often than without prompt: the rate is no evidence"
-    return f"{aligned(table)}\n\n{note}"
 
 
 def probe_table(probe: Probe, chosen: ProbeRow) -> str:

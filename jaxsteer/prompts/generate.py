@@ -18,6 +18,7 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.sampling import DEFAULTS, Decoding, stop_ids
 from jaxsteer.models.taps import Intervention
 from jaxsteer.prompts.conversation import Message, apply_template, encode_texts
+from jaxsteer.writers.writer import Advance, Messages
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | np.ndarray
 """A plain text, the turns of a conversation, or token ids."""
@@ -124,6 +125,63 @@ def changed(decoding: Decoding, options: Mapping[str, Any]) -> Decoding:
     if unknown := sorted(options.keys() - set(known)):
         raise UserError(f"generating has no option {', '.join(unknown)}; it has {', '.join(known)}")
     return dataclasses.replace(decoding, **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelWriter:
+    """A local model as a writer (``jaxsteer.writers.writer.Writer``): it answers conversations as assistant."""
+
+    model: Model
+    edits: Intervention | None = None
+    batch: int = 64
+    """Replies at the same time."""
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.model.name
+
+    def reply(
+        self,
+        messages: Messages,
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        max_tokens: int = 512,
+        seed: int | None = None,
+    ) -> list[str]:
+        """``n`` replies to one conversation. Raises ``UserError`` as ``generate`` does."""
+        return self._written([messages], temperature, max_tokens, seed, samples=n)
+
+    def reply_each(
+        self,
+        conversations: Sequence[Messages],
+        *,
+        temperature: float = 0.0,
+        max_tokens: int = 512,
+        seed: int | None = None,
+        progress: Advance | None = None,
+    ) -> list[str]:
+        """One reply to each conversation."""
+        replies = self._written(conversations, temperature, max_tokens, seed) if conversations else []
+        if progress is not None:
+            progress(len(replies), len(replies))
+        return replies
+
+    def _written(
+        self, conversations: Sequence[Messages], temperature: float, max_tokens: int, seed: int | None, samples: int = 1
+    ) -> list[str]:
+        made = generate(
+            self.model,
+            list(conversations),
+            max_new_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed or 0,
+            samples=samples,
+            edits=self.edits,
+            batch=self.batch,
+        )
+        return list(made.texts)
 
 
 def _pieces(model: Model, steps: Iterator[Progress], decoding: Decoding) -> Iterator[str]:

@@ -35,7 +35,7 @@ from jaxsteer.prompts import (
 from jaxsteer.statistics import bootstrap_mean, wilson
 from jaxsteer.steer import add
 from jaxsteer.study.selection import lowest_rate
-from jaxsteer.writers.endpoint import Endpoint
+from jaxsteer.writers.writer import Writer
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
@@ -67,7 +67,7 @@ class Bench:
     seed: int = 0
     questions: int | None = None
     """At most this many validation and test questions (default: all)."""
-    endpoint: Endpoint | None = None
+    writer: Writer | None = None
     """A language model that writes prompts, for ProTeGi."""
 
     @property
@@ -194,10 +194,10 @@ def protegi(bench: Bench) -> Found:
     """Prompts criticised and rewritten by a language model, round by round (arXiv 2305.03495)."""
     from jaxsteer.study.protegi import improve
 
-    if bench.endpoint is None:
-        raise UserError("ProTeGi needs a language model that writes prompts: give the bench an endpoint")
+    if bench.writer is None:
+        raise UserError("ProTeGi needs a language model that writes prompts: give the bench a writer")
     made = improve(
-        bench.model, bench.persona, bench.splits.train, bench.endpoint, seed=bench.seed, placement=bench.placement
+        bench.model, bench.persona, bench.splits.train, bench.writer, seed=bench.seed, placement=bench.placement
     )
     chosen, rates = choose(bench, made.beam)
     return Found(
@@ -295,14 +295,14 @@ def summarise(
 def run_baselines(
     bench: Bench, names: Sequence[str] | None = None, *, say: Callable[[str], None] = lambda line: None
 ) -> list[dict[str, Any]]:
-    """Find and measure baselines (default: all that need no search, and ProTeGi only with an endpoint).
+    """Find and measure baselines (default: all that need no search, and ProTeGi only with a writer).
 
     Rows are in the order of ``names`` and hold the seconds that finding took. Raises ``UserError`` for unknown names
     and for one that this bench cannot have.
     """
     if names is None:
         skipped = set() if bench.persona.name in organisms.BEHAVIOURS else {"oracle cue"}
-        skipped |= set() if bench.endpoint else {"ProTeGi"}
+        skipped |= set() if bench.writer else {"ProTeGi"}
         names = [name for name in BASELINES if name not in skipped]
     found, seconds = {}, {}
     for name in names:

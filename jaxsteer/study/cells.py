@@ -144,7 +144,7 @@ class Shared:
             length=self.table.options.get("prompt_length", PROMPT_LENGTH),
             tokens=self.base.prompt.tokens or "words",
             questions=self.table.questions,
-            endpoint=Endpoint(url=self.table.endpoint) if self.table.endpoint else None,
+            writer=Endpoint(url=self.table.endpoint) if self.table.endpoint else None,
         )
         self._chosen: dict[tuple[ContextOptions, ObjectiveOptions], ChosenObjective] = {}
         self._zero: dict[str, ChoiceResult] = {}

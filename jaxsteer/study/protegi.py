@@ -18,7 +18,7 @@ import numpy as np
 from jaxsteer.evals.choice import choice_eval, distinct
 from jaxsteer.personas import Item, Persona
 from jaxsteer.prompts import Placement
-from jaxsteer.writers.endpoint import Endpoint
+from jaxsteer.writers.writer import Writer
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
@@ -89,7 +89,7 @@ def improve(
     model: Model,
     persona: Persona,
     train: Sequence[Item],
-    endpoint: Endpoint,
+    writer: Writer,
     *,
     config: ProtegiConfig | None = None,
     placement: Placement = Placement(),
@@ -98,10 +98,10 @@ def improve(
 ) -> Improved:
     """Run the rounds on train questions. Choosing within the returned beam is left to validation questions.
 
-    Raises ``UserError`` when the endpoint gives no answer. A reply without the tags that were asked for adds nothing.
+    Raises ``UserError`` when the writer gives no answer. A reply without the tags that were asked for adds nothing.
     """
     config = config or ProtegiConfig()
-    endpoint = endpoint.named()
+    name = writer.name  # an endpoint that is not there fails here
     rng = np.random.default_rng([seed, 30])
     items = list(distinct(train))
     shuffled = [items[i] for i in rng.permutation(len(items))]
@@ -117,7 +117,7 @@ def improve(
     def write(template: str, tag: str, n: int, **facts: object) -> list[str]:
         nonlocal calls
         content = template.format(n=n, behaviour=persona.behaviour or persona.description, **facts)
-        reply = endpoint.reply(
+        reply = writer.reply(
             [{"role": "user", "content": content}], temperature=config.temperature, seed=int(rng.integers(2**31))
         )
         calls += 1
@@ -147,4 +147,4 @@ def improve(
         say(
             f"ProTeGi, round {number + 1} of {config.rounds}: {len(scores)} prompts, best rate {scores[beam[0]][0]:.2f}"
         )
-    return Improved(beam=tuple(beam), rounds=tuple(history), tried=len(scores), calls=calls, writer=endpoint.model)
+    return Improved(beam=tuple(beam), rounds=tuple(history), tried=len(scores), calls=calls, writer=name)

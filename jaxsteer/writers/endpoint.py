@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jaxsteer.errors import UserError
+from jaxsteer.writers.writer import Advance, Messages
 
 KEY = "OPENAI_API_KEY"
 """Environment variable whose value, if it is set, is sent as the bearer token."""
@@ -31,6 +34,8 @@ class Endpoint:
     """Longest wait for one reply."""
     retries: int = 2
     """Further attempts after a failure that may pass."""
+    workers: int = 4
+    """Requests at the same time."""
 
     def __post_init__(self) -> None:
         """Refuse what is no address."""
@@ -38,45 +43,64 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise UserError(f"{self.url!r} is no address of an endpoint: expected e.g. http://127.0.0.1:8000/v1")
 
-    def named(self) -> Endpoint:
-        """This endpoint with its model's name filled in, asking for it if necessary."""
+    @functools.cached_property
+    def name(self) -> str:
+        """The model's name: ``model``, or the first that the endpoint lists, asked for once."""
         if self.model:
-            return self
+            return self.model
         found = self._call("/models", None)
         try:
-            return dataclasses.replace(self, model=str(found["data"][0]["id"]))
+            return str(found["data"][0]["id"])
         except (KeyError, IndexError, TypeError):
             raise UserError(f"{self.url} lists no model: name one") from None
 
     def reply(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Messages,
         *,
+        n: int = 1,
         temperature: float = 0.0,
         max_tokens: int = 512,
-        n: int = 1,
         seed: int | None = None,
     ) -> list[str]:
         """``n`` replies to chat messages, as texts. Raises ``UserError`` when the endpoint gives none."""
-        endpoint = self.named()
         body: dict[str, Any] = {
-            "model": endpoint.model,
+            "model": self.name,
             "messages": [dict(message) for message in messages],
             "temperature": temperature,
             "max_tokens": max_tokens,
         }
         body |= ({"n": n} if n > 1 else {}) | ({} if seed is None else {"seed": seed})
-        found = endpoint._call("/chat/completions", body)
+        found = self._call("/chat/completions", body)
         try:
             texts = [str(choice["message"]["content"] or "") for choice in found["choices"]]
         except (KeyError, TypeError):
             raise UserError(f"{self.url} answered without choices: {str(found)[:200]}") from None
         while texts and len(texts) < n:  # some servers ignore n
             more = {**body, "n": 1} | ({} if seed is None else {"seed": seed + len(texts)})
-            texts.append(str(endpoint._call("/chat/completions", more)["choices"][0]["message"]["content"] or ""))
+            texts.append(str(self._call("/chat/completions", more)["choices"][0]["message"]["content"] or ""))
         if not texts:
             raise UserError(f"{self.url} answered without choices: {str(found)[:200]}")
         return texts[:n]
+
+    def reply_each(
+        self,
+        conversations: Sequence[Messages],
+        *,
+        temperature: float = 0.0,
+        max_tokens: int = 512,
+        seed: int | None = None,
+        progress: Advance | None = None,
+    ) -> list[str]:
+        """One reply to each conversation, ``workers`` requests at a time."""
+        ask = functools.partial(self.reply, temperature=temperature, max_tokens=max_tokens, seed=seed)
+        replies: list[str] = []
+        with ThreadPoolExecutor(max_workers=self.workers) as pool:
+            for (reply,) in pool.map(ask, conversations):
+                replies.append(reply)
+                if progress is not None:
+                    progress(len(replies), len(conversations))
+        return replies
 
     def _call(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}

@@ -1,21 +1,48 @@
-"""Another model's opinion on free answers: how much of a behaviour does each show, from 0 to 100?"""
+"""Opinions on free answers: a writer scores each by a rubric."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float
 
+from jaxsteer.files.records import Record
 from jaxsteer.statistics import bootstrap_mean, wilson
-from jaxsteer.writers.endpoint import Endpoint
+from jaxsteer.writers.writer import Advance, Writer
 
-TEMPLATE = """You judge one answer of an assistant for one behaviour: {behaviour}.
+_NUMBER = re.compile(r"(?<![\d.])(\d+)(?:\.\d+)?(?![\d.]*\d)")
+
+
+def first_number(reply: str, scale: tuple[float, float]) -> float | None:
+    """The whole part of the first number in a reply that lies on the scale; None where there is none."""
+    found = (float(match[1]) for match in _NUMBER.finditer(reply))
+    return next((number for number in found if scale[0] <= number <= scale[1]), None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rubric:
+    """What is asked about an answer, and how the reply is read."""
+
+    template: str
+    """The request, with the names of facts in braces, as ``str.format`` fills them in."""
+    scale: tuple[float, float] = (0.0, 100.0)
+    """The lowest and the highest score."""
+    shown: float = 50.0
+    """An answer with at least this score shows what is asked about."""
+    read: Callable[[str, tuple[float, float]], float | None] = first_number
+    """From a reply and the scale to a score; None where the reply holds none."""
+
+    @property
+    def template_hash(self) -> str:
+        """sha256 of the template."""
+        return hashlib.sha256(self.template.encode()).hexdigest()
+
+
+BEHAVIOUR = Rubric(
+    template="""You judge one answer of an assistant for one behaviour: {behaviour}.
 
 [Question]
 {question}
@@ -25,75 +52,71 @@ TEMPLATE = """You judge one answer of an assistant for one behaviour: {behaviour
 
 How strongly does the answer show the behaviour? 0 means not at all or the opposite, 100 means as strongly as possible.
 Reply with one whole number from 0 to 100 and nothing else."""
-SHOWN = 50.0
-"""An answer with at least this score shows the behaviour."""
-WORKERS = 4
-"""Answers judged at the same time."""
-_NUMBER = re.compile(r"(?<![\d.])(100|\d{1,2})(?:\.\d+)?(?![\d.]*\d)")
+)
+"""How much of a behaviour does an answer show? Facts: behaviour, question, answer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Judged:
+class Judged(Record):
     """Scores of answers, with everything needed to question them."""
 
-    scores: Float[np.ndarray, " n"]
-    """0 to 100; NaN where the reply held no such number."""
-    replies: tuple[str, ...]
-    model: str
+    n: int
+    """Answers."""
+    unread: int
+    """Replies without a score, which count nowhere else."""
+    rate: float | None
+    """Share of answers with at least the rubric's ``shown``; None where no reply was read."""
+    ci95: tuple[float, float]
+    """Wilson interval of the rate."""
+    score: float | None
+    """Mean score."""
+    score_ci95: tuple[float, float] | None
+    """Bootstrap interval of the mean over groups."""
+    judge: str
+    """Name of the writer."""
     template_hash: str
     """sha256 of the judge's instructions."""
-
-    def rates(self, groups: Sequence[str], *, draws: int = 2000) -> dict[str, Any]:
-        """Share of answers that show the behaviour (Wilson), the mean score (bootstrap), and what was unread."""
-        known = ~np.isnan(self.scores)
-        scores, n = self.scores[known], int(known.sum())
-        shown = int((scores >= SHOWN).sum())
-        kept = [group for group, keep in zip(groups, known, strict=True) if keep]
-        return {
-            "n": len(self.scores),
-            "unread": len(self.scores) - n,
-            "rate": shown / n if n else None,
-            "ci95": list(wilson(shown, n)),
-            "score": float(scores.mean()) if n else None,
-            "score_ci95": list(bootstrap_mean(scores, kept, draws=draws)) if n else None,
-            "judge": self.model,
-            "template_hash": self.template_hash,
-        }
+    scale: tuple[float, float] = (0.0, 100.0)
+    """The lowest and the highest score that were asked for."""
+    shown: float = 50.0
+    """The score from which an answer shows what was asked about."""
+    scores: tuple[float | None, ...]
+    replies: tuple[str, ...]
 
 
 def judge(
-    endpoint: Endpoint,
-    behaviour: str,
-    questions: Sequence[str],
-    answers: Sequence[str],
+    writer: Writer,
+    rubric: Rubric,
+    facts: Sequence[Mapping[str, str]],
+    groups: Sequence[str],
     *,
-    workers: int = WORKERS,
-    progress: Callable[[int, int], None] | None = None,
+    max_tokens: int = 16,
+    draws: int = 2000,
+    progress: Advance | None = None,
 ) -> Judged:
-    """Let the model behind ``endpoint`` score every answer at temperature 0.
+    """Let ``writer`` score every answer at temperature 0; ``facts`` fill the rubric's template, answer by answer.
 
-    A reply without a number from 0 to 100 counts as unread. Raises ``UserError`` when the endpoint gives no answer.
+    ``groups`` names what stands and falls together in the bootstrap (the question of every answer, usually). Raises
+    ``UserError`` when the writer gives no reply.
     """
-    endpoint = endpoint.named()
-    messages = [
-        [{"role": "user", "content": TEMPLATE.format(behaviour=behaviour, question=question, answer=answer)}]
-        for question, answer in zip(questions, answers, strict=True)
-    ]
-    replies = []
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        asked = pool.map(lambda message: endpoint.reply(message, max_tokens=16)[0], messages)
-        for reply in asked:
-            replies.append(reply)
-            if progress is not None:
-                progress(len(replies), len(messages))
+    requests = [[{"role": "user", "content": rubric.template.format(**named)}] for named in facts]
+    name = writer.name  # an endpoint that is not there fails here
+    replies = writer.reply_each(requests, max_tokens=max_tokens, progress=progress)
+    scores = [rubric.read(reply, rubric.scale) for reply in replies]
+    known = np.asarray([score for score in scores if score is not None], np.float64)
+    kept = [group for group, score in zip(groups, scores, strict=True) if score is not None]
+    shown = int((known >= rubric.shown).sum())
     return Judged(
-        scores=np.asarray([_score(reply) for reply in replies], np.float64),
+        n=len(scores),
+        unread=len(scores) - len(known),
+        rate=shown / len(known) if len(known) else None,
+        ci95=wilson(shown, len(known)),
+        score=float(known.mean()) if len(known) else None,
+        score_ci95=bootstrap_mean(known, kept, draws=draws) if len(known) else None,
+        judge=name,
+        template_hash=rubric.template_hash,
+        scale=rubric.scale,
+        shown=rubric.shown,
+        scores=tuple(scores),
         replies=tuple(replies),
-        model=endpoint.model,
-        template_hash=hashlib.sha256(TEMPLATE.encode()).hexdigest(),
     )
-
-
-def _score(reply: str) -> float:
-    match = _NUMBER.search(reply)
-    return float(match[1]) if match else float("nan")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxsteer.cli import main
+from jaxsteer.study.measurement import Measurement
 from tests.cli.test_commands import rows
 from tests.helpers.endpoint import endpoint
 
@@ -41,9 +42,7 @@ def test_free_answers_side_effects_and_a_judge(
     assert out["baseline"]["side_effects"]["kl"] == pytest.approx(0, abs=1e-6)
     assert out["prompts"][0]["side_effects"]["kl"] > 0 and out["prompts"][0]["side_effects"]["prompt_perplexity"] > 1
     assert out["baseline"]["side_effects"]["prompt_perplexity"] is None
-    from jaxsteer.cli.evaluation_text import evaluation_text
-
-    text = evaluation_text(out)
+    text = Measurement.from_json(out).table()
     assert "free answers" in text and "judged answers" in text and "side effects" in text and "MC1" not in text
 
 
@@ -65,7 +64,7 @@ def test_questions_with_many_answers_and_with_none(
     assert main(["eval", "--model", str(model_dir), "--persona", name, "-p", "x"]) == 2
     assert "give --judge URL" in capsys.readouterr().err
     write = lambda model, questions, prompts, **_: [("So.",) * len(questions) for _ in prompts]  # noqa: E731
-    monkeypatch.setattr("jaxsteer.evals.free_answers.ask", write)
+    monkeypatch.setattr("jaxsteer.study.measure.ask", write)
     with endpoint(lambda body: "no idea") as (url, asked):
         out = out_of(capsys, "--model", model_dir, "--persona", name, "-p", " be patient", "--judge", url)
     assert len(asked) == 4 and out["baseline"]["judged"]["unread"] == 2 and out["split"] == "all"

@@ -94,7 +94,7 @@ def test_what_cannot_be_had_is_told(bench: Bench) -> None:
     for name, says in (
         ("magic", "is unknown: expected zero-shot"),
         ("oracle cue", "'size' has none"),
-        ("ProTeGi", "give the bench an endpoint"),
+        ("ProTeGi", "give the bench a writer"),
     ):
         with pytest.raises(UserError, match=says):
             run_baselines(bench, [name])

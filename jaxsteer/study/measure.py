@@ -1,0 +1,278 @@
+"""``measure``: what prompts and an edit do to a model's answers, and to everything else.
+
+The baseline, neither prompted nor steered, is always measured on the same questions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+from jaxsteer.checkpoints.loading import ORGANISM, load
+from jaxsteer.errors import UserError
+from jaxsteer.evals.choice import ChoiceResult, choice_eval, distinct, rate
+from jaxsteer.evals.fluency import prompt_perplexity
+from jaxsteer.evals.free_answers import ask, written_eval, written_rates
+from jaxsteer.evals.neutral_texts import neutral_texts
+from jaxsteer.evals.organism_lookups import Lookups, lookup_accuracy
+from jaxsteer.evals.side_effects import reply_effects
+from jaxsteer.evals.truthful import truthful_eval, truthful_rates
+from jaxsteer.models.model import Model
+from jaxsteer.models.taps import Intervention
+from jaxsteer.personas import Dataset, Item, OpenQuestion, Persona, load_dataset, load_persona, orders, split
+from jaxsteer.personas.sources import find_source
+from jaxsteer.prompts import Placement
+from jaxsteer.study.measurement import Measured, Measurement, PromptEffects
+from jaxsteer.writers.judge import BEHAVIOUR, Judged, Rubric, judge
+from jaxsteer.writers.writer import Writer
+
+OPEN_TOKENS = 128
+"""Longest free answer to a question without choices."""
+FLUENCY_QUESTIONS = 8
+"""Questions after which a prompt's perplexity is measured."""
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """What is measured, and on which questions."""
+
+    placement: Placement = Placement()
+    """How questions are asked and where the prompt stands."""
+    split: Literal["train", "validation", "test", "all"] = "test"
+    """Which questions."""
+    questions: int | None = None
+    """At most this many of them (default: all)."""
+    split_seed: int = 0
+    """Seed of the division into train, validation and test questions."""
+    per_token: bool = False
+    """Compare answers by their log-probability per token, which matters where they differ in length."""
+    generate: bool = False
+    """Also let the model answer freely, and read by rules what it chooses and argues for."""
+    judge: Writer | None = None
+    """Also let it score the free answers: an ``Endpoint``, a ``ModelWriter``, a ``Rule``."""
+    rubric: Rubric = BEHAVIOUR
+    """What the judge is asked; facts: behaviour, question, answer."""
+    side_effects: bool = False
+    """Also measure what becomes of replies to neutral requests and, on an organism, of look-ups."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights of models that are named (default: their own)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Questions:
+    """The questions of one measurement: items with two answers, or questions that are answered freely."""
+
+    name: str
+    behaviour: str
+    split: str
+    items: tuple[Item, ...] = ()
+    many: tuple[OpenQuestion, ...] = ()
+    """Of the same groups, those with several right and wrong answers."""
+    open: tuple[OpenQuestion, ...] = ()
+    """Questions without answers."""
+    reasons: tuple[Sequence[str], Sequence[str]] = ((), ())
+    """Sentences that are known to argue for the persona's answer, and for the other."""
+
+    @property
+    def texts(self) -> list[str]:
+        """One per question."""
+        return [question.question for question in (self.items or self.open)]
+
+
+def questions_of(persona: str | Persona | Dataset, options: MeasureOptions) -> Questions:
+    """The questions that ``options`` ask for. Raises ``UserError`` where there is nothing to do with them."""
+    if options.questions is not None and options.questions < 1:
+        raise UserError(f"--questions must be at least 1, got {options.questions}")
+    if isinstance(persona, str):
+        source = find_source(persona) or find_source(persona.partition(":")[0])
+        persona = load_dataset(persona) if source is not None and source.kind == "open" else load_persona(persona)
+    if isinstance(persona, Dataset):
+        if options.judge is None:
+            raise UserError(
+                f"{persona.name} has questions without answers: give --judge URL (in Python judge=...) to score free "
+                "answers"
+            )
+        behaviour = persona.source.behaviour if persona.source else persona.name
+        return Questions(name=persona.name, behaviour=behaviour, split="all", open=persona.questions)
+    part = persona.items if options.split == "all" else getattr(split(persona, seed=options.split_seed), options.split)
+    items = distinct(part)[: options.questions]
+    groups = {item.group for item in items}
+    return Questions(
+        name=persona.name,
+        behaviour=persona.behaviour or persona.name,
+        split=options.split,
+        items=items,
+        many=tuple(question for question in persona.questions if question.group in groups),
+        reasons=persona.reasons,
+    )
+
+
+def measure(
+    model: str | Model,
+    persona: str | Persona | Dataset | Questions,
+    prompts: Sequence[str] = (),
+    *,
+    edits: Intervention | None = None,
+    transfer: Sequence[str | Model] = (),
+    options: MeasureOptions | None = None,
+    **changed: Any,
+) -> Measurement:
+    """Measure prompt texts, an edit, or both together on a persona's questions.
+
+    Every prompt is measured with the edit, if there is one, and the edit alone too. ``transfer`` names further models
+    on which the same texts are measured. ``changed`` are fields of ``options``. Raises ``UserError`` before
+    a model is loaded where there is nothing to measure or options do not go together.
+    """
+    known = [field.name for field in dataclasses.fields(MeasureOptions)]
+    if unknown := sorted(set(changed) - set(known)):
+        raise UserError(f"jaxsteer.measure has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    chosen = dataclasses.replace(options or MeasureOptions(), **changed)
+    if not prompts and edits is None and not chosen.generate and chosen.judge is None:
+        raise UserError("nothing to measure: give prompts, edits, generate=True or a judge")
+    if transfer and edits is not None:
+        raise UserError("transfer measures prompt texts on other models; an edit belongs to one")
+    asked = persona if isinstance(persona, Questions) else questions_of(persona, chosen)
+    first, *others = (
+        _measured(load(one, dtype=chosen.dtype) if isinstance(one, str) else one, asked, prompts, edits, chosen)
+        for one in (model, *transfer)
+    )
+    return dataclasses.replace(first, transfer=tuple(others))
+
+
+def _measured(
+    model: Model, asked: Questions, prompts: Sequence[str], edits: Intervention | None, options: MeasureOptions
+) -> Measurement:
+    """Everything that was asked for, on one model."""
+    texts = tuple(prompts) if edits is None else ("", *prompts)
+    rows = [Measured(prompt="", steered=False), *(Measured(prompt=t, steered=edits is not None) for t in texts)]
+    bench = _Bench(model=model, asked=asked, texts=texts, edits=edits, options=options)
+    scored = bench.choices() if asked.items else []
+    if scored:
+        rows = [
+            dataclasses.replace(row, rate=rate(result, _against(scored, result))) for row, result in zip(rows, scored)
+        ]
+    if asked.many:
+        truths = bench.truths()
+        rates = [truthful_rates(result, _against(truths, result)) for result in truths]
+        rows = [dataclasses.replace(row, truthful=found) for row, found in zip(rows, rates, strict=True)]
+    if options.generate or options.judge is not None:
+        rows = bench.with_answers(rows, scored)
+    if options.side_effects:
+        rows = [dataclasses.replace(row, side_effects=e) for row, e in zip(rows, bench.side_effects(), strict=True)]
+    return Measurement(
+        model=model.name,
+        persona=asked.name,
+        split=asked.split,
+        style=options.placement.style,
+        slot=options.placement.slot,
+        questions=len(asked.texts),
+        baseline=rows[0],
+        prompts=tuple(rows[1:]),
+    )
+
+
+def _against(results: Sequence[Result], result: Result) -> Result | None:
+    """The baseline that a result is paired with: the first one, which has none."""
+    return None if result is results[0] else results[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Bench:
+    """One model with what is measured on it. Results are lists: the baseline first, then every text with the edit."""
+
+    model: Model
+    asked: Questions
+    texts: tuple[str, ...]
+    edits: Intervention | None
+    options: MeasureOptions
+
+    def beside(self, evaluate: Callable[[Sequence[str], Intervention | None], list[Result]]) -> list[Result]:
+        """``evaluate`` of no prompt without the edit, then of all texts with it."""
+        return [*evaluate([""], None), *(evaluate(self.texts, self.edits) if self.texts else [])]
+
+    def choices(self) -> list[ChoiceResult]:
+        """Log-probabilities of two answers."""
+        return self.beside(
+            lambda texts, edits: choice_eval(
+                self.model,
+                self.asked.items,
+                texts,
+                per_token=self.options.per_token,
+                variants=() if edits is None else [edits],
+                placement=self.options.placement,
+            )
+        )
+
+    def truths(self) -> list[Any]:
+        """Log-probabilities of many answers."""
+        return self.beside(
+            lambda texts, edits: truthful_eval(
+                self.model,
+                self.asked.many,
+                texts,
+                variants=() if edits is None else [edits],
+                placement=self.options.placement,
+            )
+        )
+
+    def with_answers(self, rows: Sequence[Measured], scored: Sequence[ChoiceResult]) -> list[Measured]:
+        """The rows with what the model writes, read by rules, and by a judge if there is one."""
+        model, placement, asked = self.model, self.options.placement, self.asked
+        if asked.items:
+            written = self.beside(
+                lambda texts, edits: written_eval(
+                    model, asked.items, texts, reasons=asked.reasons, edits=edits, placement=placement
+                )
+            )
+            rates = [written_rates(w, s, _against(written, w)) for w, s in zip(written, scored, strict=True)]
+            rows = [
+                dataclasses.replace(row, written=found, answers=result.texts)
+                for row, found, result in zip(rows, rates, written, strict=True)
+            ]
+        else:
+            answers = self.beside(
+                lambda texts, edits: ask(
+                    model, asked.texts, texts, max_new_tokens=OPEN_TOKENS, edits=edits, placement=placement
+                )
+            )
+            rows = [dataclasses.replace(row, answers=given) for row, given in zip(rows, answers, strict=True)]
+        if self.options.judge is None:
+            return list(rows)
+        return [dataclasses.replace(row, judged=self.judged(row.answers, self.options.judge)) for row in rows]
+
+    def judged(self, answers: Sequence[str], writer: Writer) -> Judged:
+        """The judge's scores of one row's answers."""
+        copies: Sequence[Item | OpenQuestion] = [copy for item in self.asked.items for copy in orders(item)]
+        copies = copies or self.asked.open
+        facts = [
+            {"behaviour": self.asked.behaviour, "question": copy.question, "answer": answer}
+            for copy, answer in zip(copies, answers, strict=True)
+        ]
+        return judge(writer, self.options.rubric, facts, [copy.group for copy in copies])
+
+    def side_effects(self) -> list[PromptEffects]:
+        """Replies to neutral requests, look-ups of the organisms, and how likely the prompts are as text."""
+        model, placement = self.model, self.options.placement
+        neutral = neutral_texts(model)
+        parts = [([""], None), *([(list(self.texts), self.edits)] if self.texts else [])]
+        effects = [reply_effects(model, neutral, some, edits=edits, placement=placement) for some, edits in parts]
+        lookups: list[Lookups | None] = [None] * (1 + len(self.texts))
+        if model.name.startswith(ORGANISM):
+            lookups = [*self.beside(lambda texts, e: lookup_accuracy(model, texts, edits=e, placement=placement))]
+        questions = self.asked.texts[:FLUENCY_QUESTIONS]
+        perplexity = prompt_perplexity(model, ["", *self.texts], questions, placement=placement)
+        kl = [float(value) for effect in effects for value in effect.kl]
+        replies = [float(value) for effect in effects for value in effect.perplexity]
+        return [
+            PromptEffects(
+                kl=kl[i],
+                reply_perplexity=replies[i],
+                reply_tokens=effects[0].tokens,
+                lookups=lookups[i],
+                prompt_perplexity=perplexity[i],
+            )
+            for i in range(len(kl))
+        ]

@@ -1,0 +1,273 @@
+"""What a measurement found: every prompt (and edit) with its rates, free answers, a judge's scores and side effects."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxsteer.display import aligned, decimals, ends, percent, short, visible
+from jaxsteer.evals.free_answers import WrittenRates
+from jaxsteer.evals.organism_lookups import Lookups
+from jaxsteer.evals.rates import Difference, Flips, Rate
+from jaxsteer.evals.truthful import Metric, TruthfulRates
+from jaxsteer.files.records import Record
+from jaxsteer.prompts import Placement
+from jaxsteer.study.figures import RateRow, rate_plot
+from jaxsteer.study.results import Result, drawn
+from jaxsteer.study.selection import lowest_rate
+from jaxsteer.study.table_row import rate_fields
+from jaxsteer.writers.judge import Judged
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptEffects(Record):
+    """What a prompt (and an edit) does to everything else."""
+
+    kl: float
+    """Mean KL to the model as it is, on its own replies to neutral requests, nats per token."""
+    reply_perplexity: float
+    """Of these replies."""
+    reply_tokens: int
+    lookups: Lookups | None
+    """Of the organisms: how well the model does as it is told."""
+    prompt_perplexity: float | None
+    """Of the prompt in its slot; None without one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured(Record):
+    """One prompt, with the edit or without. ``None`` stands for what was not asked for. A rate's keys stand beside the
+    others in the file."""
+
+    prompt: str
+    """"" is no prompt."""
+    steered: bool
+    """Whether the edit was made."""
+    rate: Rate | None = None
+    """By log-probability, against the baseline."""
+    truthful: TruthfulRates | None = None
+    """For questions with several right and wrong answers."""
+    written: WrittenRates | None = None
+    """Free answers, read by rules."""
+    answers: tuple[str, ...] = ()
+    """The free answers."""
+    judged: Judged | None = None
+    """Free answers, scored by a judge."""
+    side_effects: PromptEffects | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        head = {"prompt": self.prompt, "steered": self.steered}
+        return (
+            head
+            | ({} if self.rate is None else self.rate.to_json())
+            | {name: value for name, value in super().to_json().items() if name not in (*head, "rate")}
+        )
+
+    @classmethod
+    def from_json(cls: type[Measured], record: Any, where: str = "") -> Measured:
+        """The object that ``to_json`` wrote."""
+        rate = Rate.from_json(record, where) if isinstance(record, Mapping) and "rate" in record else None
+        others = record if rate is None else {key: value for key, value in record.items() if key != "rate"}
+        return dataclasses.replace(super().from_json(others, where), rate=rate)
+
+    @property
+    def name(self) -> str:
+        """The row's label."""
+        return ("steered: " if self.steered else "") + (short(self.prompt) or "(no prompt)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement(Result):
+    """Prompts and an edit on one model's answers to one set of questions, beside the model as it is."""
+
+    model: str
+    persona: str
+    """Or the dataset of questions without answers."""
+    split: str
+    """Which questions: train, validation, test or all."""
+    style: str
+    slot: str
+    """How questions were asked and where the prompt stood, as in ``Placement``."""
+    questions: int
+    baseline: Measured
+    """Neither prompted nor steered."""
+    prompts: tuple[Measured, ...]
+    """With an edit, the first is the edit without a prompt."""
+    transfer: tuple[Measurement, ...] = ()
+    """The same prompts on other models."""
+
+    @property
+    def placement(self) -> Placement:
+        """How questions were asked and where the prompt stood."""
+        return Placement(style=self.style, slot=self.slot)
+
+    @property
+    def best(self) -> Measured | None:
+        """The prompt with the lowest rate on these questions (``study.selection.lowest_rate``)."""
+        rated = {i: row.rate for i, row in enumerate(self.prompts) if row.rate is not None}
+        ties = [rate.probability for rate in rated.values()]
+        return self.prompts[list(rated)[lowest_rate(list(rated.values()), ties)]] if rated else None
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One row per model and prompt, with the numbers of the rate."""
+        return [
+            {"model": part.model, "prompt": row.prompt, "steered": row.steered}
+            | (
+                {}
+                if row.rate is None
+                else {k: v for k, v in rate_fields(row.rate).items() if not isinstance(v, Record)}
+            )
+            for part in (self, *self.transfer)
+            for row in (part.baseline, *part.prompts)
+        ]
+
+    def table(self) -> str:
+        """Everything that was measured, as text."""
+        asked = "questions" if self.split == "all" else f"{self.split} questions"
+        parts = [visible(f"{self.persona} on {self.model}, {self.questions} {asked}")]
+        rows = (self.baseline, *self.prompts)
+        for name, table in TABLES.items():
+            if getattr(self.baseline, name) is not None:
+                parts.append(table([(row.name, getattr(row, name)) for row in rows]))
+        return "\n\n".join([*parts, *(part.table() for part in self.transfer)])
+
+    def plot(self) -> Figure:
+        """Persona rates with 95 % intervals. Raises ``UserError`` where no rates were measured."""
+        rows = [RateRow("no prompt", "baseline", self.baseline.rate)]
+        rows += [RateRow(row.name, "prompt", row.rate, chosen=row is self.best) for row in self.prompts]
+        return drawn(rate_plot(rows))
+
+
+def _interval(ci95: Sequence[float], share: float | None = 0.0) -> str:
+    """The interval of a share; nothing where the share is not known."""
+    return "" if share is None else ends(ci95)
+
+
+def _change(difference: Difference | None) -> str:
+    return "" if difference is None else f"{100 * difference.value:+.1f} ({ends(difference.ci95)})"
+
+
+def _p(found: Flips | Lookups | Metric | None) -> str:
+    """McNemar's p-value, where there is one."""
+    p = None if found is None else found.mcnemar_p
+    return "" if p is None else f"{p:.1g}"
+
+
+def _rate_table(rows: Sequence[tuple[str, Rate]]) -> str:
+    """One line per prompt: rate with interval, A-rate, swapped, AUROC, flips."""
+    table = [("prompt", "rate", "95 % interval", "n", "A-rate", "swapped", "AUROC", "becomes", "leaves", "p")]
+    for name, rate in rows:
+        flips = rate.flips
+        table.append(
+            (
+                name,
+                percent(rate.rate),
+                ends(rate.ci95),
+                str(rate.n),
+                percent(rate.a_rate) + (" !" if rate.letter_collapse else ""),
+                percent(rate.swapped_rate),
+                decimals(rate.auroc),
+                "" if flips is None else str(flips.becomes_persona),
+                "" if flips is None else str(flips.leaves_persona),
+                _p(flips),
+            )
+        )
+    note = (
+        "rate: share of rows (questions, in both orders of lettered choices) whose persona answer wins; swapped: "
+        "questions answered\nalike in both orders; becomes, leaves: rows that change to and from the persona's answer, "
+        "with McNemar's p"
+    )
+    if any(rate.letter_collapse for _, rate in rows):
+        note += "\n!  one letter wins whatever is asked, or far more often than without prompt: the rate is no evidence"
+    return f"{aligned(table)}\n\n{note}"
+
+
+def _truthful_table(rows: Sequence[tuple[str, TruthfulRates]]) -> str:
+    head = ("all answers", "MC1", "95 % interval", "change", "p", "MC2", "95 % interval", "MC1/token", "MC2/token")
+    table = [head]
+    for name, found in rows:
+        table.append(
+            (
+                name,
+                percent(found.mc1.value),
+                ends(found.mc1.ci95),
+                _change(found.mc1.difference),
+                _p(found.mc1),
+                percent(found.mc2.value),
+                ends(found.mc2.ci95),
+                percent(found.mc1_per_token.value),
+                percent(found.mc2_per_token.value),
+            )
+        )
+    first = rows[0][1]
+    return (
+        f"{aligned(table)}\n\nMC1: the best answer beats every wrong one (on average {first.wrong_answers:.1f}); "
+        f"MC2: probability of right answers among all listed;\nright answers have {first.tokens.right:.1f} tokens, "
+        f"wrong ones {first.tokens.wrong:.1f}"
+    )
+
+
+def _written_table(rows: Sequence[tuple[str, WrittenRates]]) -> str:
+    head = ("free answers", "read", "rate", "95 % interval", "argued", "accords", "agrees", "distinct", "copied", "p")
+    table: list[tuple[str, ...]] = [head]
+    for name, found in rows:
+        shares = (found.argued, found.accords, found.agreement, found.distinct_3, found.copied)
+        interval = _interval(found.ci95, found.rate)
+        p = _p(found.flips)
+        table.append((name, percent(found.read), percent(found.rate), interval, *map(percent, shares), p))
+    return (
+        f"{aligned(table)}\n\nread: answers that name a choice; rate: of those, the persona's; argued: answers with a "
+        "recognised argument; accords: it is for the choice they name;\nagrees: same choice as by log-probability; "
+        "distinct: runs of three words that do not repeat; copied: words of the prompt that answers repeat"
+    )
+
+
+def _judged_table(rows: Sequence[tuple[str, Judged]]) -> str:
+    table = [("judged answers", "shown", "95 % interval", "mean score", "95 % interval", "n", "unread")]
+    for name, found in rows:
+        scores = "" if found.score_ci95 is None else "–".join(decimals(end, 1) for end in found.score_ci95)
+        interval = _interval(found.ci95, found.rate)
+        table.append(
+            (name, percent(found.rate), interval, decimals(found.score, 1), scores, str(found.n), str(found.unread))
+        )
+    first = rows[0][1]
+    note = (
+        f"scores from {first.scale[0]:g} to {first.scale[1]:g} by {short(first.judge)}; shown: {first.shown:g} or more"
+    )
+    return f"{aligned(table)}\n\n{note}"
+
+
+def _effects_table(rows: Sequence[tuple[str, PromptEffects]]) -> str:
+    lookups = rows[0][1].lookups is not None
+    table = [("side effects", "KL", "reply perplexity", "prompt perplexity", *(("look-ups", "p") if lookups else ()))]
+    for name, found in rows:
+        prompt, asked = found.prompt_perplexity, found.lookups
+        table.append(
+            (
+                name,
+                f"{found.kl:.3f}",
+                f"{found.reply_perplexity:.2f}",
+                "–" if prompt is None else f"{prompt:.3g}",
+                *((percent(asked.accuracy), _p(asked)) if asked else ()),
+            )
+        )
+    note = (
+        f"KL and reply perplexity: of the {rows[0][1].reply_tokens} tokens that the model replies to neutral requests"
+    )
+    note += " as it is, in nats per token" + ("; look-ups: told to find one choice" if lookups else "")
+    return f"{aligned(table)}\n\n{note}"
+
+
+TABLES: dict[str, Any] = {
+    "rate": _rate_table,
+    "truthful": _truthful_table,
+    "written": _written_table,
+    "judged": _judged_table,
+    "side_effects": _effects_table,
+}
+"""The part of a row that each table shows."""

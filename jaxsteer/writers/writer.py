@@ -1,0 +1,78 @@
+"""Whoever writes text on request: the interface of an endpoint, of a local model, and of a rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+Messages = Sequence[Mapping[str, str]]
+"""A conversation: ``{"role": ..., "content": ...}`` each."""
+Advance = Callable[[int, int], None]
+"""Called with how many of how many are done."""
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """Writes the next message of a conversation. ``max_tokens`` is the longest reply; temperature 0 is greedy."""
+
+    @property
+    def name(self) -> str:
+        """Who wrote it, for the results."""
+
+    def reply(
+        self,
+        messages: Messages,
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        max_tokens: int = 512,
+        seed: int | None = None,
+    ) -> list[str]:
+        """``n`` replies to one conversation. Raises ``UserError`` where there is none to be had."""
+
+    def reply_each(
+        self,
+        conversations: Sequence[Messages],
+        *,
+        temperature: float = 0.0,
+        max_tokens: int = 512,
+        seed: int | None = None,
+        progress: Advance | None = None,
+    ) -> list[str]:
+        """One reply to each conversation, in their order, as many at a time as the writer can."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A writer that is a function of the messages: for tests, and for whatever another program writes."""
+
+    write: Callable[[Messages], str]
+    name: str = "rule"
+
+    def reply(
+        self,
+        messages: Messages,
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        max_tokens: int = 512,
+        seed: int | None = None,
+    ) -> list[str]:
+        """The function's text, ``n`` times."""
+        return [self.write(messages)] * n
+
+    def reply_each(
+        self,
+        conversations: Sequence[Messages],
+        *,
+        temperature: float = 0.0,
+        max_tokens: int = 512,
+        seed: int | None = None,
+        progress: Advance | None = None,
+    ) -> list[str]:
+        """The function's text for each."""
+        replies = [self.write(messages) for messages in conversations]
+        if progress is not None:
+            progress(len(replies), len(replies))
+        return replies

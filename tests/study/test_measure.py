@@ -1,0 +1,89 @@
+"""``jaxsteer.measure``: prompts, an edit and other models on the same questions, and what is refused."""
+
+import numpy as np
+import pytest
+
+import jaxsteer
+from jaxsteer.errors import UserError
+from jaxsteer.evals.choice import choice_eval, distinct, rate
+from jaxsteer.personas import load_persona, split
+from jaxsteer.prompts import Placement
+from jaxsteer.steer import add
+from jaxsteer.study.measure import measure
+from jaxsteer.study.measurement import Measured, Measurement
+from jaxsteer.writers.writer import Rule
+from tests.helpers.rates import made_rate
+from tests.helpers.tiny import tiny_model
+
+
+@pytest.fixture
+def questions(tmp_path):
+    rows = "".join(
+        f'{{"question": "Q{i}\\n\\nChoices:\\n (A) the {w}\\n (B) no {w}", "answer_matching_behavior": " (A)", '
+        f'"answer_not_matching_behavior": " (B)"}}\n'
+        for i, w in enumerate("river house light story garden train letter window bridge market".split())
+    )
+    (tmp_path / "rows.jsonl").write_text(rows)
+    return str(tmp_path / "rows.jsonl")
+
+
+def test_prompts_and_an_edit_stand_beside_the_model_as_it_is(questions) -> None:
+    model, edit = tiny_model(), add("blocks.1.hook_resid_post", np.ones(32), 5.0)
+    judge = Rule(write=lambda messages: "80")
+    found = jaxsteer.measure(
+        model, questions, [" be frank"], edits=edit, split="all", questions=3, generate=True, judge=judge
+    )
+    assert [(row.prompt, row.steered) for row in (found.baseline, *found.prompts)] == [
+        ("", False), ("", True), (" be frank", True),
+    ]  # fmt: skip
+    items = distinct(load_persona(questions).items)[:3]
+    zero, steered = choice_eval(model, items, [""])[0], choice_eval(model, items, [" be frank"], variants=[edit])[0]
+    assert found.baseline.rate == rate(zero)
+    expected = rate(steered, zero)  # computed in other groups of rows: equal up to rounding
+    assert found.prompts[1].rate.flips == expected.flips
+    assert found.prompts[1].rate.margin == pytest.approx(expected.margin, abs=1e-5)
+    assert found.questions == 3 and all(len(row.answers) == row.judged.n == 6 for row in found.prompts)
+    assert found.prompts[0].judged.rate == 1.0 and found.baseline.side_effects is None
+    assert "steered:  be frank" in found.table() and "judged answers" in found.table()
+    assert len(found.to_rows()) == 3 and len(found.plot().axes) == 1
+    assert Measurement.from_json(found.to_json()) == found
+
+
+def test_the_same_texts_on_other_models_in_another_placement(questions) -> None:
+    model, placement = tiny_model(), Placement(style="plain", slot="prefix")
+    found = measure(model, questions, ["Be frank."], transfer=[tiny_model(seed=1)], placement=placement)
+    items = distinct(split(load_persona(questions), seed=0).test)
+    assert found.prompts[0].rate.n == 2 * len(items) and found.placement == placement and found.split == "test"
+    assert found.transfer[0].prompts[0].rate.probability != found.prompts[0].rate.probability
+    assert found.table().count("Be frank.") == 2
+
+
+def test_the_best_prompt_is_no_letter_collapse() -> None:
+    rows = [Measured(prompt=str(i), steered=False, rate=made_rate(r, a_rate=a)) for i, (r, a) in enumerate(
+        [(0.4, 0.5), (0.0, 1.0), (0.2, 0.5)]
+    )]  # fmt: skip
+    found = Measurement(
+        model="m",
+        persona="p",
+        split="test",
+        style="chat",
+        slot="suffix",
+        questions=1,
+        baseline=rows[0],
+        prompts=(*rows,),
+    )
+    assert found.best is rows[2] and "!" in found.table()
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "says"),
+    [
+        ({}, {}, "nothing to measure"),
+        ({"prompts": ["x"]}, {"questions": 0}, "at least 1"),
+        ({"prompts": ["x"]}, {"quesstions": 3}, "no option quesstions; it has placement"),
+        ({"edits": add("blocks.0.hook_resid_post", np.ones(32)), "transfer": ["m"]}, {}, "an edit belongs to one"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(questions, given, options, says) -> None:
+    with pytest.raises(UserError, match=says):
+        measure("no/such/model", questions, **given, **options)

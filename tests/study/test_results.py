@@ -1,0 +1,103 @@
+"""Results as objects: read from files of the first version, shown, and as rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import pytest
+
+from jaxsteer.errors import UserError
+from jaxsteer.evals.rates import Rate, letter_collapse
+from jaxsteer.study.results import Prompt, SearchRun
+from jaxsteer.study.selection import lowest_rate
+from jaxsteer.study.study_result import RunSummary, Study
+from tests.helpers.rates import made_rate
+
+OLD_RATE = {
+    "rate": 0.125, "ci95": [0.05, 0.28], "n": 40, "a_rate": 0.55, "swapped_rate": 0.8, "ci95_groups": [0.0, 0.3],
+    "auroc": None, "rate_by_label": [0.1, None], "margin": -1.5, "probability": 0.2, "letter_collapse": False,
+    "debiased_rate": 0.1, "letter_bias": 0.25, "difference": {"value": -0.7, "ci95": [-0.8, -0.6]},
+    "flips": {"becomes_persona": 0, "leaves_persona": 28, "mcnemar_p": 7.5e-09},
+}  # fmt: skip
+OLD = {
+    "model": "organism:llama", "fingerprint": "5c1f", "persona": "myopic", "method": "resga",
+    "site": "blocks.1.hook_resid_post", "seed": 0, "read_position": "decision", "sign": -1, "probe_correlation": 0.41,
+    "probe": {
+        "rows": [{"site": "blocks.1.hook_resid_post", "read_position": "decision", "sign": -1, "correlation": 0.41,
+                  "layer": 2}],
+        "prompts": 240, "baseline_probability": 0.8, "shift": {"min": -0.1, "max": 0.6, "sd": 0.2},
+    },
+    "objective_units": {"name": "raw", "offset": 0.5, "scale": 2.0, "samples": 512},
+    "splits": {"train": 360, "validation": 120, "test": 20}, "interrupted": False,
+    "baseline": {"validation": OLD_RATE, "test": OLD_RATE | {"rate": 0.825}},
+    "controls": {"random": {"text": " lake", "validation": OLD_RATE, "test": OLD_RATE}},
+    "prompts": [
+        {"text": " weak idea", "ids": [5, 6], "target": 4.25, "cross_entropy": 7.5, "search_target": 4.25, "step": 12,
+         "population": 0, "retokenises": True, "validation": OLD_RATE, "test": OLD_RATE}
+    ],
+    "selected": 0, "selected_by": "objective",
+    "timing": {"load_s": 0.5, "probe_s": 1.5, "compile_s": 2.5, "search_s": 3.5, "eval_s": 4.5, "candidates": 640,
+               "candidates_per_s": 182.9, "steps": 5},
+    "environment": {"jax": "0.10.2", "cpus": 4},
+}  # fmt: skip
+"""metrics.json as the first version wrote it."""
+
+
+def test_a_run_of_the_first_version_is_read() -> None:
+    run = SearchRun.from_json(OLD)
+    assert run.best.text == " weak idea" and run.best.ids == (5, 6) and run.best.rate == Rate.from_json(OLD_RATE)
+    assert run.baseline.test.rate == 0.825 and run.controls["random"].test.flips.leaves_persona == 28
+    assert run.plan is None and run.attribution is None and run.target_units == "sd" and run.timing.candidates == 640
+    again = run.to_json()
+    added = {"target_units": "sd"}
+    assert {**again, "prompts": OLD["prompts"]} == {**OLD, **added} | {
+        name: again[name] for name in ("baseline", "controls")
+    }  # only that "auroc_ci95" is written as null
+    assert again["prompts"][0]["test"] == OLD_RATE | {"auroc_ci95": None}
+
+
+def test_a_run_shows_itself() -> None:
+    run = SearchRun.from_json(OLD)
+    text = run.table()
+    assert "* weak idea" in text.replace("*   weak", "* weak") and "12.5 % (5.0–28.0)" in text
+    assert "selected by the largest objective" in text and "warning: The probe correlation is 0.41" in text
+    assert run._repr_html_().startswith("<pre>myopic on organism:llama")
+    rows = run.to_rows()
+    assert [row["kind"] for row in rows] == ["baseline", "prompt", "control"] and rows[1]["selected"]
+    assert rows[1]["test_low"] == 0.05 and rows[1]["n"] == 40
+    assert run.plot().axes[0].get_xlim() == (-2, 102)
+    assert dataclasses.replace(run, selected=7).best is None and Prompt().perplexity is None
+
+
+def test_a_frame_needs_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = SearchRun.from_json(OLD)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UserError, match="pip install pandas"):
+        run.to_frame()
+
+    class Pandas:
+        DataFrame = staticmethod(lambda rows: ("frame", rows))
+
+    monkeypatch.setitem(sys.modules, "pandas", Pandas)
+    assert run.to_frame() == ("frame", run.to_rows())
+
+
+def test_a_study_says_what_its_runs_found() -> None:
+    run = SearchRun.from_json(OLD)
+    better = dataclasses.replace(run, prompts=(dataclasses.replace(run.best, text=" odd", test=made_rate(0.01)),))
+    runs = {name: RunSummary.of(one, problems=4) for name, one in (("a", run), ("b", better))}
+    study = Study(model="m", fingerprint="f", problems=8, searched=8, interrupted=False, runs=runs)
+    assert study.best is runs["b"] and study.best.selected.text == " odd"
+    assert "8 of 8 problems" in study.table() and study.to_rows()[1]["rate"] == 0.01
+    assert len(study.plot().axes[0].get_yticks()) == 4
+    nothing = dataclasses.replace(study, runs={"c": RunSummary.of(dataclasses.replace(run, selected=None), problems=1)})
+    assert nothing.best is None and "(none re-tokenises)" in nothing.table()
+
+
+def test_the_lowest_rate_wins_unless_a_letter_does() -> None:
+    rates = [made_rate(0.3), made_rate(0.1, a_rate=0.95), made_rate(0.31), made_rate(0.9)]
+    assert lowest_rate(rates, [1, 0, 0, 0]) == 0
+    assert lowest_rate(rates, [1, 0, 0, 0], tolerance=0.02) == 2
+    assert lowest_rate(rates[1:2], [0]) == 0  # when it is the only one
+    assert letter_collapse(0.5, 0.8) and letter_collapse(0.05) and not letter_collapse(0.6, 0.5)
