@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.models.config import ModelConfig
@@ -48,29 +49,43 @@ def rescore(
     others out. ``combine`` as in ``make_task``.
     """
     objective = as_pytree(objective)
+    weight = jnp.full(len(slots), 1 / len(slots))
+    out = []
+    for text in texts:
+        rows = _rows(model, slots, text)
+        f, x = _score_whole(model.params, model.config, needs, slots.length, objective, rows)
+        target = combine(f[:, None], weight)[0]
+        out.append(Rescored(target=float(target), cross_entropy=float(jnp.mean(x))))
+    return out
+
+
+@struct.dataclass
+class _Rows:
+    """One prompt in all contexts, as whole texts."""
+
+    tokens: Int[Array, "C T"]
+    mask: Bool[Array, "C T"]
+    start: Int[Array, " C"]
+    """Where the slot begins."""
+    count: Int[Array, ""]
+    """Tokens of the prompt."""
+    layout: Layout
+
+
+def _rows(model: Model, slots: Slots, text: str) -> _Rows:
     width = max(len(b) + slots.length + len(a) for b, a in zip(slots.before, row_tails(slots), strict=True))
     width = -(-width // PAD_TO) * PAD_TO
     start = np.asarray([len(b) for b in slots.before], np.int32)
-    out = []
-    for text in texts:
-        tokens = np.zeros((len(slots), width), np.int32)
-        mask = np.zeros((len(slots), width), bool)
-        for row, conversation in enumerate(slots.conversations):
-            ids = encode(model.tokenizer, conversation, text)
-            length = len(ids) - len(slots.before[row]) - len(slots.closing[row])  # in every context the same
-            if slots.target:
-                ids = np.concatenate([ids, slots.target[row][:-1]])
-            ids = ids[:width]
-            tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
-        own = resized(slots, length)
-        layout = _layout(own, start, mask)
-        count = np.int32(length)
-        f, x = _score_whole(
-            model.params, model.config, needs, slots.length, objective, tokens, mask, start, count, layout
-        )
-        target = combine(f[:, None], jnp.full(len(slots), 1 / len(slots)))[0]
-        out.append(Rescored(target=float(target), cross_entropy=float(jnp.mean(x))))
-    return out
+    tokens, mask = np.zeros((len(slots), width), np.int32), np.zeros((len(slots), width), bool)
+    for row, conversation in enumerate(slots.conversations):
+        ids = encode(model.tokenizer, conversation, text)
+        length = len(ids) - len(slots.before[row]) - len(slots.closing[row])  # in every context the same
+        if slots.target:
+            ids = np.concatenate([ids, slots.target[row][:-1]])
+        ids = ids[:width]
+        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    layout = _layout(resized(slots, length), start, mask)
+    return _Rows(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(start), jnp.int32(length), layout)
 
 
 def _layout(slots: Slots, start: Int[np.ndarray, " C"], mask: Bool[np.ndarray, "C T"]) -> Layout:
@@ -91,26 +106,18 @@ def _layout(slots: Slots, start: Int[np.ndarray, " C"], mask: Bool[np.ndarray, "
 
 @functools.partial(jax.jit, static_argnames=("config", "needs", "length"))
 def _score_whole(
-    params: Params,
-    config: ModelConfig,
-    needs: Needs,
-    length: int,
-    objective: Objective,
-    tokens: Int[Array, "C T"],
-    mask: Bool[Array, "C T"],
-    start: Int[Array, " C"],
-    count: Int[Array, ""],
-    layout: Layout,
+    params: Params, config: ModelConfig, needs: Needs, length: int, objective: Objective, rows: _Rows
 ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
-    context = make_context(config, positions_of(mask), mask)
-    reads, x, at = read(params, config, needs, embed(params, config, tokens), context, layout)
+    """The objective in every context, and the mean negative log-probability of the prompt's tokens there."""
+    context = make_context(config, positions_of(rows.mask), rows.mask)
+    reads, x, at = read(params, config, needs, embed(params, config, rows.tokens), context, rows.layout)
     f = objective(reads)
     x = run_layers(params, config, x, context, at, config.n_layers)
     # Label j of the slot is predicted one token earlier; a slot at the very start has no predictor for its first.
-    where = start[:, None] + jnp.arange(length)[None]
-    labels = jnp.take_along_axis(tokens, where, axis=1)
-    predictors = jnp.take_along_axis(x, jnp.maximum(where - 1, 0)[..., None], axis=1)
+    column = rows.start[:, None] + jnp.arange(length)[None]
+    labels = jnp.take_along_axis(rows.tokens, column, axis=1)
+    predictors = jnp.take_along_axis(x, jnp.maximum(column - 1, 0)[..., None], axis=1)
     log_probs = jax.nn.log_softmax(unembed(params, config, predictors))
     picked = jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
-    scored = (where > 0) & (jnp.arange(length) < count)
+    scored = (column > 0) & (jnp.arange(length) < rows.count)
     return f, -jnp.sum(picked * scored, axis=1) / scored.sum(axis=1)

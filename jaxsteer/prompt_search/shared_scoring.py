@@ -8,11 +8,22 @@ Where a child may differ from its parent is fixed beforehand: child e of every p
 ``starts(E, S)[e]``. Positions drawn by ``stratified`` keep to that, and all are equally likely. The parents run once,
 and their keys and values are looked back on; a child's own tokens are those from its start on. Early starts leave
 long children and late ones short, so two of them, whose lengths add up to the same sum in all pairs, share a row and
-do not see each other: rows are dense, and one program of one shape scores all children. Exact: what is computed is
-what ``score`` computes, in other shapes, so that sums may round differently (a few units in the last place).
+do not see each other: rows are dense, and one program of one shape scores all children. With S = 4, two tokens t
+behind the slot, and four children a, b, c and d that start at 0, 1, 2 and 3 (a dot is a token of the parent):
+
+    child 0   a a a a t t          row 0   a a a a t t d t t          of pair (0, 3)
+    child 1   . b b b t t          side    0 0 0 0 0 0 1 1 1          which child of the pair
+    child 2   . . c c t t          index   0 1 2 3 4 5 3 4 5          which token of that child
+    child 3   . . . d t t          row 1   b b b t t c c t t          of pair (1, 2)
+
+Exact: what is computed is what ``score`` computes, in other shapes, so that sums may round differently (a few units in
+the last place).
 """
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +65,8 @@ def shares(task: Task, positions: tuple[int, ...]) -> bool:
     if task.slot_once or task.varies or not task.reads_last or task.needs.spans or inside or not any(positions):
         return False
     whole = task.length + task.after.shape[1]
-    plan = _plan(positions, task.length, task.after.shape[1])
-    return plan.member.shape[1] / 2 + max(positions) / len(positions) < (1 - LEAST_SAVING) * whole
+    width = _pack(positions, task.length, task.after.shape[1]).side.shape[1]
+    return width / 2 + max(positions) / len(positions) < (1 - LEAST_SAVING) * whole
 
 
 def score_children(
@@ -74,22 +85,22 @@ def score_children(
     """
     if not shares(task, positions):
         return score(params, task, objective, children)
-    plan = _plan(positions, task.length, task.after.shape[1])
+    packing = _pack(positions, task.length, task.after.shape[1])
     brood = children.reshape(len(parents), len(positions), task.length)
     family, head = _run_parents(params, task, parents, brood, positions)
-    p, q = len(parents), len(plan.child)
+    p, q = len(parents), len(packing.child)
     some_p = _divisor(p, max(1, task.batch // len(positions)))
     some_q = q if task.batch >= len(positions) else _divisor(q, max(1, task.batch // 2))
 
     def one_chunk(at: tuple[Array, Array]) -> tuple[Array, Array]:
-        pairs = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(jnp.asarray(a), at[1] * some_q, some_q), plan)
+        pairs = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(jnp.asarray(a), at[1] * some_q, some_q), packing)
         near = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, at[0] * some_p, some_p, 2), family)
         ids = lax.dynamic_slice_in_dim(brood, at[0] * some_p, some_p)[:, pairs.child]
         return _score_pairs(params, task, objective, near, ids, pairs)
 
     grid = np.indices((p // some_p, q // some_q)).reshape(2, -1)
     f, own = lax.map(one_chunk, (jnp.asarray(grid[0]), jnp.asarray(grid[1])))
-    order = np.unique(plan.child, return_index=True)[1]  # a child without a partner stands there twice
+    order = np.unique(packing.child, return_index=True)[1]  # a child without a partner stands there twice
 
     def as_children(values: Array) -> Float[Array, "P E"]:
         tiled = values.reshape(p // some_p, q // some_q, some_p, some_q, 2)
@@ -101,42 +112,45 @@ def score_children(
 
 
 @struct.dataclass
-class _Plan:
+class _Packing:
     """Where the tokens of pairs of children stand in their rows."""
 
     child: Int[Array, "Q 2"]
     shift: Int[Array, "Q 2"]
-    """Place in the row of a child's own token i, less i (counted from the slot's first token)."""
-    member: Int[Array, "Q W"]
+    """Column of a child's own token i, less i (counted from the slot's first token)."""
+    side: Int[Array, "Q W"]
     """Which of the two children a token belongs to; 2 for padding."""
     index: Int[Array, "Q W"]
     """Which of its child's tokens it is."""
     start: Int[Array, "Q W"]
     """From where on its child has tokens of its own."""
-    predicts: Int[Array, "Q N"]
-    """Tokens of the row that predict a slot token of their child, and padding behind them."""
     predictor: Int[Array, "Q N"]
-    """The ``member`` of these."""
+    """Columns of the tokens that predict a slot token of their child, and padding behind them."""
+    predictor_side: Int[Array, "Q N"]
+    """The ``side`` of these."""
 
 
-def _plan(positions: tuple[int, ...], length: int, tail: int) -> _Plan:
+def _pack(positions: tuple[int, ...], length: int, tail: int) -> _Packing:
+    """Pair the child with the earliest start with the one with the latest, and so on, one behind the other."""
     order = np.argsort(positions, kind="stable")
-    child = np.asarray([(order[i], order[-1 - i]) for i in range(-(-len(order) // 2))], np.int32)
-    start = np.asarray(positions, np.int32)[child]
+    pairs = -(-len(order) // 2)  # of an odd number the middle one is paired with itself
+    child = np.stack([order[:pairs], order[::-1][:pairs]], axis=1)
+    start = np.asarray(positions)[child]
     count = length + tail - start
-    width = count.sum(1).max()
-    place = np.arange(width)
-    second = place >= count[:, :1]
-    member = second + (place >= count.sum(1, keepdims=True)).astype(np.int32)
+    column = np.arange(count.sum(1).max())
+    side = (column >= count[:, :1]).astype(int) + (column >= count.sum(1, keepdims=True))
     shift = np.stack([-start[:, 0], count[:, 0] - start[:, 1]], axis=1)
-    of_child = lambda table: np.take_along_axis(table, second.astype(int), axis=1)  # noqa: E731
-    index = np.where(member < 2, place - of_child(shift), 0)
-    predicts = (member < 2) & (index < length - 1)
-    most = predicts.sum(1).max()
-    where = np.argsort(~predicts, axis=1, kind="stable")[:, :most]
-    predictor = np.where(np.take_along_axis(predicts, where, 1), np.take_along_axis(member, where, 1), 2)
-    tables = (child, shift, member, index, of_child(start), where, predictor)
-    return _Plan(*(np.asarray(table, np.int32) for table in tables))  # type: ignore[arg-type]
+
+    def of_child(table: np.ndarray) -> np.ndarray:
+        """For every token the entry of its child."""
+        return np.take_along_axis(table, np.minimum(side, 1), axis=1)
+
+    index = np.where(side < 2, column - of_child(shift), 0)
+    predicts = (side < 2) & (index < length - 1)
+    predictor = np.argsort(~predicts, axis=1, kind="stable")[:, : predicts.sum(1).max()]
+    predictor_side = np.take_along_axis(np.where(predicts, side, 2), predictor, axis=1)
+    tables: Any = (child, shift, side, index, of_child(start), predictor, predictor_side)
+    return _Packing(*(table.astype(np.int32) for table in tables))
 
 
 def _divisor(number: int, most: int) -> int:
@@ -167,10 +181,11 @@ def _run_parents(
     context = make_context(config, where, None, task.prefix)
     hidden, kv = run_and_cache(params, config, x, context, config.n_layers)
     k, v = (a.reshape(a.shape[0], contexts, p, *a.shape[2:]) for a in kv)
-    # Per position 1 ... K: the parent's own token there, and those of the children that start there.
-    beginning = [[e for e, start in enumerate(positions) if start == j] for j in range(known + 1)]
-    most = max(map(len, beginning[1:]))
-    table = np.asarray([(row + [0] * most)[:most] for row in beginning[1:]], np.int32).reshape(known, most)
+    # What is predicted at positions 1 to K: the parent's token there, and those of the children that start there,
+    # filled up with child 0 to as many everywhere.
+    starting = [[e for e, start in enumerate(positions) if start == j] for j in range(1, known + 1)]
+    most = max(map(len, starting))
+    table = np.asarray([row + [0] * (most - len(row)) for row in starting], np.int32).reshape(known, most)
     at = np.arange(1, known + 1)
     labels = jnp.concatenate([parents[:, 1 : known + 1, None], brood[:, table, at[:, None]]], axis=2)
     every = jnp.broadcast_to(labels, (contexts, *labels.shape)).reshape(contexts * p * known, -1)
@@ -178,28 +193,28 @@ def _run_parents(
     later = later.reshape(contexts, p, known, 1 + most)
     first = first_log_probs(params, task) if task.scores_first else jnp.zeros((contexts, config.vocab_size))
     before = jnp.cumsum(jnp.concatenate([first[:, parents[:, :1]], later[..., 0]], axis=2), axis=2)
+    # A child that starts at 0 has its own first token's; another the parent's up to its start, and its own there.
     start = np.asarray(positions)
-    number = np.asarray([beginning[start].index(e) for e, start in enumerate(positions)])
     last = np.maximum(start - 1, 0)
-    total = jnp.where(start == 0, first[:, brood[:, :, 0]], before[:, :, last] + later[:, :, last, 1 + number % most])
+    rank = np.asarray([starting[s - 1].index(e) if s else 0 for e, s in enumerate(positions)])
+    total = jnp.where(start == 0, first[:, brood[:, :, 0]], before[:, :, last] + later[:, :, last, 1 + rank])
     return _Family(k=k, v=v), jnp.einsum("c,cpe->pe", task.weight, total)
 
 
 def _score_pairs(
-    params: Params, task: Task, objective: Objective, family: _Family, ids: Int[Array, "P Q 2 S"], plan: _Plan
+    params: Params, task: Task, objective: Objective, family: _Family, ids: Int[Array, "P Q 2 S"], packing: _Packing
 ) -> tuple[Float[Array, "P Q 2"], Float[Array, "P Q 2"]]:
     """F of both children of every pair, and the summed log-probability of their slot tokens after their start."""
     config, contexts, (p, q, *_) = task.config, task.contexts, ids.shape
     groups = (contexts, p, q)
-    member = jnp.minimum(plan.member, 1)
-    x = embed(params, config, _own_tokens(task, ids, member, plan.index))
-    context = _pair_context(task, family, plan.member, plan.index, plan.start)
+    x = embed(params, config, _own_tokens(task, ids, jnp.minimum(packing.side, 1), packing.index))
+    context = _pair_context(task, family, packing.side, packing.index, packing.start)
 
     def of_rows(values: Array, *shape: int) -> Array:
         return jnp.broadcast_to(values, (*groups, *shape)).reshape(-1, *shape)
 
     layout = Layout(
-        read=of_rows(task.read_index[:, None, None, None] + plan.shift, 2),
+        read=of_rows(task.read_index[:, None, None, None] + packing.shift, 2),
         context=jnp.repeat(jnp.arange(contexts), p * q * 2),
         spans={},
         keys={},
@@ -207,30 +222,29 @@ def _score_pairs(
         and Target(
             ids=jnp.repeat(task.target.ids, p * q * 2, axis=0),
             mask=jnp.repeat(task.target.mask, p * q * 2, axis=0),
-            start=of_rows(task.target.start[:, None, None, None] + plan.shift, 2),
+            start=of_rows(task.target.start[:, None, None, None] + packing.shift, 2),
         ),
     )
     reads, x, depth = read(params, config, task.needs, x, context, layout)
     f = task.combine(objective(reads).reshape(contexts, -1), task.weight)
     # Above the deepest read only the tokens that predict another slot token matter.
-    n = plan.predicts.shape[1]
-    picked = lambda a: jnp.take_along_axis(a, plan.predicts, axis=1)  # noqa: E731
-    index = picked(plan.index)
-    x = x.reshape(contexts * p, q, -1, config.d_model)[:, jnp.arange(q)[:, None], plan.predicts]
-    context = _pair_context(task, family, plan.predictor, index, picked(plan.start))
+    n = packing.predictor.shape[1]
+    index, start = (jnp.take_along_axis(a, packing.predictor, axis=1) for a in (packing.index, packing.start))
+    x = x.reshape(contexts * p, q, -1, config.d_model)[:, jnp.arange(q)[:, None], packing.predictor]
+    context = _pair_context(task, family, packing.predictor_side, index, start)
     x = run_layers(params, config, x.reshape(-1, n, config.d_model), context, depth, config.n_layers)
-    labels = ids[:, jnp.arange(q)[:, None], jnp.minimum(plan.predictor, 1), index + 1]
+    labels = ids[:, jnp.arange(q)[:, None], jnp.minimum(packing.predictor_side, 1), index + 1]
     log_probs = label_log_probs(params, config, x.reshape(-1, config.d_model), of_rows(labels, n).reshape(-1))
-    mine = plan.predictor[..., None] == jnp.arange(2)
+    mine = packing.predictor_side[..., None] == jnp.arange(2)
     own = jnp.einsum("c,cpqn,qnm->pqm", task.weight, log_probs.reshape(*groups, n), mine.astype(jnp.float32))
     return f.reshape(p, q, 2), own
 
 
 def _own_tokens(
-    task: Task, ids: Int[Array, "P Q 2 S"], member: Int[Array, "Q W"], index: Int[Array, "Q W"]
+    task: Task, ids: Int[Array, "P Q 2 S"], side: Int[Array, "Q W"], index: Int[Array, "Q W"]
 ) -> Int[Array, "CPQ W"]:
     p, q, _, length = ids.shape
-    slot = ids[:, jnp.arange(q)[:, None], member, jnp.minimum(index, length - 1)]
+    slot = ids[:, jnp.arange(q)[:, None], side, jnp.minimum(index, length - 1)]
     shape = (task.contexts, p, q, index.shape[1])
     if not task.after.shape[1]:
         return jnp.broadcast_to(slot, shape).reshape(-1, shape[-1])
@@ -239,13 +253,13 @@ def _own_tokens(
 
 
 def _pair_context(
-    task: Task, family: _Family, member: Int[Array, "Q W"], index: Int[Array, "Q W"], start: Int[Array, "Q W"]
+    task: Task, family: _Family, side: Int[Array, "Q W"], index: Int[Array, "Q W"], start: Int[Array, "Q W"]
 ) -> Context:
     """The context of rows that hold two children each: of its own row a token sees its child's tokens up to itself,
     and of the parent what stands before its child's start.
     """
     config, (layers, contexts, p, *_, known) = task.config, family.k.shape
-    q, w = member.shape
+    q, w = side.shape
     lengths = task.prefix.length[:, None, None, None]
     positions = jnp.broadcast_to(lengths + index, (contexts, p, q, w)).reshape(-1, w)
     shared = Shared(
@@ -254,12 +268,12 @@ def _pair_context(
         mask=(jnp.arange(known) < start[..., None])[None],
         positions=jnp.repeat(task.prefix.length, p)[:, None] + jnp.arange(known),
     )
-    same = member[:, :, None] == member[:, None, :]
+    same = side[:, :, None] == side[:, None, :]
     sees = same & (jnp.arange(w)[:, None] >= jnp.arange(w))
     seen = _valid(task, index)[:, None, :, None, :]
     mask = jnp.broadcast_to(sees & seen, (contexts, p, q, w, w)).reshape(-1, w, w)
     context = make_context(config, positions, None, task.prefix, shared)
-    return context.replace(self_mask=mask)  # type: ignore[attr-defined]
+    return dataclasses.replace(context, self_mask=mask)
 
 
 def _valid(task: Task, index: Int[Array, "Q W"]) -> Bool[Array, "C Q W"]:
