@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.tables import COLUMNS, Columns, Row, write_study
+from jaxsteer.cli import keep_programs
 from jaxsteer.errors import UserError
 from jaxsteer.study.cell_runs import compute_all, document, in_order, open_table
 from jaxsteer.study.cells import PROMPT_LENGTH, Block, Table
@@ -68,7 +69,7 @@ def finish(
         title += f" ({len(table.seeds)} seeds, {table.options['steps']} steps{', quick' if args.quick else ''})"
         missing = sum(not block.path(method).is_file() for block in blocks for method in block.methods)
         print(f"{sum(len(block.methods) for block in blocks)} cells, {missing} of them to compute", flush=True)
-        for done in compute_all(blocks, jobs=args.jobs):
+        for done in compute_all(blocks, jobs=args.jobs, setup=keep_programs):
             rows += done
             ordered = in_order(complete(rows), blocks, order)
             found = document(experiment, title, table, ordered, judge(ordered), quick=args.quick, command=command)

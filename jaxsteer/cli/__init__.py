@@ -74,11 +74,16 @@ def _settings() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    keep_programs()
+
+
+def keep_programs() -> None:
+    """Keep compiled programs on disk between processes, unless the user has said where they go."""
     import jax
 
     from jaxsteer.checkpoints.loading import cache_dir
 
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:  # a user's own setting stays
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -93,7 +98,7 @@ def join_processes(arguments: list[str]) -> list[str]:
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)
     given, rest = parser.parse_known_args(arguments)
-    if {"-h", "--help"} & set(rest):  # read alone, also where others would have to be waited for
+    if {"-h", "--help", "--help-all"} & set(rest):  # read alone, also where others would have to be waited for
         return rest
 
     from jaxsteer.processes import Place, join, place_of

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-from jaxsteer.checkpoints.loading import cache_dir
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_json
 from jaxsteer.personas import load_persona
@@ -43,12 +42,15 @@ def compute(block: Block, say: Callable[[str], None] = print) -> list[dict[str, 
     return rows
 
 
-def compute_all(blocks: Sequence[Block], *, jobs: int) -> Iterator[list[dict[str, Any]]]:
+def compute_all(
+    blocks: Sequence[Block], *, jobs: int = 1, setup: Callable[[], None] | None = None
+) -> Iterator[list[dict[str, Any]]]:
     """The rows of every block as it is done. With several ``jobs`` each process has its own share of the CPU cores.
 
-    Programs compiled once are kept on disk, for the other processes and the next time.
+    Every process begins with ``setup``, a function of some module: the place for settings of JAX.
     """
-    keep_programs()
+    if setup is not None:
+        setup()
     if jobs == 1 or len(blocks) == 1:
         yield from (compute(block, _say) for block in blocks)
         return
@@ -57,7 +59,7 @@ def compute_all(blocks: Sequence[Block], *, jobs: int) -> Iterator[list[dict[str
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     for job in range(jobs):
         shares.put(cores[job::jobs] or cores)
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(shares,))
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(shares, setup))
     with pool:
         try:
             for done in as_completed([pool.submit(compute, block, _say) for block in blocks]):
@@ -67,22 +69,16 @@ def compute_all(blocks: Sequence[Block], *, jobs: int) -> Iterator[list[dict[str
             raise
 
 
-def _begin(shares: Any) -> None:
+def _begin(shares: Any, setup: Callable[[], None] | None) -> None:
     cores = shares.get()
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
-    keep_programs()
+    if setup is not None:
+        setup()
 
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def keep_programs() -> None:
-    """Keep compiled programs on disk between processes, unless the user has said where they go."""
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def open_table(table: Table) -> None:

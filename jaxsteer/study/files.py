@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxsteer.errors import UserError
-from jaxsteer.files import append_text, make_directory, read_json, read_log, write_text
+from jaxsteer.files import append_text, read_log, write_text
 from jaxsteer.processes import is_first
 
 CONFIG, PROGRESS = "config.json", "progress.jsonl"
@@ -71,40 +69,3 @@ def append_line(path: Path, row: Any) -> None:
     """Add a row to a JSON Lines file."""
     if is_first():
         append_text(path, line(row))
-
-
-def open_run(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Look at the output directory before any work: ``None`` to go on, or the metrics of the finished same run.
-
-    A run of the same config that was cut off is done again. Raises ``UserError`` for a directory that holds another
-    run's files or other things, and for one that cannot be written.
-    """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: give a directory")
-    make_directory(out)
-    if not os.access(out, os.W_OK):
-        raise UserError(f"--out {out} cannot be written")
-    names = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
-    if not names:
-        return None
-    known = _read(out / CONFIG)
-    if known is None or known.get("format") != FORMAT:
-        raise UserError(
-            f"--out {out} is not empty ({', '.join(names[:5])}) and holds no run of jaxsteer: give a new directory"
-        )
-    wanted = plain(config)
-    differing = [k for k in wanted.keys() | known.keys() if wanted.get(k) != known.get(k)]
-    differing.sort(key=lambda k: (k not in known, k not in wanted, k))
-    if differing:
-        changes = "; ".join(f"{k}: {known.get(k)!r} there, {wanted.get(k)!r} now" for k in differing[:4])
-        raise UserError(
-            f"--out {out} holds another run's files ({changes}): give another directory, or delete that one"
-        )
-    return _read(out / METRICS)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_json(path)
-    except UserError:
-        return None

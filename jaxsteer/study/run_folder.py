@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxsteer import __version__
+from jaxsteer.errors import UserError
+from jaxsteer.files import make_directory, read_json
 from jaxsteer.files.records import Record
 from jaxsteer.processes import from_first, is_first
 from jaxsteer.study import files
@@ -42,12 +45,12 @@ def opened(out: files.RunDir, config: dict[str, Any], say: Callable[[str], None]
     has nothing to do.
 
     A run of the same config that was cut off is done again. A directory that was made for a run that is refused goes
-    again. Raises ``UserError`` as ``files.open_run`` does.
+    again. Raises ``UserError`` as ``open_run`` does.
     """
     path = Path(out)
     config = {"format": files.FORMAT, "version": __version__, **config}
     made = not path.exists()
-    finished = from_first(lambda: files.open_run(path, config))
+    finished = from_first(lambda: open_run(path, config))
     if finished is not None:
         say(f"{path} already holds this run: nothing to do")
     try:
@@ -57,3 +60,40 @@ def opened(out: files.RunDir, config: dict[str, Any], say: Callable[[str], None]
             with contextlib.suppress(OSError):  # something was written
                 path.rmdir()
         raise
+
+
+def open_run(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Look at the output directory before any work: ``None`` to go on, or the metrics of the finished same run.
+
+    A run of the same config that was cut off is done again. Raises ``UserError`` for a directory that holds another
+    run's files or other things, and for one that cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: give a directory")
+    make_directory(out)
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out} cannot be written")
+    names = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
+    if not names:
+        return None
+    known = _read(out / files.CONFIG)
+    if known is None or known.get("format") != files.FORMAT:
+        raise UserError(
+            f"--out {out} is not empty ({', '.join(names[:5])}) and holds no run of jaxsteer: give a new directory"
+        )
+    wanted = files.plain(config)
+    differing = [k for k in wanted.keys() | known.keys() if wanted.get(k) != known.get(k)]
+    differing.sort(key=lambda k: (k not in known, k not in wanted, k))
+    if differing:
+        changes = "; ".join(f"{k}: {known.get(k)!r} there, {wanted.get(k)!r} now" for k in differing[:4])
+        raise UserError(
+            f"--out {out} holds another run's files ({changes}): give another directory, or delete that one"
+        )
+    return _read(out / files.METRICS)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(path)
+    except UserError:
+        return None

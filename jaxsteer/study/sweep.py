@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 from tqdm.auto import tqdm
 
-from jaxsteer import __version__
 from jaxsteer.checkpoints.loading import load
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import choice_eval, distinct, rate
@@ -44,6 +43,7 @@ from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.probing import DIRECTION_ITEMS
 from jaxsteer.study.results import Timing
+from jaxsteer.study.run_folder import RunFolder, opened
 from jaxsteer.study.selection import lowest_rate
 from jaxsteer.study.setting import context_items
 from jaxsteer.study.sweep_result import PERSONA, ChosenSetting, Sweep, SweepRow, Unsteered
@@ -110,11 +110,24 @@ def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.i
     _check(options)
     persona = load_persona(options.persona)
     texts = _read_lines(options.neutral) if options.neutral else None
-    config = {"format": files.FORMAT, "version": __version__, "data_hash": persona.data_hash, **options.record()}
-    finished = files.open_run(options.out, {**config, "kind": "sweep"})
-    if finished is not None:
-        say(f"{options.out} already holds this sweep: nothing to do")
-        return Sweep.from_json(finished, str(options.out / files.METRICS))
+    config = {"data_hash": persona.data_hash, **options.record(), "kind": "sweep"}
+    with opened(options.out, config, say) as folder:
+        if folder.finished is not None:
+            return Sweep.from_json(folder.finished, str(folder.path / files.METRICS))
+        result = _measure(options, folder, persona, texts, model, say)
+        files.write_text(options.out / TABLE_FILE, result.csv())
+        folder.finish(result)
+    return result
+
+
+def _measure(
+    options: SweepOptions,
+    folder: RunFolder,
+    persona: Persona,
+    texts: Sequence[str] | None,
+    model: Model | None,
+    say: Say,
+) -> Sweep:
     started = time.perf_counter()
     model = model or load(options.model, dtype=options.dtype)
     n_layers = model.config.n_layers
@@ -124,7 +137,7 @@ def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.i
     neutral = _encode(model, texts or neutral_texts(model), Placement(style=options.style))
     splits = split(persona, seed=options.split_seed)
     directions = _directions(options, model, persona, splits.train, layers)
-    files.write_json(options.out / files.CONFIG, {**config, "kind": "sweep"})
+    folder.begin()
     save_direction(directions[PERSONA], options.out / files.DIRECTION)
 
     items = context_items(distinct(splits.validation), options.questions)
@@ -145,7 +158,7 @@ def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.i
             bar.update()
     table = tuple(row for layer in layers for row in rows[layer])
     chosen = choose(table, options.max_kl)
-    result = Sweep(
+    return Sweep(
         model=model.name,
         fingerprint=model.fingerprint,
         persona=persona.name,
@@ -158,9 +171,6 @@ def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.i
         timing=Timing(sweep_s=time.perf_counter() - started),
         environment=environment(model),
     )
-    files.write_text(options.out / TABLE_FILE, result.csv())
-    files.write_json(options.out / files.METRICS, result.to_json())
-    return result
 
 
 def _check(options: SweepOptions) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments import ablations, main_table
+from experiments import ablations, main_table, running
 from experiments.main_table import CONTROLS, RESGA, SAEGA, blocks_of, methods_of, verdicts
 from experiments.tables import COLUMNS, latex, markdown, table_csv, write_study
 from jaxsteer.study import cell_runs
@@ -134,7 +134,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(cell_runs, "Shared", lambda block: block)
     monkeypatch.setattr(cell_runs, "compute_row", at_once)
-    monkeypatch.setattr(cell_runs, "keep_programs", lambda: None)
+    monkeypatch.setattr(running, "keep_programs", lambda: None)
     return names
 
 

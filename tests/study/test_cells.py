@@ -24,14 +24,13 @@ def test_cells_are_computed_once_and_other_settings_are_refused(tmp_path: Path, 
 
     monkeypatch.setattr(cell_runs, "Shared", lambda block: asked.append("shared") or block)
     monkeypatch.setattr(cell_runs, "compute_row", at_once)
-    monkeypatch.setattr(cell_runs, "keep_programs", lambda: None)
     table = Table(out=tmp_path, seeds=(0, 1), options={"steps": 3})
     methods = (Method(name="zero-shot", about=""), Method(name="RESGA, decision", about="", options={}))
     block = Block(table=table, model="organism:llama", sae=None, persona="myopic", methods=methods)
     cell_runs.open_table(table)
-    first = list(cell_runs.compute_all([block], jobs=1))
+    first = list(cell_runs.compute_all([block]))
     assert asked == ["shared", "zero-shot", "RESGA, decision"]
-    assert list(cell_runs.compute_all([block], jobs=1)) == first and len(asked) == 3
+    assert list(cell_runs.compute_all([block])) == first and len(asked) == 3
     block.path(methods[1]).unlink()
     cell_runs.compute(block)
     assert asked[3:] == ["shared", "RESGA, decision"]

@@ -24,6 +24,7 @@ from jaxsteer.study import SearchOptions, files, run, stages
 from jaxsteer.study import many_runs as several
 from jaxsteer.study import object_store as module
 from jaxsteer.study.object_store import ARCHIVE, stored
+from jaxsteer.study.run_folder import open_run
 from tests.helpers.tiny import tiny_model
 
 Make = Callable[..., SearchOptions]
@@ -78,7 +79,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 
 def work(folder: Path, *, steps: int = 3, end: int = 3) -> int:
     """A run as files: a checkpoint per step with what was done before, then the results. Returns the steps it did."""
-    if files.open_run(folder, CONFIG) is not None:
+    if open_run(folder, CONFIG) is not None:
         return 0
     files.write_json(folder / files.CONFIG, CONFIG)
     with Store(folder / files.STATE, resume=True) as store:
@@ -229,7 +230,7 @@ def test_another_run_is_not_touched(place: Place) -> None:
     before = (place.at / ARCHIVE).read_bytes()
     with pytest.raises(UserError, match="another run's files .* is the working copy of file://"):
         with stored(place.url) as folder:
-            files.open_run(folder, {**CONFIG, "seed": 1})
+            open_run(folder, {**CONFIG, "seed": 1})
     assert (place.at / ARCHIVE).read_bytes() == before and place.names() == [ARCHIVE]
 
 
