@@ -21,7 +21,7 @@ from jaxsteer import load, load_sae
 from jaxsteer.sae import save_sae
 from jaxsteer.sae.evaluation import evaluate_sae
 from jaxsteer.sae.recipe import Recipe
-from jaxsteer.sae.texts import documents_of
+from jaxsteer.sae.texts import Sample, documents_of
 from jaxsteer.sae.training import train_sae
 
 SITES = {
@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
 
         sae = train_sae(model, documents_of(model), steps, out, progress=report)
     save_sae(sae, ship, dtype="float16")
-    found = evaluate_sae(load_sae(ship), model, documents_of(model, seed=HELD_OUT), context=steps.context)
+    found = evaluate_sae(
+        load_sae(ship), model, documents_of(model, seed=HELD_OUT), sample=Sample(context=steps.context)
+    )
     size = sum(path.stat().st_size for path in ship.iterdir())
     print(json.dumps({**dataclasses.asdict(found), "bytes": size}, indent=1))
     passed = found.recovered >= RECOVERED and found.dead <= DEAD and size <= BYTES

@@ -25,8 +25,6 @@ KNOWN = {
     "jaxsteer.evals.choice.choice_eval",
     "jaxsteer.evals.scoring._score",
     "jaxsteer.models.config.llama_config",
-    "jaxsteer.sae.exploration.explore",
-    "jaxsteer.sae.loading.load_sae",
     "jaxsteer.study.probe.probe",
     "jaxsteer.study.probing.probe_positions",
 }

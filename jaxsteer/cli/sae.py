@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxsteer.models.model import Model
     from jaxsteer.sae import SAE
     from jaxsteer.sae.evaluation import Evaluation
-    from jaxsteer.sae.texts import Documents
+    from jaxsteer.sae.texts import Documents, Sample
 
 _HELD_OUT = 1 << 20
 """Seed of the documents that an organism is measured on; training takes its own seed, which is small."""
@@ -93,10 +93,11 @@ class Train(_Reading):
         if self.evaluate:
             from jaxsteer.files import write_text
             from jaxsteer.sae.evaluation import evaluate_sae
+            from jaxsteer.sae.texts import Sample
 
             whole = model if layers == config.n_layers else load(self.model, dtype=self.dtype, mesh=model.mesh)
             held_out = _held_out(whole, self.data)
-            found = evaluate_sae(sae, whole, held_out, tokens=self.evaluate, context=recipe.context)
+            found = evaluate_sae(sae, whole, held_out, sample=Sample(tokens=self.evaluate, context=recipe.context))
             if is_first():
                 write_text(self.out / "evaluation.json", document(dataclasses.asdict(found)))
             print(f"\n{evaluation_table(found)}")
@@ -124,6 +125,12 @@ class _OnSae(_Reading):
     json: bool = False
     """Print JSON instead of text."""
 
+    def sample(self) -> Sample:
+        """How much text."""
+        from jaxsteer.sae.texts import Sample
+
+        return Sample(tokens=self.tokens, context=self.context, rows=self.rows)
+
     def load(self) -> tuple[SAE, Model, Documents]:
         """All three."""
         from jaxsteer.checkpoints.loading import load
@@ -148,7 +155,7 @@ class Eval(_OnSae):
             total=self.tokens, desc="evaluate", unit="tok", unit_scale=True, disable=self.json or not is_first()
         ) as bar:
             found = evaluate_sae(
-                sae, model, documents, tokens=self.tokens, context=self.context, rows=self.rows,
+                sae, model, documents, sample=self.sample(),
                 progress=lambda done: _advance(bar, done),
             )  # fmt: skip
         print(document(dataclasses.asdict(found)) if self.json else evaluation_table(found))
@@ -173,7 +180,7 @@ class Explore(_OnSae):
     def run(self) -> int:
         """Look and print."""
         from jaxsteer.report.latents import latents_text, write_latents
-        from jaxsteer.sae.exploration import explore
+        from jaxsteer.sae.exploration import Detail, explore
 
         if self.html is not None and not self.html.parent.is_dir():
             raise UserError(f"--html {self.html}: the folder {self.html.parent} does not exist")
@@ -182,10 +189,11 @@ class Explore(_OnSae):
             total=self.tokens, desc="explore", unit="tok", unit_scale=True, disable=self.json or not is_first()
         ) as bar:
             found = explore(
-                sae, model, documents, self.latents, name=self.sae, tokens=self.tokens, snippets=self.snippets,
-                around=self.around, top=self.top, context=self.context, rows=self.rows,
+                sae, model, documents, self.latents, sample=self.sample(),
+                detail=Detail(snippets=self.snippets, around=self.around, top=self.top),
                 progress=lambda done: _advance(bar, done),
             )  # fmt: skip
+        found = dataclasses.replace(found, sae=self.sae)
         print(document(dataclasses.asdict(found)) if self.json else latents_text(found))
         if self.html is not None and is_first():
             write_latents(found, self.html)

@@ -13,16 +13,17 @@ from jaxsteer.sae.dictionary import (
     subset,
 )
 from jaxsteer.sae.evaluation import Evaluation, evaluate_sae
-from jaxsteer.sae.exploration import Exploration, explore
+from jaxsteer.sae.exploration import Detail, Exploration, explore
 from jaxsteer.sae.lens import promoted_tokens
 from jaxsteer.sae.loading import Health, check_health, check_sae, load_sae, save_sae
 from jaxsteer.sae.objective import Latents, latents_objective
 from jaxsteer.sae.recipe import Recipe
-from jaxsteer.sae.texts import documents_of
+from jaxsteer.sae.texts import Sample, documents_of
 from jaxsteer.sae.training import train_sae
 
 __all__ = [
     "SAE",
+    "Detail",
     "Evaluation",
     "Exploration",
     "Fidelity",
@@ -30,6 +31,7 @@ __all__ = [
     "Latents",
     "Recipe",
     "SAEConfig",
+    "Sample",
     "check_health",
     "check_sae",
     "decode",

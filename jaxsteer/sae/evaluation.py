@@ -38,7 +38,7 @@ from jaxsteer.processes import to_host
 from jaxsteer.sae.dictionary import SAE, decode, encode
 from jaxsteer.sae.harvest import bos_of, usable
 from jaxsteer.sae.loading import check_sae
-from jaxsteer.sae.texts import Documents, Rows
+from jaxsteer.sae.texts import Documents, Rows, Sample
 
 LOGITS = 1 << 26
 """Logits of one pass held at once, in floats."""
@@ -110,16 +110,14 @@ def evaluate_sae(
     model: Model,
     documents: Documents,
     *,
-    tokens: int = 50_000,
-    context: int = 128,
-    rows: int = 32,
+    sample: Sample = Sample(),
     site: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Evaluate any SAE or transcoder on at least ``tokens`` activations of its model (whole batches of text).
+    """Evaluate any SAE or transcoder on a sample of its model's activations.
 
-    ``site`` is where it is read instead of at its own site. ``rows`` texts of ``context`` tokens are run at once, fewer
-    where their logits would be large. ``progress`` gets the number of tokens done, in the first pass of two. The dead
+    ``site`` is where it is read instead of at its own site. Fewer rows of the sample are run at once where their logits
+    would be large. ``progress`` gets the number of tokens done, in the first pass of two. The dead
     share depends on how much text there is: a latent that fires once in a million tokens is not dead.
 
     Raises ``UserError`` for an SAE that does not fit, and for a transcoder that writes into another layer.
@@ -129,16 +127,16 @@ def evaluate_sae(
     target = source if site else parse_site(sae.config.site_out or source.name, model.config.n_layers)
     if source.layer != target.layer:
         raise UserError(f"The SAE reads {source.name} and writes {target.name}: patching needs both in one layer.")
-    length = min(context, model.config.max_positions)
+    length = min(sample.context, model.config.max_positions)
     shards = 1 if model.mesh is None else model.mesh.shape["prompts"]
     fitting = max(1, LOGITS // (length * model.config.vocab_size))
-    rows = max(shards, min(rows, fitting) // shards * shards)
+    rows = max(shards, min(sample.rows, fitting) // shards * shards)
     bos = bos_of(model)
     texts = Rows(documents, rows=rows, length=length, bos=None if bos < 0 else bos)
     batches: list[tuple[np.ndarray, np.ndarray]] = []
     keeps: list[np.ndarray] = []
     sums = _Sums(sae)
-    while sums.tokens < tokens:
+    while sums.tokens < sample.tokens:
         ids, mask, _ = texts.next()
         found = capture(model, ids, list({source.name, target.name}), mask)
         x, y = (found[place.name].reshape(*ids.shape, -1) for place in (source, target))

@@ -22,7 +22,7 @@ from jaxsteer.sae.dictionary import SAE, encode
 from jaxsteer.sae.harvest import bos_of, usable
 from jaxsteer.sae.lens import promoted_tokens
 from jaxsteer.sae.loading import check_sae
-from jaxsteer.sae.texts import Documents, Rows
+from jaxsteer.sae.texts import Documents, Rows, Sample
 
 WRITES_STREAM = ("hook_embed", *STREAM_PLACES, "hook_attn_out", "hook_mlp_out")
 """Places whose values are, or are added to, the residual stream: only there do decoder rows promote tokens."""
@@ -59,12 +59,25 @@ class LatentReport:
 class Exploration:
     """Latents of one SAE on one text."""
 
-    sae: str
+    sae: str = "SAE"
+    """What the SAE is called."""
     model: str
     site: str
     tokens: int
     """Activations that were looked at."""
     latents: tuple[LatentReport, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Detail:
+    """How much is told of every latent."""
+
+    snippets: int = 8
+    """Its strongest moments, at most one per row of text."""
+    around: int = 12
+    """Tokens on either side of a moment."""
+    top: int = 10
+    """Tokens that it promotes."""
 
 
 def explore(
@@ -73,20 +86,14 @@ def explore(
     documents: Documents,
     latents: Sequence[int],
     *,
-    name: str = "SAE",
-    tokens: int = 50_000,
-    snippets: int = 8,
-    around: int = 12,
-    top: int = 10,
-    context: int = 128,
-    rows: int = 32,
+    detail: Detail = Detail(),
+    sample: Sample = Sample(),
     site: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Exploration:
-    """Look at ``latents`` on at least ``tokens`` activations of the model.
+    """Look at ``latents`` on a sample of the model's activations.
 
-    Of every latent the ``snippets`` strongest moments are kept, one per row of text, with ``around`` tokens on either
-    side, and the ``top`` tokens that it promotes. Only these latents are ever computed where the architecture allows.
+    Only these latents are ever computed where the architecture allows.
     Raises ``UserError`` for latents that do not exist and for an SAE that does not fit the model.
     """
     check_sae(sae, model, site)
@@ -95,38 +102,43 @@ def explore(
     place = parse_site(site or sae.config.site_in or "", model.config.n_layers)
     target = parse_site(sae.config.site_out or place.name, model.config.n_layers)
     bos = bos_of(model)
-    texts = Rows(documents, rows=rows, length=min(context, model.config.max_positions), bos=None if bos < 0 else bos)
+    texts = Rows(
+        documents,
+        rows=sample.rows,
+        length=min(sample.context, model.config.max_positions),
+        bos=None if bos < 0 else bos,
+    )
     chosen = jnp.asarray(latents)
     best: list[dict[tuple[int, ...], tuple[float, np.ndarray, int]]] = [{} for _ in latents]
-    active, seen, barren = np.zeros(len(latents)), 0, 0
-    while seen < tokens:
+    active, seen, empty = np.zeros(len(latents)), 0, 0
+    while seen < sample.tokens:
         ids, mask, _ = texts.next()
         x = capture(model, ids, [place.name], mask)[place.name].reshape(*ids.shape, -1)
         keep = usable(x, jnp.asarray(ids), jnp.asarray(mask), bos)
         codes, on, count = to_host(_codes(sae, x, keep, chosen))
-        barren = barren + 1 if count == 0 else 0
-        if barren > 64:
-            raise UserError(f"{barren} batches of text in a row hold no usable activation at {place.name}.")
+        empty = empty + 1 if count == 0 else 0
+        if empty > 64:
+            raise UserError(f"{empty} batches of text in a row hold no usable activation at {place.name}.")
         active, seen = active + on, seen + int(count)
         for i in range(len(latents)):
-            _remember(best[i], ids, mask, codes[:, :, i], snippets, around)
+            _keep_strongest(best[i], ids, mask, codes[:, :, i], detail)
         if progress is not None:
             progress(seen)
     writes = target.place in WRITES_STREAM and sae.d_out == model.config.d_model
-    promoted = promoted_tokens(model, sae, list(latents), top=top) if writes else [()] * len(latents)
+    promoted = promoted_tokens(model, sae, list(latents), top=detail.top) if writes else [()] * len(latents)
     reports = []
     for i, latent in enumerate(latents):
-        found = sorted(best[i].items(), key=lambda entry: -entry[1][0])
+        moments = sorted(best[i].items(), key=lambda moment: -moment[1][0])
         reports.append(
             LatentReport(
                 latent=int(latent),
                 density=float(active[i] / seen),
-                largest=found[0][1][0] if found else 0.0,
-                snippets=tuple(_snippet(model, ids, codes, peak) for ids, (_, codes, peak) in found),
+                largest=moments[0][1][0] if moments else 0.0,
+                snippets=tuple(_snippet(model, ids, codes, peak) for ids, (_, codes, peak) in moments),
                 promotes=promoted[i],
             )
         )
-    return Exploration(sae=name, model=model.name, site=place.name, tokens=seen, latents=tuple(reports))
+    return Exploration(model=model.name, site=place.name, tokens=seen, latents=tuple(reports))
 
 
 @jax.jit
@@ -138,15 +150,15 @@ def _codes(
     return codes, jnp.sum(codes != 0, (0, 1), dtype=jnp.float32), keep.sum()
 
 
-def _remember(
+def _keep_strongest(
     best: dict[tuple[int, ...], tuple[float, np.ndarray, int]],
     ids: np.ndarray,
     mask: np.ndarray,
     codes: np.ndarray,
-    limit: int,
-    around: int,
+    detail: Detail,
 ) -> None:
-    """Put the strongest moments of some rows among the ``limit`` best; texts that are there already do not count."""
+    """Put the strongest moments of some rows among the best so far; texts that are there already do not count."""
+    limit, around = detail.snippets, detail.around
     peaks = codes.argmax(1)
     values = codes[np.arange(len(codes)), peaks]
     for row in np.argsort(-values, kind="stable")[:limit]:

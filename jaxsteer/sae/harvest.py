@@ -29,7 +29,7 @@ from jaxsteer.sae.texts import Position, Rows
 
 OUTLIER = 10.0
 """An activation whose norm is above this many times the median of its batch is left out."""
-_PATIENCE = 64
+_MOST_EMPTY = 64
 
 
 def harvest(
@@ -80,37 +80,37 @@ def _insert(mesh: Mesh | None, shape: tuple[int, ...]) -> Any:
     """The compiled ``insert`` of a pool of one shape."""
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(pool_sharding(mesh, shape), None))
-    def insert(pool: Array, slots: Array, filled: Array, x: Array, keep: Array) -> tuple[Array, Array]:
-        """Write the rows of x that count into the next free slots; what finds no room is dropped."""
+    def insert(pool: Array, free: Array, filled: Array, x: Array, keep: Array) -> tuple[Array, Array]:
+        """Write the rows of x that count into the rows ``free`` of the pool; what finds no room is dropped."""
         rank = filled + jnp.cumsum(keep) - 1
-        target = slots[jnp.minimum(rank, len(slots) - 1)]
-        target = jnp.where(keep & (rank < len(slots)), target, len(pool))
+        target = free[jnp.minimum(rank, len(free) - 1)]
+        target = jnp.where(keep & (rank < len(free)), target, len(pool))
         return pool.at[target].set(x.astype(pool.dtype), mode="drop"), filled + keep.sum()
 
     return insert
 
 
 def fill(
-    pool: Float[Array, "N D"], slots: Int[Array, " n"], model: Model, site: str, batches: Iterator[tuple]
+    pool: Float[Array, "N D"], free: Int[Array, " n"], model: Model, site: str, batches: Iterator[tuple]
 ) -> tuple[Float[Array, "N D"], Position]:
-    """Fill the rows ``slots`` of the pool (which is donated) with new activations.
+    """Fill the rows ``free`` of the pool (which is donated) with new activations.
 
     Returns the pool and the position of the texts after the last batch that was used. Raises ``UserError`` when the
     texts give no usable activations.
     """
     insert, filled = _insert(model.mesh, pool.shape), jnp.int32(0)
-    before, barren = 0, 0
+    before, empty = 0, 0
     while True:
         tokens, mask, position = next(batches)
-        pool, filled = insert(pool, slots, filled, *harvest(model, site, tokens, mask))
+        pool, filled = insert(pool, free, filled, *harvest(model, site, tokens, mask))
         count = int(filled)
-        if count >= len(slots):
+        if count >= len(free):
             return pool, position
-        barren = barren + 1 if count == before else 0
+        empty = empty + 1 if count == before else 0
         before = count
-        if barren > _PATIENCE:
+        if empty > _MOST_EMPTY:
             raise UserError(
-                f"{barren} batches of text in a row gave no usable activation at {site}: are the texts longer than one "
+                f"{empty} batches of text in a row gave no usable activation at {site}: are the texts longer than one "
                 "token, and are the activations finite?"
             )
 

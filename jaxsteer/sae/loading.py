@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from checkpoints_convert.sae import read_sae, write_sae
 from checkpoints_convert.sae_files import Asked
+from jaxsteer import processes
 from jaxsteer.checkpoints.loading import ORGANISM
 from jaxsteer.errors import UserError
 from jaxsteer.files.sae_form import Dictionary, Matrix
@@ -21,7 +22,6 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import place, put
 from jaxsteer.models.sites import parse_site
 from jaxsteer.organisms import organism_sae_dir
-from jaxsteer.processes import to_host as gathered
 from jaxsteer.sae.dictionary import SAE, SPECS
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ def load_sae(
     dictionary_learning by its stored threshold instead of top-k. ``unit_decoder`` scales decoder rows to norm 1, which
     changes the units of the latents; by default as the layout's own library does. ``site_out`` chooses where a layer of
     a crosscoder or of a cross-layer transcoder writes to; by default in its own layer.
+
+    Many parameters: what a file may lack is given by its own name.
 
     Dead latents are logged. Raises ``UserError`` for a source that is not found, not known, ambiguous, damaged, that
     says too little (the message lists what was found and what is known), or that holds NaN or infinity.
@@ -125,14 +127,14 @@ def _reader(matrix: Matrix, dtype: jnp.dtype) -> Any:
 
 def to_host(sae: SAE) -> Dictionary:
     """The opposite of ``to_device``."""
-    leaves = gathered({name: leaf for name in SPECS if (leaf := getattr(sae, name)) is not None})
+    leaves = processes.to_host({name: leaf for name in SPECS if (leaf := getattr(sae, name)) is not None})
     arrays: dict[str, Any] = {k: Matrix(v) if v.ndim == 2 else v.astype(np.float64) for k, v in leaves.items()}
     return Dictionary(config=sae.config, **arrays)
 
 
 def check_health(sae: SAE) -> Health:
     """Count the latents that cannot be used."""
-    dead, non_finite, tensors = gathered(_health(sae))
+    dead, non_finite, tensors = processes.to_host(_health(sae))
     return Health(int(dead), int(non_finite), tuple(name for name, finite in tensors.items() if not finite))
 
 

@@ -316,7 +316,7 @@ def initial_state(recipe: Recipe, pool: Float[Array, "N D"]) -> TrainState:
 
 @functools.lru_cache(maxsize=8)
 def trainer(recipe: Recipe, width: int, mesh: Mesh | None) -> Any:
-    """``advance(state, pool, round) -> (state, metrics of every step, slots of the pool that were used up)``, compiled.
+    """``advance(state, pool, round) -> (state, metrics of every step, rows of the pool that were used up)``, compiled.
 
     One call is a scan over the steps that half the pool is good for. ``state`` is donated.
     """
@@ -328,15 +328,15 @@ def trainer(recipe: Recipe, width: int, mesh: Mesh | None) -> Any:
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(out, everywhere, everywhere))
     def advance(state: TrainState, pool: Array, round: Array) -> tuple[TrainState, Metrics, Array]:
         key = jax.random.fold_in(jax.random.key(recipe.seed), round + 1)
-        slots = jax.random.permutation(key, recipe.pool)[: recipe.pool // 2]
+        used = jax.random.permutation(key, recipe.pool)[: recipe.pool // 2]
 
-        def one(state: TrainState, chosen: Array) -> tuple[TrainState, Metrics]:
+        def one_step(state: TrainState, chosen: Array) -> tuple[TrainState, Metrics]:
             x = pool[chosen]
             for layout in layouts:
                 x = lax.with_sharding_constraint(x, layout)
             return train_step(recipe, state, x)
 
-        state, metrics = lax.scan(one, state, slots.reshape(-1, recipe.batch))
-        return state, metrics, slots
+        state, metrics = lax.scan(one_step, state, used.reshape(-1, recipe.batch))
+        return state, metrics, used
 
     return advance

@@ -6,6 +6,7 @@ two numbers (``Rows.position``), so that what was interrupted goes on with the v
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import mmap
 import os
@@ -25,6 +26,19 @@ Documents = Callable[[int], Sequence[int]]
 
 Position = tuple[int, int]
 """(number of the next document, rows of it that were used)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """How much text is read to judge an SAE, and in which shape the model runs it."""
+
+    tokens: int = 50_000
+    """Activations, at least: batches are read whole."""
+    context: int = 128
+    """Tokens of a row."""
+    rows: int = 32
+    """Rows at once."""
+
 
 _SCANNED = 1 << 24
 _FRUITLESS = 100_000
@@ -62,7 +76,7 @@ class FileDocuments:
         """Find the lines. Raises ``UserError`` for files that are missing or hold nothing."""
         self.tokenizer, self.seed = tokenizer, seed
         self.paths = [Path(path) for path in paths]
-        self._files = [_mapped(path) for path in self.paths]
+        self._files = [_map(path) for path in self.paths]
         starts = [_line_starts(file) for file in self._files]
         self._starts = np.concatenate(starts)
         self._first = np.cumsum([0, *map(len, starts)])
@@ -98,7 +112,7 @@ class FileDocuments:
             ) from None
 
 
-def _mapped(path: Path) -> mmap.mmap:
+def _map(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

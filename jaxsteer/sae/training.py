@@ -44,7 +44,7 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 @dataclasses.dataclass
-class _Run:
+class _Training:
     """Everything that a round changes."""
 
     state: TrainState
@@ -81,33 +81,33 @@ def train_sae(
     width = site_width(model.config, site.place)
     out = Path(out)
     asked = {"model": model.name, "fingerprint": model.fingerprint, "data": data, "dtype": dtype}
-    if from_first(lambda: _open(out, asked | dataclasses.asdict(recipe))):
+    if from_first(lambda: _prepare_folder(out, asked | dataclasses.asdict(recipe))):
         return load_sae(out, mesh=model.mesh)
     with _Checkpoints(out / STATE, save_minutes) as checkpoints:
-        run, batches = _start(model, documents, recipe, width, checkpoints)
+        training, batches = _begin(model, documents, recipe, width, checkpoints)
         advance = trainer(recipe, width, model.mesh)
-        started, first = time.perf_counter(), run.rounds
+        started, first = time.perf_counter(), training.rounds
         lines = out / METRICS
         if is_first():  # without those of rounds that will be done again
-            kept = read_text(lines).split("\n")[: run.rounds] if lines.is_file() else []
+            kept = read_text(lines).split("\n")[: training.rounds] if lines.is_file() else []
             write_text(lines, "".join(f"{line}\n" for line in kept if line))
-        while run.rounds < recipe.rounds:
-            run.state, metrics, slots = advance(run.state, run.pool, jnp.int32(run.rounds))
-            run.rounds += 1
-            if run.rounds < recipe.rounds:
-                run.pool, run.position = fill(run.pool, slots, model, site.name, batches)
-            line = _line(recipe, run.rounds, metrics)
-            speed = (run.rounds - first) * recipe.steps_per_round * recipe.batch / (time.perf_counter() - started)
+        while training.rounds < recipe.rounds:
+            training.state, metrics, used = advance(training.state, training.pool, jnp.int32(training.rounds))
+            training.rounds += 1
+            if training.rounds < recipe.rounds:
+                training.pool, training.position = fill(training.pool, used, model, site.name, batches)
+            line = _metrics_line(recipe, training.rounds, metrics)
+            speed = (training.rounds - first) * recipe.steps_per_round * recipe.batch / (time.perf_counter() - started)
             if is_first():
                 append_text(lines, json.dumps(line) + "\n")
-            last, ending = run.rounds == recipe.rounds, preempted()
-            checkpoints.save_if_due(run, last=last, now=ending)
+            last, ending = training.rounds == recipe.rounds, preempted()
+            checkpoints.save_if_due(training, last=last, now=ending)
             if ending and not last:
-                log.warning("told to end after round %d, which is saved", run.rounds)
+                log.warning("told to end after round %d, which is saved", training.rounds)
                 raise SystemExit(PREEMPTED)
             if progress is not None:
                 progress({**line, "rounds": recipe.rounds, "tokens_per_s": speed})
-        found = to_dictionary(recipe, run.state, run.pool, model)
+        found = to_dictionary(recipe, training.state, training.pool, model)
     wait_for_all()  # until nobody holds the checkpoints open
     from_first(lambda: _publish(found, out, dtype))
     return load_sae(out, mesh=model.mesh)
@@ -145,31 +145,31 @@ def to_dictionary(recipe: Recipe, state: TrainState, pool: jax.Array, model: Mod
     return unit_decoder(canonical(d), selects_by_norm=True)  # all rows have one norm: the order of latents stays
 
 
-def _start(
+def _begin(
     model: Model, documents: Documents, recipe: Recipe, width: int, checkpoints: _Checkpoints
-) -> tuple[_Run, Any]:
-    """The run as the last checkpoint has it, or at its first round, and the batches of text that come next."""
+) -> tuple[_Training, Any]:
+    """The training as the last checkpoint has it, or at its first round, and the batches of text that come next."""
     dtype = model.params.embed.dtype  # activations of a bfloat16 model are bfloat16 numbers already
     pool = empty_pool(model.mesh, recipe.pool, width, dtype)
     shapes = jax.eval_shape(lambda pool: initial_state(recipe, pool), pool)
     layout = shardings(shapes, model.mesh)
-    run = checkpoints.load(shapes, layout, pool)
+    training = checkpoints.load(shapes, layout, pool)
     bos = bos_of(model)
     rows = Rows(
         documents,
         rows=recipe.rows,
         length=min(recipe.context, model.config.max_positions),
         bos=None if bos < 0 else bos,
-        position=(0, 0) if run is None else run.position,
+        position=(0, 0) if training is None else training.position,
     )
     batches = batches_of(rows)
-    if run is None:
+    if training is None:
         pool, position = fill(pool, jnp.arange(recipe.pool), model, recipe.site, batches)
-        run = _Run(jax.tree.map(put, initial_state(recipe, pool), layout), pool, position)
-    return run, batches
+        training = _Training(jax.tree.map(put, initial_state(recipe, pool), layout), pool, position)
+    return training, batches
 
 
-def _line(recipe: Recipe, rounds: int, metrics: Metrics) -> dict[str, Any]:
+def _metrics_line(recipe: Recipe, rounds: int, metrics: Metrics) -> dict[str, Any]:
     """A line of metrics: means over the steps of a round, and the dead share at its end."""
     found = to_host(metrics)
     step = rounds * recipe.steps_per_round
@@ -183,7 +183,7 @@ def _line(recipe: Recipe, rounds: int, metrics: Metrics) -> dict[str, Any]:
 # The folder
 
 
-def _open(out: Path, asked: dict[str, Any]) -> bool:
+def _prepare_folder(out: Path, asked: dict[str, Any]) -> bool:
     """Make the folder ready; True if the same training is finished in it. Raises ``UserError`` for another one's."""
     asked = json.loads(json.dumps(asked))
     if out.exists() and not out.is_dir():
@@ -216,7 +216,7 @@ def _publish(d: Dictionary, out: Path, dtype: str) -> None:
 
 
 class _Checkpoints:
-    """Orbax checkpoints of a run; the last one is kept."""
+    """Orbax checkpoints of a training; the last one is kept."""
 
     def __init__(self, folder: Path, minutes: float) -> None:
         from orbax.checkpoint import v1 as ocp
@@ -234,12 +234,14 @@ class _Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self._checkpointer.close()
 
-    def save_if_due(self, run: _Run, *, last: bool, now: bool) -> None:
+    def save_if_due(self, training: _Training, *, last: bool, now: bool) -> None:
         """Write a checkpoint if the last one is old, or ``now``; none after the last round."""
         if last or not (now or from_first(lambda: time.monotonic() - self._saved >= self._every)):
             return
         try:
-            self._checkpointer.save(run.rounds, _leaves(run.state, run.pool, np.asarray(run.position, np.int64)))
+            self._checkpointer.save(
+                training.rounds, _leaves(training.state, training.pool, np.asarray(training.position, np.int64))
+            )
         except Exception as error:  # Orbax and TensorStore raise many types for a disk that cannot be written
             raise UserError(
                 f"the training cannot be saved in {self._folder} ({first_line(error)}). What was saved before is "
@@ -247,8 +249,8 @@ class _Checkpoints:
             ) from error
         self._saved = time.monotonic()
 
-    def load(self, shapes: Any, layout: Any, pool: jax.Array) -> _Run | None:
-        """The run of the last whole checkpoint, or None.
+    def load(self, shapes: Any, layout: Any, pool: jax.Array) -> _Training | None:
+        """The training of the last whole checkpoint, or None.
 
         ``shapes`` and ``layout`` are those of the state; ``pool`` is one as it shall be.
         """
@@ -269,10 +271,10 @@ class _Checkpoints:
         state = jax.tree.unflatten(tree, [found[f"state{i:03d}"] for i in range(len(leaves))])
         document, row = (int(n) for n in found["position"])
         log.info("going on after round %d of %s", latest.step, latest.path)
-        return _Run(state, found["pool"], (document, row), latest.step)
+        return _Training(state, found["pool"], (document, row), latest.step)
 
 
 def _leaves(state: Any, pool: Any, position: Any) -> dict[str, Any]:
-    """By names that do not depend on the optimiser's own types."""
+    """Under names that do not depend on the optimiser's own types."""
     leaves = {f"state{i:03d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
     return {**leaves, "pool": pool, "position": position}

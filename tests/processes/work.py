@@ -115,7 +115,7 @@ def sae(out: Path) -> dict[str, np.ndarray]:
     """Training on two devices, and what the evaluation says of the result."""
     from jaxsteer.sae.evaluation import evaluate_sae
     from jaxsteer.sae.recipe import Recipe
-    from jaxsteer.sae.texts import FileDocuments
+    from jaxsteer.sae.texts import FileDocuments, Sample
     from jaxsteer.sae.training import train_sae
 
     whole, mesh = tiny_model("llama3"), make_mesh(prompts=2)
@@ -125,7 +125,7 @@ def sae(out: Path) -> dict[str, np.ndarray]:
         site="blocks.1.hook_resid_post", latents=48, k=4, batch=32, pool=256, tokens=640, context=16, rows=8
     )
     sae = train_sae(model, documents, recipe, out / "sae")
-    found = evaluate_sae(sae, model, documents, tokens=200, context=16, rows=8)
+    found = evaluate_sae(sae, model, documents, sample=Sample(tokens=200, context=16, rows=8))
     return {
         "W_enc": to_host(sae.W_enc),
         "threshold": to_host(sae.threshold),

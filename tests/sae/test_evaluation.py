@@ -14,22 +14,9 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.taps import Tap, Where
 from jaxsteer.organisms import organism_sae_dir
 from jaxsteer.sae import SAE, SAEConfig, decode, encode, evaluate_sae
-from jaxsteer.sae.texts import Rows, documents_of
-from tests.helpers.tiny import CORPUS, tiny_model
+from jaxsteer.sae.texts import Rows, Sample, documents_of
 
 D, F, T, ROWS = 32, 64, 16, 4
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return tiny_model("llama3")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "some.txt"
-    path.write_text("\n".join(line.replace("\n", " ") for line in CORPUS * 2), encoding="utf-8")
-    return path
 
 
 def random_sae(site: str, target: str | None = None, seed: int = 0) -> SAE:
@@ -71,7 +58,7 @@ def entropies(model: Model, ids: np.ndarray, mask: np.ndarray, counted: np.ndarr
 def test_every_number_is_the_one_computed_directly(place: str, target: str, model: Model, texts: Path):
     site, out = f"blocks.1.{place}", f"blocks.1.{target}"
     sae = random_sae(site, out)
-    found = evaluate_sae(sae, model, documents_of(model, [texts]), tokens=60, context=T, rows=ROWS)
+    found = evaluate_sae(sae, model, documents_of(model, [texts]), sample=Sample(tokens=60, context=T, rows=ROWS))
     rows = Rows(documents_of(model, [texts]), rows=ROWS, length=T, bos=model.tokenizer.bos_token_id)
     batches, ys, errors, codes = [], [], [], []
     while sum(map(len, ys)) < 60:
@@ -113,8 +100,8 @@ def test_a_perfect_sae_recovers_all_and_a_constant_one_nothing(model: Model, tex
     config = SAEConfig(activation="relu", site_in="blocks.1.hook_resid_post", model="tiny")
     W_enc = jnp.concatenate([eye, -eye], 1)
     perfect = SAE(W_enc, W_enc.T, jnp.zeros(F), jnp.zeros(D), config=config)
-    arguments = {"tokens": 60, "context": T, "rows": ROWS}
-    found = evaluate_sae(perfect, model, documents_of(model, [texts]), **arguments)
+    sample = Sample(tokens=60, context=T, rows=ROWS)
+    found = evaluate_sae(perfect, model, documents_of(model, [texts]), sample=sample)
     assert found.recovered == pytest.approx(1, abs=1e-5) and found.fvu < 1e-10
     rows = Rows(documents_of(model, [texts]), rows=ROWS, length=T, bos=model.tokenizer.bos_token_id)
     kept: list[np.ndarray] = []
@@ -123,14 +110,14 @@ def test_a_perfect_sae_recovers_all_and_a_constant_one_nothing(model: Model, tex
         x = np.asarray(capture(model, ids, [config.site_in], mask)[config.site_in])
         kept.append(x[mask & (np.arange(T) > 0) & (ids != model.tokenizer.bos_token_id)])
     constant = SAE(W_enc, 0 * W_enc.T, jnp.zeros(F), jnp.asarray(np.concatenate(kept).mean(0)), config=config)
-    found = evaluate_sae(constant, model, documents_of(model, [texts]), **arguments)
+    found = evaluate_sae(constant, model, documents_of(model, [texts]), sample=sample)
     assert found.recovered == pytest.approx(0, abs=1e-3) and found.fvu == pytest.approx(1, abs=1e-4)
 
 
 def test_a_transcoder_between_layers_is_refused(model: Model, texts: Path):
     sae = random_sae("blocks.0.hook_resid_post", "blocks.2.hook_resid_post")
     with pytest.raises(UserError, match="needs both in one layer"):
-        evaluate_sae(sae, model, documents_of(model, [texts]), tokens=10)
+        evaluate_sae(sae, model, documents_of(model, [texts]), sample=Sample(tokens=10))
 
 
 ORGANISMS = {"llama": 2, "qwen2": 2, "gemma3": 3}
@@ -147,7 +134,9 @@ def test_the_shipped_sae_stands_in_for_its_site(organism: Model):
     assert sae.config.site_in == f"blocks.{ORGANISMS[name]}.hook_resid_post" and sae.config.model == organism.name
     assert sum(path.stat().st_size for path in organism_sae_dir(name).iterdir()) <= 3_000_000
     np.testing.assert_allclose(np.linalg.norm(sae.W_dec, axis=1), 1.0, atol=1e-3)
-    found = evaluate_sae(sae, organism, documents_of(organism, seed=99), tokens=1000, context=80, rows=32)
+    found = evaluate_sae(
+        sae, organism, documents_of(organism, seed=99), sample=Sample(tokens=1000, context=80, rows=32)
+    )
     assert found.recovered >= 0.95
     assert found.fvu < 0.03
     assert 15 < found.l0 < 35
@@ -156,7 +145,7 @@ def test_the_shipped_sae_stands_in_for_its_site(organism: Model):
 @pytest.mark.slow
 def test_the_shipped_sae_passes_its_gates(organism: Model):
     documents = documents_of(organism, seed=98)
-    found = evaluate_sae(load_sae(organism.name), organism, documents, tokens=50_000, context=80)
+    found = evaluate_sae(load_sae(organism.name), organism, documents, sample=Sample(context=80))
     assert found.recovered >= 0.95 and found.dead <= 0.1
 
 

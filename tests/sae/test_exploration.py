@@ -10,24 +10,11 @@ import pytest
 
 from jaxsteer import UserError, capture
 from jaxsteer.models.model import Model
-from jaxsteer.sae import SAE, SAEConfig, encode, explore
-from jaxsteer.sae.texts import Rows, documents_of
-from tests.helpers.tiny import CORPUS, tiny_model
+from jaxsteer.sae import SAE, Detail, SAEConfig, encode, explore
+from jaxsteer.sae.texts import Rows, Sample, documents_of
 
 SITE = "blocks.0.hook_resid_post"
 D, F, T, ROWS = 32, 24, 24, 4
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return tiny_model("llama3")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "some.txt"
-    path.write_text("\n".join(line.replace("\n", " ") for line in CORPUS), encoding="utf-8")
-    return path
 
 
 def make_sae(**changes: object) -> SAE:
@@ -42,7 +29,14 @@ def make_sae(**changes: object) -> SAE:
 
 def test_snippets_are_the_strongest_moments(model: Model, texts: Path):
     sae, documents = make_sae(), documents_of(model, [texts])
-    found = explore(sae, model, documents, [7, 3], tokens=150, snippets=3, around=2, top=4, context=T, rows=ROWS)
+    found = explore(
+        sae,
+        model,
+        documents,
+        [7, 3],
+        sample=Sample(tokens=150, context=T, rows=ROWS),
+        detail=Detail(snippets=3, around=2, top=4),
+    )
     bos = model.tokenizer.bos_token_id
     rows = Rows(documents_of(model, [texts]), rows=ROWS, length=T, bos=bos)
     moments, active, seen = [], 0, 0
@@ -73,7 +67,7 @@ def test_snippets_are_the_strongest_moments(model: Model, texts: Path):
 def test_latents_that_do_not_write_into_the_stream_promote_nothing(model: Model, texts: Path):
     place = "blocks.1.attn.hook_z"
     sae = make_sae(site_in=place, site_out=place)
-    found = explore(sae, model, documents_of(model, [texts]), [1], tokens=40, context=T, rows=ROWS)
+    found = explore(sae, model, documents_of(model, [texts]), [1], sample=Sample(tokens=40, context=T, rows=ROWS))
     assert found.latents[0].promotes == () and found.latents[0].snippets
 
 

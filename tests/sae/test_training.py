@@ -18,22 +18,9 @@ from jaxsteer.sae.harvest import empty_pool, fill, harvest, usable
 from jaxsteer.sae.recipe import Recipe
 from jaxsteer.sae.texts import FileDocuments, Rows, documents_of
 from jaxsteer.sae.training import METRICS, OPTIONS, STATE, train_sae
-from tests.helpers.tiny import CORPUS, tiny_model
 
 SITE = "blocks.1.hook_resid_post"
 RECIPE = Recipe(site=SITE, latents=48, arch="batchtopk", k=4, batch=32, pool=256, tokens=640, context=16, rows=8)
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return tiny_model("llama3")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "some.txt"
-    path.write_text("\n".join([*(line.replace("\n", " ") for line in CORPUS * 3), "", "a"]) + "\n", encoding="utf-8")
-    return path
 
 
 # Texts
