@@ -48,7 +48,7 @@ from jaxsteer.prompt_search.population import random_ids
 from jaxsteer.prompts import build_slots, prompt_text, retokenises_many
 from jaxsteer.report import read_run
 from jaxsteer.sae import latents_objective
-from jaxsteer.study import Ascent, SearchOptions, custom_objective, files, persona_setting, restarts, run, search
+from jaxsteer.study import Ascent, SearchOptions, files, named_objective, persona_setting, restarts, run, search
 from jaxsteer.study.outcome import finals, select
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.setting import PersonaSetting, context_items
@@ -166,9 +166,9 @@ def by_behaviour(setting: PersonaSetting, count: int, seed: int) -> dict[str, An
     contexts = search_conversations(items, "decision", placement=setting.placement)
     asked, read = [conversation for conversation, _ in contexts], [where for _, where in contexts]
     slots = build_slots(tokenizer, asked, setting.slots.length, read=read)  # type: ignore[arg-type]
-    behaviour = custom_objective("answer-diff")
+    behaviour = named_objective("answer-diff")
     assert behaviour is not None
-    objective, slots = behaviour.place(model, setting.persona, slots, placement=setting.placement)
+    objective, slots = behaviour.in_contexts(model, setting.persona, slots, placement=setting.placement)
     task = make_task(model.params, model.config, slots, needs=needs(objective, model.config), allowed=setting.allowed)
     objective = as_pytree(objective)
     ids = draw(setting, task, count, seed)

@@ -16,7 +16,7 @@ from jaxsteer.cli.evaluate import Eval
 from jaxsteer.cli.generate import Generate
 from jaxsteer.cli.inspect import Inspect
 from jaxsteer.cli.organism import Organism
-from jaxsteer.cli.parsing import parsed
+from jaxsteer.cli.parsing import parse_as
 from jaxsteer.cli.plan import Plan
 from jaxsteer.cli.report import Report
 from jaxsteer.cli.sae import Sae
@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str]) -> Any:
     ``UserError`` for a URL where only a path can stand."""
     if arguments[:1] == ["search"]:
         return parse_search(arguments[1:])
-    return parsed(
+    return parse_as(
         Command,
         arguments,
         prog="jaxsteer",

@@ -39,7 +39,7 @@ def _paths(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
     )
 
 
-def parsed(command: Any, arguments: Sequence[str], *, prog: str, description: str, default: Any = None) -> Any:
+def parse_as(command: Any, arguments: Sequence[str], *, prog: str, description: str, default: Any = None) -> Any:
     """``command`` with the values that ``arguments`` give its fields; nested dataclasses lend their fields' names.
 
     ``default`` is an instance that has the values of what is not given. Raises ``SystemExit`` after help, and after

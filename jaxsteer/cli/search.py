@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from jaxsteer.cli.parsing import parsed
+from jaxsteer.cli.parsing import parse_as
 from jaxsteer.errors import UserError
 from jaxsteer.study import SearchOptions
 from jaxsteer.study import run as run_search
 from jaxsteer.study.config_file import config_text, help_of, read_config
 from jaxsteer.study.files import REPORT
-from jaxsteer.study.options import KINDS, OPTIONS, nested
+from jaxsteer.study.options import KINDS, OPTIONS, from_flat
 from jaxsteer.study.problem_table import number_of_searches
 
 SHORT = ("model", "persona", "out", "method", "sae", "algorithm", "prompt_length", "steps", "vary", "resume")
@@ -38,12 +38,12 @@ class Search:
         from jaxsteer.cli.cores import use_cores
         from jaxsteer.processes import is_first
         from jaxsteer.report import write_report
-        from jaxsteer.study.object_store import stored
+        from jaxsteer.study.object_store import working_directory
         from jaxsteer.study.study_result import Study
 
         options, out = self.options, str(self.options.run.out).rstrip("/")
         use_cores(number_of_searches(options), options.model)
-        with stored(options.run.out, say=print) as folder:
+        with working_directory(options.run.out, say=print) as folder:
             found = run_search(options.at(folder), say=print)
             runs = found.runs if isinstance(found, Study) else None
             if is_first():
@@ -82,9 +82,9 @@ def parse_search(arguments: Sequence[str]) -> Search:
     if "--help-all" in rest:
         rest = ["--help"]
     elif {"-h", "--help"} & set(rest):
-        parsed(_short(), ["--help"], prog="jaxsteer search", description=f"{Search.__doc__} {MORE}")
-    default = None if given.config is None else Search(options=nested({"out": "", **read_config(given.config)}))
-    search = parsed(Search, rest, prog="jaxsteer search", description=f"{Search.__doc__} {MORE}", default=default)
+        parse_as(_short(), ["--help"], prog="jaxsteer search", description=f"{Search.__doc__} {MORE}")
+    default = None if given.config is None else Search(options=from_flat({"out": "", **read_config(given.config)}))
+    search = parse_as(Search, rest, prog="jaxsteer search", description=f"{Search.__doc__} {MORE}", default=default)
     if search.options.run.out == "":
         raise UserError(f"--out is missing: give a directory for the run's files, here or in {given.config}")
     return search

@@ -1,7 +1,7 @@
 """Work end to end: ``run`` does what ``jaxsteer search`` does, the other functions are its stages (``stages``)."""
 
 from jaxsteer.study.dispatch import run
-from jaxsteer.study.named_objectives import custom_objective, load_objective
+from jaxsteer.study.named_objectives import load_objective, named_objective
 from jaxsteer.study.objective_stage import choose_objective, task_of
 from jaxsteer.study.options import PRESETS, SearchOptions
 from jaxsteer.study.stages import Ascent, persona_setting, restarts, search
@@ -11,7 +11,7 @@ __all__ = [
     "Ascent",
     "SearchOptions",
     "choose_objective",
-    "custom_objective",
+    "named_objective",
     "load_objective",
     "persona_setting",
     "restarts",

@@ -7,7 +7,7 @@ from typing import Any
 from jaxsteer.models.model import Model
 from jaxsteer.study.dispatch import run
 from jaxsteer.study.files import RunDir
-from jaxsteer.study.object_store import stored
+from jaxsteer.study.object_store import working_directory
 from jaxsteer.study.options import SearchOptions
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.study_result import Study
@@ -21,5 +21,5 @@ def search(*, out: RunDir, model: str | Model = "organism:llama", **options: Any
     """
     loaded = model if isinstance(model, Model) else None
     wanted = SearchOptions.of(out=out, model=model.name if isinstance(model, Model) else model, **options)
-    with stored(out) as folder:
+    with working_directory(out) as folder:
         return run(wanted.at(folder), model=loaded)

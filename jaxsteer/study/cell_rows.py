@@ -64,7 +64,7 @@ def compute_row(shared: Shared, method: Method) -> dict[str, Any]:
 def _search_row(shared: Shared, method: Method, options: SearchOptions) -> dict[str, Any]:
     """Search with all seeds, choose on validation questions, and measure on test questions."""
     setting = shared.setting(options)
-    chosen = shared.chosen(options) if setting.custom is None else None
+    chosen = shared.chosen(options) if setting.named is None else None
     out, soft = shared.block.run(method), options.algorithm.algorithm == "soft"
     with opened(out, {"data_hash": shared.persona.data_hash, **options.record()}, silent) as folder:
         folder.begin()
@@ -84,9 +84,9 @@ def _search_row(shared: Shared, method: Method, options: SearchOptions) -> dict[
         "tried": result.candidates // len(shared.table.seeds),
         "search_s": result.search_s,
         "compile_s": result.compile_s,
-        "site": chosen.chosen.site if chosen is not None else None,
+        "site": chosen.row.site if chosen is not None else None,
         "read_position": setting.read_position,
-        "probe_correlation": chosen.chosen.correlation if chosen is not None and not method.random else None,
+        "probe_correlation": chosen.row.correlation if chosen is not None and not method.random else None,
     }
 
 
@@ -101,14 +101,14 @@ def _ascents(
     if method.random:
         assert chosen is not None
         return [Ascent(objective=_random(chosen, seed), populations=mine) for seed, mine in by_seed.items()]
-    raw = chosen.objective if chosen is not None else setting.placed(setting.slots)[0]
+    raw = chosen.objective if chosen is not None else setting.named_in(setting.slots)[0]
     return [Ascent(objective=raw, populations=tuple(one for mine in by_seed.values() for one in mine))]
 
 
 def _random(chosen: ChosenObjective, seed: int) -> Projection:
     """The objective along a random direction of the same norm at the same site."""
     assert chosen.direction is not None
-    site = chosen.chosen.site
+    site = chosen.row.site
     return Projection(delta=jnp.asarray(random_direction(chosen.direction, seed).delta[site]), site=site)
 
 

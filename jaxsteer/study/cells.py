@@ -24,7 +24,7 @@ from jaxsteer.personas import Persona, instructions, load_persona, split
 from jaxsteer.prompts import Placement
 from jaxsteer.sae import SAE, load_sae
 from jaxsteer.study.baselines import FLUENCY_ITEMS, Bench, run_baselines
-from jaxsteer.study.named_objectives import custom_objective
+from jaxsteer.study.named_objectives import named_objective
 from jaxsteer.study.objective_stage import ChosenObjective, choose_objective
 from jaxsteer.study.options import ContextOptions, ObjectiveOptions, SearchOptions
 from jaxsteer.study.setting import PersonaSetting, prepare
@@ -187,9 +187,9 @@ class Shared:
 
     def setting(self, options: SearchOptions) -> PersonaSetting:
         """The contexts of a method's search."""
-        custom = custom_objective(options.objective.objective, options.objective.target)
+        named = named_objective(options.objective.objective, options.objective.target)
         sae = self.sae if options.objective.sae else None
-        return prepare(options.contexts, options.scoring, options.prompt, self.model, self.persona, custom, sae)
+        return prepare(options.contexts, options.scoring, options.prompt, self.model, self.persona, named, sae)
 
     def chosen(self, options: SearchOptions) -> ChosenObjective:
         """Direction or signature with the site and sign that the probe chooses, made once for all that share it.

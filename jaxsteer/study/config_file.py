@@ -15,7 +15,7 @@ from typing import Any
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_text
 from jaxsteer.study.option_values import choices_of
-from jaxsteer.study.options import KINDS, OPTIONS, STAGES, typed
+from jaxsteer.study.options import KINDS, OPTIONS, STAGES, convert_values
 
 HEAD = """Options of jaxsteer search, for jaxsteer search --config FILE; the command line goes before the file.
 What is commented out has no default, or takes that of the preset."""
@@ -39,7 +39,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"--config expects a .yaml or .toml file, got {path}")
     try:
         # What is null has its default, as what is left out.
-        return typed({name: value for name, value in values.items() if value is not None or name not in OPTIONS})
+        return convert_values(
+            {name: value for name, value in values.items() if value is not None or name not in OPTIONS}
+        )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -24,7 +24,7 @@ from jaxsteer.prompt_search import check_objective
 from jaxsteer.prompt_search.rescore import rescore
 from jaxsteer.prompts import load_conversations
 from jaxsteer.study import files
-from jaxsteer.study.named_objectives import Custom, custom_objective
+from jaxsteer.study.named_objectives import NamedObjective, named_objective
 from jaxsteer.study.objective_stage import RANDOM, Say, direction_of_file, task_of
 from jaxsteer.study.options import ObjectiveOptions, SearchOptions
 from jaxsteer.study.outcome import random_prompt, select
@@ -39,7 +39,7 @@ def run_conversations(options: SearchOptions, path: Path, *, model: Model | None
 
     Raises ``UserError`` before any expensive work for an objective that is made of a persona's questions.
     """
-    custom = _without_persona(options.objective)
+    named = _without_persona(options.objective)
     conversations = load_conversations(path)
     digest = hashlib.sha256(repr(conversations).encode()).hexdigest()
     with opened(options.run.out, {"data_hash": digest, **options.record()}, say) as folder:
@@ -50,11 +50,11 @@ def run_conversations(options: SearchOptions, path: Path, *, model: Model | None
             model = model or load_model(options.model, parallel=options.algorithm.restarts > 1)
             read = "slot_last" if options.contexts.read_position == "published" else "input_last"
             texts = [(conversation, read) for conversation in conversations]
-            setting = open_slots(options.contexts, options.scoring, options.prompt, model, texts, custom)
+            setting = open_slots(options.contexts, options.scoring, options.prompt, model, texts, named)
             direction = None
             raw: Objective
-            if custom is not None:
-                site, raw = custom.name, setting.placed(setting.slots)[0]
+            if named is not None:
+                site, raw = named.name, setting.named_in(setting.slots)[0]
             else:
                 site = parse_site(options.objective.site, model.config.n_layers).name
                 direction = direction_of_file(model, str(options.objective.direction), [site])
@@ -84,15 +84,15 @@ def run_conversations(options: SearchOptions, path: Path, *, model: Model | None
         return write_results(folder, options, setting, site, found, timing, measure)
 
 
-def _without_persona(options: ObjectiveOptions) -> Custom | None:
+def _without_persona(options: ObjectiveOptions) -> NamedObjective | None:
     """The objective by name, if it is not a direction's. Refuses what only a persona's questions can serve."""
-    custom = custom_objective(options.objective, options.target)
-    if custom is not None and custom.of_persona:
+    named = named_objective(options.objective, options.target)
+    if named is not None and named.of_persona:
         raise UserError(f"--objective {options.objective} is made of a persona's answers: take --target TEXT instead")
     given = options.direction is not None and not options.direction.startswith(RANDOM) and options.site != "auto"
-    if custom is None and not given:
+    if named is None and not given:
         raise UserError(
             "--conversations come without a persona to make a direction from: give --objective, --target, or "
             "--direction FILE and --site"
         )
-    return custom
+    return named

@@ -26,9 +26,9 @@ from jaxsteer.prompt_search import SearchResult
 from jaxsteer.prompts import prompt_text
 from jaxsteer.sae import load_sae
 from jaxsteer.study import files
-from jaxsteer.study.named_objectives import custom_objective
+from jaxsteer.study.named_objectives import named_objective
 from jaxsteer.study.objective_stage import RANDOM, ChosenObjective, Say, choose_objectives, try_objective
-from jaxsteer.study.options import ContextOptions, ObjectiveOptions, SearchOptions, nested
+from jaxsteer.study.options import ContextOptions, ObjectiveOptions, SearchOptions, from_flat
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.problem_table import COLUMNS, rows_of
 from jaxsteer.study.results import SearchRun, Timing
@@ -147,13 +147,13 @@ def _settings(
     options: SearchOptions, rows: Sequence[Row], personas: Mapping[str, Persona], model: Model
 ) -> dict[Key, PersonaSetting]:
     """The settings of all problems; an objective by name is tried in each."""
-    custom = custom_objective(options.objective.objective, options.objective.target)
+    named = named_objective(options.objective.objective, options.objective.target)
     keys = list(dict.fromkeys(row.key for row in rows))
     saes = {name: load_sae(name, mesh=model.mesh) if name else None for _, name in dict.fromkeys(keys)}
     found: dict[Key, PersonaSetting] = {}
     for contexts, sae in keys:
         persona = personas[contexts.persona]
-        found[contexts, sae] = prepare(contexts, options.scoring, options.prompt, model, persona, custom, saes[sae])
+        found[contexts, sae] = prepare(contexts, options.scoring, options.prompt, model, persona, named, saes[sae])
     for setting in found.values():
         try_objective(setting)
     return found
@@ -167,7 +167,7 @@ def _row(row: Mapping[str, Any], options: SearchOptions) -> Row:
     if method == "resga":
         own |= {"sae": None, "latents": None, "surrogate": "none"}
     alone = {"restarts": 1, "vary": (), "problems": None}
-    changed = nested({**options.flat(), **own, **alone}).resolved()
+    changed = from_flat({**options.flat(), **own, **alone}).resolved()
     objective = changed.objective
     if (objective.direction or "").startswith(RANDOM) and objective.site == "auto":
         raise UserError("a random direction needs a site, with --site or among the problems: none is special to it")
@@ -193,7 +193,7 @@ def _grouped(
             mine = _pooled(rows[problems[0]].options, options, setting, len(problems))
             folder = Path(options.run.out) / _folder(mine, chosen, sum(map(len, groups.values())))
             pool = Pool(folder=folder, options=mine.at(folder), setting=setting, chosen=chosen, problems=problems)
-            groups.setdefault((key, chosen.chosen.site), []).append(pool)
+            groups.setdefault((key, chosen.row.site), []).append(pool)
     return list(groups.values())
 
 
@@ -211,7 +211,7 @@ def _pooled(first: SearchOptions, options: SearchOptions, setting: PersonaSettin
 
 def _folder(options: SearchOptions, chosen: ChosenObjective, number: int) -> str:
     objective = options.objective
-    site = chosen.chosen.site if objective.site == "auto" else objective.site
+    site = chosen.row.site if objective.site == "auto" else objective.site
     words = [f"{number:03d}", Path(options.contexts.persona).stem, objective.method, site]
     if objective.direction is not None:
         words.append(Path(objective.direction).stem)
@@ -239,7 +239,7 @@ def _line(row: Row, problem: int, pool: Pool, found: Sequence[dict[str, Any]]) -
     return {
         "problem": problem,
         **row.columns(),
-        "site": pool.chosen.chosen.site,
+        "site": pool.chosen.row.site,
         "run": pool.folder.name,
         "prompts": sum(entry["retokenises"] for entry in found),
         **{name: best.get(name) for name in ("target", "cross_entropy", "step", "text")},

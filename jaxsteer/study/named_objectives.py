@@ -44,8 +44,8 @@ class Contexts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Custom:
-    """An objective that was asked for by name, still to be made for contexts (``place``)."""
+class NamedObjective:
+    """An objective that was asked for by name, still to be made for contexts (``in_contexts``)."""
 
     name: str
     make: Callable[[Contexts], Objective]
@@ -56,7 +56,7 @@ class Custom:
     of_persona: bool = False
     """Whether it is made of the answers of a persona's items."""
 
-    def place(
+    def in_contexts(
         self, model: Model, persona: Persona | None, slots: Slots, *, placement: Placement = Placement()
     ) -> tuple[Objective, Slots]:
         """The objective for the contexts of ``slots``, and these slots with the target answer that it reads.
@@ -71,7 +71,7 @@ class Custom:
         return objective, slots
 
 
-def custom_objective(objective: str | None, target: str | None = None) -> Custom | None:
+def named_objective(objective: str | None, target: str | None = None) -> NamedObjective | None:
     """What ``--objective`` and ``--target`` ask for, or ``None`` where neither is given.
 
     =========================  ================================================================================
@@ -95,30 +95,32 @@ def custom_objective(objective: str | None, target: str | None = None) -> Custom
     if kind in ("target", "target-mean") and not rest:
         if target is None:
             raise UserError(f"--objective {kind} needs the answer's text: add --target TEXT")
-        return _custom(text, lambda _: TargetLogProb(per_token=kind == "target-mean"), target)
+        return _named(text, lambda _: TargetLogProb(per_token=kind == "target-mean"), target)
     if kind in ("answer", "answer-diff") and not rest:
         if target is not None:
             raise UserError(f"--objective {kind} takes every question's own answer: leave out --target")
         if kind == "answer":
-            return Custom(name="custom: answer", make=lambda _: TargetLogProb(), own_answer=True, of_persona=True)
-        return dataclasses.replace(_custom(text, _answer_difference), of_persona=True)
+            return NamedObjective(
+                name="custom: answer", make=lambda _: TargetLogProb(), own_answer=True, of_persona=True
+            )
+        return dataclasses.replace(_named(text, _answer_difference), of_persona=True)
     if kind == "logit-diff" and rest.count("|") == 1:
         plus, minus = rest.split("|")
-        return _custom(text, lambda c: _difference(c, plus, minus), target)
+        return _named(text, lambda c: _difference(c, plus, minus), target)
     if kind in ("neuron", "attention") and (match := re.fullmatch(r"(.+)\[(\d+)\](?::(\w+))?", rest)):
         site, index, to = match.group(1), jnp.int32(match.group(2)), match.group(3)
         if kind == "neuron" and to is None:
-            return _custom(text, lambda _: Neuron(index=index, site=site), target)
+            return _named(text, lambda _: Neuron(index=index, site=site), target)
         if kind == "attention" and (to is None or to in KEYS):
-            return _custom(text, lambda _: Attention(head=index, site=site, to=to or "prompt"), target)  # type: ignore[arg-type]
+            return _named(text, lambda _: Attention(head=index, site=site, to=to or "prompt"), target)  # type: ignore[arg-type]
     if ".py" not in text:
         raise UserError(f"--objective {text!r} is none of: {', '.join(FORMS)} (TO is one of {', '.join(KEYS)})")
     found = load_objective(text)
-    return _custom(text.rpartition(":")[2], lambda _: found, target)
+    return _named(text.rpartition(":")[2], lambda _: found, target)
 
 
-def _custom(name: str, make: Callable[[Contexts], Objective], target: str | None = None) -> Custom:
-    return Custom(name=f"custom: {name}", make=make, target=target)
+def _named(name: str, make: Callable[[Contexts], Objective], target: str | None = None) -> NamedObjective:
+    return NamedObjective(name=f"custom: {name}", make=make, target=target)
 
 
 def _answer_difference(contexts: Contexts) -> LogitDifference:

@@ -41,7 +41,7 @@ _WRITING = ".orbax-checkpoint-tmp"
 
 
 @contextmanager
-def stored(out: str | Path, say: Callable[[str], None] = log.info) -> Iterator[Path]:
+def working_directory(out: str | Path, say: Callable[[str], None] = log.info) -> Iterator[Path]:
     """The directory to do a run in: ``out``, or for the URL of a store a working copy of what is there.
 
     The working copy, ``$JAXSTEER_CACHE/runs/HASH``, must be shared between hosts. The first process copies it to the

@@ -50,9 +50,9 @@ class ChosenObjective:
     """The objective of a search, larger being farther from the persona, and where it came from."""
 
     objective: Objective
-    chosen: ProbeRow
-    """The row of the probe for the site and sign that the objective has."""
-    table: Probe
+    row: ProbeRow
+    """Of the probe: site, sign and correlation of the objective."""
+    probe: Probe
     direction: Direction | None = None
     signature: Signature | None = None
     """With the weights that the objective has: turned where the probe turned the sign."""
@@ -72,15 +72,15 @@ def choose_objectives(
     setting: PersonaSetting, options: ObjectiveOptions, sites: Sequence[str], *, seed: int, say: Say
 ) -> list[ChosenObjective]:
     """``choose_objective`` at several sites, from one direction and one probe."""
-    if setting.custom is not None:
-        found = [_custom(setting, setting.custom.name, seed)] * len(sites)
+    if setting.named is not None:
+        found = [_named(setting, setting.named.name, seed)] * len(sites)
     elif setting.sae is not None:
         found = [_saega(setting, options, setting.sae, seed, say)] * len(sites)
     else:
         found = _resga(setting, options, sites, seed, say)
-    for chosen in {one.chosen.site: one.chosen for one in found}.values():
+    for chosen in {one.row.site: one.row for one in found}.values():
         say(
-            f"Probe: objective and behaviour rank {found[0].table.prompts} random prompts alike to "
+            f"Probe: objective and behaviour rank {found[0].probe.prompts} random prompts alike to "
             f"{chosen.correlation:.2f} at {chosen.site}{' (sign turned)' if chosen.sign < 0 else ''}"
         )
         if chosen.correlation < WARNS:
@@ -103,8 +103,8 @@ def try_objective(setting: Setting) -> None:
 
     Raises ``UserError`` when it is not finite or scores rows by their company.
     """
-    if setting.custom is not None:
-        objective, slots = setting.placed(setting.slots)
+    if setting.named is not None:
+        objective, slots = setting.named_in(setting.slots)
         check_objective(setting.model.params, task_of(setting, objective, slots), objective)
 
 
@@ -161,7 +161,7 @@ def _resga(
         chosen = choose(table.rows) if site == "auto" else _as_defined(table, site)
         delta = jnp.asarray(chosen.sign * direction.delta[chosen.site])
         objective = Projection(delta=delta, site=chosen.site, norm=options.objective_norm)
-        found.append(ChosenObjective(objective=objective, chosen=chosen, table=table, direction=direction))
+        found.append(ChosenObjective(objective=objective, row=chosen, probe=table, direction=direction))
     return found
 
 
@@ -213,16 +213,16 @@ def _saega(setting: PersonaSetting, options: ObjectiveOptions, sae: SAE, seed: i
         objective=latents_objective(
             sae, signature.indices, signature.weights, signature.site, surrogate=options.surrogate
         ),
-        chosen=chosen,
-        table=table,
+        row=chosen,
+        probe=table,
         signature=signature,
     )
 
 
-def _custom(setting: PersonaSetting, name: str, seed: int) -> ChosenObjective:
-    objective, _ = setting.placed(setting.slots)
-    table = _probe(setting, _judge(setting, setting.placed, name), seed)
-    return ChosenObjective(objective=objective, chosen=_as_defined(table, name), table=table)
+def _named(setting: PersonaSetting, name: str, seed: int) -> ChosenObjective:
+    objective, _ = setting.named_in(setting.slots)
+    table = _probe(setting, _judge(setting, setting.named_in, name), seed)
+    return ChosenObjective(objective=objective, row=_as_defined(table, name), probe=table)
 
 
 def _as_defined(table: Probe, site: str) -> ProbeRow:

@@ -14,7 +14,7 @@ _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 _NEEDED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
 
 
-def converted(name: str, kind: Any, value: Any) -> Any:
+def convert_value(name: str, kind: Any, value: Any) -> Any:
     """``value`` as the type ``kind`` of the option ``name``.
 
     ``kind`` is a str, bool, int, float or Path, a ``Literal`` of texts, ``tuple[str, ...]`` or a union of these. Texts

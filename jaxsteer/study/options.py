@@ -1,7 +1,7 @@
 """Options of a search: one dataclass for every stage, with the fields that this stage reads.
 
 A flag, a key of config.json or of a configuration file, and a keyword argument of ``jaxsteer.search`` are the name of a
-field alone: ``nested`` and ``SearchOptions.flat`` lead from there to the stages and back.
+field alone: ``from_flat`` and ``SearchOptions.flat`` lead from there to the stages and back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxsteer.prompts import Placement
 from jaxsteer.study.algorithm import SIZES, AlgorithmOptions, check_positive, flag
 from jaxsteer.study.files import RunDir
 from jaxsteer.study.initial_prompts import listed_texts, texts_of
-from jaxsteer.study.option_values import converted
+from jaxsteer.study.option_values import convert_value
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
@@ -277,7 +277,7 @@ class SearchOptions:
     @classmethod
     def of(cls, **values: Any) -> SearchOptions:
         """Options by name, whatever their stage. Raises ``UserError`` for unknown names and impossible values."""
-        return nested(typed(values))
+        return from_flat(convert_values(values))
 
     def at(self, out: RunDir) -> SearchOptions:
         """The same, with its files elsewhere."""
@@ -298,7 +298,7 @@ class SearchOptions:
         own |= {"contexts"} if self.contexts.conversations is not None else set()  # all of them are contexts
         given = self.flat()
         filled = {name: value for name, value in preset.items() if given[name] is None and name not in own}
-        options = nested(given | filled)
+        options = from_flat(given | filled)
         options.prompt.check()
         options.algorithm.check()
         options.scoring.check()
@@ -352,7 +352,7 @@ KINDS: dict[str, Any] = {name: kind for options in STAGES.values() for name, kin
 """Name of an option -> its type."""
 
 
-def nested(values: Mapping[str, Any]) -> SearchOptions:
+def from_flat(values: Mapping[str, Any]) -> SearchOptions:
     """The options of these names; the others have their defaults."""
     stages: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
     for name, value in values.items():
@@ -360,10 +360,10 @@ def nested(values: Mapping[str, Any]) -> SearchOptions:
     return SearchOptions(**{stage: STAGES[stage](**given) for stage, given in stages.items()})
 
 
-def typed(values: Mapping[str, Any]) -> dict[str, Any]:
+def convert_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` by name as the types of their options. Raises ``UserError`` for unknown names, with the nearest known
     one, and for values that an option cannot have."""
     if unknown := [name for name in values if name not in OPTIONS]:
         near = difflib.get_close_matches(unknown[0], OPTIONS, n=1, cutoff=0.0)
         raise UserError(f"there is no option {unknown[0]!r}: did you mean {near[0]!r}?")
-    return {name: converted(name, KINDS[name], value) for name, value in values.items()}
+    return {name: convert_value(name, KINDS[name], value) for name, value in values.items()}

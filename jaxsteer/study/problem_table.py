@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import kind_of, read_json_lines, read_text
-from jaxsteer.study.option_values import converted
+from jaxsteer.study.option_values import convert_value
 from jaxsteer.study.options import KINDS, ProblemOptions, SearchOptions
 
 COLUMNS = ("persona", "method", "direction", "site", "fluency", "seed", "restart")
@@ -40,7 +40,7 @@ def rows_of(options: ProblemOptions) -> list[dict[str, Any]]:
             raise UserError(f"{where}: there is no column {', '.join(unknown)}; there are {', '.join(COLUMNS)}")
         given = {name: value for name, value in row.items() if value not in (None, "")}
         try:
-            rows.append({name: converted(name, KINDS.get(name, int), value) for name, value in given.items()})
+            rows.append({name: convert_value(name, KINDS.get(name, int), value) for name, value in given.items()})
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if (first := seen.setdefault(json.dumps(rows[-1], sort_keys=True), number)) != number:

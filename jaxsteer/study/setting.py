@@ -26,7 +26,7 @@ from jaxsteer.prompts import (
 )
 from jaxsteer.sae import SAE, check_sae
 from jaxsteer.study.initial_prompts import first_prompts, listed_texts
-from jaxsteer.study.named_objectives import Custom
+from jaxsteer.study.named_objectives import NamedObjective
 from jaxsteer.study.options import ContextOptions, PromptOptions, ScoringOptions
 from jaxsteer.study.probe import blocks_before
 
@@ -49,12 +49,12 @@ class Setting:
     """Texts that no prompt may hold."""
     start: Int[np.ndarray, "n S"] | None
     """Prompts to begin with, best first; without them a search begins at random."""
-    custom: Custom | None
+    named: NamedObjective | None
 
-    def placed(self, slots: Slots) -> tuple[Objective, Slots]:
+    def named_in(self, slots: Slots) -> tuple[Objective, Slots]:
         """The objective that was asked for by name, for these slots, and the slots with the target that it reads."""
-        assert self.custom is not None
-        return self.custom.place(self.model, self.persona, slots, placement=self.placement)
+        assert self.named is not None
+        return self.named.in_contexts(self.model, self.persona, slots, placement=self.placement)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def prepare(
     prompt: PromptOptions,
     model: Model,
     persona: Persona,
-    custom: Custom | None = None,
+    named: NamedObjective | None = None,
     sae: SAE | None = None,
 ) -> PersonaSetting:
     """Check everything that can be checked without running the model, and ask train questions of the persona.
@@ -86,7 +86,7 @@ def prepare(
     splits = split(persona, seed=contexts.split_seed)
     chosen = context_items(splits.train, scoring.contexts or 1)
     asked = search_conversations(chosen, contexts.read_position, placement=contexts.placement)
-    setting = open_slots(contexts, scoring, prompt, model, asked, custom, persona)
+    setting = open_slots(contexts, scoring, prompt, model, asked, named, persona)
     _check_lengths(setting, persona)
     return PersonaSetting(**{**vars(setting), "persona": persona}, splits=splits, sae=sae)
 
@@ -97,7 +97,7 @@ def open_slots(
     prompt: PromptOptions,
     model: Model,
     conversations: Sequence[tuple[Conversation, str]],
-    custom: Custom | None,
+    named: NamedObjective | None,
     persona: Persona | None = None,
 ) -> Setting:
     """The setting of a search in these conversations, each with where it is read. Raises ``UserError`` as ``prepare``
@@ -116,8 +116,8 @@ def open_slots(
         read=[read for _, read in conversations],
         max_positions=model.config.max_positions,
     )
-    if custom is not None:
-        objective, slots = custom.place(model, persona, slots, placement=contexts.placement)
+    if named is not None:
+        objective, slots = named.in_contexts(model, persona, slots, placement=contexts.placement)
         needs(objective, model.config)
     allowed = token_mask(model, prompt.tokens or "words", prompt.ban, listed_texts(prompt.allow))
     first = first_allowed(tokenizer, slots, allowed).sum()
@@ -142,7 +142,7 @@ def open_slots(
         allowed=allowed,
         banned=prompt.ban,
         start=start,
-        custom=custom,
+        named=named,
     )
 
 

@@ -49,7 +49,7 @@ from jaxsteer.study import files
 from jaxsteer.study.algorithm import AlgorithmOptions
 from jaxsteer.study.initial_prompts import spread
 from jaxsteer.study.latent_explanation import explain_latents
-from jaxsteer.study.named_objectives import custom_objective
+from jaxsteer.study.named_objectives import named_objective
 from jaxsteer.study.objective_stage import (
     ChosenObjective,
     Say,
@@ -120,13 +120,13 @@ def persona_setting(
     ``persona`` and ``model`` save loading them again. Raises ``UserError`` for what cannot be searched.
     """
     objective = options.objective
-    custom = custom_objective(objective.objective, objective.target)
+    named = named_objective(objective.objective, objective.target)
     persona = persona or load_persona(options.contexts.persona)
     model = model or load_model(options.model, parallel=options.algorithm.restarts > 1)
-    if custom is None:
+    if named is None:
         check_site(objective.site, model)
     sae = load_sae(objective.sae, mesh=model.mesh) if objective.sae else None
-    setting = prepare(options.contexts, options.scoring, options.prompt, model, persona, custom, sae)
+    setting = prepare(options.contexts, options.scoring, options.prompt, model, persona, named, sae)
     try_objective(setting)
     return setting
 
@@ -145,7 +145,7 @@ def load_draft(options: SearchOptions, setting: PersonaSetting, say: Say) -> tup
     model = load(name, dtype=options.model.dtype, mesh=setting.model.mesh)
     lengths = f"{setting.least}:{setting.slots.length}"
     prompt = dataclasses.replace(options.prompt, prompt_length=lengths, init=None, init_from=None)
-    beside = prepare(options.contexts, options.scoring, prompt, model, setting.persona, setting.custom)
+    beside = prepare(options.contexts, options.scoring, prompt, model, setting.persona, setting.named)
     same = len(model.tokenizer) == len(setting.model.tokenizer) and all(
         a.tolist() == b.tolist() for a, b in zip(beside.slots.before, setting.slots.before, strict=True)
     )
@@ -292,7 +292,7 @@ def conclude(
 
     ``timing`` is what the stages before took.
     """
-    row = chosen.chosen
+    row = chosen.row
     sign = {"objective_sign": str(row.sign)}
     if chosen.direction is not None and is_first():
         metadata = {**chosen.direction.metadata, "site": row.site, **sign}
@@ -315,7 +315,7 @@ def conclude(
             "persona": setting.persona.name,
             "sign": row.sign,
             "probe_correlation": row.correlation,
-            "probe": chosen.table,
+            "probe": chosen.probe,
             "splits": {name: len(getattr(setting.splits, name)) for name in ("train", "validation", "test")},
             "baseline": rates.baseline,
             "controls": rates.controls,

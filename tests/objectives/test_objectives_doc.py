@@ -10,7 +10,7 @@ import pytest
 
 from jaxsteer.objectives import as_pytree
 from jaxsteer.prompt_search import score
-from jaxsteer.study import custom_objective
+from jaxsteer.study import named_objective
 
 DOC = (Path(__file__).resolve().parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
 
@@ -40,4 +40,4 @@ def test_every_name_of_the_table_is_known() -> None:
     assert len(names) == 8
     for name, target in names:
         if ".py" not in name:
-            assert custom_objective(name, target) is not None
+            assert named_objective(name, target) is not None

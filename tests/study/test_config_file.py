@@ -9,7 +9,7 @@ import pytest
 from jaxsteer.errors import UserError
 from jaxsteer.study import SearchOptions
 from jaxsteer.study.config_file import config_text, help_of, read_config
-from jaxsteer.study.options import OPTIONS, nested
+from jaxsteer.study.options import OPTIONS, from_flat
 
 
 @pytest.mark.parametrize("toml", [False, True])
@@ -17,7 +17,7 @@ def test_the_printed_file_has_every_option_and_is_the_defaults(toml: bool, tmp_p
     path = tmp_path / ("run.toml" if toml else "run.yaml")
     text = config_text(toml=toml)
     path.write_text(text)
-    assert nested({"out": "x", **read_config(path)}) == SearchOptions.of(out="x")
+    assert from_flat({"out": "x", **read_config(path)}) == SearchOptions.of(out="x")
     for name in OPTIONS:
         assert f"\n{name}{' =' if toml else ':'}" in text or f"\n# {name}{' =' if toml else ':'}" in text
         assert help_of(name).split()[0] in text

@@ -15,7 +15,7 @@ from jaxsteer.objectives import Attention, LogitDifference, Neuron, TargetLogPro
 from jaxsteer.personas import Item, Persona, search_conversations
 from jaxsteer.prompt_search import make_task, score
 from jaxsteer.prompts import Slots, build_slots
-from jaxsteer.study import SearchOptions, custom_objective
+from jaxsteer.study import SearchOptions, named_objective
 from tests.helpers.tiny import tiny_model
 
 MODEL = tiny_model()
@@ -52,28 +52,28 @@ def test_names_become_objectives(tmp_path: Path) -> None:
             Attention(head=jnp.int32(3), site="blocks.1.attn.hook_pattern", to="first"),
         ),
     ):  # fmt: skip
-        custom = custom_objective(text, target)
-        assert custom is not None and custom.name == name
-        objective, placed = custom.place(MODEL, PERSONA, slots)
+        named = named_objective(text, target)
+        assert named is not None and named.name == name
+        objective, placed = named.in_contexts(MODEL, PERSONA, slots)
         assert jax.tree.structure(objective) == jax.tree.structure(kind) and jax.tree.leaves(objective) == (
             jax.tree.leaves(kind)
         )
         assert bool(placed.target) == isinstance(kind, TargetLogProb)
-    assert custom_objective(None, None) is None
-    mine = custom_objective(f"{file}:mine")
-    assert mine is not None and mine.name == "custom: mine" and mine.place(MODEL, PERSONA, slots)[1] is slots
+    assert named_objective(None, None) is None
+    mine = named_objective(f"{file}:mine")
+    assert mine is not None and mine.name == "custom: mine" and mine.in_contexts(MODEL, PERSONA, slots)[1] is slots
 
 
 def test_answers_are_those_of_every_question() -> None:
     """Both orders of the choices are asked: the answer that shows no persona is (B) in one, (A) in the other."""
-    custom = custom_objective("answer")
-    assert custom is not None
-    _, slots = custom.place(MODEL, PERSONA, slots_for())
+    named = named_objective("answer")
+    assert named is not None
+    _, slots = named.in_contexts(MODEL, PERSONA, slots_for())
     texts = [MODEL.tokenizer.decode(ids) for ids in slots.target]
     assert [text[-2:] for text in texts] == ["B)", "A)", "B)", "A)"]
-    difference = custom_objective("answer-diff")
+    difference = named_objective("answer-diff")
     assert difference is not None
-    objective, _ = difference.place(MODEL, PERSONA, slots_for())
+    objective, _ = difference.in_contexts(MODEL, PERSONA, slots_for())
     assert isinstance(objective, LogitDifference)
     letters = [MODEL.tokenizer.convert_tokens_to_ids(letter) for letter in "AB"]
     assert objective.minus.tolist() == [letters[0], letters[1]] * 2 and objective.plus.tolist() == letters[::-1] * 2
@@ -81,9 +81,9 @@ def test_answers_are_those_of_every_question() -> None:
 
 def test_the_difference_of_logits_is_that_of_log_probabilities() -> None:
     """``answer-diff`` in the search's scoring against ``jaxsteer.logits`` on the whole texts."""
-    custom = custom_objective("answer-diff")
-    assert custom is not None
-    objective, slots = custom.place(MODEL, PERSONA, slots_for())
+    named = named_objective("answer-diff")
+    assert named is not None
+    objective, slots = named.in_contexts(MODEL, PERSONA, slots_for())
     allowed = np.ones(MODEL.config.vocab_size, bool)
     task = make_task(MODEL.params, MODEL.config, slots, needs=needs(objective, MODEL.config), allowed=allowed)
     ids = jnp.asarray([[300, 301, 302], [310, 311, 312]], jnp.int32)
@@ -110,7 +110,7 @@ def test_the_difference_of_logits_is_that_of_log_probabilities() -> None:
 )
 def test_unknown_names_are_refused(objective: str, target: str | None, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        custom_objective(objective, target)
+        named_objective(objective, target)
 
 
 @pytest.mark.parametrize(
@@ -122,10 +122,10 @@ def test_unknown_names_are_refused(objective: str, target: str | None, says: str
     ],
 )
 def test_objectives_that_do_not_fit_the_contexts(objective: str, read_position: str, says: str) -> None:
-    custom = custom_objective(objective)
-    assert custom is not None
+    named = named_objective(objective)
+    assert named is not None
     with pytest.raises(UserError, match=says):
-        custom.place(MODEL, PERSONA, slots_for(read_position))
+        named.in_contexts(MODEL, PERSONA, slots_for(read_position))
 
 
 def test_options_that_belong_to_one_method(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from jaxsteer.prompt_search.resume import Notes, Sizes, Store
 from jaxsteer.study import SearchOptions, files, run, stages
 from jaxsteer.study import many_runs as several
 from jaxsteer.study import object_store as module
-from jaxsteer.study.object_store import ARCHIVE, stored
+from jaxsteer.study.object_store import ARCHIVE, working_directory
 from jaxsteer.study.run_folder import open_run
 from tests.helpers.tiny import tiny_model
 
@@ -103,15 +103,15 @@ def work(folder: Path, *, steps: int = 3, end: int = 3) -> int:
 
 
 def test_a_directory_is_itself(tmp_path: Path) -> None:
-    with stored(tmp_path / "run") as folder:
+    with working_directory(tmp_path / "run") as folder:
         assert folder == tmp_path / "run"
-    with stored("runs/x") as folder:
+    with working_directory("runs/x") as folder:
         assert folder == Path("runs/x")
 
 
 def test_the_files_of_a_run_are_at_the_url(place: Place, tmp_path: Path) -> None:
     said: list[str] = []
-    with stored(place.url + "/", said.append) as folder:
+    with working_directory(place.url + "/", said.append) as folder:
         assert work(folder) == 3
     assert place.names() == NAMES and not folder.exists() and place.url in said[0]
     work(tmp_path / "local")
@@ -119,7 +119,7 @@ def test_the_files_of_a_run_are_at_the_url(place: Place, tmp_path: Path) -> None
         assert (place.at / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
     place.fresh_machine()
     stamps = {name: (place.at / name).stat().st_mtime_ns for name in NAMES}
-    with stored(place.url) as folder:
+    with working_directory(place.url) as folder:
         assert work(folder) == 0, "nothing is done again"
         (folder / files.REPORT).write_text("page")
     assert place.names() == sorted([*NAMES, files.REPORT]), "what was added is copied"
@@ -127,18 +127,18 @@ def test_the_files_of_a_run_are_at_the_url(place: Place, tmp_path: Path) -> None
 
 
 def test_a_run_that_was_cut_off_goes_on_elsewhere(place: Place) -> None:
-    with pytest.raises(Cut), stored(place.url) as folder:
+    with pytest.raises(Cut), working_directory(place.url) as folder:
         work(folder, end=2)
     assert place.names() == [ARCHIVE]
     place.fresh_machine()
-    with stored(place.url) as folder:
+    with working_directory(place.url) as folder:
         assert work(folder) == 1, "from the checkpoint after the second step"
     assert place.names() == NAMES and json.loads((place.at / "metrics.json").read_text()) == {"sum": [3.0] * 4}
 
 
 def test_checkpoints_are_copied_while_the_run_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOOK_S", 0.01)
-    with pytest.raises(Cut), stored(place.url) as folder:
+    with pytest.raises(Cut), working_directory(place.url) as folder:
         with pytest.raises(Cut):
             work(folder, end=2)
         there = place.wait_for(2)
@@ -149,7 +149,7 @@ def test_checkpoints_are_copied_while_the_run_goes_on(place: Place, monkeypatch:
         raise Cut
     assert (place.at / ARCHIVE).read_bytes() == there
     place.fresh_machine()
-    with stored(place.url) as folder:
+    with working_directory(place.url) as folder:
         assert work(folder) == 1 and not list(folder.rglob("*tmp*"))
 
 
@@ -158,17 +158,17 @@ def test_checkpoints_are_copied_while_the_run_goes_on(place: Place, monkeypatch:
 def test_a_store_that_fails_at_the_end_loses_nothing(
     at: str, same_machine: bool, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(Cut), stored(place.url) as folder:
+    with pytest.raises(Cut), working_directory(place.url) as folder:
         work(folder, end=1)
     with monkeypatch.context() as patch:
         place.cut(patch, at)
         with pytest.raises(UserError, match=r"it is gone\). The run is done and lies in .*: the same command copies"):
-            with stored(place.url) as folder:
+            with working_directory(place.url) as folder:
                 assert work(folder) == 2
     assert ARCHIVE in place.names() and "metrics.json" not in place.names()
     if not same_machine:
         place.fresh_machine()
-    with stored(place.url) as folder:
+    with working_directory(place.url) as folder:
         assert work(folder) == (0 if same_machine else 2)
     assert place.names() == NAMES
 
@@ -177,7 +177,7 @@ def test_a_store_that_fails_on_the_way_is_a_warning(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "LOOK_S", 0.01)
-    with caplog.at_level(logging.WARNING), pytest.raises(Cut), stored(place.url) as folder:
+    with caplog.at_level(logging.WARNING), pytest.raises(Cut), working_directory(place.url) as folder:
         with pytest.raises(Cut):
             work(folder, end=1)
         before = place.wait_for(1)
@@ -187,49 +187,52 @@ def test_a_store_that_fails_on_the_way_is_a_warning(
     assert (place.at / ARCHIVE).read_bytes() == before
     monkeypatch.undo()
     monkeypatch.setenv("JAXSTEER_CACHE", str(folder.parent.parent))
-    with stored(place.url) as folder:
+    with working_directory(place.url) as folder:
         assert work(folder) == 1, "this machine has more than the store, and goes on from that"
 
 
 def test_another_machines_progress_is_taken_over(place: Place) -> None:
     first = os.environ["JAXSTEER_CACHE"]
-    with pytest.raises(Cut), stored(place.url) as folder:
+    with pytest.raises(Cut), working_directory(place.url) as folder:
         work(folder, end=1)
     place.fresh_machine()
-    with pytest.raises(Cut), stored(place.url) as folder:
+    with pytest.raises(Cut), working_directory(place.url) as folder:
         work(folder, end=2)
     os.environ["JAXSTEER_CACHE"] = first  # of the fixture's
-    with stored(place.url) as folder:
+    with working_directory(place.url) as folder:
         assert work(folder) == 1
 
 
 def test_what_cannot_be_is_refused_before_the_run(place: Place, tmp_path: Path) -> None:
     place.at.mkdir(parents=True)
     (place.at / "photo.jpg").write_text("x")
-    with pytest.raises(UserError, match=r"is not empty \(photo.jpg\) and holds no run of jaxsteer"), stored(place.url):
+    with (
+        pytest.raises(UserError, match=r"is not empty \(photo.jpg\) and holds no run of jaxsteer"),
+        working_directory(place.url),
+    ):
         pytest.fail("it began")
     for name in ("config.json", "metrics.json"):  # of a model, say
         (place.at / name).write_text("{}")
-    with pytest.raises(UserError, match="holds no run of jaxsteer"), stored(place.url):
+    with pytest.raises(UserError, match="holds no run of jaxsteer"), working_directory(place.url):
         pytest.fail("it began")
     assert place.names() == ["config.json", "metrics.json", "photo.jpg"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be read"), stored(f"file://{tmp_path}/file/run"):
+    with pytest.raises(UserError, match="cannot be read"), working_directory(f"file://{tmp_path}/file/run"):
         pytest.fail("it began")
-    with pytest.raises(UserError, match="file:///proc/run cannot be written"), stored("file:///proc/run"):
+    with pytest.raises(UserError, match="file:///proc/run cannot be written"), working_directory("file:///proc/run"):
         pytest.fail("it began")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / ARCHIVE).write_text("no archive")
-    with pytest.raises(UserError, match=f"{ARCHIVE} is damaged"), stored(f"file://{tmp_path}/damaged"):
+    with pytest.raises(UserError, match=f"{ARCHIVE} is damaged"), working_directory(f"file://{tmp_path}/damaged"):
         pytest.fail("it began")
 
 
 def test_another_run_is_not_touched(place: Place) -> None:
-    with pytest.raises(Cut), stored(place.url) as folder:
+    with pytest.raises(Cut), working_directory(place.url) as folder:
         work(folder, end=1)
     before = (place.at / ARCHIVE).read_bytes()
     with pytest.raises(UserError, match="another run's files .* is the working copy of file://"):
-        with stored(place.url) as folder:
+        with working_directory(place.url) as folder:
             open_run(folder, {**CONFIG, "seed": 1})
     assert (place.at / ARCHIVE).read_bytes() == before and place.names() == [ARCHIVE]
 
@@ -249,11 +252,11 @@ def test_a_search_that_was_cut_off_ends_as_one_that_was_not(
         appended(path, row)
 
     monkeypatch.setattr(files, "append_line", cut)
-    with pytest.raises(Cut), stored(place.url) as folder:
+    with pytest.raises(Cut), working_directory(place.url) as folder:
         run(options(steps=24, save_every=0.0, out=folder), model=model)
     monkeypatch.setattr(files, "append_line", appended)
     place.fresh_machine()
-    with stored(place.url) as folder:
+    with working_directory(place.url) as folder:
         run(options(steps=24, resume=True, out=folder), model=model)
     for name in ("pareto.jsonl", "choices.json", "config.json"):
         assert (place.at / name).read_bytes() == (local.run.out / name).read_bytes()
