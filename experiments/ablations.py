@@ -9,6 +9,7 @@ files, selection on validation questions and resuming are those of ``experiments
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,12 +17,13 @@ from typing import Any
 
 from experiments.main_table import EPO
 from experiments.running import add_arguments, finish, sae_of, table_of
-from experiments.tables import COLUMNS, Row
+from experiments.tables import COLUMNS
 from jaxsteer import organisms
 from jaxsteer.checkpoints.loading import load
 from jaxsteer.models.sites import resid_site
 from jaxsteer.personas import load_persona, seed_phrase
 from jaxsteer.study.cells import PROMPT_LENGTH, Block, Method, Table
+from jaxsteer.study.table_row import TableRow
 
 BASE: dict[str, Any] = {"read_position": "decision", **EPO}
 NEVER = 1_000_000
@@ -39,8 +41,8 @@ TOGETHER = (
 COLUMNS_HERE = {name: COLUMNS[name] for name in ("rate %", "95 % interval", "range", "A-rate", "ranked first %")} | {
     "perplexity": COLUMNS["perplexity"],
     "of the one shown": COLUMNS["of the one shown"],
-    "readability": lambda row: "-" if row.get("readability") is None else f"{row['readability']:.0f}",
-    "probe": lambda row: "-" if row.get("probe_correlation") is None else f"{row['probe_correlation']:.2f}",
+    "readability": lambda row: "-" if row.readability is None else f"{row.readability:.0f}",
+    "probe": lambda row: "-" if row.probe_correlation is None else f"{row.probe_correlation:.2f}",
 }
 
 
@@ -115,13 +117,13 @@ def base_of(table: Table, factor: str) -> Any:
     return table.options["contexts"] if factor == "contexts" else AS_BASE.get(factor)
 
 
-def with_base(rows: Sequence[Row], table: Table, order: Sequence[tuple[str, Any]]) -> list[Row]:
+def with_base(rows: Sequence[TableRow], table: Table, order: Sequence[tuple[str, Any]]) -> list[TableRow]:
     """The rows, and for every factor the row of ``base`` under the value that it has there."""
-    known = {(row["method"], row["value"]) for row in rows}
+    known = {(row.method, row.value) for row in rows}
     added = [
-        row | {"method": factor, "value": value, "same_as": "base"}
+        dataclasses.replace(row, method=factor, value=value, same_as="base")
         for row in rows
-        if row["method"] == "base"
+        if row.method == "base"
         for factor, value in order
         if factor != "base" and value == base_of(table, factor) and any(name == factor for name, _ in known)
     ]

@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.running import add_arguments, finish, sae_of, table_of
-from experiments.tables import Row, percent
+from experiments.tables import percent
 from jaxsteer import organisms
 from jaxsteer.study.baselines import BASELINES
 from jaxsteer.study.cells import PROMPT_LENGTH, Block, Method, Table
+from jaxsteer.study.table_row import TableRow
 
 RESGA, SAEGA = "RESGA, decision", "SAEGA, decision"
 CONTROLS = ("zero-shot", "random prompt", "random direction", "random search, random direction")
@@ -116,11 +117,11 @@ def blocks_of(table: Table, model: str, sae: str | None, persona: str) -> list[B
     return [Block(table=table, model=model, sae=sae, persona=persona, methods=tuple(part)) for part in parts]
 
 
-def verdicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def verdicts(rows: Sequence[TableRow]) -> list[dict[str, Any]]:
     """What the table has to show, cell by cell and in sum."""
-    cells: dict[tuple[str, str], dict[str, Row]] = {}
+    cells: dict[tuple[str, str], dict[str, TableRow]] = {}
     for row in rows:
-        cells.setdefault((row["model"], row["persona"]), {})[row["method"]] = row
+        cells.setdefault((row.model, row.persona), {})[row.method] = row
     found = []
     for method in (RESGA, SAEGA):
         mine = [verdict(*key, method, of) for key, of in cells.items() if method in of]
@@ -135,21 +136,21 @@ def verdicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def verdict(model: str, persona: str, method: str, of: dict[str, Row]) -> dict[str, Any]:
+def verdict(model: str, persona: str, method: str, of: dict[str, TableRow]) -> dict[str, Any]:
     """One cell against its controls, its oracle and its own text."""
     row = of[method]
     open_ = [name for name in CONTROLS if name not in of]
-    lost = [name for name in CONTROLS if name in of and not row["ci95"][1] < of[name]["ci95"][0]]
+    lost = [name for name in CONTROLS if name in of and not row.ci95[1] < of[name].ci95[0]]
     oracle = of.get("oracle cue")
-    near = None if oracle is None else row["rate"] <= oracle["rate"] + MARGIN
-    ratio = (row.get("selected") or {}).get("perplexity_ratio")
+    near = None if oracle is None else row.rate <= oracle.rate + MARGIN
+    ratio = row.selected and row.selected.perplexity_ratio
     fluent = ratio is not None and ratio <= RATIO
     beats = not lost and not open_
-    text = f"{model} {persona}, {method}: {percent(row['rate'])} %, "
+    text = f"{model} {persona}, {method}: {percent(row.rate)} %, "
     text += "beats all controls" if beats else f"does not beat {'; '.join(lost + open_)}"
     if oracle is not None:
         text += f"; {'within' if near else 'NOT within'} {100 * MARGIN:.0f} points of the oracle's "
-        text += f"{percent(oracle['rate'])} %"
+        text += f"{percent(oracle.rate)} %"
     text += f"; perplexity ratio {'-' if ratio is None else f'{ratio:.1f}'}"
     return {
         "claim": "cell",

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.tables import COLUMNS, Columns, Row, write_study
+from experiments.tables import COLUMNS, Columns, write_study
 from jaxsteer.cli import keep_programs
 from jaxsteer.errors import UserError
 from jaxsteer.study.cell_runs import compute_all, document, in_order, open_table
 from jaxsteer.study.cells import PROMPT_LENGTH, Block, Table
+from jaxsteer.study.table_row import TableRow
 
 
 def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
@@ -57,9 +58,9 @@ def finish(
     blocks: Sequence[Block],
     order: Sequence[tuple[str, Any]],
     args: argparse.Namespace,
-    judge: Callable[[Sequence[Row]], list[dict[str, Any]]],
+    judge: Callable[[Sequence[TableRow]], list[dict[str, Any]]],
     command: str,
-    complete: Callable[[list[Row]], list[Row]] = list,
+    complete: Callable[[list[TableRow]], list[TableRow]] = list,
     columns: Columns = COLUMNS,
 ) -> int:
     """Compute all blocks, write tables as they grow, and print the last."""
@@ -73,7 +74,7 @@ def finish(
             rows += done
             ordered = in_order(complete(rows), blocks, order)
             found = document(experiment, title, table, ordered, judge(ordered), quick=args.quick, command=command)
-            text = write_study(table.out, found, columns)
+            text = write_study(table.out, found, ordered, columns)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

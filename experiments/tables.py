@@ -11,9 +11,10 @@ from typing import Any
 
 from jaxsteer.files import write_text
 from jaxsteer.study import files
+from jaxsteer.study.cell_rows import TOLERANCE
+from jaxsteer.study.table_row import ShownPrompt, TableRow
 
-Row = dict[str, Any]
-Columns = dict[str, Callable[[Row], str]]
+Columns = dict[str, Callable[[TableRow], str]]
 """Head of a column -> its text for a row."""
 
 
@@ -27,50 +28,51 @@ def between(pair: Sequence[float] | None) -> str:
     return "-" if not pair else f"{percent(pair[0])} to {percent(pair[1])}"
 
 
-def perplexity(row: Row) -> str:
+def perplexity(row: TableRow | ShownPrompt | None) -> str:
     """Of the row's prompts, with the ratio to ordinary sentences."""
-    x, ratio = row.get("perplexity"), row.get("perplexity_ratio")
+    x, ratio = (None, None) if row is None else (row.perplexity, row.perplexity_ratio)
     return "-" if x is None else f"{x:.3g}" + (f" ({ratio:.1f}x)" if ratio is not None else "")
 
 
 COLUMNS: Columns = {
-    "rate %": lambda row: percent(row["rate"]),
-    "95 % interval": lambda row: between(row["ci95"]),
-    "range": lambda row: between(row.get("range")),
-    "A-rate": lambda row: percent(row["a_rate"]) + (" !" if row.get("letter_collapse") else ""),
-    "swapped": lambda row: percent(row.get("swapped_rate")),
-    "change": lambda row: percent((row.get("difference") or {}).get("value")),
-    "ranked first %": lambda row: percent(row.get("first_rate")),
+    "rate %": lambda row: percent(row.rate),
+    "95 % interval": lambda row: between(row.ci95),
+    "range": lambda row: between(row.range),
+    "A-rate": lambda row: percent(row.a_rate) + (" !" if row.letter_collapse else ""),
+    "swapped": lambda row: percent(row.swapped_rate),
+    "change": lambda row: percent(row.difference and row.difference.value),
+    "ranked first %": lambda row: percent(row.first_rate),
     "perplexity": perplexity,
-    "of the one shown": lambda row: perplexity(row.get("selected") or {}),
+    "of the one shown": lambda row: perplexity(row.selected),
 }
-NOTE = """Rate: share of test rows (questions in both orders of the choices) whose persona answer wins; of a search, the
-mean over its seeds of the prompt that validation questions chose, with an interval over questions. Range:
-over seeds, or over the prompts of a row that has several. A-rate: share won by (A); ! where some prompt makes
-one letter win whatever is asked. Swapped: questions answered alike in both orders. Change: against zero-shot,
+NOTE = f"""Rate: share of test rows (questions in both orders of the choices) whose persona answer wins; of a search,
+the mean over its seeds of the prompt that validation questions chose, with an interval over questions. Chosen: the
+lowest rate, of those within {100 * TOLERANCE:g} points the likeliest text; a prompt under which one letter wins comes
+last. Range: over seeds, or over the prompts of a row that has several. A-rate: share won by (A); ! where some prompt
+makes one letter win whatever is asked. Swapped: questions answered alike in both orders. Change: against zero-shot,
 paired. Ranked first: the rate of the prompt that the objective alone would report. Perplexity: geometric mean
 over seeds, and its ratio to that of ordinary sentences (of the organisms, those that the corpus puts into the
 slot: cue sentences and neutral ones); then that of the prompt that is shown, which validation questions chose
 among the seeds'. \\* An edit or a soft prompt: no text."""
 
 
-def label(row: Row) -> str:
+def label(row: TableRow) -> str:
     """The method, with what is varied."""
-    text = row["method"] if row.get("value") is None else f"{row['method']} {row['value']}"
-    return text + (" \\*" if row.get("steered") else "")
+    text = row.method if row.value is None else f"{row.method} {row.value}"
+    return text + (" \\*" if row.steered else "")
 
 
-def shown(row: Row, width: int = 72) -> str:
+def shown(row: TableRow, width: int = 72) -> str:
     """The prompt as code."""
-    text = (row.get("prompt") or "").strip().replace("`", "'").replace("|", "\\|")
+    text = (row.prompt or "").strip().replace("`", "'").replace("|", "\\|")
     return f"`{text if len(text) <= width else text[: width - 1] + '…'}`" if text else ""
 
 
-def markdown(rows: Sequence[Row], columns: Columns) -> str:
+def markdown(rows: Sequence[TableRow], columns: Columns) -> str:
     """One table per model and persona."""
     parts = []
-    for model, persona in dict.fromkeys((row["model"], row["persona"]) for row in rows):
-        mine = [row for row in rows if (row["model"], row["persona"]) == (model, persona)]
+    for model, persona in dict.fromkeys((row.model, row.persona) for row in rows):
+        mine = [row for row in rows if (row.model, row.persona) == (model, persona)]
         lines = [
             f"### {model}, {persona}",
             "",
@@ -86,11 +88,11 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def latex(rows: Sequence[Row], caption: str) -> str:
+def latex(rows: Sequence[TableRow], caption: str) -> str:
     """One table with a column per model and persona: rate and interval, the best text-only search in no way marked."""
-    columns = list(dict.fromkeys((row["model"], row["persona"]) for row in rows))
+    columns = list(dict.fromkeys((row.model, row.persona) for row in rows))
     methods = list(dict.fromkeys(label(row) for row in rows))
-    known = {(label(row), row["model"], row["persona"]): row for row in rows}
+    known = {(label(row), row.model, row.persona): row for row in rows}
     lines = [
         r"\begin{table}",
         r"\centering\small",
@@ -107,8 +109,8 @@ def latex(rows: Sequence[Row], caption: str) -> str:
             if row is None:
                 cells.append("--")
                 continue
-            low, high = row["ci95"]
-            cells.append(rf"{percent(row['rate'])} {{\scriptsize [{percent(low)}, {percent(high)}]}}")
+            low, high = row.ci95
+            cells.append(rf"{percent(row.rate)} {{\scriptsize [{percent(low)}, {percent(high)}]}}")
         lines.append(" & ".join([_tex(method.replace("\\*", "*")), *cells]) + r" \\")
     return "\n".join([*lines, r"\hline", r"\end{tabular}", r"\end{table}"]) + "\n"
 
@@ -117,7 +119,7 @@ def _tex(text: str) -> str:
     return re.sub(r"([&%$#_{}])", r"\\\1", text)
 
 
-def table_csv(rows: Sequence[Row]) -> str:
+def table_csv(rows: Sequence[TableRow]) -> str:
     """One line per row."""
     names = """model persona method value kind rate low high range_low range_high a_rate letter_collapse swapped_rate
         change change_low change_high first_rate perplexity perplexity_ratio shown_perplexity shown_perplexity_ratio
@@ -126,19 +128,18 @@ def table_csv(rows: Sequence[Row]) -> str:
     writer = csv.DictWriter(out, names, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for row in rows:
-        difference, selected = row.get("difference") or {}, row.get("selected") or {}
-        pairs = {"": row["ci95"], "range_": row.get("range") or (None, None)}
-        pairs["change_"] = difference.get("ci95") or (None, None)
+        change, selected, none = row.difference, row.selected, (None, None)
+        pairs = {"": row.ci95 or none, "range_": row.range or none, "change_": (change and change.ci95) or none}
         ends = {f"{name}{end}": pair[i] for name, pair in pairs.items() for i, end in enumerate(("low", "high"))}
-        extra = {"change": difference.get("value"), "shown_perplexity": selected.get("perplexity")}
-        extra["shown_perplexity_ratio"] = selected.get("perplexity_ratio")
-        writer.writerow(row | ends | extra)
+        extra = {"change": change and change.value, "shown_perplexity": selected and selected.perplexity}
+        extra["shown_perplexity_ratio"] = selected and selected.perplexity_ratio
+        writer.writerow(row.to_json() | ends | extra)
     return out.getvalue()
 
 
-def write_study(out: Path, document: dict[str, Any], columns: Columns = COLUMNS) -> str:
-    """Write results.json and the three tables; returns the Markdown."""
-    rows, verdicts = document["rows"], document["verdicts"]
+def write_study(out: Path, document: dict[str, Any], rows: Sequence[TableRow], columns: Columns = COLUMNS) -> str:
+    """Write results.json, which holds ``document``, and the three tables of ``rows``; returns the Markdown."""
+    verdicts = document["verdicts"]
     parts = [f"## {document['title']}", markdown(rows, columns), NOTE]
     if verdicts:
         parts.append("\n".join(f"- {verdict['text']}" for verdict in verdicts))

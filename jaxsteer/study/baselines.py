@@ -35,6 +35,7 @@ from jaxsteer.prompts import (
 from jaxsteer.statistics import bootstrap_mean, wilson
 from jaxsteer.steer import add
 from jaxsteer.study.selection import lowest_rate
+from jaxsteer.study.table_row import TableRow, rate_fields
 from jaxsteer.writers.writer import Writer
 
 if TYPE_CHECKING:
@@ -235,11 +236,8 @@ def choose(
     return best, [row.rate for row in found]
 
 
-def measure(bench: Bench, found: dict[str, Found]) -> list[dict[str, Any]]:
-    """One row per baseline: its rate with all controls on the test questions, against zero-shot on the same ones.
-
-    ``perplexity`` is the prompt's in its slot; the rest is as ``summarise`` says.
-    """
+def measure(bench: Bench, found: dict[str, Found]) -> list[TableRow]:
+    """One row per baseline: its rate with all controls on the test questions, against zero-shot on the same ones."""
     (zero,) = choice_eval(bench.model, bench.test, [""], placement=bench.placement)
     texts = list(dict.fromkeys(p for f in found.values() if f.edits is None for p in f.prompts))
     results = dict(zip(texts, choice_eval(bench.model, bench.test, texts, placement=bench.placement), strict=True))
@@ -253,48 +251,53 @@ def measure(bench: Bench, found: dict[str, Found]) -> list[dict[str, Any]]:
             )
         else:
             of_row = [results[prompt] for prompt in made.prompts]
-        row = {"name": name, "tried": made.tried, "details": made.details, "steered": made.edits is not None}
-        rows.append(row | summarise(of_row, zero, [perplexity.get(prompt) for prompt in made.prompts]))
+        row = summarise(of_row, zero, [perplexity.get(prompt) for prompt in made.prompts])
+        rows.append(
+            dataclasses.replace(
+                row, method=name, tried=made.tried, details=made.details, steered=made.edits is not None
+            )
+        )
     return rows
 
 
-def summarise(
-    results: Sequence[ChoiceResult], zero: ChoiceResult, perplexity: Sequence[float | None]
-) -> dict[str, Any]:
+def summarise(results: Sequence[ChoiceResult], zero: ChoiceResult, perplexity: Sequence[float | None]) -> TableRow:
     """The numbers of a row: a prompt's rate with all controls, or the mean of several prompts with each in ``each``.
 
     ``ci95`` is, at either end, the wider of Wilson's interval over rows and the bootstrap interval over questions: the
     one allows for rates of 0 and 1, the other for copies of a question and for the spread over several prompts.
-    ``range`` is the lowest and highest rate of the prompts; ``perplexity`` their geometric mean.
     """
-    rates = [rate(result, zero).to_json() for result in results]
+    rows = [
+        TableRow(prompt=result.prompt, perplexity=x, **rate_fields(rate(result, zero)))
+        for result, x in zip(results, perplexity, strict=True)
+    ]
     mean = np.mean([result.persona for result in results], axis=0)
     wide = list(zip(wilson(float(mean.sum()), len(mean)), bootstrap_mean(mean, zero.groups), strict=True))
-    ci95 = [float(min(wide[0])), float(max(wide[1]))]
-    if len(results) == 1:
-        return {"prompt": results[0].prompt, "perplexity": perplexity[0], **rates[0], "ci95": ci95}
-    average = lambda name: float(np.mean([r[name] for r in rates])) if rates[0][name] is not None else None  # noqa: E731
+    ci95 = float(min(wide[0])), float(max(wide[1]))
+    if len(rows) == 1:
+        return dataclasses.replace(rows[0], ci95=ci95)
+
+    def average(name: str) -> float | None:
+        values = [getattr(row, name) for row in rows]
+        return None if values[0] is None else float(np.mean(values))
+
     known = [value for value in perplexity if value is not None]
-    return {
-        "prompt": results[0].prompt,
-        "perplexity": float(np.exp(np.mean(np.log(known)))) if known else None,
-        "rate": float(mean.mean()),
-        "ci95": ci95,
-        "n": len(mean),
-        "range": [min(r["rate"] for r in rates), max(r["rate"] for r in rates)],
-        **{name: average(name) for name in ("a_rate", "swapped_rate", "auroc", "probability")},
-        "letter_collapse": any(r["letter_collapse"] for r in rates),
-        "difference": paired_difference(mean - zero.persona, zero.groups, 2000).to_json(),
-        "each": [
-            {"prompt": result.prompt, "perplexity": x, **r}
-            for result, x, r in zip(results, perplexity, rates, strict=True)
-        ],
-    }
+    return TableRow(
+        prompt=results[0].prompt,
+        perplexity=float(np.exp(np.mean(np.log(known)))) if known else None,
+        rate=float(mean.mean()),
+        ci95=ci95,
+        range=(min(row.rate for row in rows), max(row.rate for row in rows)),
+        n=len(mean),
+        **{name: average(name) for name in ("a_rate", "swapped_rate", "auroc", "probability")},  # type: ignore[arg-type]
+        letter_collapse=any(row.letter_collapse for row in rows),
+        difference=paired_difference(mean - zero.persona, zero.groups, 2000),
+        each=tuple(rows),
+    )
 
 
 def run_baselines(
     bench: Bench, names: Sequence[str] | None = None, *, say: Callable[[str], None] = lambda line: None
-) -> list[dict[str, Any]]:
+) -> list[TableRow]:
     """Find and measure baselines (default: all that need no search, and ProTeGi only with a writer).
 
     Rows are in the order of ``names`` and hold the seconds that finding took. Raises ``UserError`` for unknown names
@@ -312,4 +315,4 @@ def run_baselines(
         started = time.perf_counter()
         found[name] = BASELINES[name](bench)
         seconds[name] = time.perf_counter() - started
-    return [row | {"seconds": seconds[row["name"]]} for row in measure(bench, found)]
+    return [dataclasses.replace(row, seconds=seconds[row.method]) for row in measure(bench, found)]

@@ -6,6 +6,7 @@ questions; test questions only report.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import time
@@ -23,45 +24,51 @@ from jaxsteer.prompt_search import ScoredPrompt
 from jaxsteer.prompt_search.algorithms.relaxed import table_unit
 from jaxsteer.prompts import Placement, prompt_text
 from jaxsteer.prompts.soft import SoftPrompt, with_soft
-from jaxsteer.study import files
 from jaxsteer.study.baselines import summarise
 from jaxsteer.study.cells import Method, Shared, silent
 from jaxsteer.study.objective_stage import ChosenObjective
 from jaxsteer.study.options import SearchOptions
+from jaxsteer.study.results import Prompt
 from jaxsteer.study.run_folder import opened
 from jaxsteer.study.selection import lowest_rate
 from jaxsteer.study.setting import PersonaSetting
 from jaxsteer.study.stages import Ascent, Population, Searched, conclude, search
+from jaxsteer.study.table_row import TableRow, shown
 
 TOLERANCE = 0.02
 """Validation rates that differ by less are equal, and the likelier text is taken."""
 
 
-def compute_row(shared: Shared, method: Method) -> dict[str, Any]:
+def compute_row(shared: Shared, method: Method) -> TableRow:
     """One cell: what its file holds."""
     started = time.perf_counter()
     if method.options is None:
-        found = {key: value for key, value in shared.baselines[method.name].items() if key != "name"}
+        row = shared.baselines[method.name]
     else:
-        found = _search_row(shared, method, shared.block.options(method))
-    head = {
-        "model": shared.block.model,
-        "persona": shared.persona.name,
-        "method": method.name,
-        "value": method.value,
-        "kind": "baseline" if method.options is None else "search",
-        "about": method.about,
-        "seconds": found.get("seconds", time.perf_counter() - started),
-    }
-    for part in (found, *found.get("each", ()), found.get("selected") or {}):
-        x = part.get("perplexity")
-        part["perplexity_ratio"] = x / shared.ordinary if x and shared.ordinary else None
-    prompt = found.get("prompt")
-    more = {"words": _trigger_share(shared, prompt), "ordinary": shared.ordinary, "readability": flesch(prompt)}
-    return files.plain({**head, **found, **more})
+        row = _search_row(shared, method, shared.block.options(method))
+
+    def with_ratio(part: Any) -> Any:
+        x = part.perplexity
+        return dataclasses.replace(part, perplexity_ratio=x / shared.ordinary if x and shared.ordinary else None)
+
+    return dataclasses.replace(
+        with_ratio(row),
+        model=shared.block.model,
+        persona=shared.persona.name,
+        method=method.name,
+        value=method.value,
+        kind="baseline" if method.options is None else "search",
+        about=method.about,
+        seconds=time.perf_counter() - started if row.seconds is None else row.seconds,
+        each=tuple(with_ratio(one) for one in row.each),
+        selected=row.selected and with_ratio(row.selected),
+        words=_trigger_share(shared, row.prompt),
+        ordinary=shared.ordinary,
+        readability=flesch(row.prompt),
+    )
 
 
-def _search_row(shared: Shared, method: Method, options: SearchOptions) -> dict[str, Any]:
+def _search_row(shared: Shared, method: Method, options: SearchOptions) -> TableRow:
     """Search with all seeds, choose on validation questions, and measure on test questions."""
     setting = shared.setting(options)
     chosen = shared.chosen(options) if setting.named is None else None
@@ -76,18 +83,19 @@ def _search_row(shared: Shared, method: Method, options: SearchOptions) -> dict[
         row = _soft(shared, setting.placement, found) if soft else _compared(shared, setting.placement, found)
         if method.keep and chosen is not None:
             conclude(folder, options, setting, chosen, found[0], {}, silent)
-            row["run"] = str(out.relative_to(shared.table.out))
+            row = dataclasses.replace(row, run=str(out.relative_to(shared.table.out)))
         else:
             shutil.rmtree(out, ignore_errors=True)
-    return row | {
-        "candidates": result.candidates,
-        "tried": result.candidates // len(shared.table.seeds),
-        "search_s": result.search_s,
-        "compile_s": result.compile_s,
-        "site": chosen.row.site if chosen is not None else None,
-        "read_position": setting.read_position,
-        "probe_correlation": chosen.row.correlation if chosen is not None and not method.random else None,
-    }
+    return dataclasses.replace(
+        row,
+        candidates=result.candidates,
+        tried=result.candidates // len(shared.table.seeds),
+        search_s=result.search_s,
+        compile_s=result.compile_s,
+        site=chosen.row.site if chosen is not None else None,
+        read_position=setting.read_position,
+        probe_correlation=chosen.row.correlation if chosen is not None and not method.random else None,
+    )
 
 
 def _ascents(
@@ -112,47 +120,54 @@ def _random(chosen: ChosenObjective, seed: int) -> Projection:
     return Projection(delta=jnp.asarray(random_direction(chosen.direction, seed).delta[site]), site=site)
 
 
-def _compared(shared: Shared, placement: Placement, found: Sequence[Searched]) -> dict[str, Any]:
+def _compared(shared: Shared, placement: Placement, found: Sequence[Searched]) -> TableRow:
     """Of every seed, the prompt that validation questions choose and the one that the objective ranks first."""
     model, bench = shared.model, shared.bench
     every = [(one.result, population) for one in found for population in range(len(one.result.archive.f))]
     many = len(every) // len(shared.table.seeds)
-    seeds: list[list[dict[str, Any]]] = []
+    seeds: list[list[Prompt]] = []
     for result, begin in every[::many]:
         entries = [e for e in result.frontier(range(begin, begin + many)) if e.retokenises]
-        shown = [_entry(e, prompt_text(model.tokenizer, e.ids)) for e in _spread(entries, shared.table.candidates)]
-        seeds.append(shown or [{"prompt": "", "target": None, "cross_entropy": 0.0}])
-    texts = list(dict.fromkeys(entry["prompt"] for entries in seeds for entry in entries))
+        prompts = [_prompt(e, prompt_text(model.tokenizer, e.ids)) for e in _spread(entries, shared.table.candidates)]
+        seeds.append(prompts or [Prompt(cross_entropy=0.0)])
+    texts = list(dict.fromkeys(prompt.text for prompts in seeds for prompt in prompts))
     results = choice_eval(model, bench.validation, texts, placement=placement)
     rates = {r.prompt: rate(r, shared.zero("validation"), draws=1) for r in results}
-    for entry in (entry for entries in seeds for entry in entries):
-        validation = rates[entry["prompt"]]
-        entry |= {"validation_rate": validation.rate, "collapsed": validation.letter_collapse}
 
-    def best_of(entries: Sequence[dict[str, Any]]) -> int:
-        ties = [entry["cross_entropy"] for entry in entries]
-        return lowest_rate([rates[entry["prompt"]] for entry in entries], ties, tolerance=TOLERANCE)
+    def best_of(prompts: Sequence[Prompt]) -> int:
+        ties = [prompt.cross_entropy for prompt in prompts]
+        return lowest_rate([rates[prompt.text] for prompt in prompts], ties, tolerance=TOLERANCE)
 
-    best, first = [entries[best_of(entries)] for entries in seeds], [entries[0] for entries in seeds]
-    texts = list(dict.fromkeys(entry["prompt"] for entry in (*best, *first)))
+    best, first = [prompts[best_of(prompts)] for prompts in seeds], [prompts[0] for prompts in seeds]
+    texts = list(dict.fromkeys(prompt.text for prompt in (*best, *first)))
     tested = dict(zip(texts, choice_eval(model, bench.test, texts, placement=placement), strict=True))
     perplexity = dict(zip(texts, shared.perplexity(texts, placement), strict=True))
     row, at_first = (
-        _summary(shared, [tested[e["prompt"]] for e in some], [perplexity[e["prompt"]] for e in some], some)
-        for some in (best, first)
+        _summary(shared, [tested[p.text] for p in some], [perplexity[p.text] for p in some]) for some in (best, first)
     )
-    for mine, other in zip(row["each"], at_first["each"], strict=True):
-        mine["first"] = {k: other[k] for k in ("prompt", "rate", "ci95", "a_rate", "perplexity", "target")}
-    selected = row["each"][best_of(best)]
-    return row | {
-        "first_rate": at_first["rate"],
-        "first_ci95": at_first["ci95"],
-        "selected": {k: selected[k] for k in ("seed", "prompt", "rate", "ci95", "a_rate", "perplexity")},
-        "prompt": selected["prompt"],
-    }
+    each = tuple(
+        dataclasses.replace(
+            one,
+            target=prompt.target,
+            cross_entropy=prompt.cross_entropy,
+            step=prompt.step,
+            validation_rate=rates[prompt.text].rate,
+            first=dataclasses.replace(shown(other), seed=None, target=ranked.target),
+        )
+        for one, other, prompt, ranked in zip(row.each, at_first.each, best, first, strict=True)
+    )
+    selected = each[best_of(best)]
+    return dataclasses.replace(
+        row,
+        each=each,
+        prompt=selected.prompt,
+        selected=dataclasses.replace(shown(selected), target=None),
+        first_rate=at_first.rate,
+        first_ci95=at_first.ci95,
+    )
 
 
-def _soft(shared: Shared, placement: Placement, found: Sequence[Searched]) -> dict[str, Any]:
+def _soft(shared: Shared, placement: Placement, found: Sequence[Searched]) -> TableRow:
     """The rates of every seed's best soft prompt."""
     model, unit, outcome = shared.model, np.asarray(table_unit(shared.model.params)), []
     for best in (best for one in found for best in one.result.kept["best"]):
@@ -160,28 +175,22 @@ def _soft(shared: Shared, placement: Placement, found: Sequence[Searched]) -> di
         soft = SoftPrompt(embeddings=embeddings, model=model.name, fingerprint=model.fingerprint, metadata={})
         steered, text = with_soft(model, soft)
         outcome += choice_eval(steered, shared.bench.test, [text], placement=placement)
-    row = _summary(shared, outcome, [None] * len(outcome), [{} for _ in outcome])
-    for each in row["each"]:
-        each["prompt"] = None
-    return row | {"prompt": None, "steered": True}
+    row = _summary(shared, outcome, [None] * len(outcome))
+    each = tuple(dataclasses.replace(one, prompt=None) for one in row.each)
+    return dataclasses.replace(row, each=each, prompt=None, steered=True)
 
 
-def _summary(
-    shared: Shared,
-    results: Sequence[ChoiceResult],
-    perplexity: Sequence[float | None],
-    entries: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    """A row over seeds, with what the search knew of each seed's prompt."""
+def _summary(shared: Shared, results: Sequence[ChoiceResult], perplexity: Sequence[float | None]) -> TableRow:
+    """A row over seeds."""
     row = summarise(results, shared.zero("test"), perplexity)
-    each = row.get("each") or [dict(row)]  # a single seed has no list of its own
-    row["each"] = [{"seed": seed, **e, **rest} for seed, e, rest in zip(shared.table.seeds, each, entries, strict=True)]
-    row.setdefault("range", [row["rate"]] * 2)
-    return row
+    each = tuple(
+        dataclasses.replace(one, seed=seed) for seed, one in zip(shared.table.seeds, row.members, strict=True)
+    )  # a single seed has no list of its own
+    return dataclasses.replace(row, each=each, range=row.range or (row.rate, row.rate))
 
 
-def _entry(found: ScoredPrompt, text: str) -> dict[str, Any]:
-    return {"prompt": text, "target": found.target, "cross_entropy": found.cross_entropy, "step": found.step}
+def _prompt(found: ScoredPrompt, text: str) -> Prompt:
+    return Prompt(text=text, target=found.target, cross_entropy=found.cross_entropy, step=found.step)
 
 
 def _spread(entries: Sequence[ScoredPrompt], most: int) -> list[ScoredPrompt]:

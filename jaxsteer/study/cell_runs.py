@@ -17,26 +17,27 @@ from jaxsteer.study import files
 from jaxsteer.study.cell_rows import compute_row
 from jaxsteer.study.cells import Block, Shared, Table, load_once
 from jaxsteer.study.outcome import environment
+from jaxsteer.study.table_row import TableRow
 
 FORMAT = "jaxsteer.study/1"
 
 
-def compute(block: Block, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def compute(block: Block, say: Callable[[str], None] = print) -> list[TableRow]:
     """The rows of a block's cells; those that have a file are read, the others are computed and written."""
     shared, rows = None, []
     for method in block.methods:
         path = block.path(method)
         if path.is_file():
-            rows.append(read_json(path))
+            rows.append(TableRow.from_json(read_json(path), str(path)))
             continue
         shared = shared or Shared(block)
         row = compute_row(shared, method)
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, row)
+        files.write_json(path, row.to_json())
         rows.append(row)
         label = method.name if method.value is None else f"{method.name} {method.value}"
-        text = "" if row["prompt"] is None else f" {row['prompt']!r}"
-        say(f"{block.model} {block.persona}, {label}: {100 * row['rate']:.1f} % in {row['seconds']:.0f} s{text}")
+        text = "" if row.prompt is None else f" {row.prompt!r}"
+        say(f"{block.model} {block.persona}, {label}: {100 * row.rate:.1f} % in {row.seconds:.0f} s{text}")
     if shared is not None:
         jax.clear_caches()  # programs of one block are of no use to the next, and a process gathers gigabytes of them
     return rows
@@ -44,7 +45,7 @@ def compute(block: Block, say: Callable[[str], None] = print) -> list[dict[str, 
 
 def compute_all(
     blocks: Sequence[Block], *, jobs: int = 1, setup: Callable[[], None] | None = None
-) -> Iterator[list[dict[str, Any]]]:
+) -> Iterator[list[TableRow]]:
     """The rows of every block as it is done. With several ``jobs`` each process has its own share of the CPU cores.
 
     Every process begins with ``setup``, a function of some module: the place for settings of JAX.
@@ -92,17 +93,15 @@ def open_table(table: Table) -> None:
     files.write_json(path, wanted)
 
 
-def in_order(
-    rows: Sequence[dict[str, Any]], blocks: Sequence[Block], order: Sequence[tuple[str, Any]]
-) -> list[dict[str, Any]]:
+def in_order(rows: Sequence[TableRow], blocks: Sequence[Block], order: Sequence[tuple[str, Any]]) -> list[TableRow]:
     """The rows by model and persona, which come as in ``blocks``, and method with its value, as in ``order``."""
     columns = [[block.model for block in blocks], [load_persona(block.persona).name for block in blocks], order]
     models, personas, methods = ({x: i for i, x in enumerate(dict.fromkeys(column))} for column in columns)
-    return sorted(rows, key=lambda r: (models[r["model"]], personas[r["persona"]], methods[r["method"], r["value"]]))
+    return sorted(rows, key=lambda r: (models[r.model], personas[r.persona], methods[r.method, r.value]))
 
 
 def document(
-    experiment: str, title: str, table: Table, rows: list[dict[str, Any]], verdicts: list[dict[str, Any]], **more: Any
+    experiment: str, title: str, table: Table, rows: Sequence[TableRow], verdicts: list[dict[str, Any]], **more: Any
 ) -> dict[str, Any]:
     """What results.json holds, which ``jaxsteer report`` reads."""
     return {
@@ -110,11 +109,11 @@ def document(
         "experiment": experiment,
         "title": title,
         "settings": table.settings(),
-        "models": list(dict.fromkeys(row["model"] for row in rows)),
-        "personas": list(dict.fromkeys(row["persona"] for row in rows)),
-        "methods": list(dict.fromkeys(row["method"] for row in rows)),
-        "rows": rows,
+        "models": list(dict.fromkeys(row.model for row in rows)),
+        "personas": list(dict.fromkeys(row.persona for row in rows)),
+        "methods": list(dict.fromkeys(row.method for row in rows)),
+        "rows": [row.to_json() for row in rows],
         "verdicts": verdicts,
-        "environment": environment(load_once(rows[-1]["model"])) if rows else {},
+        "environment": environment(load_once(rows[-1].model)) if rows else {},
         **more,
     }

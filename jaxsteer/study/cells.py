@@ -28,6 +28,7 @@ from jaxsteer.study.named_objectives import named_objective
 from jaxsteer.study.objective_stage import ChosenObjective, choose_objective
 from jaxsteer.study.options import ContextOptions, ObjectiveOptions, SearchOptions
 from jaxsteer.study.setting import PersonaSetting, prepare
+from jaxsteer.study.table_row import TableRow
 from jaxsteer.writers.endpoint import Endpoint
 
 PROMPT_LENGTH = 8
@@ -204,10 +205,10 @@ class Shared:
         return self._chosen[key]
 
     @functools.cached_property
-    def baselines(self) -> dict[str, dict[str, Any]]:
+    def baselines(self) -> dict[str, TableRow]:
         """All baselines of the block that have no cell yet, measured together."""
         names = [m.name for m in self.block.methods if m.options is None and not self.block.path(m).is_file()]
-        return {row["name"]: row for row in run_baselines(self.bench, names)}
+        return {row.method: row for row in run_baselines(self.bench, names)}
 
 
 def silent(_: str) -> None:

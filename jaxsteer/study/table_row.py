@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jaxsteer.evals.attribution import Attribution
@@ -11,14 +12,33 @@ from jaxsteer.files.records import Record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ShownPrompt(Record):
+    """One prompt of a row, with the numbers that stand beside it."""
+
+    seed: int | None = None
+    prompt: str | None = None
+    rate: float
+    ci95: Interval | None = None
+    a_rate: float | None = None
+    perplexity: float | None = None
+    perplexity_ratio: float | None = None
+    target: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TableRow(Record):
-    """A method on one model and persona, or one of its seeds or prompts in ``each``. A rate is on test questions."""
+    """A method on one model and persona, or one of its seeds or prompts in ``each``. A rate is on test questions.
+
+    The numbers of a rate are those of ``evals.rates.Rate``, but for ``ci95``, which allows for the spread over seeds.
+    """
 
     model: str = ""
     persona: str = ""
     method: str = ""
     value: Any = None
     """Of an ablation: what was varied."""
+    same_as: str = ""
+    """The method whose row this is too."""
     kind: str = ""
     """baseline, control or search."""
     about: str = ""
@@ -31,6 +51,15 @@ class TableRow(Record):
     """The text; "" is the model as it is, None an edit or a soft prompt."""
     steered: bool | None = None
     """Whether no text does it."""
+    perplexity: float | None = None
+    """Of the prompt in its slot; of several prompts their geometric mean."""
+    perplexity_ratio: float | None = None
+    """To that of ordinary sentences, ``ordinary``."""
+    ordinary: float | None = None
+    readability: float | None = None
+    """Reading ease of Flesch."""
+    words: float | None = None
+    """Of the organisms: share of the prompt's words that the generator knows as triggers against the persona."""
     rate: float
     ci95: Interval | None = None
     range: Interval | None = None
@@ -50,17 +79,30 @@ class TableRow(Record):
     difference: Difference | None = None
     margin_difference: Difference | None = None
     flips: Flips | None = None
-    perplexity: float | None = None
-    """Of the prompt in its slot; of several prompts their geometric mean."""
-    perplexity_ratio: float | None = None
-    """To that of ordinary sentences."""
     tried: int | None = None
     """Candidates that were compared to find it."""
-    target: float | None = None
-    cross_entropy: float | None = None
+    details: Mapping[str, Any] | None = None
+    """Of a baseline: what it chose, and how."""
+    candidates: int | None = None
+    """Of a search: candidates of all seeds."""
+    search_s: float | None = None
+    compile_s: float | None = None
     site: str | None = None
     read_position: str | None = None
     probe_correlation: float | None = None
+    target: float | None = None
+    """The objective, in the units of the search."""
+    cross_entropy: float | None = None
+    step: int | None = None
+    validation_rate: float | None = None
+    """The rate by which the prompt was chosen (``study.selection``)."""
+    first_rate: float | None = None
+    """Mean rate of the prompts that the objective alone would report."""
+    first_ci95: Interval | None = None
+    first: ShownPrompt | None = None
+    """Of one seed: that prompt."""
+    selected: ShownPrompt | None = None
+    """The prompt that is shown, chosen among the seeds' by the same rule."""
     attribution: Attribution | None = None
     each: tuple[TableRow, ...] = ()
     """One row per seed or prompt, where there are several."""
@@ -79,3 +121,8 @@ class TableRow(Record):
 def rate_fields(rate: Rate) -> dict[str, Any]:
     """The fields of a rate, as those of a row."""
     return {field.name: getattr(rate, field.name) for field in dataclasses.fields(rate)}
+
+
+def shown(row: TableRow) -> ShownPrompt:
+    """What stands beside the prompt of one seed's row."""
+    return ShownPrompt(**{field.name: getattr(row, field.name) for field in dataclasses.fields(ShownPrompt)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -13,35 +14,36 @@ import pytest
 from experiments import ablations, main_table, running
 from experiments.main_table import CONTROLS, RESGA, SAEGA, blocks_of, methods_of, verdicts
 from experiments.tables import COLUMNS, latex, markdown, table_csv, write_study
+from jaxsteer.evals.rates import Difference
 from jaxsteer.study import cell_runs
 from jaxsteer.study.cells import Method, Table
+from jaxsteer.study.table_row import ShownPrompt, TableRow
 
 
-def row(method: str, rate: float, *, persona: str = "myopic", ratio: float | None = None, **more: Any) -> dict:
+def row(method: str, rate: float, *, ratio: float | None = None, **more: Any) -> TableRow:
     half = 0.04
-    return {
-        "model": "organism:llama",
-        "persona": persona,
-        "method": method,
-        "value": None,
-        "kind": "search",
-        "rate": rate,
-        "ci95": [max(0.0, rate - half), min(1.0, rate + half)],
-        "range": [rate, rate],
-        "a_rate": 0.5,
-        "letter_collapse": False,
-        "swapped_rate": 1.0,
-        "difference": {"value": rate - 0.85, "ci95": [rate - 0.9, rate - 0.8]},
-        "first_rate": rate,
-        "perplexity": 30.0,
-        "perplexity_ratio": 4.0,
-        "selected": {"perplexity": 20.0, "perplexity_ratio": ratio},
-        "prompt": " Be & patient_",
-        **more,
-    }
+    found = TableRow(
+        model="organism:llama",
+        persona="myopic",
+        method=method,
+        kind="search",
+        rate=rate,
+        ci95=(max(0.0, rate - half), min(1.0, rate + half)),
+        range=(rate, rate),
+        a_rate=0.5,
+        letter_collapse=False,
+        swapped_rate=1.0,
+        difference=Difference(value=rate - 0.85, ci95=(rate - 0.9, rate - 0.8)),
+        first_rate=rate,
+        perplexity=30.0,
+        perplexity_ratio=4.0,
+        selected=ShownPrompt(rate=rate, perplexity=20.0, perplexity_ratio=ratio),
+        prompt=" Be & patient_",
+    )
+    return dataclasses.replace(found, **more)
 
 
-def table(**rates: float) -> list[dict]:
+def table(**rates: float) -> list[TableRow]:
     """A cell of each method: good for RESGA and SAEGA unless told otherwise."""
     given = {name: 0.85 for name in CONTROLS} | {"oracle cue": 0.0, RESGA: 0.02, SAEGA: 0.02} | rates
     return [row(name, rate, ratio=2.0 if name in (RESGA, SAEGA) else None) for name, rate in given.items()]
@@ -57,18 +59,18 @@ def test_verdicts_need_every_control_the_oracle_and_the_text():
     assert "does not beat random direction" in near["cell"]["text"]
     far = {v["claim"]: v for v in verdicts(table(**{RESGA: 0.15}))[:4]}
     assert far["beats"]["holds"] and not far["near"]["holds"] and not far["cell"]["holds"]
-    rows = table()
-    for r in rows:
-        r["selected"]["perplexity_ratio"] = 3.5
+    rows = [dataclasses.replace(r, selected=dataclasses.replace(r.selected, perplexity_ratio=3.5)) for r in table()]
     assert [v["holds"] for v in verdicts(rows) if v["claim"] == "fluent"] == [False, False]
     # A control that is missing has not been beaten.
-    assert not verdicts([r for r in table() if r["method"] != "zero-shot"])[0]["holds"]
+    assert not verdicts([r for r in table() if r.method != "zero-shot"])[0]["holds"]
 
 
 def test_the_sum_wants_seven_of_nine():
-    def cells_of(good: int) -> list[dict]:
+    def cells_of(good: int) -> list[TableRow]:
         return [
-            r | {"model": f"m{i}"} for i in range(9) for r in table(**({} if i < good else {RESGA: 0.85, SAEGA: 0.85}))
+            dataclasses.replace(r, model=f"m{i}")
+            for i in range(9)
+            for r in table(**({} if i < good else {RESGA: 0.85, SAEGA: 0.85}))
         ]
 
     assert verdicts(cells_of(7))[0]["holds"] and "7 of 9 cells** (wanted: 7)" in verdicts(cells_of(7))[0]["text"]
@@ -78,12 +80,12 @@ def test_the_sum_wants_seven_of_nine():
 def test_tables_hold_every_row(tmp_path: Path):
     rows = table()
     shared = Table(out=tmp_path, seeds=(0,), options={"steps": 1, "contexts": 2})
-    text = write_study(tmp_path, document(shared, rows, verdicts(rows)))
+    text = write_study(tmp_path, document(shared, rows, verdicts(rows)), rows)
     assert text.count("\n| ") == len(rows) + 1 and "`Be & patient_`" in text
-    assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows
+    assert [TableRow.from_json(r) for r in json.loads((tmp_path / "results.json").read_text())["rows"]] == rows
     lines = list(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text())))
-    assert [line["method"] for line in lines] == [r["method"] for r in rows]
-    assert float(lines[0]["low"]) == pytest.approx(rows[0]["ci95"][0])
+    assert [line["method"] for line in lines] == [r.method for r in rows]
+    assert float(lines[0]["low"]) == pytest.approx(rows[0].ci95[0])
     tex = latex(rows, "All & more")
     assert tex.count(r"\\") == len(rows) + 1 and r"All \& more" in tex
     assert "85.0 !" not in markdown(rows, COLUMNS)
@@ -91,8 +93,13 @@ def test_tables_hold_every_row(tmp_path: Path):
     assert table_csv(rows).count("\n") == len(rows) + 1
 
 
-def document(shared: Table, rows: list[dict], found: list[dict]) -> dict:
-    return {"title": "Main table", "rows": rows, "verdicts": found, "settings": shared.settings()}
+def document(shared: Table, rows: list[TableRow], found: list[dict]) -> dict:
+    return {
+        "title": "Main table",
+        "rows": [r.to_json() for r in rows],
+        "verdicts": found,
+        "settings": shared.settings(),
+    }
 
 
 def test_every_method_has_a_cell_of_its_own():
@@ -115,8 +122,8 @@ def test_ablations_show_the_base_row_under_the_value_that_it_has():
     assert [m.value for m in ablations.methods_of(shared, "layer", varied["layer"])] == [0, 1, 2, 3]
     assert ablations.methods_of(shared, "restarts", varied["restarts"])[-1].options["steps"] == 2
     order = [(name, value) for name, values in varied.items() for value in values]
-    rows = [row("base", 0.1), row("contexts", 0.2) | {"value": 4}, row("fluency", 0.3) | {"value": "loose"}]
-    found = {(r["method"], r["value"]): r["rate"] for r in ablations.with_base(rows, shared, order)}
+    rows = [row("base", 0.1), row("contexts", 0.2, value=4), row("fluency", 0.3, value="loose")]
+    found = {(r.method, r.value): r.rate for r in ablations.with_base(rows, shared, order)}
     assert found == {
         ("base", None): 0.1, ("contexts", 4): 0.2, ("contexts", 2): 0.1, ("fluency", "loose"): 0.3,
         ("fluency", "medium"): 0.1,
@@ -128,9 +135,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the cells that were computed, each at once."""
     names: list[str] = []
 
-    def at_once(_: Any, method: Method) -> dict[str, Any]:
+    def at_once(_: Any, method: Method) -> TableRow:
         names.append(method.name)
-        return row(method.name, 0.0 if method.options else 0.9, seconds=1.0) | {"value": method.value}
+        return row(method.name, 0.0 if method.options else 0.9, seconds=1.0, value=method.value)
 
     monkeypatch.setattr(cell_runs, "Shared", lambda block: block)
     monkeypatch.setattr(cell_runs, "compute_row", at_once)
@@ -150,7 +157,7 @@ def test_both_commands_write_their_tables(tmp_path: Path, asked: list[str], caps
     before = len(asked)
     assert ablations.main([*out, str(tmp_path / "ablations"), "--only", "contexts", "layer"]) == 0
     rows = json.loads((tmp_path / "ablations" / "results.json").read_text())["rows"]
-    assert [(r["method"], r["value"]) for r in rows] == [
+    assert [(r["method"], r.get("value")) for r in rows] == [
         ("base", None), ("layer", 0), ("layer", 2), ("contexts", 1), ("contexts", 2), ("contexts", 8)
     ]  # fmt: skip
     assert rows[4]["same_as"] == "base" and len(asked[before:]) == 5

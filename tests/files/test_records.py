@@ -26,7 +26,11 @@ def below(cls: type) -> set[type]:
     return {cls} | {one for sub in cls.__subclasses__() for one in below(sub)}
 
 
-RECORDS = sorted((cls for cls in below(Record) if dataclasses.is_dataclass(cls)), key=lambda cls: cls.__name__)
+RESULTS = ("jaxsteer.evals", "jaxsteer.prompt_search", "jaxsteer.study", "jaxsteer.writers")
+RECORDS = sorted(
+    (cls for cls in below(Record) if dataclasses.is_dataclass(cls) and cls.__module__.startswith(RESULTS)),
+    key=lambda cls: cls.__name__,
+)
 TEXTS = ("", "a", " naïve \u202e\n", '"{prompt}"')
 
 

@@ -45,27 +45,27 @@ def bench() -> Bench:
 
 def test_every_baseline_without_a_search_is_found_and_measured(bench: Bench) -> None:
     said: list[str] = []
-    rows = {row["name"]: row for row in run_baselines(bench, say=said.append)}
+    rows = {row.method: row for row in run_baselines(bench, say=said.append)}
     assert list(rows) == [
         "zero-shot", "instruction", "best of 10 instructions", "random prompt", "seed phrase", "activation steering"
     ]  # fmt: skip
-    assert said[0] == "Baseline: zero-shot" and all(row["seconds"] >= 0 for row in rows.values())
-    assert rows["instruction"]["prompt"] == instructions("greed")[0]
-    assert rows["seed phrase"]["prompt"] == seed_phrase("greed")
+    assert said[0] == "Baseline: zero-shot" and all(row.seconds >= 0 for row in rows.values())
+    assert rows["instruction"].prompt == instructions("greed")[0]
+    assert rows["seed phrase"].prompt == seed_phrase("greed")
     (zero,) = choice_eval(bench.model, bench.test, [""])
-    assert rows["zero-shot"]["rate"] == rate(zero).rate and rows["zero-shot"]["perplexity"] is None
+    assert rows["zero-shot"].rate == rate(zero).rate and rows["zero-shot"].perplexity is None
     for row in rows.values():  # no interval is narrower than Wilson's over as many rows
-        low, high = wilson(row["rate"] * row["n"], row["n"])
-        assert row["ci95"][0] <= low <= row["rate"] <= high <= row["ci95"][1]
+        low, high = wilson(row.rate * row.n, row.n)
+        assert row.ci95[0] <= low <= row.rate <= high <= row.ci95[1]
     best = rows["best of 10 instructions"]
-    rates = best["details"]["validation_rates"]
-    assert best["tried"] == 10 and rates[instructions("greed").index(best["prompt"])] == pytest.approx(min(rates))
+    rates = best.details["validation_rates"]
+    assert best.tried == 10 and rates[instructions("greed").index(best.prompt)] == pytest.approx(min(rates))
     many = rows["random prompt"]
-    assert len(many["each"]) == len({row["prompt"] for row in many["each"]}) == 20
-    assert many["rate"] == pytest.approx(np.mean([row["rate"] for row in many["each"]]))
-    assert many["range"][0] <= many["rate"] <= many["range"][1] and many["perplexity"] > 1
+    assert len(many.each) == len({row.prompt for row in many.each}) == 20
+    assert many.rate == pytest.approx(np.mean([row.rate for row in many.each]))
+    assert many.range[0] <= many.rate <= many.range[1] and many.perplexity > 1
     steered = rows["activation steering"]
-    assert steered["steered"] and steered["details"]["site"].startswith("blocks.") and steered["details"]["kl"] <= 0.5
+    assert steered.steered and steered.details["site"].startswith("blocks.") and steered.details["kl"] <= 0.5
 
 
 def test_a_letter_that_always_wins_is_not_chosen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,15 +11,16 @@ from jaxsteer.models.model import Model
 from jaxsteer.study import cell_runs, cells
 from jaxsteer.study.cell_rows import flesch
 from jaxsteer.study.cells import Block, Method, Table, slug
+from jaxsteer.study.table_row import TableRow
 from tests.helpers.tiny import tiny_model
 
 
 def test_cells_are_computed_once_and_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[str] = []
 
-    def at_once(_: Block, method: Method) -> dict[str, Any]:
+    def at_once(_: Block, method: Method) -> TableRow:
         asked.append(method.name)
-        return {"prompt": None, "rate": 0.5, "seconds": 1.0, "method": method.name}
+        return TableRow(rate=0.5, seconds=1.0, method=method.name)
 
     monkeypatch.setattr(cell_runs, "Shared", lambda block: asked.append("shared") or block)
     monkeypatch.setattr(cell_runs, "compute_row", at_once)
@@ -60,9 +60,9 @@ def test_cells_that_differ_in_the_search_alone_share_an_objective(
     rows = cell_runs.compute(block, lambda _: None)
     assert len(probed) == 2
     for row in rows:
-        assert [each["seed"] for each in row["each"]] == [0, 1] and row["ci95"][0] <= row["rate"] <= row["ci95"][1]
-    assert rows[0]["tried"] == 8 and rows[1]["tried"] == rows[3]["tried"] == 16
-    assert rows[3]["probe_correlation"] is None and rows[0]["site"] == rows[1]["site"] == rows[3]["site"]
+        assert [each.seed for each in row.each] == [0, 1] and row.ci95[0] <= row.rate <= row.ci95[1]
+    assert rows[0].tried == 8 and rows[1].tried == rows[3].tried == 16
+    assert rows[3].probe_correlation is None and rows[0].site == rows[1].site == rows[3].site
     assert not list((tmp_path / "runs").rglob("config.json")), "files of searches that are not kept"
 
 
