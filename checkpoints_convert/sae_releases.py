@@ -21,13 +21,12 @@ from jaxsteer.models.sites import parse_site, resid_site
 BATCH_TOP_K = (
     "trained with one selection over the whole batch and no stored threshold: here every row keeps its own k largest"
 )
-_DEEP = 1 << 20
 
 
 def canonical_site(name: str) -> str:
     """The site's name here, aliases resolved; a name that is no site of ours stays as it is, so that it can be read."""
     try:
-        return parse_site(name, _DEEP).name
+        return parse_site(name).name
     except UserError:
         return name
 

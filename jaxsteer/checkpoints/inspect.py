@@ -27,7 +27,7 @@ from jaxsteer.files.stores import is_url
 from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig
 from jaxsteer.models.params import layer_shapes, top_shapes
 from jaxsteer.models.sharding import AXES, leaf_spec, place
-from jaxsteer.models.sites import BLOCK_PLACES
+from jaxsteer.models.sites import site_shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def inspection(
         "parameters": parameters(config),
         "config": config.to_json(),
         "attention": attention_kinds(config),
-        "sites": {place: list(shape) for place, shape in site_shapes(config).items()},
+        "sites": {kind: list(shape) for kind, shape in site_shapes(config).items()},
         "memory": {"mesh": dict(mesh), "dtype": dtype or "float32", **memory(config, dtype or "float32", **mesh)},
         "weights": None if about.converted else _weights(about.directory, config),
         "ignored_fields": list(about.ignored_fields),
@@ -177,24 +177,6 @@ def memory(config: ModelConfig, dtype: str, *, model: int = 1, prompts: int = 1)
     )
     keys = nbytes(P("model", None), (config.n_kv_heads, config.d_head))
     return {"weights": top + config.n_layers * layer, "cache_per_token": 2 * config.n_layers * keys}
-
-
-def site_shapes(config: ModelConfig) -> dict[str, tuple[str | int, ...]]:
-    """Place -> shape of what is read there, with B rows and T tokens (and T keys in the attention pattern).
-
-    "hook_embed" stands before the blocks; the others are written ``blocks.i.PLACE``, i from 0 to n_layers - 1.
-    """
-    special: dict[str, tuple[str | int, ...]] = {
-        "attn.hook_q": ("B", "T", config.n_heads, config.d_head),
-        "attn.hook_k": ("B", "T", config.n_kv_heads, config.d_head),
-        "attn.hook_v": ("B", "T", config.n_kv_heads, config.d_head),
-        "attn.hook_z": ("B", "T", config.n_heads, config.d_head),
-        "attn.hook_pattern": ("B", config.n_heads, "T", "T"),
-        "mlp.hook_pre": ("B", "T", config.d_mlp),
-        "mlp.hook_pre_linear": ("B", "T", config.d_mlp),
-        "mlp.hook_post": ("B", "T", config.d_mlp),
-    }
-    return {name: special.get(name, ("B", "T", config.d_model)) for name in ("hook_embed", *BLOCK_PLACES)}
 
 
 def attention_kinds(config: ModelConfig) -> list[dict[str, Any]]:

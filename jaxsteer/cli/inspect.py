@@ -72,7 +72,7 @@ def text(found: dict[str, Any]) -> str:
         ),
         "",
         f"sites: hook_embed, and in block i = 0 ... {config['n_layers'] - 1} as blocks.i.PLACE (B rows, T tokens)",
-        *_rows(*((place, "[" + ", ".join(map(str, shape)) + "]") for place, shape in found["sites"].items())),
+        *_rows(*((kind, "[" + ", ".join(map(str, shape)) + "]") for kind, shape in found["sites"].items())),
         "",
         *(["files", *_rows(*_files(found["weights"])), ""] if found["weights"] else []),
         "ignored",

@@ -29,12 +29,14 @@ from jaxtyping import Array, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.layers import prefill, run_layers
 from jaxsteer.models.log_probs import label_log_probs
 from jaxsteer.models.padding import bucket, pad_rows
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import put
-from jaxsteer.models.taps import Intervention, Tap, Where, checked, make_where, no_tap
-from jaxsteer.models.transformer import embed, make_context, prefill, run_layers
+from jaxsteer.models.sites import FINAL
+from jaxsteer.models.taps import NO_TAP, Intervention, Visit, Where, checked, make_where
+from jaxsteer.models.transformer import embed, final_norm, make_context
 from jaxsteer.processes import to_host
 
 ROWS = 512
@@ -131,12 +133,11 @@ def _score(
     edit: Intervention | None = None,
 ) -> Float[Array, "B K"]:
     """Log-probability of every target at the position that predicts it, float32. ``edit`` needs B = C."""
-    before: Tap = no_tap
-    behind: Tap = no_tap
     shared_mask = jnp.arange(shared.shape[1]) < shared_length[:, None]
+    before = behind = final = NO_TAP
     if edit is not None:
         where = Where(tokens=ids, positions=positions, valid=segment != PADDING, prompt_length=prompt_length)
-        behind = edit.tap(where)
+        behind, final = edit.tap(where), edit.tap(where.at(at))
         before = edit.tap(make_where(shared, jnp.arange(shared.shape[1])[None], shared_mask, prompt_length))
     prefix, _ = prefill(params, config, shared, shared_mask, before)
     context = make_context(config, positions, segment != PADDING, prefix)
@@ -149,7 +150,10 @@ def _score(
     )
     x = run_layers(params, config, embed(params, config, ids, behind), context, 0, config.n_layers, tap=behind)
     x = jnp.take_along_axis(x, at[:, :, None], axis=1)
-    return label_log_probs(params, config, x.reshape(-1, x.shape[-1]), target.reshape(-1)).reshape(target.shape)
+    if normed := Visit(final).changes(*FINAL):
+        x = final_norm(params, config, x, Visit(final))
+    flat = x.reshape(-1, x.shape[-1])
+    return label_log_probs(params, config, flat, target.reshape(-1), normed=normed).reshape(target.shape)
 
 
 def score_texts(
@@ -242,9 +246,9 @@ def stack_edits(variants: Sequence[Intervention], config: ModelConfig) -> Interv
     """
     for edit in variants:
         checked(edit, config, None)
-        if getattr(edit, "rows", None) is not None:
+        if edit.rows is not None:
             raise UserError(
-                f"These edits are made for {edit.rows} rows of one batch; here every edit serves all texts. Give one "  # type: ignore[attr-defined]
+                f"These edits are made for {edit.rows} rows of one batch; here every edit serves all texts. Give one "
                 "edit for each setting instead."
             )
     try:

@@ -19,11 +19,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.evals.scoring import stack_edits
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.layers import forward
 from jaxsteer.models.padding import bucket, pad_rows
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.taps import Intervention
-from jaxsteer.models.transformer import forward
 from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
 from jaxsteer.prompts.generate import generate
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -185,15 +185,19 @@ def attend(
     *,
     scale: float,
     softcap: float | None,
+    change_scores: Callable[[Float[Array, "B N T S"]], Float[Array, "B N T S"]] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
     """Softmax attention over all keys of all segments, in float32.
 
     The segments' scores join in one softmax. They are never merged through ``return_residual``, whose gradient is
     wrong. Returns the head outputs ``z`` in the dtype of the values and the attention pattern
-    (S keys, the segments' one after the other).
+    (S keys, the segments' one after the other). ``change_scores`` is given the scores before the softmax, and
+    those of forbidden keys are ``MASKED``.
     """
     q = rearrange(q * scale, "b t (k g) h -> b t k g h", k=segments[0].k.shape[1])
     scores = [_scores(q, segment, softcap) for segment in segments]
+    if change_scores is not None:
+        scores = _changed_scores(scores, change_scores)
     peak = scores[0].max(-1, keepdims=True)
     for more in scores[1:]:
         peak = jnp.maximum(peak, more.max(-1, keepdims=True))
@@ -208,6 +212,13 @@ def attend(
         z = z + _weigh(part, segment)
     pattern = jnp.concatenate(parts, axis=-1)
     return rearrange(z, "b t k g h -> b t (k g) h"), rearrange(pattern, "b k g t s -> b (k g) t s")
+
+
+def _changed_scores(scores: list[Array], change: Callable[[Array], Array]) -> list[Array]:
+    """The scores of all segments, changed as one array."""
+    joined = change(rearrange(jnp.concatenate(scores, axis=-1), "b k g t s -> b (k g) t s"))
+    joined = rearrange(joined, "b (k g) t s -> b k g t s", k=scores[0].shape[1])
+    return jnp.split(joined, np.cumsum([score.shape[-1] for score in scores])[:-1], axis=-1)
 
 
 def apply_pattern(pattern: Float[Array, "B N T S"], segments: Sequence[Segment]) -> Float[Array, "B T N H"]:

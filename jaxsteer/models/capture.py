@@ -12,12 +12,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.layers import forward, run_and_read
 from jaxsteer.models.model import Model
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import shard_rows
-from jaxsteer.models.sites import Site, parse_site
+from jaxsteer.models.sites import Site, find_sites
 from jaxsteer.models.taps import Intervention, checked, make_where, tap_of
-from jaxsteer.models.transformer import Keep, embed, forward, make_context, positions_of, run_and_keep
+from jaxsteer.models.transformer import embed, make_context, positions_of
 
 Tokens = Int[np.ndarray, "B T"] | Int[Array, "B T"]
 Mask = Bool[np.ndarray, "B T"] | Bool[Array, "B T"]
@@ -65,21 +66,14 @@ def capture(
     """
     if isinstance(sites, str):
         raise UserError(f"sites must be a list of names, got the single string {sites!r}. Write [{sites!r}].")
-    parsed = {name: parse_site(name, model.config.n_layers) for name in sites}
+    parsed = find_sites(sites, model.config)
     inputs = _inputs(model, tokens, mask)
     edits = checked(edits, model.config, tokens.shape[0])
     if edits is None:
-        parsed = {name: _as_stream(site) for name, site in parsed.items()}
+        parsed = {name: site.as_stream() for name, site in parsed.items()}
     edited = (edits, _lengths(model, prompt_length, tokens.shape[0]))
     found = _capture(model.params, model.config, *inputs, *edited, sites=tuple(sorted(set(parsed.values()))))
     return {name: found[site.name] for name, site in parsed.items()}
-
-
-def _as_stream(site: Site) -> Site:
-    """The stream before a block is, unedited, the stream after the one below: the block itself need not run."""
-    if site.place != "hook_resid_pre":
-        return site
-    return Site(0, "hook_embed") if site.layer == 0 else Site(site.layer - 1, "hook_resid_post")
 
 
 def _inputs(model: Model, tokens: Tokens, mask: Mask | None) -> tuple[jax.Array, jax.Array | None]:
@@ -125,21 +119,12 @@ def _capture(
     *,
     sites: tuple[Site, ...],
 ) -> dict[str, jax.Array]:
-    """One scan over the layers that are needed; what the sites see is written into one buffer per place."""
+    """One scan over the layers that are needed."""
     positions = jnp.arange(tokens.shape[1])[None] if mask is None else positions_of(mask)
     context = make_context(config, positions, mask)
-    edit = tap_of(edits, make_where(tokens, positions, mask, prompt_length))
-    x = embed(params, config, tokens, edit)
-    found = {site.name: x for site in sites if site.place == "hook_embed"}
-    inside = [site for site in sites if site.place != "hook_embed"]
-    if inside:
-        keep = [
-            Keep(place, tuple(sorted(s.layer for s in inside if s.place == place)), lambda value: value)
-            for place in sorted({s.place for s in inside})
-        ]
-        stop = max(site.layer for site in inside) + 1
-        _, buffers = run_and_keep(params, config, x, context, 0, stop, keep, tap=edit)
-        for (place, layers, _), buffer in zip(keep, buffers, strict=True):
-            for slot, layer in enumerate(layers):
-                found[Site(layer, place).name] = buffer[slot]
-    return {name: value.astype(jnp.float32) for name, value in found.items()}
+    tap = tap_of(edits, make_where(tokens, positions, mask, prompt_length))
+    x = embed(params, config, tokens, tap)
+    depth = max((site.depth(config.n_layers) for site in sites), default=0)
+    wanted = [(sites, lambda kind, value: value.astype(jnp.float32))]
+    _, [found] = run_and_read(params, config, x, context, depth, wanted, tap=tap)
+    return {site.name: value for site, value in found.items()}

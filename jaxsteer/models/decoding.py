@@ -23,11 +23,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.models.attention import Cache, Prefix
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.layers import CACHE, prefill, scan_blocks
 from jaxsteer.models.params import Params
 from jaxsteer.models.sampling import Sampling, choose, of_rows, plain_sampling
 from jaxsteer.models.sharding import place
-from jaxsteer.models.taps import Intervention, make_where, tap_of
-from jaxsteer.models.transformer import block, embed, layer_weights, make_context, positions_of, prefill, unembed
+from jaxsteer.models.taps import Intervention, make_where, of_one_token, tap_of
+from jaxsteer.models.transformer import embed, make_context, positions_of, unembed
 
 CACHE_SPEC = P(None, "prompts", "model", None, None)
 """How keys and values [L, B, K, H, M] lie on a mesh."""
@@ -96,9 +97,10 @@ def _run_prompts(
     params: Params, config: ModelConfig, batch: Batch, edits: Intervention | None
 ) -> tuple[Prefix, Float[Array, "C V"]]:
     """Keys and values of the prompt of every group, and the logits after it."""
-    tap = tap_of(edits, make_where(batch.tokens, positions_of(batch.mask), batch.mask))
-    prefix, x = prefill(params, config, batch.tokens, batch.mask, tap)
-    logits = unembed(params, config, x[:, -1])
+    where = make_where(batch.tokens, positions_of(batch.mask), batch.mask)
+    prefix, x = prefill(params, config, batch.tokens, batch.mask, tap_of(edits, where))
+    last = where.at(jnp.full((len(x), 1), x.shape[1] - 1))
+    logits = unembed(params, config, x[:, -1], of_one_token(tap_of(edits, last)))
     if len(batch.groups) != len(batch.tokens):  # as many as there are prompts are the prompts themselves
         pick = partial(jnp.take, indices=batch.groups, mode="clip")
         prefix = jax.tree.map(lambda a: pick(a, axis=1 if a.ndim == 5 else 0), prefix)
@@ -157,13 +159,10 @@ def decode(
         token, positions = jnp.take_along_axis(state.tokens, last, axis=1), state.prompt_length[:, None] + last
         context = make_context(config, positions, None, prefix, state.cache)
         tap = tap_of(edits, make_where(token, positions, ~state.done[:, None], state.prompt_length))
-
-        def one(x: Array, layer: Array) -> tuple[Array, tuple[Array, Array]]:
-            return block(layer_weights(params, layer), config, x, context, layer, tap)
-
+        x = embed(params, config, token, tap)
         # The cache is written once per token and not layer by layer: what the scan only reads is never copied.
-        x, kv = lax.scan(one, embed(params, config, token, tap), jnp.arange(config.n_layers))
-        return unembed(params, config, x[:, 0]), state.cache.append(*kv)
+        x, [kv] = scan_blocks(params, config, x, context, 0, config.n_layers, tap=tap, keep=[CACHE], remat=False)
+        return unembed(params, config, x[:, 0], of_one_token(tap)), state.cache.append(*kv)
 
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
         left, state = carry

@@ -63,7 +63,7 @@ def generate_tokens(
     ``UserError``, before any work, for what does not fit the model.
     """
     _check(model, prompts, samples=samples, batch=batch)
-    count, own = len(prompts) * samples, getattr(edits, "rows", None)
+    count, own = len(prompts) * samples, None if edits is None else edits.rows
     if own is not None and own != count:
         raise UserError(f"The edits are made for {own} rows; {len(prompts)} prompts x {samples} samples are {count}.")
     edits = checked(edits, model.config, own)
@@ -137,7 +137,7 @@ def _decode_batch(
     groups, rows = np.asarray(plan.groups, np.int32), np.asarray(plan.rows, np.int32)
     limit = np.minimum(config.max_positions - mask.sum(-1)[groups], decoding.max_new_tokens).repeat(rows.shape[1])
     most, kept = int(limit.max()), rows.size
-    if mesh is not None and getattr(edits, "rows", None) is None:  # rows that end at once fill up the devices
+    if mesh is not None and (edits is None or edits.rows is None):  # rows that end at once fill up the devices
         devices = mesh.shape.get("prompts", 1)
         spare = -len(groups) % (devices // math.gcd(devices, rows.shape[1]))
         groups, rows = np.pad(groups, (0, spare)), np.pad(rows, [(0, spare), (0, 0)])

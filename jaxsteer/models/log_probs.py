@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Params
-from jaxsteer.models.transformer import unembed
+from jaxsteer.models.transformer import unembed, unembed_normed
 
 VOCABULARY_BLOCK = 2**24
 """Logits held at once, in floats: 64 MiB. What needs logits of many rows takes as many rows at a time as fit."""
@@ -40,16 +40,22 @@ entries.defvjp(_entries_forward, _entries_backward)
 
 
 def label_log_probs(
-    params: Params, config: ModelConfig, hidden: Float[Array, "n D"], labels: Int[Array, "n ..."]
+    params: Params,
+    config: ModelConfig,
+    hidden: Float[Array, "n D"],
+    labels: Int[Array, "n ..."],
+    *,
+    normed: bool = False,
 ) -> Float[Array, "n ..."]:
-    """Log-probabilities (float32, nats) of labels, one or k per row of the stream after the last block.
+    """Log-probabilities (float32, nats) of labels, one or k per row of the stream after the last block, or of what the
+    final norm made of it (``normed``).
 
     Differentiable in ``hidden``; the logits are computed again on the way back instead of being kept.
     """
 
     @jax.checkpoint
     def one(row: tuple[Array, Array]) -> Array:
-        logits = unembed(params, config, row[0])
+        logits = (unembed_normed if normed else unembed)(params, config, row[0])
         return entries(logits, row[1]) - jax.nn.logsumexp(logits)
 
     rows = max(1, VOCABULARY_BLOCK // config.vocab_size)

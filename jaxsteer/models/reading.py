@@ -8,33 +8,32 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.layers import run_and_read
 from jaxsteer.models.model import Model
 from jaxsteer.models.padding import pad_rows
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import shard_rows
-from jaxsteer.models.sites import Site, parse_site
-from jaxsteer.models.transformer import block, embed, layer_weights, make_context
+from jaxsteer.models.sites import KINDS, Site, find_sites
+from jaxsteer.models.transformer import embed, make_context
 from jaxsteer.processes import to_host
 
-PLACES = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
-"""Places of width D, where a direction can live."""
 BATCH = 32
 
 
 def direction_sites(model: Model, sites: str | Sequence[str]) -> tuple[Site, ...]:
-    """Parsed sites of width D. Raises ``UserError`` for other places and beyond the last layer."""
-    parsed = tuple(parse_site(name, model.config.n_layers) for name in ([sites] if isinstance(sites, str) else sites))
-    if not parsed:
+    """Parsed sites of the stream or of what is added to it. Raises ``UserError`` for others, and for none."""
+    found = tuple(dict.fromkeys(find_sites(sites, model.config).values()))
+    if not found:
         raise UserError("no site was given: name at least one, e.g. blocks.2.hook_resid_post")
-    for site in parsed:
-        if site.place not in PLACES:
-            raise UserError(f"a direction cannot be read at {site.name!r}: expected one of {', '.join(PLACES)}")
-    return tuple(dict.fromkeys(parsed))
+    for site in found:
+        if not KINDS[site.kind].stream:
+            possible = ", ".join(name for name, kind in KINDS.items() if kind.stream)
+            raise UserError(f"a direction cannot be read at {site.name!r}: expected one of {possible}")
+    return found
 
 
 def _padded_length(length: int) -> int:
@@ -76,16 +75,9 @@ def read_rows(
                 model.config,
                 shard_rows(model.mesh, tokens),
                 shard_rows(model.mesh, read),
-                sites=tuple(_as_stream(site) for site in sites),
+                sites=tuple(site.as_stream() for site in sites),
             )
             yield chunk, to_host(states)[:, : len(chunk)]
-
-
-def _as_stream(site: Site) -> Site:
-    """The stream before a block is the one after the block below, for which one block less is run."""
-    if site.place != "hook_resid_pre":
-        return site
-    return Site(site.layer - 1, "hook_resid_post") if site.layer else Site(0, "hook_embed")
 
 
 @partial(jax.jit, static_argnames=("config", "sites"))
@@ -99,26 +91,10 @@ def _read(
 ) -> Float[Array, "s B D"]:
     """One scan up to the deepest site; each layer keeps the B read positions only."""
 
-    def pick(x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
-        return jnp.take_along_axis(x, read[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+    def pick(_: str, value: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        return jnp.take_along_axis(value, read[:, None, None], axis=1)[:, 0].astype(jnp.float32)
 
     context = make_context(config, jnp.arange(tokens.shape[1])[None])
-    x = embed(params, config, tokens)
-    start = pick(x)
-    inside = [site for site in sites if site.place != "hook_embed"]
-    places = {site.place for site in inside}
-
-    def step(x: Array, layer: Array) -> tuple[Array, dict[str, Array]]:
-        kept: dict[str, Array] = {}
-
-        def tap(name: str, layer: Array | int, value: Array) -> Array:
-            if name in places:
-                kept[name] = pick(value)
-            return value
-
-        return block(layer_weights(params, layer), config, x, context, layer, tap)[0], kept
-
-    found: dict[str, Array] = {}
-    if inside:
-        _, found = lax.scan(step, x, jnp.arange(max(site.layer for site in inside) + 1))
-    return jnp.stack([start if s.place == "hook_embed" else found[s.place][s.layer] for s in sites])
+    depth = max(site.depth(config.n_layers) for site in sites)
+    _, [found] = run_and_read(params, config, embed(params, config, tokens), context, depth, [(sites, pick)])
+    return jnp.stack([found[site] for site in sites])

@@ -1,31 +1,85 @@
-"""Taps and interventions: how a computation is read and changed at its named places.
+"""Taps and interventions: how a computation is read and changed at its sites.
 
-A tap is a pure function ``tap(place, layer, value) -> value`` that the transformer calls at every place of
-``jaxsteer.models.sites``. An intervention is a pytree of arrays that makes a tap once it knows which tokens the rows
-hold; ``jaxsteer.steer`` builds the usual ones, and any pytree with a method ``tap`` will do.
+A tap says statically at which kinds of site it looks, and is a pure function of the values there. An intervention is a
+pytree of arrays that makes a tap once it knows which tokens the rows hold; ``jaxsteer.steer`` builds the usual ones.
 
 Letters: B rows, T time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.sites import KINDS
 
-Tap = Callable[[str, Int[Array, ""] | int, Array], Array]
-"""``(place, layer, value) -> value``; places as in ``sites.BLOCK_PLACES``, and "hook_embed" (with layer 0)."""
+Layer = Int[Array, ""] | int
 
 
-def no_tap(name: str, layer: Int[Array, ""] | int, value: Array) -> Array:
-    """The identity tap: compiles to nothing."""
-    return value
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """A pure function of the values at sites of some kinds. What it does not look at is computed as without it."""
+
+    kinds: frozenset[str]
+    """Keys of ``sites.KINDS``."""
+    change: Callable[[str, Layer, Array], Array]
+    """``(kind, layer, value) -> value``, called at these kinds only; the layer is 0 outside of the blocks."""
+
+    def __call__(self, kind: str, layer: Layer, value: Array) -> Array:
+        """The value that the computation goes on with."""
+        return self.change(kind, layer, value) if kind in self.kinds else value
+
+
+NO_TAP = Tap(frozenset(), lambda kind, layer, value: value)
+
+
+def joined(*taps: Tap) -> Tap:
+    """One tap that does what all of them do, one after the other."""
+
+    def change(kind: str, layer: Layer, value: Array) -> Array:
+        for tap in taps:
+            value = tap(kind, layer, value)
+        return value
+
+    return Tap(frozenset().union(*(tap.kinds for tap in taps)), change)
+
+
+def of_one_token(tap: Tap) -> Tap:
+    """The tap of rows of one token for values that have no axis of tokens."""
+    return Tap(tap.kinds, lambda kind, layer, value: tap(kind, layer, value[:, None])[:, 0])
+
+
+class Visit:
+    """A part of the network while it is traced: what happens to the values at its sites."""
+
+    def __init__(self, tap: Tap = NO_TAP, wanted: Collection[str] = (), layer: Layer = 0):
+        self.tap, self.layer, self._wanted = tap, layer, wanted
+        self.seen: dict[str, Array] = {}
+        """Values at the wanted kinds of site, changed by the tap."""
+
+    def __call__(self, kind: str, value: Array, fixed: Bool[Array, ...] | None = None) -> Array:
+        """The value that the computation goes on with; ``fixed`` entries are changed by no tap."""
+        new = self.tap(kind, self.layer, value)
+        value = new if fixed is None else jnp.where(fixed, value, new)
+        if kind in self._wanted:
+            self.seen[kind] = value
+        return value
+
+    def changes(self, *kinds: str) -> bool:
+        """Whether the tap looks at any of these kinds of site: then values are computed as they come by there."""
+        return not self.tap.kinds.isdisjoint(kinds)
+
+    def looks(self, *kinds: str) -> bool:
+        """Whether values at any of these are changed or wanted: what nobody looks at need not be computed."""
+        return self.changes(*kinds) or not set(kinds).isdisjoint(self._wanted)
 
 
 @struct.dataclass
@@ -40,14 +94,46 @@ class Where:
     prompt_length: Int[Array, " B"]
     """Tokens of the prompt, padding not counted; what stands at this position or later is the response."""
 
+    def at(self, index: Int[Array, "B K"]) -> Where:
+        """The same of the rows' tokens ``index`` only."""
+        return jax.tree.map(lambda a: jnp.take_along_axis(a, index, axis=1) if a.ndim == 2 else a, self)
 
-@runtime_checkable
-class Intervention(Protocol):
-    """A pytree of arrays that changes values on their way through the model."""
+
+class Intervention:
+    """A pytree of arrays that changes values on their way through the model: base of ``flax.struct`` dataclasses.
+
+    A subclass says where it looks (``kinds``) and what it does there (``tap``); the rest has defaults.
+    """
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of site whose values it changes. Static: the same for all values of its arrays."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the batch that its arrays are made for; None if they serve any number."""
+        return None
+
+    @property
+    def neutral(self) -> bool:
+        """Whether it is known to change nothing (coefficient 0): it is then not run at all.
+
+        Within another program XLA fuses, and so rounds, other operations together; only the same program gives the
+        same bits.
+        """
+        return False
+
+    def check(self, config: ModelConfig, rows: int | None = None) -> None:
+        """Raise ``UserError`` if it does not fit a model of this ``config``, or a batch of ``rows`` rows."""
 
     def tap(self, where: Where) -> Tap:
         """The tap for these tokens. Traced under jit: pure, and the same program for all values of its arrays."""
-        ...
+        raise NotImplementedError
+
+    def touched(self, where: Where) -> Bool[Array, "B T"]:
+        """True at positions that it reaches (in some layer)."""
+        raise UserError(f"{type(self).__name__} cannot say which positions it touches: it is not an Edit.")
 
 
 def make_where(
@@ -67,24 +153,25 @@ def make_where(
 
 
 def checked(edits: Any, config: ModelConfig, rows: int | None) -> Intervention | None:
-    """The edits to run, refused before anything compiles if they do not fit the model or a batch of ``rows`` rows.
+    """The edits to run, None if they are known to change nothing.
 
-    An intervention may have a method ``check(config, rows)`` that raises ``UserError``, and an attribute ``neutral``
-    that is true where it is known to change nothing (coefficient 0): it is then not run at all. Within another program
-    XLA fuses, and so rounds, other operations together; only the same program gives the same bits.
+    Raises ``UserError``, before anything compiles, if they do not fit the model or a batch of ``rows`` rows.
     """
     if edits is None:
         return None
-    if isinstance(edits, type) or not isinstance(edits, Intervention):
+    if not isinstance(edits, Intervention):
         raise UserError(
-            f"edits must have a method tap(where) (see jaxsteer.steer), got {type(edits).__name__}. Several edits go "
-            f"into jaxsteer.steer.Edits((first, second))."
+            f"edits must be an Intervention (see jaxsteer.steer), got {type(edits).__name__}. Several edits go into "
+            f"jaxsteer.steer.Edits((first, second))."
         )
-    if hasattr(edits, "check"):
-        edits.check(config, rows)
-    return None if getattr(edits, "neutral", False) else edits
+    edits.check(config, rows)
+    for kind in edits.kinds:
+        if kind not in KINDS:
+            raise UserError(f"{type(edits).__name__} looks at {kind!r}, which is none of {', '.join(KINDS)}.")
+        KINDS[kind].shape(config)  # which refuses those that the model does not have
+    return None if edits.neutral else edits
 
 
 def tap_of(edits: Intervention | None, where: Where) -> Tap:
-    """The tap of an intervention, or the identity."""
-    return no_tap if edits is None else edits.tap(where)
+    """The tap of an intervention, or one that looks nowhere."""
+    return NO_TAP if edits is None else edits.tap(where)

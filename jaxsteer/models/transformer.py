@@ -10,20 +10,18 @@ editing means stop, edit, run on. Places inside a block are reached by ``tap(nam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsteer.models.attention import Past, Prefix, Segment, apply_pattern, attend, rotary_tables, rotate
+from jaxsteer.models.attention import MASKED, Past, Segment, apply_pattern, attend, rotary_tables, rotate
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Layers, Params
-from jaxsteer.models.taps import Intervention, Tap, make_where, no_tap, tap_of
+from jaxsteer.models.taps import NO_TAP, Tap, Visit
 
 
 @struct.dataclass
@@ -79,9 +77,24 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], config: Model
     """RMSNorm with its variance in float32. Llama and Qwen cast before the weight, Gemma after ``1 + w``."""
     wide = x.astype(jnp.float32)
     wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_eps)
+    return _weighted(wide, weight, config, x.dtype)
+
+
+def _weighted(wide: Array, weight: Array, config: ModelConfig, dtype: Any) -> Array:
     if config.norm_plus_one:
-        return (wide * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
-    return wide.astype(x.dtype) * weight
+        return (wide * (1.0 + weight.astype(jnp.float32))).astype(dtype)
+    return wide.astype(dtype) * weight
+
+
+def _norm(x: Array, weight: Array, config: ModelConfig, visit: Visit, name: str) -> Array:
+    """``rms_norm``, with the sites of its scale and of what is divided by it, before the weight."""
+    scale, normalized = f"{name}.hook_scale", f"{name}.hook_normalized"
+    if not visit.looks(scale, normalized):
+        return rms_norm(x, weight, config)
+    wide = x.astype(jnp.float32)
+    divisor = visit(scale, jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_eps))
+    wide = visit(normalized, wide / divisor)
+    return _weighted(wide, weight, config, x.dtype) if visit.changes(scale, normalized) else rms_norm(x, weight, config)
 
 
 def _dense(x: Array, w: Array) -> Array:
@@ -90,7 +103,7 @@ def _dense(x: Array, w: Array) -> Array:
     return flat.reshape(*x.shape[:-1], *w.shape[1:])
 
 
-def embed(params: Params, config: ModelConfig, tokens: Int[Array, "B T"], tap: Tap = no_tap) -> Float[Array, "B T D"]:
+def embed(params: Params, config: ModelConfig, tokens: Int[Array, "B T"], tap: Tap = NO_TAP) -> Float[Array, "B T D"]:
     """Token embeddings as they enter the residual stream (Gemma's multiplier included)."""
     return tap("hook_embed", 0, scale_embeddings(params.embed[tokens], config))
 
@@ -102,31 +115,62 @@ def scale_embeddings(x: Float[Array, "... D"], config: ModelConfig) -> Float[Arr
     return x * jnp.asarray(math.sqrt(config.d_model), x.dtype)
 
 
+def _project(w: Layers, config: ModelConfig, x: Float[Array, "B T D"], visit: Visit) -> tuple[Array, Array, Array]:
+    """Queries, keys and values of the stream before the block.
+
+    Who changes ``hook_q_input`` (k, v likewise) gives every head a copy of the stream of its own, with a norm of its
+    own; what a tap does to the norm it then does to every copy.
+    """
+    split: dict[str, Array] = {}
+    for name, weight in (("q", w.q), ("k", w.k), ("v", w.v)):
+        kind = f"hook_{name}_input"
+        if visit.looks(kind):
+            copies = visit(kind, jnp.broadcast_to(x[:, :, None], (*x.shape[:2], weight.shape[1], x.shape[2])))
+        if visit.changes(kind):
+            inner = Visit(visit.tap, layer=visit.layer)
+            norm = lambda copy, inner=inner: _norm(copy, w.attn_norm, config, inner, "ln1")  # noqa: E731
+            split[name] = jnp.einsum("btnd,dnh->btnh", jax.vmap(norm, 2, 2)(copies), weight)
+    x = _norm(x, w.attn_norm, config, visit, "ln1")
+    q, k, v = (split[name] if name in split else _dense(x, getattr(w, name)) for name in "qkv")
+    return q, k, v
+
+
 def _attention(
-    w: Layers, config: ModelConfig, x: Float[Array, "B T D"], context: Context, layer: Int[Array, ""], tap: Tap
-) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-    q, k, v = _dense(x, w.q), _dense(x, w.k), _dense(x, w.v)
+    w: Layers, config: ModelConfig, x: Float[Array, "B T D"], context: Context, visit: Visit
+) -> Float[Array, "B T D"]:
+    q, k, v = _project(w, config, x, visit)
     if w.q_bias is not None and w.k_bias is not None and w.v_bias is not None:
         q, k, v = q + w.q_bias, k + w.k_bias, v + w.v_bias
-    q, k, v = tap("attn.hook_q", layer, q), tap("attn.hook_k", layer, k), tap("attn.hook_v", layer, v)
+    q, k, v = visit("attn.hook_q", q), visit("attn.hook_k", k), visit("attn.hook_v", v)
     if w.q_norm is not None and w.k_norm is not None:
         q, k = rms_norm(q, w.q_norm, config), rms_norm(k, w.k_norm, config)
+    layer = jnp.asarray(visit.layer)
     table = context.rope_index[layer]
-    q = rotate(q, context.sin[table], context.cos[table])
-    k = rotate(k, context.sin[table], context.cos[table])
-    k, v = jnp.moveaxis(k, 1, -1), jnp.moveaxis(v, 1, -1)
+    q = visit("attn.hook_rot_q", rotate(q, context.sin[table], context.cos[table]))
+    k = visit("attn.hook_rot_k", rotate(k, context.sin[table], context.cos[table]))
     window = context.windows[layer] if config.windowed else None
     segments = [past.segment(layer, context.positions, window) for past in context.past]
-    segments.append(Segment(k, v, _own_mask(context, window)))
-    z, pattern = attend(q, segments, scale=config.query_scale, softcap=config.attn_softcap)
-    tapped = tap("attn.hook_pattern", layer, pattern)
-    if tapped is not pattern:  # an edited pattern replaces the fused product
-        z = apply_pattern(tapped, segments)
-    z = tap("attn.hook_z", layer, z)
-    out = _dense(z.reshape(*z.shape[:2], -1), w.o.reshape(-1, config.d_model))
+    segments.append(Segment(jnp.moveaxis(k, 1, -1), jnp.moveaxis(v, 1, -1), _own_mask(context, window)))
+
+    def scored(scores: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
+        return visit("attn.hook_attn_scores", scores, fixed=scores == MASKED)
+
+    change = scored if visit.looks("attn.hook_attn_scores") else None
+    z, pattern = attend(q, segments, scale=config.query_scale, softcap=config.attn_softcap, change_scores=change)
+    pattern = visit("attn.hook_pattern", pattern)
+    if visit.changes("attn.hook_pattern"):  # it replaces the fused product
+        z = apply_pattern(pattern, segments)
+    z = visit("attn.hook_z", z)
+    if visit.looks("attn.hook_result"):
+        result = visit("attn.hook_result", jnp.einsum("btnh,nhd->btnd", z, w.o))
+    if visit.changes("attn.hook_result"):
+        out = result.sum(2)
+    else:
+        out = _dense(z.reshape(*z.shape[:2], -1), w.o.reshape(-1, config.d_model))
+    out = visit("attn.hook_out", out)
     if w.post_attn_norm is not None:
-        out = rms_norm(out, w.post_attn_norm, config)
-    return tap("hook_attn_out", layer, out), (k, v)
+        out = _norm(out, w.post_attn_norm, config, visit, "ln1_post")
+    return visit("hook_attn_out", out)
 
 
 def _own_mask(context: Context, window: Int[Array, ""] | None) -> Bool[Array, "b 1 T T"]:
@@ -136,33 +180,23 @@ def _own_mask(context: Context, window: Int[Array, ""] | None) -> Bool[Array, "b
     return mask[:, None]
 
 
-def _mlp(w: Layers, config: ModelConfig, x: Float[Array, "B T D"], layer: Int[Array, ""], tap: Tap) -> Array:
+def _mlp(w: Layers, config: ModelConfig, x: Float[Array, "B T D"], visit: Visit) -> Float[Array, "B T D"]:
     act = jax.nn.silu if config.activation == "silu" else lambda a: jax.nn.gelu(a, approximate=True)
-    x = tap("mlp.hook_in", layer, x)
-    hidden = act(tap("mlp.hook_pre", layer, _dense(x, w.gate))) * tap("mlp.hook_pre_linear", layer, _dense(x, w.up))
-    out = _dense(tap("mlp.hook_post", layer, hidden), w.down)
+    x = visit("mlp.hook_in", _norm(x, w.mlp_norm, config, visit, "ln2"))
+    hidden = act(visit("mlp.hook_pre", _dense(x, w.gate))) * visit("mlp.hook_pre_linear", _dense(x, w.up))
+    out = visit("mlp.hook_out", _dense(visit("mlp.hook_post", hidden), w.down))
     if w.post_mlp_norm is not None:
-        out = rms_norm(out, w.post_mlp_norm, config)
-    return tap("hook_mlp_out", layer, out)
+        out = _norm(out, w.post_mlp_norm, config, visit, "ln2_post")
+    return visit("hook_mlp_out", out)
 
 
 def block(
-    w: Layers,
-    config: ModelConfig,
-    x: Float[Array, "B T D"],
-    context: Context,
-    layer: Int[Array, ""],
-    tap: Tap = no_tap,
-) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K H T"], Float[Array, "B K H T"]]]:
-    """One transformer block with the weights ``w`` of layer ``layer`` (no layer axis).
-
-    Returns the residual stream after the block and this layer's (rotated keys, values).
-    """
-    x = tap("hook_resid_pre", layer, x)
-    attn_out, kv = _attention(w, config, rms_norm(x, w.attn_norm, config), context, layer, tap)
-    x = tap("hook_resid_mid", layer, _rounded(x + attn_out))
-    x = x + _mlp(w, config, rms_norm(x, w.mlp_norm, config), layer, tap)
-    return tap("hook_resid_post", layer, x), kv
+    w: Layers, config: ModelConfig, x: Float[Array, "B T D"], context: Context, visit: Visit
+) -> Float[Array, "B T D"]:
+    """The residual stream after one block, with the weights ``w`` of layer ``visit.layer`` (no layer axis)."""
+    x = visit("hook_resid_pre", x)
+    x = visit("hook_resid_mid", _rounded(x + _attention(w, config, x, context, visit)))
+    return visit("hook_resid_post", x + _mlp(w, config, x, visit))
 
 
 def _rounded(x: Array) -> Array:
@@ -172,125 +206,18 @@ def _rounded(x: Array) -> Array:
     return lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, jnp.finfo(x.dtype).nmant)
 
 
-def layer_weights(params: Params, layer: int | Int[Array, ""]) -> Layers:
-    """The weights of one layer, without the layer axis."""
-    return jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, layer, 0, keepdims=False), params.layers)
+def final_norm(params: Params, config: ModelConfig, x: Float[Array, "... D"], visit: Visit) -> Float[Array, "... D"]:
+    """The stream after the last block, normalised."""
+    return _norm(x, params.final_norm, config, visit, "ln_final")
 
 
-class Keep(NamedTuple):
-    """What ``run_and_keep`` keeps of one place: ``pick(value)`` at these layers, which ascend."""
-
-    place: str
-    layers: tuple[int, ...]
-    pick: Callable[[Array], Array]
-
-
-def run_layers(
-    params: Params,
-    config: ModelConfig,
-    x: Float[Array, "B T D"],
-    context: Context,
-    start: int,
-    stop: int,
-    *,
-    tap: Tap = no_tap,
-) -> Float[Array, "B T D"]:
-    """The residual stream after blocks ``start`` ... ``stop - 1`` (static ints), from the stream before ``start``.
-
-    Compiles to one scan; the layer's weights are indexed inside the rematerialised body, because slicing the stack
-    or indexing outside of it copies the weights.
-    """
-    return run_and_keep(params, config, x, context, start, stop, (), tap=tap)[0]
-
-
-def run_and_keep(
-    params: Params,
-    config: ModelConfig,
-    x: Float[Array, "B T D"],
-    context: Context,
-    start: int,
-    stop: int,
-    keep: Sequence[Keep],
-    *,
-    tap: Tap = no_tap,
-) -> tuple[Float[Array, "B T D"], list[Array]]:
-    """``run_layers``, and for every ``keep`` an array (its layers, ...) of what was picked of the tapped values.
-
-    One scan whatever is kept; layers of ``keep`` lie in ``start`` ... ``stop - 1``.
-    """
-    if start == stop:
-        return x, []
-
-    @jax.checkpoint
-    def step(x: Array, layer: Array) -> tuple[Array, list[Array]]:
-        kept: dict[str, Array] = {}
-
-        def keeping(place: str, layer: Array | int, value: Array) -> Array:
-            kept[place] = value = tap(place, layer, value)
-            return value
-
-        x = block(layer_weights(params, layer), config, x, context, layer, keeping if keep else tap)[0]
-        return x, [k.pick(kept[k.place]) for k in keep]
-
-    # A layer writes into the slot of the next layer that is wanted, which then writes over it. Layers above the last
-    # wanted one write into a spare row.
-    slots = [jnp.asarray(np.searchsorted(k.layers, np.arange(start, stop))) for k in keep]
-
-    def one_layer(carry: tuple[Array, list[Array]], layer: Array) -> tuple[tuple[Array, list[Array]], None]:
-        x, kept = step(carry[0], layer)
-        buffers = [
-            lax.dynamic_update_index_in_dim(buffer, value, slot[layer - start], 0)
-            for buffer, value, slot in zip(carry[1], kept, slots, strict=True)
-        ]
-        return (x, buffers), None
-
-    shapes = jax.eval_shape(step, x, jax.ShapeDtypeStruct((), jnp.int32))[1] if keep else []
-    buffers = [
-        jnp.zeros((len(k.layers) + (k.layers[-1] < stop - 1), *shape.shape), shape.dtype)
-        for k, shape in zip(keep, shapes, strict=True)
-    ]
-    (x, buffers), _ = lax.scan(one_layer, (x, buffers), jnp.arange(start, stop))
-    return x, [buffer[: len(k.layers)] for buffer, k in zip(buffers, keep, strict=True)]
-
-
-def prefill(
-    params: Params,
-    config: ModelConfig,
-    tokens: Int[Array, "C U"],
-    mask: Bool[Array, "C U"],
-    tap: Tap = no_tap,
-) -> tuple[Prefix, Float[Array, "C U D"]]:
-    """Keys and values of C prefixes (padding on either side) and their final residual stream."""
-    positions = positions_of(mask)
-    context = make_context(config, positions, mask)
-    x, (k, v) = run_and_cache(params, config, embed(params, config, tokens, tap), context, config.n_layers, tap=tap)
-    return Prefix(k=k, v=v, mask=mask, positions=positions), x
-
-
-def run_and_cache(
-    params: Params,
-    config: ModelConfig,
-    x: Float[Array, "B T D"],
-    context: Context,
-    stop: int,
-    *,
-    tap: Tap = no_tap,
-) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "l B K H T"], Float[Array, "l B K H T"]]]:
-    """The residual stream after blocks 0 ... ``stop - 1``, and the (rotated keys, values) of each.
-
-    Differentiable with respect to ``x`` through both.
-    """
-
-    @jax.checkpoint
-    def step(x: Array, layer: Array) -> tuple[Array, tuple[Array, Array]]:
-        return block(layer_weights(params, layer), config, x, context, layer, tap)
-
-    return lax.scan(step, x, jnp.arange(stop))
-
-
-def unembed(params: Params, config: ModelConfig, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+def unembed(params: Params, config: ModelConfig, x: Float[Array, "... D"], tap: Tap = NO_TAP) -> Float[Array, "... V"]:
     """Float32 logits of residual-stream vectors taken after the last block (final norm included)."""
-    x = rms_norm(x, params.final_norm, config)
+    return unembed_normed(params, config, final_norm(params, config, x, Visit(tap)))
+
+
+def unembed_normed(params: Params, config: ModelConfig, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Float32 logits of vectors that went through the final norm."""
     if params.unembed is None:
         logits = lax.dot_general(x, params.embed, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     else:
@@ -298,22 +225,3 @@ def unembed(params: Params, config: ModelConfig, x: Float[Array, "... D"]) -> Fl
     if config.final_softcap is not None:
         logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
     return logits
-
-
-def forward(
-    params: Params,
-    config: ModelConfig,
-    tokens: Int[Array, "B T"],
-    mask: Bool[Array, "B T"] | None = None,
-    edits: Intervention | None = None,
-    prompt_length: Int[Array, " B"] | None = None,
-) -> Float[Array, "B T V"]:
-    """Float32 next-token logits at every position; ``mask`` is False on padding (either side)."""
-    if mask is None:
-        positions = jnp.arange(tokens.shape[1])[None]
-    else:
-        positions = positions_of(mask)
-    tap = tap_of(edits, make_where(tokens, positions, mask, prompt_length))
-    context = make_context(config, positions, mask)
-    x = run_layers(params, config, embed(params, config, tokens, tap), context, 0, config.n_layers, tap=tap)
-    return unembed(params, config, x)

@@ -19,17 +19,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.layers import run_and_read
 from jaxsteer.models.log_probs import label_log_probs
 from jaxsteer.models.params import Params
-from jaxsteer.models.sites import Site, parse_site
-from jaxsteer.models.transformer import Context, Keep, run_and_keep, unembed
+from jaxsteer.models.sites import KINDS, parse_site
+from jaxsteer.models.transformer import Context, unembed
 
 SPANS = ("prompt", "tail")
 """Stretches of a row's own tokens: the searched ones, and those after them up to the end of the input."""
 KEYS = ("first", "before", *SPANS)
 """Stretches of what attention looks at: the text's first token (BOS where the model has one), all that stands before
 the prompt, and the spans."""
-PATTERN = "attn.hook_pattern"
 
 
 @struct.dataclass
@@ -163,7 +163,7 @@ class Needs:
         if self.logits or self.target:
             return n_layers
         names = (*self.sites, *(name for name, _ in self.spans))
-        return max((_blocks(_canonical(name, n_layers)) for name in names), default=0)
+        return max((parse_site(name, n_layers).as_stream().depth(n_layers) for name in names), default=0)
 
 
 class _Recorder(Reads):
@@ -182,14 +182,8 @@ class _Recorder(Reads):
         return jnp.zeros((self._rows, *shape))
 
     def _shape(self, site: str) -> tuple[int, ...]:
-        c, place = self._config, parse_site(site, self._config.n_layers).place
-        if place == PATTERN:
-            return c.n_heads, self._keys
-        if place in ("attn.hook_q", "attn.hook_z"):
-            return c.n_heads, c.d_head
-        if place in ("attn.hook_k", "attn.hook_v"):
-            return c.n_kv_heads, c.d_head
-        return (c.d_mlp if place in ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post") else c.d_model,)
+        shape = KINDS[parse_site(site, self._config.n_layers).kind].token_shape(self._config)
+        return tuple(self._keys if size < 0 else size for size in shape)
 
     @property
     def logits(self) -> Array:
@@ -203,7 +197,7 @@ class _Recorder(Reads):
     def span(self, site: str, span: str = "prompt") -> Array:
         _one_of(span, SPANS)
         shape = self._shape(site)
-        if parse_site(site, self._config.n_layers).place == PATTERN:
+        if KINDS[parse_site(site, self._config.n_layers).kind].over_keys:
             raise UserError(f"{site!r} can be read at the read position only, not over a span")
         self.spans.add((site, span))
         return jnp.zeros((self._rows, self._tokens, *shape))
@@ -287,45 +281,24 @@ def read(
         )
     depth = needs.depth(config.n_layers)
     spanned = sorted({name for name, _ in needs.spans})
-    wanted: dict[tuple[str, bool], set[int]] = {}
-    for name, whole in [*((name, False) for name in needs.sites), *((name, True) for name in spanned)]:
-        site = _canonical(name, config.n_layers)
-        wanted.setdefault((site.place, whole), set()).add(site.layer)
-    embedded = {whole: _pick("hook_embed", layout.read, whole)(x) for place, whole in wanted if place == "hook_embed"}
-    keep = {
-        (place, whole): Keep(place, tuple(sorted(layers)), _pick(place, layout.read, whole))
-        for (place, whole), layers in wanted.items()
-        if place != "hook_embed"
-    }
-    x, buffers = run_and_keep(params, config, x, context, 0, depth, list(keep.values()))
-    kept = dict(zip(keep, buffers, strict=True))
+    sites = {name: parse_site(name, config.n_layers).as_stream() for name in (*needs.sites, *spanned)}
 
-    def value(name: str, whole: bool) -> Array:
-        site = _canonical(name, config.n_layers)
-        if site.place == "hook_embed":
-            return embedded[whole]
-        return kept[site.place, whole][keep[site.place, whole].layers.index(site.layer)]
+    def at_read(kind: str, value: Array) -> Array:
+        return _at(value, layout.read, KINDS[kind].axes.split().index("T")).astype(jnp.float32)
 
+    def whole(kind: str, value: Array) -> Array:
+        return value.astype(jnp.float32)
+
+    wanted = [([sites[n] for n in needs.sites], at_read), ([sites[n] for n in spanned], whole)]
+    x, (values, spans) = run_and_read(params, config, x, context, depth, wanted)
     reads = Reads(
-        {name: value(name, False) for name in needs.sites},
-        spans={name: value(name, True) for name in spanned},
+        {name: values[sites[name]] for name in needs.sites},
+        spans={name: spans[sites[name]] for name in spanned},
         logits=unembed(params, config, _at(x, layout.read, 1)) if needs.logits else None,
         target_log_probs=_target_log_probs(params, config, x, _present(layout.target)) if needs.target else None,
         layout=layout,
     )
     return reads, x, depth
-
-
-def _canonical(name: str, n_layers: int) -> Site:
-    """The stream before a block is the stream after the one below: the block itself need not run."""
-    site = parse_site(name, n_layers)
-    if site.place != "hook_resid_pre":
-        return site
-    return Site(0, "hook_embed") if site.layer == 0 else Site(site.layer - 1, "hook_resid_post")
-
-
-def _blocks(site: Site) -> int:
-    return 0 if site.place == "hook_embed" else site.layer + 1
 
 
 def _at(values: Array, index: Int[Array, "B ..."], axis: int) -> Float[Array, "R ..."]:
@@ -334,11 +307,6 @@ def _at(values: Array, index: Int[Array, "B ..."], axis: int) -> Float[Array, "R
     return jnp.moveaxis(jnp.take_along_axis(values, index, axis=axis), axis, 1).reshape(
         -1, *np.delete(values.shape[1:], axis - 1)
     )
-
-
-def _pick(place: str, index: Int[Array, "B ..."], whole: bool) -> Callable[[Array], Array]:
-    axis = 2 if place == PATTERN else 1  # a pattern's queries come after its heads
-    return lambda value: (value if whole else _at(value, index, axis)).astype(jnp.float32)
 
 
 def _target_log_probs(

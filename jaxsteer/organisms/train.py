@@ -30,6 +30,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import make_directory, read_json, write_bytes, write_text
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Layers, Params
+from jaxsteer.models.taps import Visit
 from jaxsteer.models.transformer import block, embed, make_context, unembed
 from jaxsteer.organisms import corpus
 from jaxsteer.organisms.architectures import Recipe, initial_params, organism_config
@@ -62,7 +63,7 @@ def loss_and_parts(params: Params, config: ModelConfig, batch: Batch) -> tuple[A
 
     def step(x: Array, inputs: tuple[Layers, Array]) -> tuple[Array, None]:
         weights, layer = inputs
-        return block(weights, config, x, context, layer)[0], None
+        return block(weights, config, x, context, Visit(layer=layer)), None
 
     x, _ = lax.scan(step, x, (params.layers, jnp.arange(config.n_layers)), unroll=True)
     x = x.reshape(-1, x.shape[-1])[batch.positions]

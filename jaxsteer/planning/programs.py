@@ -21,12 +21,13 @@ from jaxsteer.errors import UserError
 from jaxsteer.files.sae_form import SAEConfig
 from jaxsteer.models import decoding
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.layers import run_layers
 from jaxsteer.models.padding import bucket
 from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
 from jaxsteer.models.sampling import plain_sampling
 from jaxsteer.models.sharding import place, stack_shardings, top_shardings
 from jaxsteer.models.sites import parse_site
-from jaxsteer.models.transformer import embed, make_context, run_layers
+from jaxsteer.models.transformer import embed, make_context
 from jaxsteer.objectives import Projection, Standardised, needs
 from jaxsteer.prompt_search.algorithms import ALGORITHMS
 from jaxsteer.prompt_search.compiling import WAVE, programs

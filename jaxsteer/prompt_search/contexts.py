@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.attention import Prefix
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.layers import prefill
 from jaxsteer.models.padding import pad_rows
 from jaxsteer.models.params import Params
-from jaxsteer.models.transformer import prefill
 from jaxsteer.objectives import Needs
 from jaxsteer.objectives.reads import Target
 from jaxsteer.prompts.slots import Slots

@@ -13,9 +13,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.layers import run_layers
 from jaxsteer.models.model import Model
 from jaxsteer.models.params import Params
-from jaxsteer.models.transformer import embed, make_context, positions_of, run_layers, unembed
+from jaxsteer.models.transformer import embed, make_context, positions_of, unembed
 from jaxsteer.objectives import Needs, Objective, as_pytree
 from jaxsteer.objectives.reads import Layout, read
 from jaxsteer.prompt_search.contexts import MEAN, Combination, make_target, row_tails

@@ -27,17 +27,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.models.attention import Shared
+from jaxsteer.models.layers import run_and_cache, run_layers
 from jaxsteer.models.log_probs import label_log_probs
 from jaxsteer.models.params import Params
-from jaxsteer.models.transformer import (
-    Context,
-    embed,
-    make_context,
-    run_and_cache,
-    run_layers,
-    scale_embeddings,
-    unembed,
-)
+from jaxsteer.models.transformer import Context, embed, make_context, scale_embeddings, unembed
 from jaxsteer.objectives import Objective, Reads
 from jaxsteer.objectives.reads import Layout, read
 from jaxsteer.prompt_search.contexts import Task

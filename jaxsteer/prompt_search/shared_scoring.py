@@ -33,11 +33,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxsteer.models.attention import Shared
+from jaxsteer.models.layers import run_and_cache, run_layers
 from jaxsteer.models.log_probs import label_log_probs
 from jaxsteer.models.params import Params
-from jaxsteer.models.transformer import Context, embed, make_context, run_and_cache, run_layers
+from jaxsteer.models.sites import KINDS, parse_site
+from jaxsteer.models.transformer import Context, embed, make_context
 from jaxsteer.objectives import Objective
-from jaxsteer.objectives.reads import PATTERN, Layout, Target, read
+from jaxsteer.objectives.reads import Layout, Target, read
 from jaxsteer.prompt_search.contexts import Task
 from jaxsteer.prompt_search.scoring import first_log_probs, score
 
@@ -61,7 +63,8 @@ def stratified(key: Key[Array, ""], parents: int, children: int, length: int) ->
 
 def shares(task: Task, positions: tuple[int, ...]) -> bool:
     """Whether ``score_children`` shares work at these positions, or falls back on ``score``."""
-    inside = any(name.endswith(PATTERN) for name in task.needs.sites)
+    sites = [parse_site(name, task.config.n_layers) for name in task.needs.sites]
+    inside = any(KINDS[site.kind].over_keys for site in sites)
     if task.slot_once or task.varies or not task.reads_last or task.needs.spans or inside or not any(positions):
         return False
     whole = task.length + task.after.shape[1]

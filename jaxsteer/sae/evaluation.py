@@ -28,12 +28,12 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.capture import capture
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.layers import forward
 from jaxsteer.models.model import Model
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.sites import Site, parse_site
-from jaxsteer.models.taps import Tap, Where
-from jaxsteer.models.transformer import forward
+from jaxsteer.models.taps import Intervention, Tap, Where
 from jaxsteer.processes import to_host
 from jaxsteer.sae.dictionary import SAE, decode, encode
 from jaxsteer.sae.harvest import bos_of, usable
@@ -69,7 +69,7 @@ class Evaluation:
 
 
 @struct.dataclass
-class Patch:
+class Patch(Intervention):
     """An intervention: at one site the SAE's reconstruction, or a fixed vector, instead of the activation."""
 
     sae: SAE
@@ -81,6 +81,11 @@ class Patch:
     source: Site = struct.field(pytree_node=False)
     target: Site = struct.field(pytree_node=False)
     """The sites that are encoded and replaced, of one layer (they differ in transcoders)."""
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Those of the two sites."""
+        return frozenset({self.source.kind, self.target.kind})
 
     def tap(self, where: Where) -> Tap:
         """The tap: what the source held in this layer is remembered until the target comes by."""
@@ -95,14 +100,14 @@ class Patch:
             keep = self.keep.reshape(*self.keep.shape, *(1,) * (value.ndim - 2))
             return jnp.where(keep, found.reshape(value.shape).astype(value.dtype), value)
 
-        def tap(name: str, layer: Int[Array, ""] | int, value: Array) -> Array:
-            if name == self.source.place:
+        def tap(kind: str, layer: Int[Array, ""] | int, value: Array) -> Array:
+            if kind == self.source.kind:
                 held["x"] = value.reshape(*self.keep.shape, -1)
-            if name != self.target.place:
+            if kind != self.target.kind:
                 return value
             return lax.cond(layer == self.target.layer, replace, lambda value: value, value)
 
-        return tap
+        return Tap(self.kinds, tap)
 
 
 def evaluate_sae(

@@ -16,16 +16,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.capture import capture
 from jaxsteer.models.model import Model
-from jaxsteer.models.sites import STREAM_PLACES, parse_site
+from jaxsteer.models.sites import KINDS, parse_site
 from jaxsteer.processes import to_host
 from jaxsteer.sae.dictionary import SAE, encode
 from jaxsteer.sae.harvest import bos_of, usable
 from jaxsteer.sae.lens import promoted_tokens
 from jaxsteer.sae.loading import check_sae
 from jaxsteer.sae.texts import Documents, Rows, Sample
-
-WRITES_STREAM = ("hook_embed", *STREAM_PLACES, "hook_attn_out", "hook_mlp_out")
-"""Places whose values are, or are added to, the residual stream: only there do decoder rows promote tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +96,8 @@ def explore(
     check_sae(sae, model, site)
     if not latents or min(latents) < 0 or max(latents) >= sae.n_latents:
         raise UserError(f"latents {list(latents)}: this SAE has the latents 0 to {sae.n_latents - 1}.")
-    place = parse_site(site or sae.config.site_in or "", model.config.n_layers)
-    target = parse_site(sae.config.site_out or place.name, model.config.n_layers)
+    source = parse_site(site or sae.config.site_in or "", model.config.n_layers)
+    target = parse_site(sae.config.site_out or source.name, model.config.n_layers)
     bos = bos_of(model)
     texts = Rows(
         documents,
@@ -113,18 +110,18 @@ def explore(
     active, seen, empty = np.zeros(len(latents)), 0, 0
     while seen < sample.tokens:
         ids, mask, _ = texts.next()
-        x = capture(model, ids, [place.name], mask)[place.name].reshape(*ids.shape, -1)
+        x = capture(model, ids, [source.name], mask)[source.name].reshape(*ids.shape, -1)
         keep = usable(x, jnp.asarray(ids), jnp.asarray(mask), bos)
         codes, on, count = to_host(_codes(sae, x, keep, chosen))
         empty = empty + 1 if count == 0 else 0
         if empty > 64:
-            raise UserError(f"{empty} batches of text in a row hold no usable activation at {place.name}.")
+            raise UserError(f"{empty} batches of text in a row hold no usable activation at {source.name}.")
         active, seen = active + on, seen + int(count)
         for i in range(len(latents)):
             _keep_strongest(best[i], ids, mask, codes[:, :, i], detail)
         if progress is not None:
             progress(seen)
-    writes = target.place in WRITES_STREAM and sae.d_out == model.config.d_model
+    writes = KINDS[target.kind].stream and sae.d_out == model.config.d_model
     promoted = promoted_tokens(model, sae, list(latents), top=detail.top) if writes else [()] * len(latents)
     reports = []
     for i, latent in enumerate(latents):
@@ -138,7 +135,7 @@ def explore(
                 promotes=promoted[i],
             )
         )
-    return Exploration(model=model.name, site=place.name, tokens=seen, latents=tuple(reports))
+    return Exploration(model=model.name, site=source.name, tokens=seen, latents=tuple(reports))
 
 
 @jax.jit

@@ -17,10 +17,9 @@ from jaxsteer import processes
 from jaxsteer.checkpoints.loading import ORGANISM
 from jaxsteer.errors import UserError
 from jaxsteer.files.sae_form import Dictionary, Matrix
-from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import place, put
-from jaxsteer.models.sites import parse_site
+from jaxsteer.models.sites import KINDS, parse_site
 from jaxsteer.organisms import organism_sae_dir
 from jaxsteer.sae.dictionary import SAE, SPECS
 
@@ -162,34 +161,21 @@ def check_sae(sae: SAE, model: Model, site: str | None = None) -> None:
         raise UserError(
             "This SAE does not say which site it belongs to. Give site=, for example 'blocks.2.hook_resid_post'."
         )
-    place_of = parse_site(name, model.config.n_layers)
-    width = site_width(model.config, place_of.place)
+    used = parse_site(name, model.config.n_layers)
+    width = KINDS[used.kind].width(model.config)
     if width != sae.d_in:
         raise UserError(
             f"The SAE reads activations of width {sae.d_in} ({own} of {sae.config.model or 'an unknown model'}), and "
-            f"{place_of.name} of {model.name} has width {width}. It belongs to another model or site."
+            f"{used.name} of {model.name} has width {width}. It belongs to another model or site."
         )
-    if own is not None and own != place_of.name:
-        log.warning("this SAE was trained at %s and is used at %s: it may mean nothing there", own, place_of.name)
+    if own is not None and own != used.name:
+        log.warning("this SAE was trained at %s and is used at %s: it may mean nothing there", own, used.name)
     if not same_model(sae.config.model, model.name):
         log.warning(
             "this SAE was trained on %s and is used on %s: its latents may mean something else, or nothing",
             sae.config.model or "a model that its files do not name",
             model.name,
         )
-
-
-def site_width(config: ModelConfig, place_name: str) -> int:
-    """Width of the activations at a place, heads joined. Raises ``UserError`` for attention patterns."""
-    if place_name in ("attn.hook_q", "attn.hook_z"):
-        return config.n_heads * config.d_head
-    if place_name in ("attn.hook_k", "attn.hook_v"):
-        return config.n_kv_heads * config.d_head
-    if place_name in ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"):
-        return config.d_mlp
-    if place_name == "attn.hook_pattern":
-        raise UserError("An attention pattern has no fixed width, so that no SAE reads it.")
-    return config.d_model
 
 
 def same_model(one: str | None, other: str) -> bool:

@@ -27,11 +27,11 @@ from jaxsteer.files import append_text, make_directory, read_json, read_text, wr
 from jaxsteer.files.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
 from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import put
-from jaxsteer.models.sites import parse_site
+from jaxsteer.models.sites import KINDS, parse_site
 from jaxsteer.processes import PREEMPTED, from_first, is_first, preempted, to_host, wait_for_all
 from jaxsteer.sae.dictionary import SAE
 from jaxsteer.sae.harvest import batches_of, bos_of, empty_pool, fill
-from jaxsteer.sae.loading import load_sae, site_width
+from jaxsteer.sae.loading import load_sae
 from jaxsteer.sae.recipe import Metrics, Recipe, TrainState, inference_threshold, initial_state, shardings, trainer
 from jaxsteer.sae.texts import Documents, Position, Rows
 
@@ -78,7 +78,7 @@ def train_sae(
     recipe.check()
     site = parse_site(recipe.site, model.config.n_layers)
     recipe = dataclasses.replace(recipe, site=site.name)
-    width = site_width(model.config, site.place)
+    width = KINDS[site.kind].width(model.config)
     out = Path(out)
     asked = {"model": model.name, "fingerprint": model.fingerprint, "data": data, "dtype": dtype}
     if from_first(lambda: _prepare_folder(out, asked | dataclasses.asdict(recipe))):

@@ -18,7 +18,7 @@ from jaxsteer.steer.edits import OFF, Edit, Edits
 def stack_rows(rows: Sequence[Edit | Edits | None]) -> Edits:
     """Edits for a batch of ``len(rows)`` rows, of which row b does what ``rows[b]`` does alone (None: nothing).
 
-    Edits of the same operation and place share one table, whatever their layers, vectors, numbers and positions;
+    Edits of the same operation and kind share one table, whatever their layers, vectors, numbers and positions;
     different ones stand side by side, each doing nothing in the rows of the others. The order within a row is kept.
     Raises ``UserError`` for edits that have rows already, and for interventions that are not ``Edit``.
     """
@@ -28,7 +28,7 @@ def stack_rows(rows: Sequence[Edit | Edits | None]) -> Edits:
     for number, row in enumerate(rows):
         slot = 0
         for edit in _flat(row):
-            key = (edit.operation, edit.place, None if edit.vector is None else edit.vector.shape[-1])
+            key = (edit.operation, edit.kind, None if edit.vector is None else edit.vector.shape[-1])
             while slot < len(slots) and slots[slot][0] != key:
                 slot += 1
             if slot == len(slots):
@@ -53,7 +53,7 @@ def _flat(row: Any) -> list[Edit]:
         raise UserError(f"stack_rows stacks edits of jaxsteer.steer, got {type(row).__name__}.")
     if row.rows is not None:
         raise UserError(
-            f"The edit at {row.place} is made for {row.rows} rows already, and cannot be one row of a batch."
+            f"The edit at {row.kind} is made for {row.rows} rows already, and cannot be one row of a batch."
         )
     return [row]
 

@@ -1,11 +1,11 @@
 """``Edit`` and ``Edits``: pytrees of arrays that change values on their way through the model.
 
-What an operation is, where it acts (the place) and how many layers and vectors it holds are structure; everything else
-is data, so that another vector, coefficient, layer or position never recompiles, and rows of one batch may differ in
-all of them. Constructors are in ``jaxsteer.steer.operations``.
+What an operation is, at which kind of site it acts and how many layers and vectors it holds are structure; everything
+else is data, so that another vector, coefficient, layer or position never recompiles, and rows of one batch may differ
+in all of them. Constructors are in ``jaxsteer.steer.operations``.
 
 Letters: B rows of the batch, R rows of an array (B, or 1 where it serves all rows), M layers of one edit, k vectors
-of a subspace, T time, F features of the place (D; heads x H; I), N heads, H head width.
+of a subspace, T time, F entries of a token's value (D; heads x H; I), N heads, H head width.
 """
 
 from __future__ import annotations
@@ -24,29 +24,25 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.taps import Intervention, Tap, Where, checked
+from jaxsteer.models.sites import KINDS
+from jaxsteer.models.taps import Intervention, Tap, Where, checked, joined
 from jaxsteer.steer.selectors import Selector
 
 EVERY, OFF = -1, -2
 """In place of a layer: at every layer, and at none."""
 
-HEADS = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")
-"""Places whose values are [B, T, heads, H]."""
-PATTERN = "attn.hook_pattern"
-"""[B, N, T, S]: one distribution over keys per head and query."""
-
 
 @struct.dataclass
-class Edit:
-    """One operation at one place, in up to M layers. Made by ``add``, ``ablate`` and the other constructors.
+class Edit(Intervention):
+    """One operation at one kind of site, in up to M layers. Made by ``add``, ``ablate`` and the other constructors.
 
     Every array has a leading row axis R: 1 where it serves all rows, else the rows of the batch (``stack_rows``).
     """
 
     operation: str = struct.field(pytree_node=False)
     """A key of ``OPERATIONS``, where the formulas are."""
-    place: str = struct.field(pytree_node=False)
-    """"hook_embed" or one of ``sites.BLOCK_PLACES``."""
+    kind: str = struct.field(pytree_node=False)
+    """A key of ``sites.KINDS``."""
     layers: Int[Array | np.ndarray, "R M"]
     """The layers that the M settings are for; ``EVERY``, or ``OFF`` (this setting does nothing)."""
     amount: Float[Array | np.ndarray, "R M"]
@@ -54,8 +50,13 @@ class Edit:
     vector: Float[Array | np.ndarray, "R M k F"] | None
     """As it is used: of norm 1 except in add; orthonormal rows where k > 1; [R, M, T, F] in replace."""
     head: Int[Array | np.ndarray, "R M"]
-    """The one head that is edited, at places with heads; -1 for all of them."""
+    """The one head that is edited, where there are heads; -1 for all of them."""
     selector: Selector
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The one kind of site."""
+        return frozenset({self.kind})
 
     @property
     def rows(self) -> int | None:
@@ -87,70 +88,63 @@ class Edit:
         edit: Edit = jax.tree.map(jnp.asarray, self)
         selected = edit.selector.touched(where)
 
-        def tap(place: str, layer: Int[Array, ""] | int, value: Array) -> Array:
-            return _apply(edit, where, selected, layer, value) if place == edit.place else value
-
-        return tap
+        return Tap(self.kinds, lambda kind, layer, value: _apply(edit, where, selected, layer, value))
 
     def check(self, config: ModelConfig, rows: int | None = None) -> None:
         """Refuse what does not fit a model of this ``config``, or a batch of ``rows`` rows, with a ``UserError``."""
-        size = place_shape(config, self.place)
+        size = KINDS[self.kind].token_shape(config)
         if rows is not None and self.rows not in (None, rows):
-            raise UserError(f"The edit at {self.place} is made for {self.rows} rows, but the batch has {rows}.")
+            raise UserError(f"The edit at {self.kind} is made for {self.rows} rows, but the batch has {rows}.")
         if self.vector is not None and size[-1] >= 0 and self.vector.shape[-1] not in (math.prod(size), size[-1]):
             raise UserError(
-                f"The vector for {self.place} has {self.vector.shape[-1]} components, but values there have the shape "
-                f"{list(size)} in this model: it belongs to another model or another place."
+                f"The vector for {self.kind} has {self.vector.shape[-1]} components, but values there have the shape "
+                f"{list(size)} in this model: it belongs to another model or another site."
             )
         layers, heads = _known(self.layers), _known(self.head)
         highest, head = (-1 if known is None else int(known.max()) for known in (layers, heads))
         if highest >= config.n_layers:
             raise UserError(
-                f"The edit at {self.place} names layer {highest}, but this model has layers 0 to {config.n_layers - 1}."
+                f"The edit at {self.kind} names layer {highest}, but this model has layers 0 to {config.n_layers - 1}."
             )
         if head >= 0 and (len(size) == 1 or head >= size[0]):
             raise UserError(
-                f"The edit at {self.place} names head {head}, but there "
-                + (f"are heads 0 to {size[0] - 1}." if len(size) > 1 else "are no heads at that place.")
+                f"The edit at {self.kind} names head {head}, but there "
+                + (f"are heads 0 to {size[0] - 1}." if len(size) > 1 else "are no heads at that site.")
             )
 
 
 @struct.dataclass
-class Edits:
-    """Several interventions, applied in the order of the tuple wherever they meet at a place."""
+class Edits(Intervention):
+    """Several interventions, applied in the order of the tuple wherever they meet."""
 
     edits: tuple[Intervention, ...]
 
     @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of site of all edits."""
+        return frozenset().union(*(edit.kinds for edit in self.edits))
+
+    @property
     def rows(self) -> int | None:
         """Rows of the batch that the arrays are made for; None if they serve any number."""
-        return _common_rows(getattr(edit, "rows", None) or 1 for edit in self.edits)
+        return _common_rows(edit.rows or 1 for edit in self.edits)
 
     @property
     def neutral(self) -> bool:
         """Whether none of the edits changes anything."""
-        return all(getattr(edit, "neutral", False) for edit in self.edits)
+        return all(edit.neutral for edit in self.edits)
 
     def touched(self, where: Where) -> Bool[Array, "B T"]:
         """True at positions that any of the edits reaches."""
         touched = jnp.zeros(where.tokens.shape, bool)
         for edit in self.edits:
-            if not isinstance(edit, Edit | Edits):
-                raise UserError(f"{type(edit).__name__} cannot say which positions it touches: it is not an Edit.")
             touched = touched | edit.touched(where)
         return touched
 
     def tap(self, where: Where) -> Tap:
         """The taps of all edits, one after the other."""
         _ = self.rows  # which refuses those that differ
-        taps = [edit.tap(where) for edit in self.edits]
-
-        def tap(place: str, layer: Int[Array, ""] | int, value: Array) -> Array:
-            for each in taps:
-                value = each(place, layer, value)
-            return value
-
-        return tap
+        return joined(*(edit.tap(where) for edit in self.edits))
 
     def check(self, config: ModelConfig, rows: int | None = None) -> None:
         """Refuse what does not fit a model of this ``config``, or a batch of ``rows`` rows, with a ``UserError``."""
@@ -161,15 +155,6 @@ class Edits:
             checked(edit, config, rows)
         if rows is not None and self.rows not in (None, rows):
             raise UserError(f"The edits are made for {self.rows} rows, but the batch has {rows}.")
-
-
-def place_shape(config: ModelConfig, place: str) -> tuple[int, ...]:
-    """Shape of one token's value at ``place``; [N, -1] for the pattern, whose last axis is as long as the keys."""
-    n, kv, h = config.n_heads, config.n_kv_heads, config.d_head
-    heads = {"attn.hook_q": (n, h), "attn.hook_z": (n, h), "attn.hook_k": (kv, h), "attn.hook_v": (kv, h)}
-    if place in ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"):
-        return (config.d_mlp,)
-    return (n, -1) if place == PATTERN else heads.get(place, (config.d_model,))
 
 
 def _known(array: Any) -> np.ndarray | None:
@@ -183,7 +168,7 @@ def _refuse_crossed(edits: tuple[Any, ...]) -> None:
     """A floor above the ceiling on the same vector, in the same layers."""
     caps = [edit for edit in edits if isinstance(edit, Edit) and edit.operation in ("floor", "ceiling")]
     for low, high in itertools.product(caps, caps):
-        if (low.operation, high.operation, low.place) != ("floor", "ceiling", high.place):
+        if (low.operation, high.operation, low.kind) != ("floor", "ceiling", high.kind):
             continue
         known: list[list[Any]] = [[_known(a) for a in (edit.layers, edit.vector, edit.amount)] for edit in (low, high)]
         if any(a is None for arrays in known for a in arrays):
@@ -191,7 +176,7 @@ def _refuse_crossed(edits: tuple[Any, ...]) -> None:
         same = all(a.shape == b.shape and np.allclose(a, b) for a, b in zip(known[0][:2], known[1][:2]))
         if same and (known[0][2] > known[1][2]).any():
             raise UserError(
-                f"At {low.place} the floor {known[0][2].max():g} lies above the ceiling {known[1][2].min():g} on the "
+                f"At {low.kind} the floor {known[0][2].max():g} lies above the ceiling {known[1][2].min():g} on the "
                 f"same vector: exchange the two values."
             )
 
@@ -252,13 +237,14 @@ def _apply(edit: Edit, where: Where, selected: Bool[Array, "B T"], layer: Any, v
             return a[:, 0]
         return a[jnp.arange(a.shape[0]) if a.shape[0] > 1 else 0, index]
 
-    h = jnp.moveaxis(value, 1, 2) if edit.place == PATTERN else value  # queries where tokens are elsewhere
+    kind = KINDS[edit.kind]
+    h = jnp.moveaxis(value, 1, 2) if kind.over_keys else value  # queries where tokens are elsewhere
     shape = h.shape
     h = h.reshape(*shape[:2], -1)
     mask = (selected & on[:, None])[:, :, None]
     amount, head = pick(edit.amount)[:, None, None], pick(edit.head)
     vector: Any = None if edit.vector is None else pick(edit.vector)
-    if edit.place in HEADS or edit.place == PATTERN:
+    if kind.heads:
         own = (head[:, None] < 0) | (head[:, None] == jnp.arange(shape[2]))
         mask = mask & jnp.repeat(own, h.shape[-1] // shape[2], axis=-1)[:, None]
         if vector is not None and vector.shape[-1] == shape[-1] != h.shape[-1]:  # the vector of one head
@@ -266,7 +252,7 @@ def _apply(edit: Edit, where: Where, selected: Bool[Array, "B T"], layer: Any, v
             vector = spread.reshape(*spread.shape[:2], -1)
     if vector is not None and vector.shape[-1] != h.shape[-1]:
         raise UserError(
-            f"The edit at {edit.place} has width {vector.shape[-1]}, but values there are {list(shape[2:])}."
+            f"The edit at {edit.kind} has width {vector.shape[-1]}, but values there are {list(shape[2:])}."
         )
     if edit.operation == "replace":
         mask = mask & (where.positions[:, :, None] < amount)
@@ -274,4 +260,4 @@ def _apply(edit: Edit, where: Where, selected: Bool[Array, "B T"], layer: Any, v
         vector = vector[jnp.arange(vector.shape[0])[:, None] if vector.shape[0] > 1 else 0, at]
     new = OPERATIONS[edit.operation](h.astype(jnp.float32), vector, amount)
     h = jnp.where(mask, new.astype(value.dtype), h).reshape(shape)
-    return jnp.moveaxis(h, 2, 1) if edit.place == PATTERN else h
+    return jnp.moveaxis(h, 2, 1) if kind.over_keys else h

@@ -21,11 +21,10 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import describe, read_json, read_torch, reading
 from jaxsteer.files.npz import read_npy
 from jaxsteer.files.paths import user_path
-from jaxsteer.models.sites import resid_site
+from jaxsteer.models.sites import KINDS, parse_site, resid_site
 from jaxsteer.steer.capping import CAP_SIGN, caps_of, check_against_axis
-from jaxsteer.steer.edits import HEADS
 from jaxsteer.steer.gguf import read_control_vector
-from jaxsteer.steer.vectors import Vectors, canonical_site, load_vectors
+from jaxsteer.steer.vectors import Vectors, load_vectors
 
 Format = Literal[
     "jaxsteer", "gguf", "persona_vectors", "assistant_axis", "capping", "refusal_direction", "svec", "caa", "bare"
@@ -173,7 +172,7 @@ def _by_shape(ask: _Ask, array: np.ndarray) -> str:
     path = ask.path
     if array.ndim == 3:
         return "refusal_direction"
-    if array.ndim == 2 and not (ask.site or "").endswith(HEADS):
+    if array.ndim == 2 and (ask.site is None or not _has_heads(ask.site)):
         if _PERSONA_FILE.fullmatch(path.name):
             return "persona_vectors"
         if path.name in ("assistant_axis.pt", "default_vector.pt") or path.parent.name in _AXIS_FOLDERS:
@@ -244,7 +243,7 @@ def _refusal(ask: _Ask, array: np.ndarray) -> Vectors:
     if ask.site is None and (type(layer) is not int or layer < 0):
         raise UserError("direction_metadata.json beside it gives no layer: name the --site")
     return ask.vectors(
-        {f"blocks.{layer}.hook_resid_pre" if ask.site is None else canonical_site(ask.site): array},
+        {f"blocks.{layer}.hook_resid_pre" if ask.site is None else parse_site(ask.site).name: array},
         "refusal_direction",
         "towards refusal: mean(harmful) - mean(harmless)",
         "layer i was the input of block i",
@@ -281,7 +280,7 @@ def _caa(ask: _Ask, array: np.ndarray) -> Vectors:
     match = _CAA_FILE.fullmatch(ask.path.name)
     if match is None and ask.site is None:
         raise UserError("the name of the file is not vec_layer_<i>_<model>.pt: name the --site")
-    site = canonical_site(ask.site) if ask.site is not None else resid_site(int(match.group(1))) if match else ""
+    site = parse_site(ask.site).name if ask.site is not None else resid_site(int(match.group(1))) if match else ""
     return _caa_vectors(ask, {site: array}, match.group(2) if match else None)
 
 
@@ -298,6 +297,10 @@ def _caa_vectors(ask: _Ask, arrays: dict[str, np.ndarray], model: str | None) ->
     )
 
 
+def _has_heads(site: str) -> bool:
+    return KINDS[parse_site(site).kind].heads
+
+
 def _bare(ask: _Ask, array: np.ndarray) -> Vectors:
     """A vector of which nothing is known."""
     if ask.site is None:
@@ -305,8 +308,8 @@ def _bare(ask: _Ask, array: np.ndarray) -> Vectors:
             f"this holds {describe(array)}, a bare vector. Say where it belongs, e.g. --site "
             f"blocks.14.hook_resid_post, and what going along it means (--sign)"
         )
-    site = canonical_site(ask.site)
-    heads = site.endswith(HEADS)
+    site = parse_site(ask.site).name
+    heads = _has_heads(site)
     if array.ndim != (2 if heads else 1):
         raise UserError(f"at {site} a vector is {'(heads, H)' if heads else '(D,)'}; this holds {describe(array)}")
     return ask.vectors({site: array}, "bare", UNKNOWN_SIGN, "the site was given at the import")

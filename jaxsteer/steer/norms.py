@@ -11,15 +11,16 @@ from jaxtyping import Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.capture import Lengths, Mask, Tokens, capture
 from jaxsteer.models.model import Model
+from jaxsteer.models.sites import KINDS, find_sites
 from jaxsteer.models.taps import make_where
 from jaxsteer.models.transformer import positions_of
-from jaxsteer.steer.edits import PATTERN, Edit, Edits
+from jaxsteer.steer.edits import Edit, Edits
 
 
 def mean_norms(
     model: Model, tokens: Tokens, sites: Sequence[str], mask: Mask | None = None, *, batch_size: int = 16
 ) -> dict[str, float]:
-    """Mean norm of what the model computes at ``sites`` over the tokens of a text, by the names that were given.
+    """Mean norm of what the model computes at ``sites`` over the tokens of a text, by name as ``capture``.
 
     The unit of steering coefficients (``add(..., mean_norm=)``). Padding and position 0 are left out: the norm at BOS
     is many times that of any other token. Rows go through the model ``batch_size`` at a time; sums are float64. At
@@ -31,9 +32,10 @@ def mean_norms(
     counted = valid & (np.cumsum(valid, -1) > 1)
     if not counted.any():
         raise UserError("The mean norm leaves out position 0 and padding, and nothing remains: give longer texts.")
-    if any(site.endswith(PATTERN) for site in sites):
+    found = find_sites(sites, model.config)
+    if any(KINDS[site.kind].over_keys for site in found.values()):
         raise UserError("Attention patterns are probabilities: they have no norm to count coefficients in.")
-    totals = dict.fromkeys(sites, 0.0)
+    totals = dict.fromkeys(found, 0.0)
     for start in range(0, len(tokens), batch_size):
         rows = np.arange(start, start + batch_size) % len(tokens)  # always batch_size, so that nothing recompiles
         new = (np.arange(start, start + batch_size) < len(tokens))[:, None] & counted[rows]

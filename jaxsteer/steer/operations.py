@@ -3,7 +3,7 @@
 All of them compute in float32 and cast back to the dtype of the stream; what they do not touch keeps its bits.
 
 *Sites.* A name as in ``jaxsteer.models.sites`` ("blocks.14.hook_resid_post"), "blocks.*.hook_attn_out" for every
-block, or a list of names of one place, with the vector (and the number) of each: one edit in several layers.
+block, or a list of names of one kind of site, with the vector (and the number) of each: one edit in several layers.
 
 *Vectors.* [D] in the residual stream, at hook_attn_out, hook_mlp_out and mlp.hook_in; [I] inside the MLP; at
 attn.hook_q, k, v and z [heads, H], or [H] with ``head``. A list of M sites may have one vector for all or M of them, on
@@ -25,15 +25,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.sites import Site, parse_site
-from jaxsteer.steer.edits import EVERY, HEADS, PATTERN, Edit, Edits
+from jaxsteer.models.sites import KINDS, Site, every_layer, parse_site
+from jaxsteer.steer.edits import EVERY, Edit, Edits
 from jaxsteer.steer.selectors import Positions, select
 
 Numbers = ArrayLike | Sequence[Any]
 """One number, an array, or lists of numbers."""
 Sites = str | Site | Sequence[str | Site]
-_EVERY_SITE = "blocks.*."
-_ANY_DEPTH = 1 << 20  # a site is checked against the model's depth when the edit is used
 
 
 def add(
@@ -53,18 +51,18 @@ def add(
     vector / |vector|. With ``keep_norm`` the result is scaled back to the norm of h. Coefficient 0 changes no bit of
     the logits. Source: 2312.06681 (CAA).
 
-    Raises ``UserError`` for an unknown site, a vector that is zero, not finite or of a shape that is not the place's,
+    Raises ``UserError`` for an unknown site, a vector that is zero, not finite or of a shape that is not the site's,
     and a coefficient that is not finite.
     """
-    place, layers, many = _sites(site)
-    vectors = _vectors(place, vector, layers, many, head)
+    kind, layers, many = _sites(site)
+    vectors = _vectors(kind, vector, layers, many, head)
     if mean_norm is not None:
         norms = _numbers(mean_norm, len(layers), "mean_norm")
         if isinstance(norms, np.ndarray) and not (norms > 0).all():
             raise UserError(f"mean_norm must be greater than 0, got {mean_norm}.")
         vectors = _unit(vectors) * norms[..., None, None]
     operation = "add_keep_norm" if keep_norm else "add"
-    return _edit(operation, place, layers, vectors, _numbers(coefficient, len(layers), "coefficient"), head, positions)
+    return _edit(operation, kind, layers, vectors, _numbers(coefficient, len(layers), "coefficient"), head, positions)
 
 
 def ablate(
@@ -82,10 +80,10 @@ def ablate(
 
     Raises ``UserError`` as ``add``, and for linearly dependent vectors.
     """
-    place, layers, many = _sites(site)
-    vectors = _vectors(place, vector, layers, many, head, subspace=True)
+    kind, layers, many = _sites(site)
+    vectors = _vectors(kind, vector, layers, many, head, subspace=True)
     amount = _numbers(coefficient, len(layers), "coefficient")
-    return _edit("ablate", place, layers, _unit(vectors), amount, head, positions)
+    return _edit("ablate", kind, layers, _unit(vectors), amount, head, positions)
 
 
 def ablate_everywhere(vector: ArrayLike, *, positions: Positions = slice(0, None)) -> Edits:
@@ -95,8 +93,8 @@ def ablate_everywhere(vector: ArrayLike, *, positions: Positions = slice(0, None
     without norms behind attention and MLP (all but Gemma) it equals orthogonalising every matrix that writes into the
     stream. Source: 2406.11717.
     """
-    places = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
-    return Edits(tuple(ablate(_EVERY_SITE + place, vector, positions=positions) for place in places))
+    kinds = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
+    return Edits(tuple(ablate(f"blocks.*.{kind}", vector, positions=positions) for kind in kinds))
 
 
 def floor(
@@ -133,8 +131,8 @@ def scale(site: Sites, factor: Numbers, *, positions: Positions = "all", head: i
 
     In ``attn.hook_pattern`` the positions select queries; the weights are not normalised again.
     """
-    place, layers, _ = _sites(site)
-    return _edit("scale", place, layers, None, _numbers(factor, len(layers), "factor"), head, positions)
+    kind, layers, _ = _sites(site)
+    return _edit("scale", kind, layers, None, _numbers(factor, len(layers), "factor"), head, positions)
 
 
 def replace(
@@ -153,16 +151,16 @@ def replace(
     Patterns, [N, T, T] or [B, N, T, T], go by position of the query, and need as many keys as there are here. By
     default all positions are replaced, the first included.
     """
-    place, layers, many = _sites(site)
+    kind, layers, many = _sites(site)
     if many or layers[0] == EVERY:
         raise UserError("replace takes the site of one layer. Put one replace per layer into Edits.")
     array = _array(value, "value")
-    if place == PATTERN and head is None:
+    if KINDS[kind].over_keys and head is None:
         array = jnp.moveaxis(array, -3, -2) if isinstance(array, jax.Array) else np.moveaxis(array, -3, -2)
-    size = _dims(place, head)
+    size = _dims(kind, head)
     if array.ndim not in (size + 1, size + 2):
         raise UserError(
-            f"replace at {place} takes values of {size + 1} or {size + 2} axes (rows, positions, {size} of the value), "
+            f"replace at {kind} takes values of {size + 1} or {size + 2} axes (rows, positions, {size} of the value), "
             f"got shape {list(np.shape(value))}."
         )
     array = array.reshape(*(1, *array.shape)[-size - 2 :][:2], -1)
@@ -176,27 +174,28 @@ def replace(
             )
         index = np.minimum(keep.argmax(-1)[:, None] + np.arange(keep.shape[1]), keep.shape[1] - 1)
         array, lengths = array[np.arange(len(keep))[:, None], index], keep.sum(-1)
-    return _edit("replace", place, layers, array[:, None], lengths[:, None].astype(np.float32), head, positions)
+    return _edit("replace", kind, layers, array[:, None], lengths[:, None].astype(np.float32), head, positions)
 
 
 def _along(
     operation: str, site: Sites, vector: Numbers, value: Numbers, positions: Positions, head: int | None
 ) -> Edit:
-    place, layers, many = _sites(site)
-    vectors = _unit(_vectors(place, vector, layers, many, head))
-    return _edit(operation, place, layers, vectors, _numbers(value, len(layers), "value"), head, positions)
+    kind, layers, many = _sites(site)
+    vectors = _unit(_vectors(kind, vector, layers, many, head))
+    return _edit(operation, kind, layers, vectors, _numbers(value, len(layers), "value"), head, positions)
 
 
 def _edit(
-    operation: str, place: str, layers: list[int], vector: Any, amount: Any, head: int | None, positions: Positions
+    operation: str, kind: str, layers: list[int], vector: Any, amount: Any, head: int | None, positions: Positions
 ) -> Edit:
-    if head is not None and place not in (*HEADS, PATTERN):
-        raise UserError(f"head={head}: there are no heads at {place}, only at {', '.join((*HEADS, PATTERN))}.")
+    if head is not None and not KINDS[kind].heads:
+        some = ", ".join(name for name, kind in KINDS.items() if kind.heads)
+        raise UserError(f"head={head}: there are no heads at {kind}, only at {some}.")
     if head is not None and head < 0:
         raise UserError(f"head must count from 0, got {head}.")
     return Edit(
         operation=operation,
-        place=place,
+        kind=kind,
         layers=np.asarray([layers], np.int32),
         amount=amount,
         vector=vector,
@@ -206,32 +205,26 @@ def _edit(
 
 
 def _sites(given: Sites) -> tuple[str, list[int], bool]:
-    """(place, layers, whether a list was given)."""
-    if isinstance(given, str) and given.startswith(_EVERY_SITE):
-        return parse_site(given.replace("*", "0", 1), 1).place, [EVERY], False
-    if isinstance(given, Site):
-        return given.place, [given.layer], False
+    """(kind, layers, whether a list was given)."""
+    if isinstance(given, str) and (kind := every_layer(given)) is not None:
+        return kind, [EVERY], False
     if isinstance(given, str):
-        site = parse_site(given, _ANY_DEPTH)
-        if site.layer >= _ANY_DEPTH // 2:
-            raise UserError(
-                f"Site {given!r} counts from the last layer, and an edit does not know the model's depth. Give the "
-                f"layer's number, or parse_site({given!r}, n_layers)."
-            )
-        return site.place, [site.layer], False
+        given = parse_site(given)  # checked against the model's depth when the edit is used
+    if isinstance(given, Site):
+        return given.kind, [given.layer], False
     parsed = [_sites(each) for each in given]
-    places, layers = sorted({place for place, _, _ in parsed}), [layer for _, (layer, *_), _ in parsed]
-    if len(places) != 1 or len(set(layers)) < len(layers) or (EVERY in layers and len(layers) > 1):
+    kinds, layers = sorted({kind for kind, _, _ in parsed}), [layer for _, (layer, *_), _ in parsed]
+    if len(kinds) != 1 or len(set(layers)) < len(layers) or (EVERY in layers and len(layers) > 1):
         raise UserError(
-            f"An edit acts at one place, once per layer; got {list(given)}. Make one edit for each place, and put them "
-            f"into Edits in the order in which they apply."
+            f"An edit acts at one kind of site, once per layer; got {list(given)}. Make one edit for each kind, and "
+            f"put them into Edits in the order in which they apply."
         )
-    return places[0], layers, True
+    return kinds[0], layers, True
 
 
-def _dims(place: str, head: int | None) -> int:
+def _dims(kind: str, head: int | None) -> int:
     """Axes of one token's value."""
-    return 2 if place in (*HEADS, PATTERN) and head is None else 1
+    return 2 if KINDS[kind].heads and head is None else 1
 
 
 def _array(given: Numbers, name: str) -> Any:
@@ -256,12 +249,12 @@ def _numbers(given: Numbers, layers: int, name: str) -> Any:
 
 
 def _vectors(
-    place: str, given: Numbers, layers: list[int], many: bool, head: int | None, *, subspace: bool = False
+    kind: str, given: Numbers, layers: list[int], many: bool, head: int | None, *, subspace: bool = False
 ) -> Any:
     """[1, M, k, F] from one vector, one for each of M sites, or a subspace of k."""
-    if place == PATTERN:
-        raise UserError(f"{PATTERN} holds probabilities, not vectors: only scale and replace are possible there.")
-    array, size = _array(given, "vector"), _dims(place, head)
+    if KINDS[kind].over_keys:
+        raise UserError(f"{kind} holds numbers for keys, not vectors: only scale and replace are possible there.")
+    array, size = _array(given, "vector"), _dims(kind, head)
     extra = array.ndim - size
     if many and extra > 0 and array.shape[0] != len(layers):
         raise UserError(
@@ -274,14 +267,14 @@ def _vectors(
     if extra not in (0, 1, 2) or (not subspace and array.shape[1] != 1) or (extra == 2 and not (many and subspace)):
         expected = "[heads, H]" if size == 2 else "[H]" if head is not None else "[width]"
         raise UserError(
-            f"At {place} a vector has the shape {expected}"
+            f"At {kind} a vector has the shape {expected}"
             + (f", or with a leading axis of {len(layers)} sites" if many else "")
             + (", or of k vectors before it" if subspace else "")
             + f"; got {list(np.shape(given))}."
         )
     array = array.reshape(*array.shape[:2], -1)
     if isinstance(array, np.ndarray) and not array.any(-1).all():
-        raise UserError(f"The vector for {place} is zero: it has no direction, and the edit would do nothing.")
+        raise UserError(f"The vector for {kind} is zero: it has no direction, and the edit would do nothing.")
     return (jnp if isinstance(array, jax.Array) else np).broadcast_to(array, (1, len(layers), *array.shape[1:]))
 
 

@@ -36,9 +36,9 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import make_directory, parse_json, write_bytes
 from jaxsteer.files.paths import user_path
 from jaxsteer.models.model import Model
-from jaxsteer.models.sites import parse_site
+from jaxsteer.models.sites import KINDS, parse_site
 from jaxsteer.steer import operations
-from jaxsteer.steer.edits import PATTERN, Edit, Edits, place_shape
+from jaxsteer.steer.edits import Edit, Edits
 from jaxsteer.steer.selectors import Positions, select
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,6 @@ Units = Literal["vector", "mean_resid_norm"]
 _OPTIONAL = {"coefficient": "1", "coefficient_units": "vector", "operation": "add", "values": "{}"}
 _TEXTS = ("sign", "model", "fingerprint", "read_position", "source_format", "positions")
 _RESERVED = frozenset({"format", "sites", *_OPTIONAL, *_TEXTS})
-_ANY_DEPTH = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ class Vectors:
     """Vectors by site and what they mean. Raises ``UserError`` when its parts do not fit together."""
 
     arrays: dict[str, np.ndarray]
-    """float32 by site, as measured (not of norm 1): (D,), (I,) inside the MLP, (heads, H) at places with heads."""
+    """float32 by site, as measured (not of norm 1): (D,), (I,) inside the MLP, (heads, H) where there are heads."""
     operation: Operation = "add"
     values: dict[str, float] = dataclasses.field(default_factory=dict)
     """Projection by site of floor, ceiling and clamp, in units of the stream."""
@@ -114,7 +113,7 @@ class Vectors:
 
     def at(self, sites: str | Sequence[str]) -> Vectors:
         """The vectors at these sites only (names or aliases). Raises ``UserError`` for one that is not held."""
-        names = [canonical_site(site) for site in ([sites] if isinstance(sites, str) else sites)]
+        names = [parse_site(site).name for site in ([sites] if isinstance(sites, str) else sites)]
         for name in names:
             if name not in self.arrays:
                 raise UserError(f"there is no vector at {name}: the file has {_listed(self.arrays)}")
@@ -142,12 +141,12 @@ class Vectors:
             )
         if zero:
             log.warning("vectors of zeros are left out: %s", ", ".join(zero))
-        by_place: dict[str, list[str]] = {}
+        by_kind: dict[str, list[str]] = {}
         for site in self.arrays:
             if site in zero:
                 continue
-            by_place.setdefault(parse_site(site, _ANY_DEPTH).place, []).append(site)
-        return Edits(tuple(self._edit(sites, amount, positions) for sites in by_place.values()))
+            by_kind.setdefault(parse_site(site).kind, []).append(site)
+        return Edits(tuple(self._edit(sites, amount, positions) for sites in by_kind.values()))
 
     def _edit(self, sites: list[str], amount: float, positions: Positions) -> Edit:
         vectors = np.stack([self.arrays[site] for site in sites])
@@ -244,10 +243,10 @@ def check_vectors(vectors: Vectors, model: Model, *, any_weights: bool = False) 
     they are a logged warning.
     """
     for site, array in vectors.arrays.items():
-        parsed = parse_site(site, model.config.n_layers)
-        shape = place_shape(model.config, parsed.place)
-        if parsed.place == PATTERN:
-            raise UserError(f"{site} holds probabilities, not vectors")
+        kind = KINDS[parse_site(site, model.config.n_layers).kind]
+        shape = kind.token_shape(model.config)
+        if kind.over_keys:
+            raise UserError(f"{site} holds numbers for keys, not vectors")
         if array.shape != shape:
             there = f"width {shape[0]}" if len(shape) == 1 else f"the shape {shape}"
             raise UserError(
@@ -268,16 +267,6 @@ def check_vectors(vectors: Vectors, model: Model, *, any_weights: bool = False) 
         f"on the weights of {model.name} ({model.fingerprint[:12]}). If they are meant for it all the same, say "
         f"any_weights=True (--any-weights)"
     )
-
-
-def canonical_site(name: str) -> str:
-    """The full name of a site without knowing the model. Raises ``UserError`` for one that counts from the end."""
-    site = parse_site(name, _ANY_DEPTH)
-    if site.layer >= _ANY_DEPTH // 2:
-        raise UserError(
-            f"site {name!r} counts from the last layer, whose number the file does not tell: give the layer"
-        )
-    return site.name
 
 
 def _one_of(text: str, known: Iterable[str]) -> Any:

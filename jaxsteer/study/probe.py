@@ -23,9 +23,10 @@ from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import choice_eval
 from jaxsteer.files.records import Record
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.layers import Keep, scan_blocks
 from jaxsteer.models.params import Params
 from jaxsteer.models.sites import parse_site, resid_site
-from jaxsteer.models.transformer import block, embed, layer_weights
+from jaxsteer.models.transformer import embed
 from jaxsteer.objectives import Needs
 from jaxsteer.personas import Direction, Item, Persona, search_conversations
 from jaxsteer.prompt_search import Task, make_task
@@ -86,12 +87,12 @@ def stream_sites(n_layers: int) -> list[str]:
 def blocks_before(site: str, n_layers: int) -> int:
     """Blocks that run before a site of the residual stream. Raises ``UserError`` for other places."""
     parsed = parse_site(site, n_layers)
-    if parsed.place not in ("hook_resid_pre", "hook_resid_post"):
+    if parsed.kind not in ("hook_resid_pre", "hook_resid_post"):
         raise UserError(
             f"an objective reads the residual stream between blocks, but {site!r} lies elsewhere: give "
             f"{resid_site(parsed.layer)!r} or another blocks.<layer>.hook_resid_post of the {n_layers} layers"
         )
-    return parsed.layer + (parsed.place == "hook_resid_post")
+    return parsed.as_stream().depth(n_layers)
 
 
 def cue_words(persona: Persona) -> list[str]:
@@ -141,21 +142,16 @@ def _project(
     """``<r[read], delta>`` averaged over contexts after 0, 1, … ``depth`` blocks, for all prompts."""
     config, contexts = task.config, task.contexts
 
-    def pick(x: Array, delta: Array) -> Array:
+    def project(x: Array, delta: Array) -> Array:
         read = jnp.repeat(task.read_index, batch)[:, None, None]
         r = jnp.take_along_axis(x, read, axis=1)[:, 0].astype(jnp.float32)
         return (r @ delta).reshape(contexts, batch).mean(0)
 
     def one_batch(ids: Int[Array, "b S"]) -> Float[Array, "L1 b"]:
         x, context = slot_rows(params, task, embed(params, config, ids))
-
-        def step(x: Array, scanned: tuple[Array, Array]) -> tuple[Array, Array]:
-            layer, delta = scanned
-            x = block(layer_weights(params, layer), config, x, context, layer)[0]
-            return x, pick(x, delta)
-
-        _, found = lax.scan(step, x, (jnp.arange(depth), deltas[1:]))
-        return jnp.concatenate([pick(x, deltas[0])[None], found])
+        keep = Keep(("hook_resid_post",), project)
+        _, [found] = scan_blocks(params, config, x, context, 0, depth, per_layer=deltas[1:], keep=[keep])
+        return jnp.concatenate([project(x, deltas[0])[None], found])
 
     m = ids.shape[0]
     padded = jnp.pad(ids, ((0, -m % batch), (0, 0)), mode="edge").reshape(-1, batch, ids.shape[1])

@@ -16,8 +16,9 @@ import jaxsteer
 from checkpoints_convert import convert
 from checkpoints_convert.hf import config_to_hf
 from jaxsteer import UserError
-from jaxsteer.checkpoints.inspect import attention_kinds, describe, memory, parameters, site_shapes
+from jaxsteer.checkpoints.inspect import attention_kinds, describe, memory, parameters
 from jaxsteer.models.sharding import make_mesh, shard_params
+from jaxsteer.models.sites import KINDS, site_shapes
 from tests.helpers.checkpoints import FAMILIES, WINDOW, family_config, hf_directory, random_model, random_params
 
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
@@ -58,11 +59,12 @@ def test_bytes_need_no_devices() -> None:
 def test_sites_have_the_shapes_that_capture_gives() -> None:
     model = random_model(family_config("gemma3"))
     shapes = site_shapes(model.config)
-    names = {place: place if place == "hook_embed" else f"blocks.1.{place}" for place in shapes}
+    names = {kind: f"blocks.1.{kind}" if KINDS[kind].in_block else kind for kind in shapes}
+    assert set(shapes) == set(KINDS) and "ln1_post.hook_scale" not in site_shapes(family_config("llama"))
     found = jaxsteer.capture(model, np.arange(10).reshape(2, 5), list(names.values()))
     letters = {"B": 2, "T": 5}
-    for place, shape in shapes.items():
-        assert found[names[place]].shape == tuple(letters.get(size, size) for size in shape), place
+    for kind, shape in shapes.items():
+        assert found[names[kind]].shape == tuple(letters.get(size, size) for size in shape), kind
 
 
 def test_attention_is_grouped_by_window_and_rope() -> None:

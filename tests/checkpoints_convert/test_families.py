@@ -19,7 +19,8 @@ from checkpoints_convert.files import read_headers
 from checkpoints_convert.names import LAYER_NAMES, assign, expected_leaves
 from jaxsteer import UserError
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.transformer import forward, scale_embeddings
+from jaxsteer.models.layers import forward
+from jaxsteer.models.transformer import scale_embeddings
 from tests.helpers.checkpoints import FAMILIES, WINDOW, family_config, hf_directory, random_model
 from tests.helpers.reference import reference_forward
 

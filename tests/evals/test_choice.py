@@ -15,8 +15,8 @@ from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
 from jaxsteer.evals.scoring import Text, score_texts
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.taps import Tap, Where
-from jaxsteer.models.transformer import forward
+from jaxsteer.models.layers import forward
+from jaxsteer.models.taps import Intervention, Tap, Where
 from jaxsteer.personas import Item, swap
 from jaxsteer.prompts import Placement, encode_texts, join_answer, question_conversation, render
 from jaxsteer.steer import add, stack_rows
@@ -115,23 +115,22 @@ def test_answers_of_different_lengths_and_windows() -> None:
 
 
 @struct.dataclass
-class Push:
+class Push(Intervention):
     """A user's own intervention: adds a vector after one block, at tokens of the response or at all of the prompt."""
 
     vector: Float[Array, " D"]
     layer: Int[Array, ""]
     response: Bool[Array, ""]
+    kinds = frozenset({"hook_resid_post"})
 
     def tap(self, where: Where) -> Tap:
         later = where.positions >= where.prompt_length[:, None]
         here = where.valid & (later == self.response)
 
-        def tap(place: str, layer: Array | int, value: Array) -> Array:
-            if place != "hook_resid_post":
-                return value
+        def change(kind: str, layer: Array | int, value: Array) -> Array:
             return jnp.where((here & (layer == self.layer))[..., None], value + self.vector, value)
 
-        return tap
+        return Tap(self.kinds, change)
 
 
 def test_edits_score_as_whole_texts_do(compile_counter: object) -> None:

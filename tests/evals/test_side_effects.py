@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 import jaxsteer
 from jaxsteer.errors import UserError
 from jaxsteer.evals.side_effects import reply_effects, side_effects
-from jaxsteer.models.taps import Tap, Where
+from jaxsteer.models.taps import Intervention, Tap, Where
 from jaxsteer.prompts import encode_texts, question_conversation, render
 from jaxsteer.steer import add
 from tests.helpers.checkpoints import random_model, tiny_config
@@ -20,15 +20,13 @@ TEXTS = [np.random.default_rng(i).integers(0, 67, n).astype(np.int32) for i, n i
 
 
 @struct.dataclass
-class Push:
+class Push(Intervention):
     vector: Float[Array, " D"]
     layer: Int[Array, ""]
+    kinds = frozenset({"hook_resid_post"})
 
     def tap(self, where: Where) -> Tap:
-        def tap(place: str, layer: Array | int, value: Array) -> Array:
-            return value + self.vector * (layer == self.layer) if place == "hook_resid_post" else value
-
-        return tap
+        return Tap(self.kinds, lambda kind, layer, value: value + self.vector * (layer == self.layer))
 
 
 def push(seed: int, layer: int) -> Push:

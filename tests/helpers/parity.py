@@ -11,8 +11,9 @@ import numpy as np
 
 import jaxsteer
 from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig, Rope
+from jaxsteer.models.layers import run_layers
 from jaxsteer.models.model import Model
-from jaxsteer.models.transformer import make_context, positions_of, run_layers, scale_embeddings, unembed
+from jaxsteer.models.transformer import make_context, positions_of, scale_embeddings, unembed
 
 SLIDE, FULL = "sliding_attention", "full_attention"
 _GEMMA = dict(

@@ -9,7 +9,7 @@ import pytest
 import jaxsteer
 from jaxsteer import UserError
 from jaxsteer.models.capture import _capture
-from jaxsteer.models.sites import BLOCK_PLACES, Site
+from jaxsteer.models.sites import KINDS, Site
 from jaxsteer.models.transformer import unembed
 from tests.helpers.checkpoints import random_model, random_params, tiny_config
 from tests.helpers.reference import reference_forward
@@ -20,7 +20,8 @@ TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 9))
 
 
 def test_every_place_at_several_layers_in_one_call() -> None:
-    names = ["hook_embed", *(f"blocks.{i}.{place}" for i in (0, 2) for place in BLOCK_PLACES), "layers.-1"]
+    kinds = [name for name, kind in KINDS.items() if kind.in_block and kind.exists(CONFIG)]
+    names = ["hook_embed", *(f"blocks.{i}.{kind}" for i in (0, 2) for kind in kinds), "layers.-1"]
     found = jaxsteer.capture(MODEL, TOKENS, names)
     assert list(found) == names
     _, states = reference_forward(MODEL.params, CONFIG, TOKENS[1])
@@ -30,7 +31,7 @@ def test_every_place_at_several_layers_in_one_call() -> None:
     np.testing.assert_allclose(found["blocks.2.hook_resid_post"][1], states[3], atol=1e-4)
     np.testing.assert_allclose(found["layers.-1"][1], states[4], atol=1e-4)
     for layer in (0, 2):
-        at = {place: np.asarray(found[f"blocks.{layer}.{place}"]) for place in BLOCK_PLACES}
+        at = {place: np.asarray(found[f"blocks.{layer}.{place}"]) for place in kinds}
         close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)  # noqa: E731
         close(at["hook_resid_pre"] + at["hook_attn_out"], at["hook_resid_mid"])
         close(at["hook_resid_mid"] + at["hook_mlp_out"], at["hook_resid_post"])

@@ -18,7 +18,7 @@ from jaxsteer.models.generation import NO_TOKEN, generate_tokens
 from jaxsteer.models.model import Model
 from jaxsteer.models.sampling import Decoding, Sampling, _keep_largest, choose, make_sampling, of_rows
 from jaxsteer.models.sharding import make_mesh, shard_params
-from jaxsteer.models.taps import Tap, Where
+from jaxsteer.models.taps import Intervention, Tap, Where
 from tests.helpers.checkpoints import FAMILIES, WINDOW, family_config, random_model
 
 VOCAB = 67
@@ -203,24 +203,20 @@ def test_as_few_of_the_largest_as_are_enough() -> None:
 
 
 @struct.dataclass
-class Push:
+class Push(Intervention):
     """Adds ``vector`` [D] or [B, D] after one block: to everything, or to what stands at or after ``since``."""
 
     vector: jax.Array
     layer: jax.Array
     response_only: jax.Array
     rows: int | None = struct.field(pytree_node=False, default=None)
+    kinds = frozenset({"hook_resid_post"})
 
     def tap(self, where: Where) -> Tap:
         late = where.positions >= jnp.where(self.response_only, where.prompt_length[:, None], 0)
         amount = jnp.where(late & where.valid, 1.0, 0.0)[..., None] * jnp.atleast_2d(self.vector)[:, None]
 
-        def tap(name: str, layer: jax.Array | int, value: jax.Array) -> jax.Array:
-            if name != "hook_resid_post":
-                return value
-            return value + jnp.where(layer == self.layer, amount, 0.0)
-
-        return tap
+        return Tap(self.kinds, lambda kind, layer, value: value + jnp.where(layer == self.layer, amount, 0.0))
 
 
 def push(seed: int, *, response_only: bool, rows: int | None = None) -> Push:

@@ -10,17 +10,9 @@ import numpy as np
 import pytest
 
 from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig, Rope
-from jaxsteer.models.transformer import (
-    block,
-    embed,
-    forward,
-    layer_weights,
-    make_context,
-    positions_of,
-    prefill,
-    run_layers,
-    unembed,
-)
+from jaxsteer.models.layers import forward, layer_weights, prefill, run_layers
+from jaxsteer.models.taps import NO_TAP, Tap, Visit
+from jaxsteer.models.transformer import block, embed, make_context, positions_of, unembed
 from tests.helpers.checkpoints import random_model, random_params, tiny_config
 from tests.helpers.reference import reference_forward
 
@@ -54,6 +46,7 @@ CONFIGS = {
         rope_index=(0, 0, 1),
     ),
 }
+PATTERN = "attn.hook_pattern"
 ROW = np.random.default_rng(3).integers(0, PLAIN.vocab_size, 21)
 
 jit_forward = jax.jit(forward, static_argnames="config")
@@ -108,7 +101,7 @@ def test_scan_equals_a_python_loop_over_blocks() -> None:
         context = make_context(PLAIN, jnp.arange(len(ROW))[None])
         looped = x
         for layer in range(PLAIN.n_layers):
-            looped, _ = block(layer_weights(params, layer), PLAIN, looped, context, jnp.int32(layer))
+            looped = block(layer_weights(params, layer), PLAIN, looped, context, Visit(layer=jnp.int32(layer)))
         return looped, run_layers(params, PLAIN, x, context, 0, 3)
 
     looped, scanned = both(params.embed[ROW][None])
@@ -226,18 +219,12 @@ def test_a_pattern_that_is_written_replaces_attention(with_prefix: bool) -> None
         if with_prefix:
             prefix, _ = prefill(params, PLAIN, jnp.asarray(ROW[:10]).reshape(2, 5), jnp.ones((2, 5), bool))
         context = make_context(PLAIN, jnp.full((4, 1), u) + jnp.arange(6), None, prefix)
-        seen: dict[str, jax.Array] = {}
-
-        def tap(name: str, layer: jax.Array, value: jax.Array) -> jax.Array:
-            if name == "attn.hook_pattern" and itself is not None:
-                value = value + change * (itself - value)
-            seen[name] = value
-            return value
-
-        return block(layer_weights(params, 0), PLAIN, x, context, jnp.int32(0), tap)[0], seen
+        written = Tap(frozenset({PATTERN}), lambda kind, layer, value: value + change * (itself - value))
+        visit = Visit(NO_TAP if itself is None else written, [PATTERN, "attn.hook_z", "attn.hook_v"], jnp.int32(0))
+        return block(layer_weights(params, 0), PLAIN, x, context, visit), visit.seen
 
     plain, seen = run(0.0, None)
-    np.testing.assert_allclose(seen["attn.hook_pattern"].sum(-1), 1, atol=1e-5)
+    np.testing.assert_allclose(seen[PATTERN].sum(-1), 1, atol=1e-5)
     np.testing.assert_allclose(run(0.0, itself)[0], plain, atol=1e-5)
     seen = run(1.0, itself)[1]
     np.testing.assert_allclose(seen["attn.hook_z"], np.repeat(seen["attn.hook_v"], 2, axis=2), atol=1e-5)

@@ -9,16 +9,18 @@ import pytest
 
 import jaxsteer
 from jaxsteer.errors import UserError
-from jaxsteer.models.sites import BLOCK_PLACES
+from jaxsteer.models.sites import KINDS, Site
 from jaxsteer.models.transformer import embed, make_context, positions_of
 from jaxsteer.objectives import Needs, Reads, needs
-from jaxsteer.objectives.reads import KEYS, PATTERN, Layout, read
+from jaxsteer.objectives.reads import KEYS, Layout, read
 from tests.helpers.tiny import tiny_model
 
 MODEL = tiny_model()
-PLACES = [f"blocks.{layer}.{place}" for place in BLOCK_PLACES for layer in (0, 2)]
-SITES = ["hook_embed", "layers.-2", *PLACES]  # an alias and a negative layer among them
-SPANNED = [site for site in SITES if not site.endswith(PATTERN)]
+EXISTING = [kind for kind in KINDS.values() if kind.exists(MODEL.config)]
+PLACES = [Site(layer, kind.name).name for kind in EXISTING for layer in ((0, 2) if kind.in_block else (0,))]
+SITES = ["layers.-2", *PLACES]  # an alias and a negative layer among them
+OVER_KEYS = ("attn.hook_pattern", "attn.hook_attn_scores")
+SPANNED = [site for site in SITES if not site.endswith(OVER_KEYS)]
 
 
 def layout(mask: np.ndarray, index: np.ndarray) -> Layout:
@@ -49,7 +51,7 @@ def test_every_place_reads_as_captured() -> None:
     got, means, keys = values(jnp.asarray(tokens), jnp.asarray(mask), layout(mask, index))
     want = {k: np.asarray(v, np.float64) for k, v in jaxsteer.capture(MODEL, tokens, SITES, mask).items()}
     for site in SITES:
-        at = (range(2), slice(None), index) if site.endswith(PATTERN) else (range(2), index)
+        at = (range(2), slice(None), index) if site.endswith(OVER_KEYS) else (range(2), index)
         np.testing.assert_allclose(got[site], want[site][at], atol=1e-5, err_msg=site)
         assert got[site].dtype == jnp.float32
     for site in SPANNED:

@@ -13,7 +13,8 @@ import pytest
 import jaxsteer
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import GLOBAL_WINDOW
-from jaxsteer.models.transformer import embed, make_context, run_layers, unembed
+from jaxsteer.models.layers import run_layers
+from jaxsteer.models.transformer import embed, make_context, unembed
 from jaxsteer.organisms import corpus
 from jaxsteer.organisms.architectures import RECIPES, Recipe, initial_params, organism_config
 from jaxsteer.organisms.tokenizer import build_tokenizer

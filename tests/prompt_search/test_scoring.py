@@ -12,6 +12,7 @@ import pytest
 import jaxsteer
 from jaxsteer.errors import UserError
 from jaxsteer.models import transformer as tf
+from jaxsteer.models.layers import run_layers
 from jaxsteer.objectives import Projection, as_pytree, needs
 from jaxsteer.prompt_search import make_task, rescore
 from jaxsteer.prompt_search import score as score_op_by_op
@@ -148,9 +149,9 @@ def test_proposals_are_the_best_first_order_changes(family: str) -> None:
             table = jnp.concatenate([head, onehot @ params.embed, tail], axis=1)
             x = tf.scale_embeddings(table, config)
             context = tf.make_context(config, jnp.arange(x.shape[1])[None])
-            middle = tf.run_layers(params, config, x, context, 0, 2)
+            middle = run_layers(params, config, x, context, 0, 2)
             f = middle[:, len(before) + read] @ s.objective.delta
-            logits = tf.unembed(params, config, tf.run_layers(params, config, middle, context, 2, config.n_layers))
+            logits = tf.unembed(params, config, run_layers(params, config, middle, context, 2, config.n_layers))
             window = jax.nn.log_softmax(logits[:, len(before) - 1 : len(before) - 1 + onehot.shape[1]])
             x_c = -jnp.mean(jnp.sum(window * onehot, -1), axis=-1)
             total = total + (-f + fluency * x_c) / len(s.slots.before)

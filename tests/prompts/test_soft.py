@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.transformer import forward
+from jaxsteer.models.layers import forward
 from jaxsteer.prompts import Placement, build_slots, prompt_text, question_conversation
 from jaxsteer.prompts.conversation import encode
 from jaxsteer.prompts.soft import SoftPrompt, load_soft, placed, save_soft, with_soft

@@ -11,7 +11,7 @@ from flax import struct
 
 from jaxsteer import UserError, capture, load, load_sae, logits
 from jaxsteer.models.model import Model
-from jaxsteer.models.taps import Tap, Where
+from jaxsteer.models.taps import Intervention, Tap, Where
 from jaxsteer.organisms import organism_sae_dir
 from jaxsteer.sae import SAE, SAEConfig, decode, encode, evaluate_sae
 from jaxsteer.sae.texts import Rows, Sample, documents_of
@@ -28,18 +28,19 @@ def random_sae(site: str, target: str | None = None, seed: int = 0) -> SAE:
 
 
 @struct.dataclass
-class Written:
-    """Writes given values at one place of one layer."""
+class Written(Intervention):
+    """Writes given values at one site."""
 
     value: jnp.ndarray
     layer: int = struct.field(pytree_node=False)
-    place: str = struct.field(pytree_node=False)
+    kind: str = struct.field(pytree_node=False)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset({self.kind})
 
     def tap(self, where: Where) -> Tap:
-        def tap(name, layer, value):
-            return jnp.where(layer == self.layer, self.value, value) if name == self.place else value
-
-        return tap
+        return Tap(self.kinds, lambda kind, layer, value: jnp.where(layer == self.layer, self.value, value))
 
 
 def entropies(model: Model, ids: np.ndarray, mask: np.ndarray, counted: np.ndarray, edits: Written | None) -> float:

@@ -15,12 +15,12 @@ from flax import struct
 import jaxsteer
 from jaxsteer import steer
 from jaxsteer.models.generation import generate_tokens
+from jaxsteer.models.layers import forward
 from jaxsteer.models.model import Model
 from jaxsteer.models.sampling import Decoding
-from jaxsteer.models.sites import BLOCK_PLACES
-from jaxsteer.models.taps import Tap, Where, make_where
-from jaxsteer.models.transformer import forward
-from jaxsteer.steer.edits import PATTERN, Edit, Edits, place_shape
+from jaxsteer.models.sites import KINDS, Site
+from jaxsteer.models.taps import Intervention, Tap, Where, make_where
+from jaxsteer.steer.edits import Edit, Edits
 from tests.helpers.checkpoints import FAMILIES, family_config, random_model
 from tests.steer.plain import changed, run
 
@@ -30,7 +30,8 @@ MODEL = random_model(CONFIG)
 LLAMA = random_model(family_config("llama"))
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (B, T))
 VECTOR = np.random.default_rng(1).standard_normal(CONFIG.d_model)
-SITES = ["hook_embed", *(f"blocks.{i}.{place}" for i in range(3) for place in BLOCK_PLACES)]
+PATTERN = "attn.hook_pattern"
+SITES = [Site(i, name).name for name, kind in KINDS.items() for i in (range(3) if kind.in_block else (0,))]
 MAKERS = {"add": steer.add, "ablate": steer.ablate, "floor": steer.floor, "ceiling": steer.ceiling}
 MAKERS |= {"clamp": steer.clamp, "scale": steer.scale}
 GROUPS = (
@@ -38,6 +39,16 @@ GROUPS = (
     ("hook_attn_out", "hook_mlp_out", "mlp.hook_in"),
     ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z", PATTERN),
     ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"),
+    ("hook_q_input", "hook_k_input", "hook_v_input", "ln1.hook_scale", "ln1.hook_normalized"),
+    ("attn.hook_rot_q", "attn.hook_rot_k", "attn.hook_attn_scores", "attn.hook_result", "attn.hook_out"),
+    ("ln1_post.hook_scale", "ln1_post.hook_normalized", "ln2.hook_scale", "ln2.hook_normalized"),
+    (
+        "mlp.hook_out",
+        "ln2_post.hook_scale",
+        "ln2_post.hook_normalized",
+        "ln_final.hook_scale",
+        "ln_final.hook_normalized",
+    ),
 )
 NUMBERS = [("add", 1.5), ("add_keep_norm", -2.0), ("ablate", 0.7), ("floor", 0.3), ("ceiling", 0.1), ("clamp", -0.4)]
 NUMBERS += [("scale", 1.2)]
@@ -51,31 +62,32 @@ def as_dtype(model: Model, dtype: str) -> Model:
     return dataclasses.replace(model, params=jax.tree.map(lambda a: a.astype(dtype), model.params))
 
 
-@pytest.mark.parametrize("places", GROUPS, ids=lambda places: places[0])
-def test_every_operation_at_every_place_against_plain_numpy(places: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("kinds", GROUPS, ids=lambda kinds: kinds[0])
+def test_every_operation_at_every_kind_of_site_against_plain_numpy(kinds: tuple[str, ...]) -> None:
     rng = np.random.default_rng(2)
     edits, plans = [], []
-    for i, place in enumerate(places):
-        size = place_shape(CONFIG, place)
-        # four operations at each place, and every operation in each group of places
-        for operation, number in [("scale", 1.2)] if place == PATTERN else (NUMBERS * 2)[3 * i % 7 :][:4]:
-            layer = 0 if place == "hook_embed" else int(rng.integers(3))
+    for i, kind in enumerate(kinds):
+        size = KINDS[kind].token_shape(CONFIG)
+        # Four operations at each kind, and every operation in each group of kinds. Numbers are no vectors.
+        numbers = [("scale", 1.2)] if KINDS[kind].over_keys or size == (1,) else (NUMBERS * 2)[3 * i % 7 :][:4]
+        for operation, number in numbers:
+            layer = int(rng.integers(3)) if KINDS[kind].in_block else 0
             shape = (2, *size) if operation == "ablate" else size
             vector = None if operation == "scale" else rng.standard_normal(shape)
             at = sorted(rng.choice(T, 4, replace=False).tolist())
-            site = place if place == "hook_embed" else f"blocks.{layer}.{place}"
+            site = Site(layer, kind).name
             options = {"keep_norm": True} if operation == "add_keep_norm" else {}
             make = MAKERS[operation.removesuffix("_keep_norm")]
             given = [number] if vector is None else [vector, number]
             edits.append(make(site, *given, positions=at, **options))
-            plans.append((operation, place, layer, vector, number, at))
+            plans.append((operation, kind, layer, vector, number, at))
 
-    def change(place: str, layer: int, value: np.ndarray) -> np.ndarray:
+    def change(kind: str, layer: int, value: np.ndarray) -> np.ndarray:
         value = np.array(value)
         for operation, where, number_of_layer, vector, number, at in plans:
-            if (where, number_of_layer) == (place, layer):
+            if (where, number_of_layer) == (kind, layer):
                 for t in at:
-                    at_token = (slice(None), t) if place == PATTERN else t
+                    at_token = (slice(None), t) if KINDS[kind].over_keys else t
                     value[at_token] = changed(operation, value[at_token], vector, number)
         return value
 
@@ -123,14 +135,14 @@ def test_a_head_without_attention_writes_nothing() -> None:
 def test_coefficient_0_leaves_every_bit(family: str, dtype: str, compile_counter: Any) -> None:
     model = as_dtype(random_model(family_config(family, n_layers=3)), dtype)
     plain = np.asarray(jaxsteer.logits(model, TOKENS))
-    places = [place for place in BLOCK_PLACES if place != PATTERN]
-    vectors = {place: np.ones(place_shape(model.config, place)) for place in places}
+    kinds = [name for name, kind in KINDS.items() if kind.in_block and kind.exists(model.config)]
+    vectors = {kind: np.ones(KINDS[kind].token_shape(model.config)) for kind in kinds if not KINDS[kind].over_keys}
     edits = Edits(
         (
             steer.add("hook_embed", VECTOR, 0.0),
-            *(steer.add(f"blocks.*.{place}", vectors[place], 0.0) for place in places),
-            *(steer.ablate(f"blocks.1.{place}", vectors[place], 0.0) for place in places),
-            *(steer.scale(f"blocks.1.{place}", 1.0) for place in BLOCK_PLACES),
+            *(steer.add(f"blocks.*.{kind}", vector, 0.0) for kind, vector in vectors.items()),
+            *(steer.ablate(f"blocks.1.{kind}", vector, 0.0) for kind, vector in vectors.items()),
+            *(steer.scale(f"blocks.1.{kind}", 1.0) for kind in kinds),
         )
     )
     with compile_counter() as count:
@@ -314,20 +326,19 @@ def test_eight_devices_give_what_one_gives() -> None:
 
 
 @struct.dataclass
-class Reflect:
+class Reflect(Intervention):
     """A user's own: the stream mirrored at the plane across a vector, in one layer."""
 
     vector: jax.Array
     layer: jax.Array
+    kinds = frozenset({"hook_resid_post"})
 
     def tap(self, where: Where) -> Tap:
-        def tap(place: str, layer: Any, value: jax.Array) -> jax.Array:
-            if place != "hook_resid_post":
-                return value
+        def change(kind: str, layer: Any, value: jax.Array) -> jax.Array:
             mirrored = value - 2 * (value @ self.vector)[..., None] * self.vector
             return jnp.where((layer == self.layer) & where.valid[..., None], mirrored, value)
 
-        return tap
+        return Tap(self.kinds, change)
 
 
 def test_an_intervention_of_ones_own(compile_counter: Any) -> None:

@@ -16,7 +16,7 @@ from jaxsteer import UserError, steer
 from jaxsteer.models.capture import _lengths
 from jaxsteer.models.sites import parse_site
 from jaxsteer.models.taps import make_where
-from jaxsteer.steer.edits import PATTERN, Edit, Edits
+from jaxsteer.steer.edits import Edit, Edits
 from tests.helpers.checkpoints import random_model, tiny_config
 
 B, T, D = 2, 5, 6
@@ -206,7 +206,7 @@ V = np.ones(D)
         (lambda: steer.add("block.3.hook_resid_mid", V), "not the name of a site"),
         (lambda: steer.add("blocks.*.hook_nothing", V), "names no place"),
         (lambda: steer.add("blocks.-1.hook_resid_mid", V), "parse_site"),
-        (lambda: steer.add([SITE, "blocks.3.hook_resid_pre"], V), "one place, once per layer"),
+        (lambda: steer.add([SITE, "blocks.3.hook_resid_pre"], V), "one kind of site, once per layer"),
         (lambda: steer.add([SITE, SITE], V), "once per layer"),
         (lambda: steer.add(["blocks.*.hook_resid_mid", SITE], V), "once per layer"),
         (lambda: steer.add(SITE, np.zeros(D)), "is zero"),
@@ -223,7 +223,7 @@ V = np.ones(D)
         (lambda: steer.scale("blocks.1.attn.hook_z", 0.0, head=-1), "count from 0"),
         (lambda: steer.ablate(SITE, np.ones((2, D))), "linearly dependent"),
         (lambda: steer.ablate(SITE, np.stack([V, 0 * V])), "is zero"),
-        (lambda: steer.clamp(f"blocks.1.{PATTERN}", V, 1.0), "only scale and replace"),
+        (lambda: steer.clamp("blocks.1.attn.hook_pattern", V, 1.0), "only scale and replace"),
         (lambda: steer.replace("blocks.*.hook_resid_mid", np.ones((T, D))), "one replace per layer"),
         (lambda: steer.replace(SITE, V), r"2 or 3 axes.*got shape \[6\]"),
         (lambda: steer.replace(SITE, np.ones((B, T, D)), mask=np.ones((B, 9))), r"mask has shape \[2, 9\].*\[2, 5\]"),
@@ -256,7 +256,7 @@ WIDE = np.ones(MODEL.config.d_model)
             "floor 2 lies above the ceiling 1",
         ),
         (Edits(steer.add("blocks.0.hook_resid_mid", WIDE)), r"takes a tuple.*Edits\(\(edit,\)\)"),  # type: ignore
-        (Edits((steer.add,)), "must have a method tap"),  # type: ignore
+        (Edits((steer.add,)), "must be an Intervention"),  # type: ignore
     ],
 )
 def test_edits_that_do_not_fit_are_refused_before_anything_compiles(

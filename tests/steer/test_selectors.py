@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import jaxsteer
 from jaxsteer import UserError, steer
-from jaxsteer.models.taps import Where, make_where
+from jaxsteer.models.taps import Intervention, make_where
 from jaxsteer.models.transformer import positions_of
 from tests.helpers.checkpoints import random_model, tiny_config
 
@@ -105,8 +105,7 @@ def test_counts_are_those_of_all_edits_together() -> None:
     rows = steer.stack_rows([edits, None, steer.scale(SITE, 2.0)])
     assert steer.count_positions(rows, tokens).tolist() == [2, 0, 7]
 
-    class Own:
-        def tap(self, where: Where) -> Any: ...
+    class Own(Intervention): ...
 
     with pytest.raises(UserError, match="Own cannot say"):
         steer.count_positions(steer.Edits((Own(),)), tokens)

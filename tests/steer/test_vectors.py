@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from jaxsteer.errors import UserError
 from jaxsteer.personas import Direction, load_direction, save_direction
 from jaxsteer.steer import add, ceiling
-from jaxsteer.steer.vectors import Vectors, canonical_site, check_vectors, load_vectors, save_vectors
+from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, save_vectors
 from tests.helpers.tiny import tiny_model
 
 STREAM, OTHER, HEADS = "blocks.1.hook_resid_post", "blocks.0.hook_resid_post", "blocks.1.attn.hook_z"
@@ -189,8 +189,7 @@ def test_vectors_that_do_not_fit_together_are_refused():
     with pytest.raises(UserError, match=r"float32 \(1, 1, 3\)"):
         Vectors(arrays={STREAM: row(1, 1, 3)})
     with pytest.raises(UserError, match="counts from the last layer"):
-        canonical_site("blocks.-1.hook_resid_post")
-    assert canonical_site("model.layers.3") == "blocks.3.hook_resid_post"
+        Vectors(arrays={STREAM: row(3)}).at("blocks.-1.hook_resid_post")
 
 
 def test_vectors_of_another_model_are_refused(tmp_path, model, caplog):
@@ -204,7 +203,7 @@ def test_vectors_of_another_model_are_refused(tmp_path, model, caplog):
         load_vectors(path, model=heads)
     with pytest.raises(UserError, match="beyond the last layer"):
         check_vectors(Vectors(arrays={"blocks.9.hook_resid_post": row(model.config.d_model)}), model)
-    with pytest.raises(UserError, match="probabilities"):
+    with pytest.raises(UserError, match="numbers for keys"):
         check_vectors(Vectors(arrays={"blocks.1.attn.hook_pattern": row(model.config.d_model)}), model)
     other = dataclasses.replace(model, fingerprint="1" * 64)
     with pytest.raises(UserError, match="any_weights=True"):

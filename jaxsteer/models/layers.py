@@ -1,0 +1,206 @@
+"""The scan over the layers, and what runs on it: reading and keeping, caches of keys and values, whole passes.
+
+Letters: B rows, T tokens, U prefix tokens, C groups of rows, D width, K key/value heads, H head width, V vocabulary,
+L layers, l layers that are run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsteer.models.attention import Prefix
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.params import Layers, Params
+from jaxsteer.models.sites import FINAL, KINDS, Site, layers_by_kind
+from jaxsteer.models.taps import NO_TAP, Intervention, Tap, Visit, make_where, tap_of
+from jaxsteer.models.transformer import Context, block, embed, final_norm, make_context, positions_of, unembed
+
+
+def layer_weights(params: Params, layer: int | Int[Array, ""]) -> Layers:
+    """The weights of one layer, without the layer axis."""
+    return jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, layer, 0, keepdims=False), params.layers)
+
+
+class Keep(NamedTuple):
+    """What ``scan_blocks`` keeps of the values at some kinds of site."""
+
+    kinds: tuple[str, ...]
+    pick: Callable[..., Any]
+    """``(value at each kind ..., this layer's entry of per_layer) -> pytree``."""
+    layers: tuple[int, ...] | None = None
+    """The layers of which it is kept, in order; None for all that are run."""
+
+
+CACHE = Keep(("attn.hook_rot_k", "attn.hook_v"), lambda k, v, _: (jnp.moveaxis(k, 1, -1), jnp.moveaxis(v, 1, -1)))
+"""Keys and values [B, K, H, T] of every layer, as later text looks back on them."""
+
+
+def scan_blocks(
+    params: Params,
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    context: Context,
+    start: int,
+    stop: int,
+    *,
+    tap: Tap | Callable[[Any], Tap] = NO_TAP,
+    per_layer: Any = None,
+    keep: Sequence[Keep] = (),
+    remat: bool = True,
+) -> tuple[Float[Array, "B T D"], list[Any]]:
+    """The residual stream after blocks ``start`` ... ``stop - 1`` (static ints), from the stream before ``start``.
+
+    It compiles to one scan whatever is changed and kept. The layer's weights are indexed inside the rematerialised
+    body, because slicing the stack or indexing outside of it copies the weights. Many parameters: it is the one walk
+    through the layers, and every other is a case of it.
+
+    Args:
+        tap: changes values at sites. With ``per_layer`` it may be a function from a layer's entry to a tap.
+        per_layer: a pytree with a leading axis over the layers that are run (directions, perturbations, dictionaries).
+        keep: what to keep of the values at sites.
+        remat: whether a gradient computes the blocks again instead of remembering what is inside them.
+
+    Returns:
+        The stream, and for every ``keep`` its picks, with a leading axis over its layers: only these take memory.
+    """
+    if start == stop and not keep:
+        return x, []
+    wanted = frozenset(kind for k in keep for kind in k.kinds)
+
+    def step(x: Array, layer: Array, own: Any) -> tuple[Array, list[Any]]:
+        visit = Visit(tap if isinstance(tap, Tap) else tap(own), wanted, layer)
+        x = block(layer_weights(params, layer), config, x, context, visit)
+        return x, [k.pick(*(visit.seen[kind] for kind in k.kinds), own) for k in keep]
+
+    if remat:
+        step = jax.checkpoint(step)
+    some = {i: k.layers for i, k in enumerate(keep) if k.layers is not None}
+    # A layer writes into the slot of the next layer that is wanted, which then writes over it. Layers above the last
+    # wanted one write into a spare row.
+    slots = {i: jnp.asarray(np.searchsorted(layers, np.arange(start, stop))) for i, layers in some.items()}
+
+    def one_layer(carry: tuple[Array, dict], inputs: tuple[Array, Any]) -> tuple[tuple[Array, dict], dict]:
+        x, buffers = carry
+        layer, own = inputs
+        x, kept = step(x, layer, own)
+        buffers = {i: _write(buffer, kept[i], slots[i][layer - start]) for i, buffer in buffers.items()}
+        return (x, buffers), {i: value for i, value in enumerate(kept) if i not in some}
+
+    buffers: dict[int, Any] = {}
+    if some:
+        shapes = jax.eval_shape(step, x, jax.ShapeDtypeStruct((), jnp.int32), jax.tree.map(lambda a: a[0], per_layer))
+        buffers = {i: _room(shapes[1][i], len(layers) + (layers[-1] < stop - 1)) for i, layers in some.items()}
+    (x, buffers), stacked = lax.scan(one_layer, (x, buffers), (jnp.arange(start, stop), per_layer))
+    stacked |= {i: jax.tree.map(itemgetter(slice(len(layers))), buffers[i]) for i, layers in some.items()}
+    return x, [stacked[i] for i in range(len(keep))]
+
+
+def _room(shapes: Any, rows: int) -> Any:
+    return jax.tree.map(lambda shape: jnp.zeros((rows, *shape.shape), shape.dtype), shapes)
+
+
+def _write(buffer: Any, value: Any, slot: Array) -> Any:
+    return jax.tree.map(lambda a, new: lax.dynamic_update_index_in_dim(a, new, slot, 0), buffer, value)
+
+
+def run_layers(
+    params: Params,
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    context: Context,
+    start: int,
+    stop: int,
+    *,
+    tap: Tap = NO_TAP,
+) -> Float[Array, "B T D"]:
+    """The residual stream after blocks ``start`` ... ``stop - 1``, from the stream before ``start``."""
+    return scan_blocks(params, config, x, context, start, stop, tap=tap)[0]
+
+
+def run_and_read(
+    params: Params,
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    context: Context,
+    stop: int,
+    wanted: Sequence[tuple[Iterable[Site], Callable[[str, Array], Array]]],
+    *,
+    tap: Tap = NO_TAP,
+) -> tuple[Float[Array, "B T D"], list[dict[Site, Array]]]:
+    """The stream after ``stop`` blocks, from the one that ``embed`` gives, and what was picked of values on the way.
+
+    ``wanted`` are sites with a function ``pick(kind, value)``; each entry gives a dict of its picks. One scan whatever
+    is read, and only what is picked at the sites takes memory.
+    """
+    keep = [(i, kind, layers) for i, (sites, _) in enumerate(wanted) for kind, layers in layers_by_kind(sites).items()]
+    inside, outside = ([k for k in keep if KINDS[k[1]].in_block is here] for here in (True, False))
+    visit = Visit(tap, [kind for _, kind, _ in outside])
+    visit.seen["hook_embed"] = x
+    picks = [Keep((kind,), lambda value, _, i=i, kind=kind: wanted[i][1](kind, value), at) for i, kind, at in inside]
+    x, kept = scan_blocks(params, config, x, context, 0, stop, tap=tap, keep=picks)
+    if visit.looks(*FINAL):
+        final_norm(params, config, x, visit)
+    found: list[dict[Site, Array]] = [{} for _ in wanted]
+    for (i, kind, layers), values in zip(inside, kept, strict=True):
+        found[i] |= {Site(layer, kind): value for layer, value in zip(layers, values, strict=True)}
+    for i, kind, _ in outside:
+        found[i][Site(0, kind)] = wanted[i][1](kind, visit.seen[kind])
+    return x, found
+
+
+def prefill(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "C U"],
+    mask: Bool[Array, "C U"],
+    tap: Tap = NO_TAP,
+) -> tuple[Prefix, Float[Array, "C U D"]]:
+    """Keys and values of C prefixes (padding on either side) and their final residual stream."""
+    positions = positions_of(mask)
+    context = make_context(config, positions, mask)
+    x, (k, v) = run_and_cache(params, config, embed(params, config, tokens, tap), context, config.n_layers, tap=tap)
+    return Prefix(k=k, v=v, mask=mask, positions=positions), x
+
+
+def run_and_cache(
+    params: Params,
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    context: Context,
+    stop: int,
+    *,
+    tap: Tap = NO_TAP,
+) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "l B K H T"], Float[Array, "l B K H T"]]]:
+    """The residual stream after blocks 0 ... ``stop - 1``, and the (rotated keys, values) of each.
+
+    Differentiable with respect to ``x`` through both.
+    """
+    x, (cache,) = scan_blocks(params, config, x, context, 0, stop, tap=tap, keep=[CACHE])
+    return x, cache
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"] | None = None,
+    edits: Intervention | None = None,
+    prompt_length: Int[Array, " B"] | None = None,
+) -> Float[Array, "B T V"]:
+    """Float32 next-token logits at every position; ``mask`` is False on padding (either side)."""
+    if mask is None:
+        positions = jnp.arange(tokens.shape[1])[None]
+    else:
+        positions = positions_of(mask)
+    tap = tap_of(edits, make_where(tokens, positions, mask, prompt_length))
+    context = make_context(config, positions, mask)
+    x = run_layers(params, config, embed(params, config, tokens, tap), context, 0, config.n_layers, tap=tap)
+    return unembed(params, config, x, tap)
