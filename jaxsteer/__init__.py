@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any, no_type_check
 if TYPE_CHECKING:
     from jaxsteer.checkpoints.loading import load as load
     from jaxsteer.errors import UserError as UserError
-    from jaxsteer.models.capture import capture as capture
-    from jaxsteer.models.capture import logits as logits
     from jaxsteer.models.config import ModelConfig as ModelConfig
     from jaxsteer.models.model import Model as Model
     from jaxsteer.models.params import Params as Params
+    from jaxsteer.models.run import Gradients as Gradients
+    from jaxsteer.models.run import Run as Run
+    from jaxsteer.models.run import capture as capture
+    from jaxsteer.models.run import gradients as gradients
+    from jaxsteer.models.run import logits as logits
+    from jaxsteer.models.run import run as run
     from jaxsteer.models.sharding import make_mesh as make_mesh
     from jaxsteer.models.sites import parse_site as parse_site
     from jaxsteer.models.sites import resid_site as resid_site
@@ -24,19 +28,23 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Gradients": "jaxsteer.models.run",
     "Model": "jaxsteer.models.model",
     "ModelConfig": "jaxsteer.models.config",
     "Params": "jaxsteer.models.params",
+    "Run": "jaxsteer.models.run",
     "UserError": "jaxsteer.errors",
-    "capture": "jaxsteer.models.capture",
+    "capture": "jaxsteer.models.run",
+    "gradients": "jaxsteer.models.run",
     "generate": "jaxsteer.prompts.generate",
     "load": "jaxsteer.checkpoints.loading",
     "load_sae": "jaxsteer.sae",
-    "logits": "jaxsteer.models.capture",
+    "logits": "jaxsteer.models.run",
     "make_mesh": "jaxsteer.models.sharding",
     "measure": "jaxsteer.study.measure",
     "parse_site": "jaxsteer.models.sites",
     "resid_site": "jaxsteer.models.sites",
+    "run": "jaxsteer.models.run",
     "search": "jaxsteer.study.api",
 }
 """Public name -> its module. Imported when first used, so that ``import jaxsteer`` is fast and has no cycles."""

@@ -6,7 +6,7 @@ L layers, l layers that are run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from jaxsteer.models.attention import Prefix
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Layers, Params
 from jaxsteer.models.sites import FINAL, KINDS, Site, layers_by_kind
-from jaxsteer.models.taps import NO_TAP, Intervention, Tap, Visit, make_where, tap_of
+from jaxsteer.models.taps import NO_TAP, Intervention, Tap, Visit, adding, joined, make_where, tap_of
 from jaxsteer.models.transformer import Context, block, embed, final_norm, make_context, positions_of, unembed
 
 
@@ -134,26 +134,50 @@ def run_and_read(
     wanted: Sequence[tuple[Iterable[Site], Callable[[str, Array], Array]]],
     *,
     tap: Tap = NO_TAP,
+    added: Mapping[Site, Array] | None = None,
 ) -> tuple[Float[Array, "B T D"], list[dict[Site, Array]]]:
     """The stream after ``stop`` blocks, from the one that ``embed`` gives, and what was picked of values on the way.
 
     ``wanted`` are sites with a function ``pick(kind, value)``; each entry gives a dict of its picks. One scan whatever
     is read, and only what is picked at the sites takes memory.
+
+    ``added`` is added to the values at its sites in blocks and behind them, so that a gradient with respect to it is
+    one with respect to the values. The scan is then cut: gradients take memory from its first layer to its last.
+
+    Many parameters: everything that reads comes down to this.
     """
-    keep = [(i, kind, layers) for i, (sites, _) in enumerate(wanted) for kind, layers in layers_by_kind(sites).items()]
-    inside, outside = ([k for k in keep if KINDS[k[1]].in_block is here] for here in (True, False))
-    visit = Visit(tap, [kind for _, kind, _ in outside])
-    visit.seen["hook_embed"] = x
-    picks = [Keep((kind,), lambda value, _, i=i, kind=kind: wanted[i][1](kind, value), at) for i, kind, at in inside]
-    x, kept = scan_blocks(params, config, x, context, 0, stop, tap=tap, keep=picks)
-    if visit.looks(*FINAL):
-        final_norm(params, config, x, visit)
+    added = added or {}
     found: list[dict[Site, Array]] = [{} for _ in wanted]
-    for (i, kind, layers), values in zip(inside, kept, strict=True):
-        found[i] |= {Site(layer, kind): value for layer, value in zip(layers, values, strict=True)}
-    for i, kind, _ in outside:
-        found[i][Site(0, kind)] = wanted[i][1](kind, visit.seen[kind])
+    lists = [(i, kind, layers) for i, (sites, _) in enumerate(wanted) for kind, layers in layers_by_kind(sites).items()]
+    visit = Visit(joined(tap, adding({site.kind: value for site, value in added.items() if site.kind in FINAL})), FINAL)
+    visit.seen["hook_embed"] = x
+    inside = {site: value for site, value in added.items() if KINDS[site.kind].in_block}
+    first, last = min((s.layer for s in inside), default=0), max((s.layer + 1 for s in inside), default=0)
+    for start, end in ((0, first), (first, last), (last, stop)):
+        here = [(i, kind, tuple(layer for layer in layers if start <= layer < end)) for i, kind, layers in lists]
+        here = [(i, kind, layers) for i, kind, layers in here if layers and KINDS[kind].in_block]
+        keep = [Keep((kind,), lambda value, _, i=i, k=kind: wanted[i][1](k, value), layers) for i, kind, layers in here]
+        changes: dict[str, Any] = {"tap": tap}
+        if inside and (start, end) == (first, last):
+            changes = {"tap": lambda own: joined(tap, adding(own)), "per_layer": _by_layer(inside, start, end)}
+        x, kept = scan_blocks(params, config, x, context, start, end, keep=keep, **changes)
+        for (i, kind, layers), values in zip(here, kept, strict=True):
+            found[i] |= {Site(layer, kind): value for layer, value in zip(layers, values, strict=True)}
+    if any(kind in FINAL for _, kind, _ in lists):
+        final_norm(params, config, x, visit)
+    for i, kind, _ in lists:
+        if not KINDS[kind].in_block:
+            found[i][Site(0, kind)] = wanted[i][1](kind, visit.seen[kind])
     return x, found
+
+
+def _by_layer(values: Mapping[Site, Array], start: int, stop: int) -> dict[str, Array]:
+    """The values of every kind with an axis over the layers, zero where there are none."""
+    none = {site.kind: jnp.zeros_like(value) for site, value in values.items()}
+    return {
+        kind: jnp.stack([values.get(Site(layer, kind), zero) for layer in range(start, stop)])
+        for kind, zero in none.items()
+    }
 
 
 def prefill(

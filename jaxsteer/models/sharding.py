@@ -162,6 +162,8 @@ def shard_rows(mesh: Mesh | None, array: jax.typing.ArrayLike) -> jax.Array:
 def put(array: jax.typing.ArrayLike, sharding: jax.sharding.Sharding) -> jax.Array:
     """``array`` laid out as ``sharding`` says. Where that is on several processes, all of them have the same values,
     and each copies what its devices hold."""
+    if isinstance(array, jax.core.Tracer):  # inside jit
+        return jax.lax.with_sharding_constraint(array, sharding)
     if sharding.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
         return jax.device_put(array, sharding)
     values = np.asarray(array)

@@ -9,7 +9,7 @@ Letters: B rows, T time.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -50,6 +50,11 @@ def joined(*taps: Tap) -> Tap:
         return value
 
     return Tap(frozenset().union(*(tap.kinds for tap in taps)), change)
+
+
+def adding(values: Mapping[str, Array]) -> Tap:
+    """A tap that adds a value at each of some kinds of site, in whatever layer it is used."""
+    return Tap(frozenset(values), lambda kind, layer, value: value + values[kind])
 
 
 def of_one_token(tap: Tap) -> Tap:

@@ -26,11 +26,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.capture import capture
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.layers import forward
 from jaxsteer.models.model import Model
 from jaxsteer.models.params import Params
+from jaxsteer.models.run import capture
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.sites import Site, parse_site
 from jaxsteer.models.taps import Intervention, Tap, Where

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.capture import capture
 from jaxsteer.models.model import Model
+from jaxsteer.models.run import capture
 from jaxsteer.models.sites import KINDS, parse_site
 from jaxsteer.processes import to_host
 from jaxsteer.sae.dictionary import SAE, encode

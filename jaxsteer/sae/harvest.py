@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.capture import capture
 from jaxsteer.models.model import Model
+from jaxsteer.models.run import capture
 from jaxsteer.models.sharding import place
 from jaxsteer.models.transformer import positions_of
 from jaxsteer.sae.texts import Position, Rows

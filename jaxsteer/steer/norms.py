@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.capture import Lengths, Mask, Tokens, capture
 from jaxsteer.models.model import Model
+from jaxsteer.models.run import Lengths, Mask, Tokens, capture
 from jaxsteer.models.sites import KINDS, find_sites
 from jaxsteer.models.taps import make_where
 from jaxsteer.models.transformer import positions_of

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsteer.files.records import Record
-from jaxsteer.models.capture import capture
 from jaxsteer.models.padding import pad_rows
+from jaxsteer.models.run import capture
 from jaxsteer.personas import Signature
 from jaxsteer.prompts.conversation import encode as encode_conversation
 from jaxsteer.sae import SAE, encode, promoted_tokens

@@ -147,7 +147,7 @@ def test_coefficient_0_leaves_every_bit(family: str, dtype: str, compile_counter
     )
     with compile_counter() as count:
         assert np.array_equal(np.asarray(jaxsteer.logits(model, TOKENS, edits=edits)), plain)
-    assert count["forward"] == 0
+    assert count["_run"] == 0
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("gemma3", "float32")])
@@ -243,7 +243,7 @@ def test_new_numbers_do_not_compile_again(compile_counter: Any) -> None:
     tables = [steer.stack_rows([edits(seed), edits(seed + 7)]) for seed in range(4)]
     with compile_counter() as count:
         found = [np.asarray(jaxsteer.logits(LLAMA, TOKENS, edits=table)) for table in tables]
-    assert count["forward"] == 1
+    assert count["_run"] == 1
     assert min(np.abs(a - b).max() for a, b in zip(found, found[1:])) > 1e-2
 
 
@@ -350,7 +350,7 @@ def test_an_intervention_of_ones_own(compile_counter: Any) -> None:
     np.testing.assert_allclose(jaxsteer.logits(LLAMA, TOKENS, edits=undone), jaxsteer.logits(LLAMA, TOKENS), atol=1e-5)
     with compile_counter() as count:
         jaxsteer.logits(LLAMA, TOKENS, edits=Reflect(-unit, np.int32(2)))
-    assert count["forward"] == 0 and undone.rows is None
+    assert count["_run"] == 0 and undone.rows is None
 
 
 def test_bfloat16_streams_are_edited_in_float32() -> None:

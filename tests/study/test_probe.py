@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.capture import capture
 from jaxsteer.models.model import Model
+from jaxsteer.models.run import capture
 from jaxsteer.personas import Direction, Persona, search_conversations
 from jaxsteer.prompts import allowed_tokens, build_slots, encode, prompt_text, retokenises_many
 from jaxsteer.study.probe import ProbeRow, blocks_before, choose, cue_words, probe, probe_prompts, project, scorer
