@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -118,13 +121,16 @@ def _hooks(model: PreTrainedModel, seen: dict[str, torch.Tensor]) -> list[object
     n, k = config.num_attention_heads, config.num_key_value_heads
     h = getattr(config, "head_dim", None) or config.hidden_size // n
 
+    def kept(value: torch.Tensor, name: str, heads: int | None) -> torch.Tensor:
+        """The value that goes on is made of the one that was seen, so that this has a gradient."""
+        seen[name] = value.unflatten(-1, (heads, h)) if heads else value
+        return seen[name].flatten(-2) if heads else value
+
     def output(module: torch.nn.Module, name: str, heads: int | None = None) -> None:
-        keep = lambda m, args, out: seen.__setitem__(name, out.unflatten(-1, (heads, h)) if heads else out)  # noqa: E731
-        handles.append(module.register_forward_hook(keep))
+        handles.append(module.register_forward_hook(lambda m, args, out: kept(out, name, heads)))
 
     def input_(module: torch.nn.Module, name: str, heads: int | None = None) -> None:
-        keep = lambda m, args: seen.__setitem__(name, args[0].unflatten(-1, (heads, h)) if heads else args[0])  # noqa: E731
-        handles.append(module.register_forward_pre_hook(keep))
+        handles.append(module.register_forward_pre_hook(lambda m, args: (kept(args[0], name, heads), *args[1:])))
 
     for i, layer in enumerate(text_model(model).layers):
         at = f"blocks.{i}."
@@ -144,3 +150,88 @@ def _hooks(model: PreTrainedModel, seen: dict[str, torch.Tensor]) -> list[object
         output(layer.mlp.up_proj, at + "mlp.hook_pre_linear")
         input_(layer.mlp.down_proj, at + "mlp.hook_post")
     return handles
+
+
+def gradients(
+    model: PreTrainedModel, tokens: np.ndarray, mask: np.ndarray, *, split: bool
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The value at every site of block 1 and outside of the blocks, and the gradient of ``cross_entropy`` there.
+
+    ``split`` gives every head of queries, keys and values a copy of the stream: then at these copies alone.
+    """
+    seen: dict[str, torch.Tensor] = {}
+    handles, text = _hooks(model, seen), text_model(model)
+    attention = sys.modules[type(text.layers[0].self_attn).__module__]
+    _spread(text.norm, "ln_final", seen)
+    for i, layer in enumerate(text.layers):
+        _spread_layer(layer, f"blocks.{i}.", seen, split)
+    ids, attended = torch.tensor(tokens), torch.tensor(mask)
+    with mock.patch.object(attention, "eager_attention_forward", partial(_attend, seen)):
+        out = model(ids, attention_mask=attended, position_ids=(attended.cumsum(-1) - 1).clamp(min=0), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    both = (attended[:, 1:] * attended[:, :-1]).bool()
+    loss = torch.nn.functional.cross_entropy(out.logits[:, :-1][both], ids[:, 1:][both])
+    seen["hook_embed"] = seen["blocks.0.hook_resid_pre"]
+    inputs = [f"blocks.1.hook_{name}_input" for name in "qkv"]
+    names = inputs if split else [n for n in seen if not n.startswith("blocks.") or n.startswith("blocks.1.")]
+    slopes = torch.autograd.grad(loss, [seen[name] for name in names])
+    return {name: (seen[name].detach().numpy(), slope.numpy()) for name, slope in zip(names, slopes, strict=True)}
+
+
+def _spread(norm: torch.nn.Module, name: str, seen: dict[str, torch.Tensor]) -> None:
+    """Let an RMSNorm compute as before, by way of its scale and of what it divides."""
+    gemma, eps = hasattr(norm, "eps"), getattr(norm, "eps", None) or norm.variance_epsilon
+
+    def forward(x: torch.Tensor, see: bool = True) -> torch.Tensor:
+        kept = seen if see else {}
+        scale = kept[f"{name}.hook_scale"] = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        quotient = kept[f"{name}.hook_normalized"] = x / scale
+        return quotient * (1 + norm.weight if gemma else norm.weight)
+
+    norm.forward = forward
+
+
+def _spread_layer(layer: torch.nn.Module, at: str, seen: dict[str, torch.Tensor], split: bool) -> None:
+    """The same for a layer: its norms, what each head writes, and what each head is given."""
+    gemma, h = hasattr(layer, "pre_feedforward_layernorm"), layer.self_attn.head_dim
+    _spread(layer.input_layernorm, at + "ln1", seen)
+    _spread(layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm, at + "ln2", seen)
+    if gemma:
+        _spread(layer.post_attention_layernorm, at + "ln1_post", seen)
+        _spread(layer.post_feedforward_layernorm, at + "ln2_post", seen)
+
+    def write(z: torch.Tensor) -> torch.Tensor:
+        z, matrix = z.unflatten(-1, (-1, h)), layer.self_attn.o_proj.weight.unflatten(1, (-1, h))
+        seen[at + "attn.hook_result"] = torch.einsum("btnh,dnh->btnd", z, matrix)
+        seen[at + "attn.hook_out"] = seen[at + "attn.hook_result"].sum(2)
+        return seen[at + "attn.hook_out"]
+
+    def mlp_out(_m: object, _args: object, out: torch.Tensor) -> None:
+        seen[at + "mlp.hook_out"] = out
+
+    layer.self_attn.o_proj.forward = write
+    layer.mlp.register_forward_hook(mlp_out)
+    for name in "qkv" if split else "":
+        module = getattr(layer.self_attn, f"{name}_proj")
+
+        def project(_x: torch.Tensor, name: str = name, module: torch.nn.Module = module) -> torch.Tensor:
+            matrix = module.weight.unflatten(0, (-1, h))
+            copies = seen[at + "hook_resid_pre"].unsqueeze(2).repeat(1, 1, len(matrix), 1)
+            seen[at + f"hook_{name}_input"] = copies
+            out = torch.einsum("btnd,nhd->btnh", layer.input_layernorm.forward(copies, see=False), matrix).flatten(-2)
+            return out if module.bias is None else out + module.bias
+
+        module.forward = project
+
+
+def _attend(seen: dict[str, torch.Tensor], module: torch.nn.Module, q, k, v, mask, scaling, softcap=None, **_: object):  # noqa: ANN001, ANN202
+    """Eager attention of transformers, by way of the sites inside it."""
+    at, groups = f"blocks.{module.layer_idx}.attn.", module.num_key_value_groups
+    q = seen[at + "hook_rot_q"] = q.transpose(1, 2)
+    k = seen[at + "hook_rot_k"] = k.transpose(1, 2)
+    scores = torch.einsum("btnh,bunh->bntu", q, k.repeat_interleave(groups, 2)) * scaling
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = seen[at + "hook_attn_scores"] = scores + mask
+    pattern = seen[at + "hook_pattern"] = scores.softmax(-1)
+    return torch.einsum("bntu,bnuh->btnh", pattern, v.repeat_interleave(groups, 1)), pattern

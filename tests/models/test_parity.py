@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxsteer
 from checkpoints_convert.hf import config_from_hf
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.sites import KINDS, Site, find_sites
 from tests.helpers.checkpoints import FAMILIES, family_config, hf_directory, random_model
 from tests.helpers.parity import VARIANTS, check, kl_per_token
 
@@ -30,6 +35,45 @@ def test_a_saved_model_gives_the_same_numbers(variant: str, sharded: bool, tmp_p
     ours = jaxsteer.load(tmp_path / "hf", dtype="float32")
     errors = check(ours, answers(model, length=40, seed=8), gradient=not sharded)
     print(f"{variant}: largest errors", ", ".join(f"{what} {error:.1e}" for what, error in errors.items()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_and_values_at_every_kind_of_site_are_those_of_torch(variant: str, tmp_path: Path) -> None:
+    import torch  # noqa: F401
+
+    from tests.helpers.oracle import batch, build, gradients, save
+
+    model = build(variant, seed=7)
+    ours = jaxsteer.load(save(model, tmp_path), dtype="float32")
+    tokens, mask = (tensor.numpy() for tensor in batch(model, 20, seed=8))
+    both, sites = mask[:, 1:] & mask[:, :-1], find_sites(list(site_names(ours.config)), ours.config)
+
+    def cross_entropy(run: jaxsteer.Run) -> jax.Array:
+        log_probs = jax.nn.log_softmax(run.logits[:, :-1])
+        return -(jnp.take_along_axis(log_probs, tokens[:, 1:, None], -1)[..., 0] * both).sum() / both.sum()
+
+    found = jaxsteer.gradients(ours, tokens, cross_entropy, mask.astype(bool), sites=list(sites))
+    theirs = gradients(model, tokens, mask, split=False)
+    theirs |= gradients(model, tokens, mask, split=True)
+    assert set(theirs) == set(sites)
+    largest = 0.0
+    for name, (value, slope) in theirs.items():
+        rows = lambda a, name=name: (np.moveaxis(a, 2, 1) if KINDS[sites[name].kind].over_keys else a)[mask > 0]  # noqa: E731
+        seen = np.abs(rows(value)) < 1e9  # not the scores of forbidden keys
+        np.testing.assert_allclose(
+            rows(np.asarray(found.states[name]))[seen], rows(value)[seen], atol=1e-4, err_msg=name
+        )
+        error = np.abs(rows(np.asarray(found.gradients[name])) - rows(slope)).max() / np.abs(rows(slope)).max()
+        assert error < 1e-4, (name, error)
+        largest = max(largest, error)
+    print(f"{variant}: largest relative error of a gradient {largest:.1e}, over {len(theirs)} sites")
+
+
+def site_names(config: ModelConfig) -> Iterator[str]:
+    """One site of every kind that the model has."""
+    for kind in KINDS.values():
+        if kind.exists(config):
+            yield Site(1 if kind.in_block else 0, kind.name).name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
