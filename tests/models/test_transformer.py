@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ import pytest
 
 from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig, Rope
 from jaxsteer.models.layers import forward, layer_weights, prefill, run_layers
+from jaxsteer.models.sites import KINDS
 from jaxsteer.models.taps import NO_TAP, Tap, Visit
 from jaxsteer.models.transformer import block, embed, make_context, positions_of, unembed
-from tests.helpers.checkpoints import random_model, random_params, tiny_config
+from jaxsteer.steer import Edits, scale
+from tests.helpers.checkpoints import family_config, random_model, random_params, tiny_config
 from tests.helpers.reference import reference_forward
 
 PLAIN = tiny_config()
@@ -134,6 +137,42 @@ def test_program_does_not_grow_with_depth() -> None:
     small, large = sizes(4), sizes(40)
     assert small == large
     assert small[0] > 50  # the blocks are inside what was counted
+
+
+def _products(jaxpr: object) -> int:
+    """Multiplications and additions of the matrix products of a jaxpr, layers of a scan counted."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            total += equation.params.get("length", 1) * _products(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+
+def test_what_nobody_looks_at_costs_nothing() -> None:
+    """By hand, the products of a forward pass; then those of each dear site, where somebody looks."""
+    config, (b, t) = family_config("llama", n_layers=3), (2, 6)
+    d, n, k, h, i = config.d_model, config.n_heads, config.n_kv_heads, config.d_head, config.d_mlp
+    params, tokens = random_params(config), jnp.zeros((b, t), jnp.int32)
+
+    def cost(*kinds: str) -> int:
+        edits = Edits(tuple(scale(f"blocks.*.{kind}", jnp.float32(1.0)) for kind in kinds))
+        return _products(
+            jax.make_jaxpr(lambda p: forward(p, config, tokens, None, edits if kinds else None))(params).jaxpr
+        )
+
+    weights = d * (n + 2 * k) * h + n * h * d + 3 * d * i
+    plain = 2 * b * t * (3 * weights + d * config.vocab_size) + 3 * 2 * 2 * b * n * t * t * h
+    assert cost() == plain
+    on_request = [name for name, kind in KINDS.items() if kind.on_request and kind.in_block and kind.exists(config)]
+    assert len(on_request) == 9
+    # Where nothing else is changed, projections of copies and of heads' results cost as much as those they replace.
+    assert [cost(kind) for kind in on_request] == [plain] * len(on_request)
+    assert cost("attn.hook_pattern") == plain + 3 * 2 * b * n * t * t * h  # weighs the values once more
 
 
 # Two groups with prefixes of different lengths (one padded left, one right), two rows each.
