@@ -25,6 +25,7 @@ from jaxsteer.models.attention import Cache, Prefix
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.layers import CACHE, prefill, scan_blocks
 from jaxsteer.models.params import Params
+from jaxsteer.models.roles import ASSISTANT, Roles
 from jaxsteer.models.sampling import Sampling, choose, of_rows, plain_sampling
 from jaxsteer.models.sharding import place
 from jaxsteer.models.taps import Intervention, make_where, of_one_token, tap_of
@@ -44,6 +45,8 @@ class State:
     length: Int[Array, " B"]
     """Tokens decoded so far."""
     prompt_length: Int[Array, " B"]
+    turns: Int[Array, " B"]
+    """Turns of each row's conversation: what is decoded is of the last one."""
     limit: Int[Array, " B"]
     """Tokens that a row may have at most."""
     done: Bool[Array, " B"]
@@ -63,6 +66,8 @@ class Batch:
     """Number of each row in the whole call, for its random numbers."""
     limit: Int[Array, " B"]
     """Tokens that a row may have at most; 0 for rows that only fill up the devices."""
+    roles: Roles | None = None
+    """Of the prompts' tokens, where they are known."""
 
 
 @partial(jax.jit, static_argnames=("config", "slots", "mesh"))
@@ -97,7 +102,7 @@ def _run_prompts(
     params: Params, config: ModelConfig, batch: Batch, edits: Intervention | None
 ) -> tuple[Prefix, Float[Array, "C V"]]:
     """Keys and values of the prompt of every group, and the logits after it."""
-    where = make_where(batch.tokens, positions_of(batch.mask), batch.mask)
+    where = make_where(batch.tokens, positions_of(batch.mask), batch.mask, batch.mask.sum(-1), batch.roles)
     prefix, x = prefill(params, config, batch.tokens, batch.mask, tap_of(edits, where))
     last = where.at(jnp.full((len(x), 1), x.shape[1] - 1))
     logits = unembed(params, config, x[:, -1], of_one_token(tap_of(edits, last)))
@@ -117,11 +122,14 @@ def _begun(
     slots: int,
 ) -> State:
     """Rows with their first token, chosen by ``logits``."""
+    turns = jnp.zeros(len(batch.tokens), jnp.int32) if batch.roles is None else batch.roles.turns
+    turns = jnp.repeat(turns[batch.groups], len(batch.rows) // len(batch.groups))
     state = State(
         cache=cache,
         tokens=jnp.zeros((len(batch.rows), slots), jnp.int32),
         length=jnp.zeros_like(prompt_length),
         prompt_length=prompt_length,
+        turns=turns,
         limit=batch.limit,
         done=batch.limit <= 0,
         sampling=of_rows(sampling, batch.rows),
@@ -158,7 +166,7 @@ def decode(
         last = jnp.maximum(state.length - 1, 0)[:, None]
         token, positions = jnp.take_along_axis(state.tokens, last, axis=1), state.prompt_length[:, None] + last
         context = make_context(config, positions, None, prefix, state.cache)
-        tap = tap_of(edits, make_where(token, positions, ~state.done[:, None], state.prompt_length))
+        tap = tap_of(edits, make_where(token, positions, ~state.done[:, None], state.prompt_length, _answers(state)))
         x = embed(params, config, token, tap)
         # The cache is written once per token and not layer by layer: what the scan only reads is never copied.
         x, [kv] = scan_blocks(params, config, x, context, 0, config.n_layers, tap=tap, keep=[CACHE], remat=False)
@@ -174,6 +182,12 @@ def decode(
         return (left > 0) & ~state.done.all() & (state.done | (state.length < state.tokens.shape[1])).all()
 
     return lax.while_loop(more, body, (steps, state))[1]
+
+
+def _answers(state: State) -> Roles:
+    """Tokens that are decoded are the assistant's, and so is what follows."""
+    ones = jnp.ones((len(state.turns), 1), jnp.int32)
+    return Roles(role=ASSISTANT * ones, turn=state.turns[:, None] - 1, leads=ones > 0, turns=state.turns)
 
 
 @partial(jax.jit, static_argnames=("slots", "mesh"))
@@ -202,6 +216,7 @@ def idle(params: Params, config: ModelConfig, rows: int, *, slots: int, mesh: Me
         tokens=jnp.zeros((rows, slots), jnp.int32),
         length=zeros(),
         prompt_length=zeros(),
+        turns=zeros(),
         limit=zeros(),
         done=jnp.ones(rows, bool),
         sampling=of_rows(plain_sampling(config.vocab_size), zeros()),

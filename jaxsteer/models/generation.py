@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -18,7 +19,8 @@ from jaxtyping import Bool, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.decoding import Batch, State, decode, grow, start
 from jaxsteer.models.model import Model
-from jaxsteer.models.padding import bucket, pad_rows
+from jaxsteer.models.padding import bucket
+from jaxsteer.models.roles import Rendered, stack_rendered, unlabelled
 from jaxsteer.models.sampling import Decoding, make_sampling
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.taps import Intervention, checked
@@ -43,7 +45,7 @@ class Progress:
 
 def generate_tokens(
     model: Model,
-    prompts: Sequence[Int[np.ndarray, " _"]],
+    prompts: Sequence[Int[np.ndarray, " _"] | Rendered],
     decoding: Decoding,
     *,
     samples: int = 1,
@@ -54,6 +56,8 @@ def generate_tokens(
 ) -> Iterator[Progress]:
     """Continue prompts of token ids; yields each batch of rows every ``every`` tokens and when it is done.
 
+    Prompts that are ``Rendered`` tell edits whose each token is; what is decoded is the assistant's.
+
     Stop strings need ``end``: a function that is shown the tokens of a row, every ``every`` tokens, and says how many
     of them the row ends after (None: it goes on).
 
@@ -62,13 +66,16 @@ def generate_tokens(
     so by an attribute ``rows``: then all rows are decoded at once, in their order, each with its own prompt. Raises
     ``UserError``, before any work, for what does not fit the model.
     """
-    _check(model, prompts, samples=samples, batch=batch)
+    rendered = [prompt if isinstance(prompt, Rendered) else unlabelled(prompt) for prompt in prompts]
+    _check(model, [prompt.ids for prompt in rendered], samples=samples, batch=batch)
     count, own = len(prompts) * samples, None if edits is None else edits.rows
     if own is not None and own != count:
         raise UserError(f"The edits are made for {own} rows; {len(prompts)} prompts x {samples} samples are {count}.")
     edits = checked(edits, model.config, own)
-    plans = _plan(prompts, samples, batch) if own is None else [_every_row(count, samples)]
-    return (progress for plan in plans for progress in _decode_batch(model, prompts, plan, decoding, edits, end, every))
+    plans = _plan(rendered, samples, batch) if own is None else [_every_row(count, samples)]
+    return (
+        progress for plan in plans for progress in _decode_batch(model, rendered, plan, decoding, edits, end, every)
+    )
 
 
 def _check(model: Model, prompts: Sequence[np.ndarray], **counts: int) -> None:
@@ -102,11 +109,12 @@ def _every_row(count: int, samples: int) -> _Plan:
     return _Plan([row // samples for row in range(count)], list(range(count)), [[row] for row in range(count)])
 
 
-def _plan(prompts: Sequence[np.ndarray], samples: int, batch: int) -> list[_Plan]:
+def _plan(prompts: Sequence[Rendered], samples: int, batch: int) -> list[_Plan]:
     """Batches of at most ``batch`` rows. All groups have one size, which divides the number of rows of every prompt."""
     rows: dict[tuple[int, ...], list[int]] = {}
-    for i, ids in enumerate(prompts):
-        rows.setdefault(tuple(map(int, ids)), []).extend(range(i * samples, (i + 1) * samples))
+    for i, prompt in enumerate(prompts):
+        key = *map(int, prompt.ids), *map(int, prompt.role), *map(int, prompt.turn)
+        rows.setdefault(key, []).extend(range(i * samples, (i + 1) * samples))
     common = math.gcd(*map(len, rows.values()))
     size = max((d for d in range(1, min(common, batch) + 1) if common % d == 0), default=1)
     groups = [
@@ -124,7 +132,7 @@ def _plan(prompts: Sequence[np.ndarray], samples: int, batch: int) -> list[_Plan
 
 def _decode_batch(
     model: Model,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[Rendered],
     plan: _Plan,
     decoding: Decoding,
     edits: Intervention | None,
@@ -133,7 +141,7 @@ def _decode_batch(
 ) -> Iterator[Progress]:
     params, config, mesh = model.params, model.config, model.mesh
     held = [prompts[i] for i in plan.prompts]
-    tokens, mask = pad_rows(held, bucket(max(map(len, held))), left=True)
+    tokens, mask, roles = stack_rendered(held, bucket(max(len(prompt.ids) for prompt in held)), left=True)
     groups, rows = np.asarray(plan.groups, np.int32), np.asarray(plan.rows, np.int32)
     limit = np.minimum(config.max_positions - mask.sum(-1)[groups], decoding.max_new_tokens).repeat(rows.shape[1])
     most, kept = int(limit.max()), rows.size
@@ -159,8 +167,12 @@ def _decode_batch(
         tokens = np.where(np.arange(tokens.shape[1]) < length[:, None], tokens, NO_TOKEN)
         return state, Progress(rows.ravel()[:kept], tokens, length, done)
 
+    spread = partial(shard_rows, mesh)
     arrays = dict(tokens=tokens, mask=mask, groups=groups, rows=rows.ravel(), limit=limit.astype(np.int32))
-    placed = Batch(**{name: shard_rows(mesh, array) for name, array in arrays.items()})
+    known = edits is not None and any(prompt.turns for prompt in prompts)
+    placed = Batch(
+        **{name: spread(array) for name, array in arrays.items()}, roles=jax.tree.map(spread, roles) if known else None
+    )
     slots, sampling = min(_FIRST_SLOTS, bucket(most)), make_sampling(model, decoding)
     prefix, state = start(params, config, placed, sampling, edits, slots=slots, mesh=mesh)
     state, progress = look(state)

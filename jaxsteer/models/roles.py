@@ -31,6 +31,8 @@ class Roles:
     """Index into ``ROLES``, or ``UNKNOWN``."""
     turn: Int[Array | np.ndarray, "B T"]
     """Number of the message, from 0. What the template writes around a content is of the same turn."""
+    leads: Bool[Array | np.ndarray, "B T"]
+    """Whether the next token is of the assistant's content."""
     turns: Int[Array | np.ndarray, " B"]
     """Turns of the whole conversation, the one that is to be answered included; 0 where there are none."""
 
@@ -71,6 +73,12 @@ class Rendered:
         )
 
 
+def unlabelled(ids: Int[np.ndarray, " T"]) -> Rendered:
+    """Ids of which nobody knows whose they are."""
+    unknown = np.full(len(ids), UNKNOWN, np.int32)
+    return Rendered(text="", ids=np.asarray(ids, np.int32), role=unknown.astype(np.int8), turn=unknown, turns=0)
+
+
 def role_number(name: str) -> int:
     """Index into ``ROLES``. Raises ``UserError`` for another name."""
     if name not in ROLES:
@@ -83,5 +91,7 @@ def stack_rendered(
 ) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"], Roles]:
     """(tokens, mask, roles) of a batch, padded as by ``pad_rows``."""
     tokens, mask = pad_rows([row.ids for row in rows], width, left=left)
-    role, turn = (pad_rows(labels, width, left=left)[0] for labels in zip(*((row.role, row.turn) for row in rows)))
-    return tokens, mask, Roles(role=role.astype(np.int8), turn=turn, turns=np.asarray([row.turns for row in rows]))
+    labels = [(row.role, row.turn, np.append(row.role[1:] == ASSISTANT, False)) for row in rows]
+    role, turn, leads = (pad_rows(each, width, left=left)[0] for each in zip(*labels, strict=True))
+    turns = np.asarray([row.turns for row in rows], np.int32)
+    return tokens, mask, Roles(role=role, turn=turn, leads=leads.astype(bool), turns=turns)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.roles import ASSISTANT, Roles
 from jaxsteer.models.sites import KINDS
 
 Layer = Int[Array, ""] | int
@@ -97,7 +98,9 @@ class Where:
     valid: Bool[Array, "B T"]
     """False on padding."""
     prompt_length: Int[Array, " B"]
-    """Tokens of the prompt, padding not counted; what stands at this position or later is the response."""
+    """Tokens of the prompt, padding not counted. Where roles are not known, the response begins at this position."""
+    roles: Roles | None = None
+    """Whose the tokens are, where the rows are conversations."""
 
     def at(self, index: Int[Array, "B K"]) -> Where:
         """The same of the rows' tokens ``index`` only."""
@@ -146,15 +149,21 @@ def make_where(
     positions: Int[Array, "b T"],
     mask: Bool[Array, "B T"] | None,
     prompt_length: Int[Array, " B"] | None = None,
+    roles: Roles | None = None,
 ) -> Where:
-    """What an intervention is told of these rows. Without ``prompt_length`` all of a row is prompt."""
+    """What an intervention is told of these rows.
+
+    Without ``prompt_length`` the prompt ends where the assistant's content in the last turn begins; all of a row is
+    prompt where that has none, or where roles are not known.
+    """
     valid = jnp.ones(tokens.shape, bool) if mask is None else mask
-    return Where(
-        tokens=tokens,
-        positions=jnp.broadcast_to(positions, tokens.shape),
-        valid=valid,
-        prompt_length=valid.sum(-1) if prompt_length is None else prompt_length,
-    )
+    positions = jnp.broadcast_to(positions, tokens.shape)
+    if prompt_length is None:
+        prompt_length = valid.sum(-1)
+        if roles is not None:
+            response = valid & (roles.role == ASSISTANT) & (roles.turn == roles.turns[:, None] - 1)
+            prompt_length = jnp.where(response, positions, prompt_length[:, None]).min(-1)
+    return Where(tokens=tokens, positions=positions, valid=valid, prompt_length=prompt_length, roles=roles)
 
 
 def checked(edits: Any, config: ModelConfig, rows: int | None) -> Intervention | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -15,13 +16,17 @@ from transformers import PreTrainedTokenizerBase
 from jaxsteer.errors import UserError
 from jaxsteer.models.generation import NO_TOKEN, Progress, generate_tokens
 from jaxsteer.models.model import Model
+from jaxsteer.models.roles import Rendered, unlabelled
 from jaxsteer.models.sampling import DEFAULTS, Decoding, stop_ids
 from jaxsteer.models.taps import Intervention
 from jaxsteer.prompts.conversation import Message, apply_template, encode_texts
+from jaxsteer.prompts.roles import encode_turns
 from jaxsteer.writers.writer import Advance, Messages
 
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | np.ndarray
-"""A plain text, the turns of a conversation, or token ids."""
+log = logging.getLogger(__name__)
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | np.ndarray | Rendered
+"""A plain text, the turns of a conversation, token ids, or what ``encode_turns`` made of a conversation."""
 ROLES = ("system", "user", "assistant")
 _CHUNK = 16
 """Tokens between two looks for stop strings."""
@@ -67,33 +72,34 @@ def generate(
     ``decoding`` says how; ``options`` are single fields of it: ``generate(model, prompts, temperature=0)``. Rows end at
     the stop tokens of the checkpoint's generation config, the tokenizer's EOS, and whatever ``stop`` names: ids, or
     strings that end a row when its text contains one. ``top_k`` and then ``top_p`` restrict the tokens as in
-    transformers; 0 and 1 mean no restriction. ``edits`` act on the prompt and on every token that is decoded (see
-    ``jaxsteer.steer``); an intervention with an attribute ``rows`` holds one edit per row.
+    transformers; 0 and 1 mean no restriction. ``edits`` act on the prompt and on every token that is decoded, and are
+    told whose each token of a conversation is (see ``jaxsteer.steer``); an intervention with an attribute ``rows``
+    holds one edit per row.
 
     Row r's tokens depend on the seed, on r and on its prompt, not on the rows beside it. At most ``batch`` rows are
     decoded at a time, equal prompts being run once. With a mesh, rows are spread over "prompts". Raises ``UserError``
     for prompts that do not fit, or that the model's template refuses, before anything is computed.
     """
     started = time.perf_counter()
-    ids, decoding = prompt_ids(model, prompts), changed(decoding, options)
+    rows, decoding = encode_prompts(model, prompts, roles=edits is not None), changed(decoding, options)
     end = _end(model, decoding)
     every = None if end is None else _CHUNK
-    rows: dict[int, np.ndarray] = {}
+    made: dict[int, np.ndarray] = {}
     for progress in generate_tokens(
-        model, ids, decoding, samples=samples, edits=edits, end=end, every=every, batch=batch
+        model, rows, decoding, samples=samples, edits=edits, end=end, every=every, batch=batch
     ):
-        rows |= {int(row): tokens for row, tokens in zip(progress.rows, progress.tokens, strict=True)}
-    kept = [rows[row][rows[row] != NO_TOKEN].astype(np.int32) for row in range(len(ids) * samples)]
+        made |= {int(row): tokens for row, tokens in zip(progress.rows, progress.tokens, strict=True)}
+    kept = [made[row][made[row] != NO_TOKEN].astype(np.int32) for row in range(len(rows) * samples)]
     tokens = np.full((len(kept), max((len(row) for row in kept), default=0)), NO_TOKEN, np.int32)
-    for row, made in enumerate(kept):
-        tokens[row, : len(made)] = made
+    for row, ids in enumerate(kept):
+        tokens[row, : len(ids)] = ids
     stops = stop_ids(model, decoding)
-    ended = [(len(made) > 0 and int(made[-1]) in stops) or (end is not None and end(made) is not None) for made in kept]
+    ended = [(len(ids) > 0 and int(ids[-1]) in stops) or (end is not None and end(ids) is not None) for ids in kept]
     return Generation(
         tokens=tokens,
-        texts=tuple(_text(model, made, decoding) for made in kept),
+        texts=tuple(_text(model, ids, decoding) for ids in kept),
         finish=tuple("stop" if stopped else "length" for stopped in ended),
-        prompt_length=np.repeat([len(row) for row in ids], samples).astype(np.int32),
+        prompt_length=np.repeat([len(row.ids) for row in rows], samples).astype(np.int32),
         seconds=time.perf_counter() - started,
     )
 
@@ -112,10 +118,10 @@ def stream(
     A piece ends where a character is complete, and nothing is given out that may turn out to begin a stop string.
     Errors are raised by the call itself, before the first piece.
     """
-    ids, decoding = prompt_ids(model, prompt), changed(decoding, options)
-    if len(ids) != 1:
-        raise UserError(f"stream continues one prompt, got {len(ids)}. Use jaxsteer.generate for several.")
-    steps = generate_tokens(model, ids, decoding, edits=edits, end=_end(model, decoding), every=every)
+    rows, decoding = encode_prompts(model, prompt, roles=edits is not None), changed(decoding, options)
+    if len(rows) != 1:
+        raise UserError(f"stream continues one prompt, got {len(rows)}. Use jaxsteer.generate for several.")
+    steps = generate_tokens(model, rows, decoding, edits=edits, end=_end(model, decoding), every=every)
     return _pieces(model, steps, decoding)
 
 
@@ -206,27 +212,39 @@ def _safe_length(text: str, strings: Sequence[str]) -> int:
 # Prompts
 
 
-def prompt_ids(model: Model, prompts: Prompt | Sequence[Prompt]) -> list[Int[np.ndarray, " _"]]:
-    """Token ids of every prompt; one prompt alone counts as a list of one. Raises ``UserError`` for anything else."""
-    one = isinstance(prompts, str) or (isinstance(prompts, np.ndarray) and prompts.ndim == 1)
-    one = one or (len(prompts) > 0 and isinstance(prompts[0], Mapping | int | np.integer))
-    several: Sequence[Any] = [prompts] if one else list(prompts)
+def encode_prompts(model: Model, prompts: Prompt | Sequence[Prompt], *, roles: bool = False) -> list[Rendered]:
+    """Every prompt in token space; one prompt alone counts as a list of one. Raises ``UserError`` for anything else.
+
+    With ``roles`` it is known of conversations whose each token is, unless their template rewrites what is said.
+    """
+    given: Any = prompts
+    one = isinstance(given, str | Rendered) or (isinstance(given, np.ndarray) and given.ndim == 1)
+    one = one or (len(given) > 0 and isinstance(given[0], Mapping | int | np.integer))
+    several = [given] if one else list(given)
     if not several:
         raise UserError("No prompt was given: pass a conversation, a text, token ids, or a list of them.")
-    out: list[np.ndarray] = []
-    for i, prompt in enumerate(several):
-        if isinstance(prompt, str):
-            out += encode_texts(_tokenizer(model), [prompt])
-        elif len(prompt) and isinstance(prompt[0], Mapping):
-            out += encode_texts(_tokenizer(model), [apply_template(_tokenizer(model), _turns(i, prompt))])
-        else:
-            ids = np.asarray(prompt)
-            if ids.ndim != 1 or ids.dtype.kind not in "iu":
-                raise UserError(
-                    f"Prompt {i} is neither a text, nor a list of messages, nor a list of token ids: {prompt!r:.80}"
-                )
-            out.append(ids.astype(np.int32))
-    return out
+    return [_encoded(model, i, prompt, roles) for i, prompt in enumerate(several)]
+
+
+def _encoded(model: Model, i: int, prompt: Any, roles: bool) -> Rendered:
+    if isinstance(prompt, Rendered):
+        return prompt
+    if isinstance(prompt, str):
+        return unlabelled(encode_texts(_tokenizer(model), [prompt])[0])
+    if len(prompt) and isinstance(prompt[0], Mapping):
+        tokenizer, turns = _tokenizer(model), _turns(i, prompt)
+        if roles:
+            try:
+                return encode_turns(tokenizer, turns)
+            except UserError as error:
+                log.warning("prompt %d: whose its tokens are is not known (%s)", i, error)
+        return unlabelled(encode_texts(tokenizer, [apply_template(tokenizer, turns)])[0])
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise UserError(
+            f"Prompt {i} is neither a text, nor a list of messages, nor a list of token ids: {prompt!r:.80}"
+        )
+    return unlabelled(ids.astype(np.int32))
 
 
 def _turns(i: int, messages: Sequence[Any]) -> list[Message]:

@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.steer.edits import OFF, Edit, Edits
+from jaxsteer.steer.selectors import ANYBODY, NO_TURN
 
 
 def stack_rows(rows: Sequence[Edit | Edits | None]) -> Edits:
@@ -86,7 +87,11 @@ def _stack(column: list[Edit | None]) -> Edit:
             first.selector,
             edges=join([s.edges for s in selectors], 0),
             from_prompt=join([s.from_prompt for s in selectors], 0),
+            roles=join([s.roles for s in selectors], ANYBODY),
             include_first=join([s.include_first for s in selectors], 0),
             tokens=join([s.tokens for s in selectors], -1),
+            turns=join([s.turns for s in selectors], NO_TURN),
+            special=join([s.special for s in selectors], 0),
+            needs_roles=any(s.needs_roles for s in selectors),
         ),
     )

@@ -10,7 +10,7 @@ import pytest
 import jaxsteer
 from jaxsteer.prompts import apply_template, encode_texts
 from jaxsteer.prompts import generate as room
-from jaxsteer.prompts.generate import _safe_length, generate, prompt_ids, stream
+from jaxsteer.prompts.generate import _safe_length, encode_prompts, generate, stream
 from tests.helpers.checkpoints import family_config, random_model
 from tests.helpers.tiny import tiny_model
 
@@ -31,7 +31,7 @@ def test_what_counts_as_a_prompt() -> None:
     cases = [(QUESTION, [chat]), ("The river", [plain]), (plain, [plain]), (plain.tolist(), [plain])]
     cases += [([QUESTION, "The river", plain.tolist()], [chat, plain, plain]), (np.stack([plain] * 2), [plain] * 2)]
     for prompts, expected in cases:
-        found = prompt_ids(MODEL, prompts)
+        found = [row.ids for row in encode_prompts(MODEL, prompts)]
         assert [row.tolist() for row in found] == [row.tolist() for row in expected]
     assert chat[-1] == tokenizer.convert_tokens_to_ids("<|assistant|>")  # the answer's turn
 
