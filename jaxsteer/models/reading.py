@@ -1,4 +1,4 @@
-"""Reading the residual stream of many token rows at one position each, in batches of few shapes."""
+"""Reading the residual stream of many token rows, at one position or in the mean over some, in few shapes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
@@ -45,16 +46,25 @@ def _padded_length(length: int) -> int:
 def read_rows(
     model: Model,
     rows: Sequence[np.ndarray],
-    reads: Int[np.ndarray, " n"],
+    reads: Int[np.ndarray, " n"] | Sequence[Bool[np.ndarray, " _"] | Float[np.ndarray, " _"]],
     sites: Sequence[Site],
     *,
     batch_size: int = BATCH,
 ) -> Iterator[tuple[Int[np.ndarray, " b"], Float[np.ndarray, "s b D"]]]:
-    """Yield (row numbers, float32 streams at ``sites`` at each row's read position), every row exactly once.
+    """Yield (row numbers, float32 streams at ``sites`` read from each row), every row exactly once.
 
-    Rows come ordered by length. They are padded on the right, which a causal model cannot see at or before the read
-    position. Raises ``UserError`` for a row longer than the model's positions.
+    ``reads`` are one position for each row, or for each row a mask over its tokens, whose mean is read, or weights of
+    its tokens, whose sum is. The mean over the last response of conversations ``c`` in token space
+    (``prompts.encode_turns``)::
+
+        read_rows(model, [r.ids for r in c], [r.mask("assistant", turns=[-1]) for r in c], sites)
+
+    Rows come ordered by length. They are padded on the right, which a causal model cannot see from where it is read.
+    Raises ``UserError`` for a row longer than the model's positions, and for masks that do not fit or select nothing.
     """
+    if len(reads) != len(rows):
+        raise UserError(f"{len(reads)} reads were given for {len(rows)} rows: give one for each")
+    weights = None if isinstance(reads, np.ndarray) and reads.ndim == 1 else [*map(_weights, rows, reads)]
     longest = max(len(row) for row in rows)
     if longest > model.config.max_positions:
         raise UserError(
@@ -68,8 +78,12 @@ def read_rows(
         for start in range(0, len(numbers), batch_size):
             chunk = np.asarray(numbers[start : start + batch_size])
             tokens, _ = pad_rows([rows[number] for number in chunk] + [rows[0][:0]] * (batch_size - len(chunk)), length)
-            read = np.zeros(batch_size, np.int32)
-            read[: len(chunk)] = reads[chunk]
+            read = np.zeros(batch_size, np.int32) if weights is None else np.zeros(tokens.shape, np.float32)
+            for at, number in enumerate(chunk):
+                if weights is None:
+                    read[at] = reads[number]
+                else:
+                    read[at, : len(rows[number])] = weights[number]
             states = _read(
                 model.params,
                 model.config,
@@ -80,18 +94,30 @@ def read_rows(
             yield chunk, to_host(states)[:, : len(chunk)]
 
 
+def _weights(row: np.ndarray, read: np.ndarray) -> Float[np.ndarray, " T"]:
+    """Weights of a row's tokens; those of a mask sum to 1."""
+    if np.shape(read) != np.shape(row) or (np.asarray(read).dtype == bool and not np.any(read)):
+        raise UserError(
+            f"a row of {len(row)} tokens cannot be read by a mask of shape {list(np.shape(read))} with "
+            f"{int(np.sum(read))} True: give one entry for each token, and at least one token to read"
+        )
+    return np.asarray(read, np.float32) / (np.sum(read) if np.asarray(read).dtype == bool else 1)
+
+
 @partial(jax.jit, static_argnames=("config", "sites"))
 def _read(
     params: Params,
     config: ModelConfig,
     tokens: Int[Array, "B T"],
-    read: Int[Array, " B"],
+    read: Int[Array, " B"] | Float[Array, "B T"],
     *,
     sites: tuple[Site, ...],
 ) -> Float[Array, "s B D"]:
-    """One scan up to the deepest site; each layer keeps the B read positions only."""
+    """One scan up to the deepest site; each layer keeps what is read of B rows only."""
 
     def pick(_: str, value: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        if read.ndim == 2:
+            return jnp.einsum("bt,btd->bd", read, value.astype(jnp.float32), precision=lax.Precision.HIGHEST)
         return jnp.take_along_axis(value, read[:, None, None], axis=1)[:, 0].astype(jnp.float32)
 
     context = make_context(config, jnp.arange(tokens.shape[1])[None])

@@ -26,6 +26,7 @@ from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.layers import run_and_read
 from jaxsteer.models.model import Model
 from jaxsteer.models.params import Params
+from jaxsteer.models.roles import Roles
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.sites import KINDS, Site, find_sites
 from jaxsteer.models.taps import Intervention, adding, checked, joined, make_where, tap_of
@@ -69,6 +70,7 @@ class _Rows:
     mask: Bool[Array, "B T"] | None
     edits: Intervention | None
     prompt_length: Int[Array, " B"] | None
+    roles: Roles | None
 
 
 def run(
@@ -79,6 +81,7 @@ def run(
     sites: Sequence[str] = (),
     edits: Intervention | None = None,
     prompt_length: Lengths | None = None,
+    roles: Roles | None = None,
 ) -> Run:
     """Logits, and what the model computes at ``sites``.
 
@@ -90,6 +93,8 @@ def run(
         edits: change the computation on its way (``jaxsteer.steer``). States are those after them.
         prompt_length: where each row's response begins, in tokens without padding, for edits that tell prompt from
             response; by default all is prompt.
+        roles: whose each token is, for edits that ask for it, where rows are conversations
+            (``models.roles.stack_rendered``). They also tell prompt from response.
 
     Returns:
         Logits, and states by the names that were given (those of a wildcard by their own).
@@ -98,7 +103,7 @@ def run(
         UserError: for tokens outside the vocabulary or longer than the model's positions, for unknown sites, and for
             edits that do not fit the model or the rows.
     """
-    rows, named = _rows(model, tokens, mask, edits, prompt_length), _named(model, sites)
+    rows, named = _rows(model, tokens, mask, edits, prompt_length, roles), _named(model, sites)
     logits, states = _run(model.params, model.config, rows, sites=_where_known(named, rows), to_logits=True)
     return Run(logits, dict(zip(named, states, strict=True)))
 
@@ -110,9 +115,10 @@ def logits(
     *,
     edits: Intervention | None = None,
     prompt_length: Lengths | None = None,
+    roles: Roles | None = None,
 ) -> Float[Array, "B T V"]:
     """The logits of ``run``, whose arguments and errors these are."""
-    return run(model, tokens, mask, edits=edits, prompt_length=prompt_length).logits
+    return run(model, tokens, mask, edits=edits, prompt_length=prompt_length, roles=roles).logits
 
 
 def capture(
@@ -123,9 +129,10 @@ def capture(
     *,
     edits: Intervention | None = None,
     prompt_length: Lengths | None = None,
+    roles: Roles | None = None,
 ) -> dict[str, Float[Array, ...]]:
     """The states of ``run``, whose arguments and errors these are. No layer above the last site is run."""
-    rows, named = _rows(model, tokens, mask, edits, prompt_length), _named(model, sites)
+    rows, named = _rows(model, tokens, mask, edits, prompt_length, roles), _named(model, sites)
     _, states = _run(model.params, model.config, rows, sites=_where_known(named, rows), to_logits=False)
     return dict(zip(named, states, strict=True))
 
@@ -139,6 +146,7 @@ def gradients(
     sites: Sequence[str],
     edits: Intervention | None = None,
     prompt_length: Lengths | None = None,
+    roles: Roles | None = None,
 ) -> Gradients:
     """The gradient of ``metric`` with respect to the value at every one of ``sites``; other arguments as in ``run``.
 
@@ -148,7 +156,7 @@ def gradients(
     (a ``flax.struct`` dataclass, a ``jax.tree_util.Partial``) may change its arrays without a new program; a new plain
     function compiles one. Raises ``UserError`` as ``run``, and for a metric that does not return one number.
     """
-    rows, named = _rows(model, tokens, mask, edits, prompt_length), _named(model, sites)
+    rows, named = _rows(model, tokens, mask, edits, prompt_length, roles), _named(model, sites)
     metric = Partial(metric) if jax.tree_util.all_leaves([metric]) else metric  # a function is no pytree
     value, states, slopes = _gradients(model.params, model.config, rows, metric, sites=tuple(named.items()))
     return Gradients(value, *({name: found[name] for name in named} for found in (states, slopes)))
@@ -198,7 +206,7 @@ def _forward(
     mask, tokens = rows.mask, rows.tokens
     positions = jnp.arange(tokens.shape[1])[None] if mask is None else positions_of(mask)
     context = make_context(config, positions, mask)
-    tap = tap_of(rows.edits, make_where(tokens, positions, mask, rows.prompt_length))
+    tap = tap_of(rows.edits, make_where(tokens, positions, mask, rows.prompt_length, rows.roles))
     ends = joined(tap, adding({site.kind: value for site, value in added.items() if not KINDS[site.kind].in_block}))
     x = embed(params, config, tokens, ends)
     depth = max((site.depth(config.n_layers) for site in sites), default=0)
@@ -221,7 +229,12 @@ def _where_known(named: Mapping[str, Site], rows: _Rows) -> tuple[Site, ...]:
 
 
 def _rows(
-    model: Model, tokens: Tokens, mask: Mask | None, edits: Intervention | None, prompt_length: Lengths | None
+    model: Model,
+    tokens: Tokens,
+    mask: Mask | None,
+    edits: Intervention | None,
+    prompt_length: Lengths | None,
+    roles: Roles | None,
 ) -> _Rows:
     config = model.config
     if not isinstance(tokens, jax.Array):
@@ -242,9 +255,12 @@ def _rows(
         raise UserError(
             f"prompt_length must have one number for each of {len(tokens)} rows, got shape {list(lengths.shape)}."
         )
+    if roles is not None and roles.role.shape != tokens.shape:
+        raise UserError(f"roles are those of tokens {list(roles.role.shape)}, but tokens are {list(tokens.shape)}.")
     return _Rows(
         tokens=shard_rows(model.mesh, tokens.astype(jnp.int32)),
         mask=None if mask is None else shard_rows(model.mesh, mask.astype(bool)),
         edits=checked(edits, config, tokens.shape[0]),
         prompt_length=None if lengths is None else shard_rows(model.mesh, lengths),
+        roles=jax.tree.map(partial(shard_rows, model.mesh), roles),
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
+from jaxsteer.models.roles import Roles
 from jaxsteer.models.run import Lengths, Mask, Tokens, capture
 from jaxsteer.models.sites import KINDS, find_sites
 from jaxsteer.models.taps import make_where
@@ -47,13 +49,18 @@ def mean_norms(
 
 
 def count_positions(
-    edits: Edit | Edits, tokens: Tokens, mask: Mask | None = None, *, prompt_length: Lengths | None = None
+    edits: Edit | Edits,
+    tokens: Tokens,
+    mask: Mask | None = None,
+    *,
+    prompt_length: Lengths | None = None,
+    roles: Roles | None = None,
 ) -> Int[np.ndarray, " B"]:
-    """How many positions of each row the edits touch, in some layer. ``prompt_length`` as in ``logits``.
+    """How many positions of each row the edits touch, in some layer. ``prompt_length`` and ``roles`` as in ``run``.
 
     An edit counts where it acts, whatever it changes there: also with coefficient 0 or below its ceiling.
     """
     valid = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
     lengths = None if prompt_length is None else jnp.asarray(prompt_length)
-    where = make_where(jnp.asarray(tokens), positions_of(valid), valid, lengths)
+    where = make_where(jnp.asarray(tokens), positions_of(valid), valid, lengths, jax.tree.map(jnp.asarray, roles))
     return np.asarray(edits.touched(where).sum(-1))
