@@ -74,7 +74,7 @@ class Train(_Reading):
         recipe = self.recipe
         recipe.check()
         config = describe(self.model).config
-        layers = parse_site(recipe.site, config.n_layers).layer + 1
+        layers = max(1, parse_site(recipe.site, config.n_layers).depth(config.n_layers))
         model = load(self.model, dtype=self.dtype, mesh=self.mesh(), layers=layers)
         documents = documents_of(model, self.data, seed=recipe.seed)
         data = [[path.name, path.stat().st_size] for path in self.data]

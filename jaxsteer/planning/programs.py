@@ -83,7 +83,7 @@ class Work:
 
     def depth(self, config: ModelConfig) -> int:
         """Layers that run before the site."""
-        return parse_site(self.read_site(config), config.n_layers).layer + 1
+        return parse_site(self.read_site(config), config.n_layers).depth(config.n_layers)
 
     def read_site(self, config: ModelConfig) -> str:
         """The site, or the one in the middle."""

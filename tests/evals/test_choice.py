@@ -121,7 +121,11 @@ class Push(Intervention):
     vector: Float[Array, " D"]
     layer: Int[Array, ""]
     response: Bool[Array, ""]
-    kinds = frozenset({"hook_resid_post"})
+    kind: str = struct.field(pytree_node=False, default="hook_resid_post")
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset({self.kind})
 
     def tap(self, where: Where) -> Tap:
         later = where.positions >= where.prompt_length[:, None]
@@ -133,7 +137,8 @@ class Push(Intervention):
         return Tap(self.kinds, change)
 
 
-def test_edits_score_as_whole_texts_do(compile_counter: object) -> None:
+@pytest.mark.parametrize("kind", ["hook_resid_post", "ln_final.hook_normalized"])
+def test_edits_score_as_whole_texts_do(kind: str, compile_counter: object) -> None:
     model = tiny_model()
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(10, 500, n).astype(np.int32)  # noqa: E731
@@ -144,7 +149,7 @@ def test_edits_score_as_whole_texts_do(compile_counter: object) -> None:
     ]
     width = model.config.d_model
     edits = [
-        Push(jnp.asarray(rng.normal(size=width), jnp.float32), jnp.int32(layer), jnp.asarray(response))
+        Push(jnp.asarray(rng.normal(size=width), jnp.float32), jnp.int32(layer), jnp.asarray(response), kind)
         for layer in (0, 2)
         for response in (False, True)
     ]

@@ -341,6 +341,13 @@ class Reflect(Intervention):
         return Tap(self.kinds, change)
 
 
+@struct.dataclass
+class Lost(Intervention):
+    """Looks where there is nothing."""
+
+    kinds = frozenset({"hook_resid_poste"})
+
+
 def test_an_intervention_of_ones_own(compile_counter: Any) -> None:
     unit = (VECTOR / np.linalg.norm(VECTOR)).astype(np.float32)
     own = jaxsteer.logits(LLAMA, TOKENS, edits=Reflect(unit, np.int32(1)))
@@ -351,6 +358,9 @@ def test_an_intervention_of_ones_own(compile_counter: Any) -> None:
     with compile_counter() as count:
         jaxsteer.logits(LLAMA, TOKENS, edits=Reflect(-unit, np.int32(2)))
     assert count["_run"] == 0 and undone.rows is None
+    for edit, says in ((Lost(), "none of hook_embed"), (steer.scale("blocks.*.ln1_post.hook_scale", 2.0), "llama")):
+        with pytest.raises(jaxsteer.UserError, match=says):
+            jaxsteer.logits(LLAMA, TOKENS, edits=edit)
 
 
 def test_bfloat16_streams_are_edited_in_float32() -> None:
@@ -367,7 +377,14 @@ def test_bfloat16_streams_are_edited_in_float32() -> None:
 
 def test_generation_follows_the_edited_logits(compile_counter: Any) -> None:
     selections = ["response", "last_and_response"]
-    table = steer.stack_rows([steer.add("blocks.1.hook_resid_mid", 3 * VECTOR, positions=p) for p in selections])
+    table = Edits(
+        (
+            steer.stack_rows([steer.add("blocks.1.hook_resid_mid", 3 * VECTOR, positions=p) for p in selections]),
+            steer.add("ln_final.hook_normalized", VECTOR, positions="last_and_response"),
+            steer.scale("blocks.0.attn.hook_attn_scores", 0.5, head=1),
+            steer.add("blocks.2.hook_k_input", np.outer([1.0, -1.0], VECTOR)),
+        )
+    )
     prompts, decoding = [TOKENS[0, :5], TOKENS[1, :3]], Decoding(max_new_tokens=5, temperature=0.0)
     *_, last = generate_tokens(LLAMA, prompts, decoding, edits=table)
     for row, (prompt, tokens) in enumerate(zip(prompts, last.tokens[:, :5])):
