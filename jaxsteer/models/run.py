@@ -34,7 +34,7 @@ from jaxsteer.models.transformer import embed, make_context, positions_of, unemb
 
 Tokens = Int[np.ndarray, "B T"] | Int[Array, "B T"]
 Mask = Bool[np.ndarray, "B T"] | Bool[Array, "B T"]
-Lengths = Int[np.ndarray, " B"] | Int[Array, " B"]
+Lengths = Int[np.ndarray, " _"] | Int[Array, " _"]
 
 
 @struct.dataclass

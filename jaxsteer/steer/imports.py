@@ -172,7 +172,7 @@ def _by_shape(ask: _Ask, array: np.ndarray) -> str:
     path = ask.path
     if array.ndim == 3:
         return "refusal_direction"
-    if array.ndim == 2 and (ask.site is None or not _has_heads(ask.site)):
+    if array.ndim == 2 and not (ask.site is not None and KINDS[parse_site(ask.site).kind].heads):
         if _PERSONA_FILE.fullmatch(path.name):
             return "persona_vectors"
         if path.name in ("assistant_axis.pt", "default_vector.pt") or path.parent.name in _AXIS_FOLDERS:
@@ -297,10 +297,6 @@ def _caa_vectors(ask: _Ask, arrays: dict[str, np.ndarray], model: str | None) ->
     )
 
 
-def _has_heads(site: str) -> bool:
-    return KINDS[parse_site(site).kind].heads
-
-
 def _bare(ask: _Ask, array: np.ndarray) -> Vectors:
     """A vector of which nothing is known."""
     if ask.site is None:
@@ -308,11 +304,11 @@ def _bare(ask: _Ask, array: np.ndarray) -> Vectors:
             f"this holds {describe(array)}, a bare vector. Say where it belongs, e.g. --site "
             f"blocks.14.hook_resid_post, and what going along it means (--sign)"
         )
-    site = parse_site(ask.site).name
-    heads = _has_heads(site)
+    site = parse_site(ask.site)
+    heads = KINDS[site.kind].heads
     if array.ndim != (2 if heads else 1):
-        raise UserError(f"at {site} a vector is {'(heads, H)' if heads else '(D,)'}; this holds {describe(array)}")
-    return ask.vectors({site: array}, "bare", UNKNOWN_SIGN, "the site was given at the import")
+        raise UserError(f"at {site.name} a vector is {'(heads, H)' if heads else '(D,)'}; this holds {describe(array)}")
+    return ask.vectors({site.name: array}, "bare", UNKNOWN_SIGN, "the site was given at the import")
 
 
 def _capping(ask: _Ask, data: dict[Any, Any]) -> Vectors:

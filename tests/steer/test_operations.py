@@ -270,7 +270,7 @@ def test_edits_that_do_not_fit_are_refused_before_anything_compiles(
 
 def test_lengths_and_rows_are_checked() -> None:
     with pytest.raises(UserError, match=r"prompt_length.*2 rows, got shape \[3\]"):
-        jaxsteer.logits(MODEL, TOKENS, prompt_length=np.ones(3, int))
+        jaxsteer.logits(MODEL, np.zeros((B, T), int), prompt_length=np.ones(3, int))
     with pytest.raises(UserError, match="for 3 rows, but the batch has 2"):
         steer.replace(SITE, np.ones((3, T, D))).tap(WHERE)
     with pytest.raises(UserError, match="different numbers of rows: 2, 3"):
