@@ -25,7 +25,6 @@ KNOWN = {
     "jaxsteer.evals.choice.choice_eval",
     "jaxsteer.evals.scoring._score",
     "jaxsteer.models.config.llama_config",
-    "jaxsteer.steer.imports",
     "jaxsteer.study.probe.probe",
     "jaxsteer.study.probing.probe_positions",
 }
