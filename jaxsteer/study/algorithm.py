@@ -35,14 +35,6 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def check_positive(options: Any, *names: str) -> None:
-    """Raise ``UserError`` unless each of these options is at least 1, or not given."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"{flag(name)} must be at least 1, got {value}")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AlgorithmOptions:
     """Which algorithm searches, and how hard. An option that the algorithm does not have is refused."""
@@ -106,23 +98,20 @@ class AlgorithmOptions:
 
     @property
     def config(self) -> Any:
-        """The algorithm's own configuration, whose ``population`` is the number of prompts. Raises ``UserError``."""
+        """The algorithm's own configuration, whose ``population`` is the number of prompts.
+
+        Raises ``UserError`` for options that it does not have, and for values that make no search.
+        """
+        known = _fields(ALGORITHMS[self.algorithm][0])
+        if unknown := [name for name in self.given if name not in known]:
+            name = "draft" if unknown[0] == "probe_sampling" else unknown[0]
+            others = ", ".join(flag(other) for other in HYPERPARAMETERS if other in known)
+            raise UserError(f"{flag(name)} is no option of --algorithm {self.algorithm}; it has {others}")
         return ALGORITHMS[self.algorithm][0](**self.given)
 
     def make_search(self) -> Search:
-        """The algorithm."""
+        """The algorithm. Raises ``UserError`` as ``config``."""
         return ALGORITHMS[self.algorithm][1](self.config)
-
-    def check(self) -> None:
-        """Raise ``UserError`` for options that the algorithm does not have, and for values that make no search."""
-        known = _fields(ALGORITHMS[self.algorithm][0])
-        for name in self.given:
-            if name not in known:
-                others = ", ".join(flag(other) for other in HYPERPARAMETERS if other in known)
-                name = "draft" if name == "probe_sampling" else name
-                raise UserError(f"{flag(name)} is no option of --algorithm {self.algorithm}; it has {others}")
-        check_positive(self, "population", "children", "steps", "top_k", "restart_every", "restarts")
-        self.make_search()
 
 
 def _fields(config: type) -> set[str]:

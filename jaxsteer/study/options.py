@@ -15,26 +15,14 @@ from typing import Any, Literal, get_type_hints
 from jaxsteer.errors import UserError
 from jaxsteer.prompt_search import Combination
 from jaxsteer.prompts import Placement
-from jaxsteer.study.algorithm import SIZES, AlgorithmOptions, check_positive, flag
+from jaxsteer.study.algorithm import SIZES, AlgorithmOptions, flag
 from jaxsteer.study.files import RunDir
 from jaxsteer.study.initial_prompts import listed_texts, texts_of
 from jaxsteer.study.option_values import convert_value
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {
-        "prompt_length": 8,
-        "steps": 60,
-        "contexts": 4,
-        "raw_units": False,
-        "tokens": "words",
-    },
-    "paper": {
-        "prompt_length": 8,
-        "steps": 300,
-        "contexts": 16,
-        "raw_units": True,
-        "tokens": "all",
-    },
+    "default": {"prompt_length": 8, "steps": 60, "contexts": 4, "raw_units": False, "tokens": "words"},
+    "paper": {"prompt_length": 8, "steps": 300, "contexts": 16, "raw_units": True, "tokens": "all"},
 }
 """``default``: minutes on a small model. ``paper``: the hyperparameters of RESGA as published (arXiv 2601.02896).
 Those of the algorithm are in ``algorithm.SIZES``."""
@@ -107,21 +95,6 @@ class ObjectiveOptions:
     surrogate: Literal["none", "preact"] = "none"
     """Of saega: preact lets gradients reach latents that are off, through their pre-activations. Scores are exact."""
 
-    def check(self) -> None:
-        """Raise ``UserError`` for options that belong to another method."""
-        check_positive(self, "latents")
-        if self.direction is not None and self.method != "resga":
-            raise UserError("--direction is an option of --method resga")
-        named = bool(self.objective or self.target)
-        if self.method == "saega" and (named or self.site != "auto"):
-            raise UserError("--method saega brings its own objective and site: leave out --objective, --target, --site")
-        if self.objective_norm != "raw" and (named or self.method != "resga"):
-            raise UserError("--objective-norm is an option of --method resga without --objective and --target")
-        if self.surrogate != "none" and self.method != "saega":
-            raise UserError("--surrogate is an option of --method saega")
-        if self.latents is not None and self.method != "saega":
-            raise UserError("--latents is an option of --method saega")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
@@ -138,15 +111,6 @@ class ScoringOptions:
     batch: int | None = None
     """Candidates scored at once (default: about 512 rows; fewer where memory is short). Part of the result: other
     products round otherwise."""
-
-    def check(self) -> None:
-        """Raise ``UserError`` for numbers that score nothing."""
-        check_positive(self, "contexts", "batch")
-        if not self.combine_temperature > 0 or (self.combine != "soft-min" and self.combine_temperature != 1):
-            raise UserError(
-                f"--combine-temperature must be above 0 and belongs to --combine soft-min, got "
-                f"{self.combine_temperature} with --combine {self.combine}"
-            )
 
     @property
     def combination(self) -> Combination:
@@ -189,10 +153,6 @@ class PromptOptions:
             raise UserError(f"--prompt-length must be at least 1, or a range such as 4:12, got {self.prompt_length}")
         return found
 
-    def check(self) -> None:
-        """Raise ``UserError`` for lengths that no prompt has."""
-        _ = self.lengths
-
     @property
     def varies(self) -> bool:
         """Whether prompts of several lengths are searched."""
@@ -224,10 +184,6 @@ class ReportOptions:
     report_prompts: int = 12
     """Prompts of the Pareto frontier to evaluate, best objective first."""
 
-    def check(self) -> None:
-        """Raise ``UserError`` for less than one prompt."""
-        check_positive(self, "report_prompts")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -245,11 +201,6 @@ class RunOptions:
     """Go on where an earlier search in this directory was cut off, if there is one."""
     quiet: bool = False
     """No progress bars."""
-
-    def check(self) -> None:
-        """Raise ``UserError`` for a budget that holds nothing."""
-        if self.memory_gib is not None and not self.memory_gib > 0:
-            raise UserError(f"--memory-gib must be above 0, got {self.memory_gib}")
 
 
 OF_A_PERSONA = ("persona", "style", "slot", "contexts", "select", "draft", "method")
@@ -299,37 +250,8 @@ class SearchOptions:
         given = self.flat()
         filled = {name: value for name, value in preset.items() if given[name] is None and name not in own}
         options = from_flat(given | filled)
-        options.prompt.check()
-        options.algorithm.check()
-        options.scoring.check()
-        options.objective.check()
-        options.report.check()
-        options.run.check()
-        options._check_together()
+        _check(options)
         return options
-
-    def _check_together(self) -> None:
-        if self.prompt.varies and (
-            self.algorithm.algorithm not in ("epo", "mutation") or (self.algorithm.replace or 1) > 1
-        ):
-            raise UserError(
-                f"--prompt-length {self.prompt.prompt_length} inserts and deletes single tokens, which --algorithm epo "
-                "and mutation do (without --replace): give one length, or one of these"
-            )
-        several = self.problems.several
-        if several and (self.algorithm.draft is not None or self.contexts.conversations is not None):
-            name = "--draft serves" if self.algorithm.draft is not None else "--conversations serve"
-            raise UserError(f"{name} one search: leave out --vary and --problems")
-        if not several and (self.objective.method == "saega") != (self.objective.sae is not None):
-            raise UserError("--method saega and --sae PATH belong together: give both or neither")
-        if self.contexts.conversations is None:
-            return
-        if other := [name for name in OF_A_PERSONA if name in self.changed()]:
-            raise UserError(f"{flag(other[0])} is an option of a persona's questions: leave it out, or --conversations")
-        if self.algorithm.algorithm == "soft":
-            raise UserError(
-                "--algorithm soft measures its embeddings on a persona's questions: leave out --conversations"
-            )
 
     def record(self) -> dict[str, Any]:
         """What config.json keeps: everything that decides the result, and no place of this machine."""
@@ -350,6 +272,52 @@ OPTIONS: dict[str, tuple[str, dataclasses.Field[Any]]] = {
 """Name of an option -> the stage that reads it, and its field there."""
 KINDS: dict[str, Any] = {name: kind for options in STAGES.values() for name, kind in get_type_hints(options).items()}
 """Name of an option -> its type."""
+
+
+AT_LEAST_1 = """population children steps top_k restart_every contexts restarts report_prompts batch
+    latents""".split()
+
+
+def _check(options: SearchOptions) -> None:
+    """Raise ``UserError`` for values that make no search, and for options that contradict each other."""
+    flat, algorithm, objective, prompt = options.flat(), options.algorithm, options.objective, options.prompt
+    if prompt.varies and (algorithm.algorithm not in ("epo", "mutation") or (algorithm.replace or 1) > 1):
+        raise UserError(
+            f"--prompt-length {prompt.prompt_length} inserts and deletes single tokens, which --algorithm epo and "
+            "mutation do (without --replace): give one length, or one of these"
+        )
+    for name in AT_LEAST_1:
+        if flat[name] is not None and flat[name] < 1:
+            raise UserError(f"{flag(name)} must be at least 1, got {flat[name]}")
+    algorithm.make_search()
+    saega, named = objective.method == "saega", bool(objective.objective or objective.target)
+    if objective.direction is not None and saega:
+        raise UserError("--direction is an option of --method resga")
+    if saega and (named or objective.site != "auto"):
+        raise UserError("--method saega brings its own objective and site: leave out --objective, --target, --site")
+    if objective.objective_norm != "raw" and (named or saega):
+        raise UserError("--objective-norm is an option of --method resga without --objective and --target")
+    for name, usual in (("surrogate", "none"), ("latents", None)):
+        if flat[name] != usual and not saega:
+            raise UserError(f"{flag(name)} is an option of --method saega")
+    combine, temperature = options.scoring.combine, options.scoring.combine_temperature
+    if not temperature > 0 or (combine != "soft-min" and temperature != 1):
+        raise UserError(
+            f"--combine-temperature must be above 0 and belongs to --combine soft-min, got {temperature} with "
+            f"--combine {combine}"
+        )
+    if options.run.memory_gib is not None and not options.run.memory_gib > 0:
+        raise UserError(f"--memory-gib must be above 0, got {options.run.memory_gib}")
+    several, own = options.problems.several, options.contexts.conversations is not None
+    if several and (algorithm.draft is not None or own):
+        name = "--draft serves" if algorithm.draft is not None else "--conversations serve"
+        raise UserError(f"{name} one search: leave out --vary and --problems")
+    if not several and saega != (objective.sae is not None):
+        raise UserError("--method saega and --sae PATH belong together: give both or neither")
+    if own and (other := [name for name in OF_A_PERSONA if name in options.changed()]):
+        raise UserError(f"{flag(other[0])} is an option of a persona's questions: leave it out, or --conversations")
+    if own and algorithm.algorithm == "soft":
+        raise UserError("--algorithm soft measures its embeddings on a persona's questions: leave out --conversations")
 
 
 def from_flat(values: Mapping[str, Any]) -> SearchOptions:
