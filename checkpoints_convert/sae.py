@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from checkpoints_convert.files import DTYPES, all_finite
-from checkpoints_convert.sae_files import Asked, Found, find
+from checkpoints_convert.sae_files import Overrides, SAEFiles, find_sae
 from checkpoints_convert.sae_libraries import OURS, dictionary_learning, saelens, sparsify
 from checkpoints_convert.sae_releases import (
     gemma_scope_1,
@@ -50,17 +50,17 @@ class Layout(NamedTuple):
     name: str
     files: str
     """For the message about an unknown folder."""
-    fits: Callable[[Found, set[str]], bool]
-    read: Callable[[Found], Dictionary]
+    fits: Callable[[SAEFiles, set[str]], bool]
+    read: Callable[[SAEFiles], Dictionary]
 
 
-def _oriented(found: Found) -> bool:
+def _oriented(found: SAEFiles) -> bool:
     """Whether W_enc is [in, out]: b_enc has an entry per latent."""
     W, b = found.tensors.get("W_enc"), found.tensors.get("b_enc")
     return W is None or b is None or W.shape[-1:] == b.shape
 
 
-def _has_trainer(found: Found) -> bool:
+def _has_trainer(found: SAEFiles) -> bool:
     return isinstance(found.settings.get("config.json", {}).get("trainer"), dict)
 
 
@@ -141,7 +141,7 @@ LAYOUTS = (
 )
 """Everything that is read."""
 
-REFUSED: tuple[tuple[str, Callable[[Found, set[str]], bool]], ...] = (
+REFUSED: tuple[tuple[str, Callable[[SAEFiles, set[str]], bool]], ...] = (
     ("a cross-layer transcoder", lambda f, k: any(key.startswith(("W_enc_", "W_dec_")) for key in k)),
     ("a temporal SAE of SAELens, which attends to earlier codes", lambda f, k: any(".attn" in f".{x}" for x in k)),
     ("an SAE of saex", lambda f, k: bool({"s_gate", "tgt_mean_norm", "mean_norm"} & k)),
@@ -153,7 +153,7 @@ REFUSED: tuple[tuple[str, Callable[[Found, set[str]], bool]], ...] = (
 """What is recognised and not read yet."""
 
 
-def sniff(found: Found) -> Layout:
+def recognise_layout(found: SAEFiles) -> Layout:
     """The one layout that the file is of. Raises ``UserError`` with what was found and what is known."""
     keys = set(found.tensors)
     for name, fits in REFUSED:
@@ -172,7 +172,7 @@ def sniff(found: Found) -> Layout:
 
 
 def read_sae(
-    source: str | os.PathLike[str], *, unit_decoder_rows: bool | None = None, asked: Asked | None = None
+    source: str | os.PathLike[str], *, unit_decoder_rows: bool | None = None, overrides: Overrides | None = None
 ) -> Dictionary:
     """The SAE at ``source`` (see ``sae_files.find``) in canonical form: no input scale, no subtraction of b_dec.
 
@@ -180,9 +180,9 @@ def read_sae(
     done where the library of the layout does it. Raises ``UserError`` for what is unknown, ambiguous, damaged, or says
     too little (the message names the argument that is missing).
     """
-    found = find(source, dataclasses.replace(asked or Asked(), unit_decoder=unit_decoder_rows))
+    found = find_sae(source, dataclasses.replace(overrides or Overrides(), unit_decoder=unit_decoder_rows))
     try:
-        d = canonical(sniff(found).read(found))
+        d = canonical(recognise_layout(found).read(found))
     except UserError as error:
         raise error if found.origin in str(error) else UserError(f"{found.origin}: {error}") from error
     if unit_decoder_rows and d.config.latent_units != "unit decoder":
@@ -242,7 +242,7 @@ def saelens_config(d: Dictionary) -> tuple[dict[str, Any], list[str]]:
     return cfg, lost
 
 
-def _stored(d: Dictionary, dtype: np.dtype) -> dict[str, np.ndarray]:
+def _saelens_tensors(d: Dictionary, dtype: np.dtype) -> dict[str, np.ndarray]:
     """Arrays by SAELens' names: matrices in ``dtype``, vectors in float32."""
     matrices: dict[str, Matrix] = {"W_dec": d.W_dec}
     vectors = {"b_dec": d.b_dec}
@@ -282,7 +282,7 @@ def write_sae(d: Dictionary, out: str | os.PathLike[str], *, dtype: str = "float
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        save_file(_stored(d, DTYPES[OUT_DTYPES[dtype]]), temporary / WEIGHTS, {"format": "pt"})
+        save_file(_saelens_tensors(d, DTYPES[OUT_DTYPES[dtype]]), temporary / WEIGHTS, {"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(cfg, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         for name in (WEIGHTS, CONFIG):
             with open(temporary / name, "rb") as file:
@@ -311,7 +311,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--use-threshold", action="store_true", help="top-k of dictionary_learning by its threshold")
     parser.add_argument("--unit-decoder", action="store_true", help="scale the decoder's rows to norm 1")
     options = parser.parse_args(arguments)
-    asked = Asked(
+    overrides = Overrides(
         model=options.model,
         site=options.site,
         k=options.k,
@@ -319,7 +319,7 @@ def main(arguments: list[str]) -> int:
         use_threshold=options.use_threshold,
     )
     try:
-        d = read_sae(options.src, unit_decoder_rows=options.unit_decoder or None, asked=asked)
+        d = read_sae(options.src, unit_decoder_rows=options.unit_decoder or None, overrides=overrides)
         lost = write_sae(d, options.out, dtype=options.dtype)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

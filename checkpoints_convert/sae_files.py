@@ -33,7 +33,7 @@ _SHOWN = 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
+class Overrides:
     """What the caller knows and the file may not say."""
 
     model: str | None = None
@@ -48,7 +48,7 @@ class Asked:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
+class SAEFiles:
     """The contents of an SAE's file, with what stands beside it."""
 
     file: Path
@@ -57,7 +57,7 @@ class Found:
     """Name of a JSON file beside it -> its contents; "../config.json" of the folder above."""
     origin: str
     """Hub id, revision and path, or the path on the disk: names often say layer, width and k."""
-    asked: Asked
+    overrides: Overrides
 
     def describe(self) -> str:
         """Keys and shapes, and the JSON files with their keys."""
@@ -131,7 +131,7 @@ class Found:
         return matches[-1] if matches else None
 
 
-def find(source: str | os.PathLike[str], asked: Asked) -> Found:
+def find_sae(source: str | os.PathLike[str], overrides: Overrides) -> SAEFiles:
     """The SAE in a folder, a file, or on the hub (``owner/name:folder``, ``owner/name@revision:folder/file``).
 
     Raises ``UserError`` for what cannot be found, holds no tensors, or holds several files of tensors.
@@ -148,14 +148,14 @@ def find(source: str | os.PathLike[str], asked: Asked) -> Found:
             )
         path = _download(match["repo"], match["revision"], (match["folder"] or "").strip("/"))
         origin = text
-    file = path if path.is_file() else _the_file(path, origin)
+    file = path if path.is_file() else _only_file(path, origin)
     if path.is_dir() and file.parent == path:
         origin = f"{origin.rstrip('/')}/{file.name}" if file.name not in NAMES else origin
     tensors = _tensors(file)
-    return Found(file=file, tensors=tensors, settings=_settings(file), origin=origin, asked=asked)
+    return SAEFiles(file=file, tensors=tensors, settings=_settings(file), origin=origin, overrides=overrides)
 
 
-def _the_file(folder: Path, origin: str) -> Path:
+def _only_file(folder: Path, origin: str) -> Path:
     """The one file of tensors in a folder."""
     files = sorted(
         p
@@ -214,15 +214,15 @@ def _settings(file: Path) -> dict[str, dict[str, Any]]:
 
 def _tensors(file: Path) -> dict[str, np.ndarray]:
     if file.suffix == ".safetensors":
-        return _mapped(file)
+        return _map_tensors(file)
     if file.suffix == ".npz":
         return read_npz(file)
     if file.suffix in (".pt", ".pth", ".bin"):
-        return _flat(read_torch(file), file)
+        return _flatten(read_torch(file), file)
     raise UserError(f"{file} is no file of tensors that is known: those end in {', '.join(SUFFIXES)}")
 
 
-def _mapped(file: Path) -> dict[str, np.ndarray]:
+def _map_tensors(file: Path) -> dict[str, np.ndarray]:
     """The float tensors of a safetensors file, mapped into memory: only what is used is read."""
     tensors = read_header(file)
     data = np.memmap(file, np.uint8, "r")
@@ -236,7 +236,7 @@ def _mapped(file: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def _flat(value: Any, file: Path, prefix: str = "") -> dict[str, np.ndarray]:
+def _flatten(value: Any, file: Path, prefix: str = "") -> dict[str, np.ndarray]:
     """Arrays and numbers of nested dicts by dotted names."""
     if not isinstance(value, dict):
         kind = f"an array of shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
@@ -244,7 +244,7 @@ def _flat(value: Any, file: Path, prefix: str = "") -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for key, part in value.items():
         if isinstance(part, dict):
-            found |= _flat(part, file, f"{prefix}{key}.")
+            found |= _flatten(part, file, f"{prefix}{key}.")
         elif isinstance(part, np.ndarray) or (isinstance(part, (int, float)) and not isinstance(part, bool)):
             found[f"{prefix}{key}"] = np.asarray(part)
     return found
@@ -258,9 +258,9 @@ def _download(repo: str, revision: str | None, folder: str) -> Path:
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision)
         files = [sibling.rfilename for sibling in info.siblings or []]
-        wanted = _wanted(files, folder)
+        wanted = _choose_files(files, folder)
         if not wanted:
-            _offer(repo, folder, files)
+            _refuse_without_sae(repo, folder, files)
         patterns = [glob.escape(name) for name in wanted]
         root = huggingface_hub.snapshot_download(repo, revision=info.sha, allow_patterns=patterns)
     except UserError:
@@ -280,7 +280,7 @@ def _download(repo: str, revision: str | None, folder: str) -> Path:
     return Path(root) / folder
 
 
-def _wanted(files: list[str], folder: str) -> list[str]:
+def _choose_files(files: list[str], folder: str) -> list[str]:
     """Files directly in ``folder`` (or the file of that name with the JSON beside it), and a config above."""
     if folder in files:
         parent = str(PurePosixPath(folder).parent)
@@ -294,7 +294,7 @@ def _wanted(files: list[str], folder: str) -> list[str]:
     return [*inside, *nested, *(f for f in files if f == above)]
 
 
-def _offer(repo: str, folder: str, files: list[str]) -> NoReturn:
+def _refuse_without_sae(repo: str, folder: str, files: list[str]) -> NoReturn:
     """Refuse a folder that holds no SAE, naming the nearest that do."""
     folders = sorted({str(PurePosixPath(f).parent) for f in files if f.endswith(SUFFIXES)} - {"."})
     inside = [f for f in folders if f.startswith(f"{folder}/")] if folder else folders

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.sae_files import Found
+from checkpoints_convert.sae_files import SAEFiles
 from checkpoints_convert.sae_releases import canonical_site, layer_in_name, site_and_model
 from jaxsteer.errors import UserError
 from jaxsteer.files.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
@@ -36,7 +36,7 @@ _OLD_NAMES = {
 # SAELens
 
 
-def saelens(found: Found) -> Dictionary:
+def saelens(found: SAEFiles) -> Dictionary:
     """``cfg.json`` with ``sae_weights.safetensors``, of version 6 and before, also of checkpoints of training."""
     config = found.settings["cfg.json"]
     metadata = found.said(config, "metadata", dict, {})
@@ -97,7 +97,7 @@ def saelens(found: Found) -> Dictionary:
     return d
 
 
-def _check_activation(found: Found, config: dict[str, Any], architecture: str) -> None:
+def _check_activation(found: SAEFiles, config: dict[str, Any], architecture: str) -> None:
     """Refuse activations of SAELens before 6 that are called otherwise than what is computed here."""
     for name in ("activation_fn", "activation_fn_str"):
         said = config.get(name)
@@ -105,13 +105,13 @@ def _check_activation(found: Found, config: dict[str, Any], architecture: str) -
             found.refuse(f"its {name} is {said!r}, and an SAE of the architecture {architecture!r} is read with relu")
 
 
-def _saelens_k(found: Found, config: dict[str, Any]) -> int:
-    k = found.asked.k or found.said(config, "k", int)
+def _saelens_k(found: SAEFiles, config: dict[str, Any]) -> int:
+    k = found.overrides.k or found.said(config, "k", int)
     return k or found.ask("k", "how many latents are active at once", "32")
 
 
 def _saelens_batch_topk(
-    found: Found, config: dict[str, Any], arrays: dict[str, Any], by_norm: bool
+    found: SAEFiles, config: dict[str, Any], arrays: dict[str, Any], by_norm: bool
 ) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
     """(activation, k, notes) of a checkpoint of training; what its threshold means is put into ``arrays``.
 
@@ -122,7 +122,7 @@ def _saelens_batch_topk(
         norms = arrays["W_dec"].row_norms() if by_norm else np.ones(arrays["W_dec"].shape[0])
         arrays["threshold"] = np.divide(threshold, norms, out=np.full_like(norms, np.inf), where=norms > 0)
         return "jumprelu", {}, ()
-    k = found.asked.k or round(found.said(config, "k", float, 0.0))
+    k = found.overrides.k or round(found.said(config, "k", float, 0.0))
     if not k:
         found.ask("k", "how many latents are active at once, and has no threshold yet", "32")
     note = f"its threshold was never fitted: every row keeps its own {k} largest latents instead"
@@ -130,7 +130,7 @@ def _saelens_batch_topk(
     return "topk", {"k": k}, (note,)
 
 
-def _saelens_arrays(found: Found, activation: str) -> dict[str, Any]:
+def _saelens_arrays(found: SAEFiles, activation: str) -> dict[str, Any]:
     """Arrays by their names in ``Dictionary``."""
     W_dec = found.matrix("W_dec")
     arrays: dict[str, Any] = {"W_dec": W_dec, "b_dec": found.vector("b_dec")}
@@ -155,7 +155,7 @@ def _exp(values: np.ndarray) -> np.ndarray:
         return np.exp(values)  # where it is infinite, ``Dictionary`` says so
 
 
-def _saelens_norm(found: Found, config: dict[str, Any]) -> tuple[Any, float]:
+def _saelens_norm(found: SAEFiles, config: dict[str, Any]) -> tuple[Any, float]:
     """(norm of rows, constant scale) of ``normalize_activations``."""
     rule = config.get("normalize_activations")
     if rule is None or rule is False or rule in ("none", "None"):
@@ -163,7 +163,7 @@ def _saelens_norm(found: Found, config: dict[str, Any]) -> tuple[Any, float]:
     if rule in ("constant_norm_rescale", "layer_norm"):
         return ("constant_norm" if rule == "constant_norm_rescale" else rule), 1.0
     if rule is True or rule == "expected_average_only_in":
-        scale = found.asked.norm_scaling_factor  # a checkpoint of training has it beside the weights
+        scale = found.overrides.norm_scaling_factor  # a checkpoint of training has it beside the weights
         scale = scale or found.said(found.settings.get("activation_scaler.json", {}), "scaling_factor", float)
         if scale is None:
             found.ask(
@@ -176,7 +176,7 @@ def _saelens_norm(found: Found, config: dict[str, Any]) -> tuple[Any, float]:
     found.refuse(f"its normalize_activations is {rule!r}, which is folded into the weights when SAELens saves a file")
 
 
-def _modern(found: Found, config: dict[str, Any]) -> dict[str, Any]:
+def _modern(found: SAEFiles, config: dict[str, Any]) -> dict[str, Any]:
     """A config of SAELens before 6 in the names of 6, with the defaults of then."""
     config = {_OLD_NAMES.get(name, name): value for name, value in config.items()}
     config.setdefault("prepend_bos", True)
@@ -191,7 +191,7 @@ def _modern(found: Found, config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _ours(found: Found, record: dict[str, Any]) -> Dictionary:
+def _ours(found: SAEFiles, record: dict[str, Any]) -> Dictionary:
     """What ``checkpoints_convert.sae.write_sae`` wrote: SAELens' arrays, and our whole config in the metadata."""
     if record.get("format") != OURS:
         found.refuse(f"its record is of the format {record.get('format')!r}, and this version reads {OURS!r}")
@@ -215,7 +215,7 @@ _CLASSES = {
 }  # fmt: skip
 
 
-def dictionary_learning(found: Found) -> Dictionary:
+def dictionary_learning(found: SAEFiles) -> Dictionary:
     """``ae.pt`` with ``config.json``: every ``dict_class``. Input scales are folded when the library saves."""
     trainer = found.settings["config.json"]["trainer"]
     kind = found.said(trainer, "dict_class", str, "")
@@ -241,12 +241,12 @@ def dictionary_learning(found: Found) -> Dictionary:
         **arrays,
         **extra,
     )
-    if kind == "AutoEncoder" and found.asked.unit_decoder is not False:  # as the library's own loader does
+    if kind == "AutoEncoder" and found.overrides.unit_decoder is not False:  # as the library's own loader does
         d = unit_decoder(canonical(d))
     return d
 
 
-def _dl_arrays(found: Found, kind: str) -> dict[str, Any]:
+def _dl_arrays(found: SAEFiles, kind: str) -> dict[str, Any]:
     """Arrays by their names in ``Dictionary``."""
     if kind in ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"):
         arrays: dict[str, Any] = {name: found.matrix(name) for name in ("W_enc", "W_dec")}
@@ -265,7 +265,7 @@ def _dl_arrays(found: Found, kind: str) -> dict[str, Any]:
 
 
 def _dl_activation(
-    found: Found, kind: str, trainer: dict[str, Any], latents: int
+    found: SAEFiles, kind: str, trainer: dict[str, Any], latents: int
 ) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
     """(activation, k or threshold, notes)."""
     rule = _CLASSES[kind]
@@ -274,12 +274,12 @@ def _dl_activation(
     if rule not in ("topk", "threshold"):
         return rule, {}, ()
     threshold = found.scalar("threshold") if "threshold" in found.tensors else -1.0
-    if threshold >= 0 and (rule == "threshold" or found.asked.use_threshold):
+    if threshold >= 0 and (rule == "threshold" or found.overrides.use_threshold):
         return "jumprelu", {"threshold": np.full(latents, threshold)}, ()
-    if found.asked.use_threshold:
+    if found.overrides.use_threshold:
         found.refuse("it has no threshold: its training never fitted one")
     # Files of 2024 have k in config.json alone.
-    k = found.asked.k or (int(found.scalar("k")) if "k" in found.tensors else found.said(trainer, "k", int))
+    k = found.overrides.k or (int(found.scalar("k")) if "k" in found.tensors else found.said(trainer, "k", int))
     if not k:
         found.ask("k", "how many latents are active at once", "32")
     if rule == "topk":
@@ -292,7 +292,7 @@ def _dl_activation(
 # sparsify
 
 
-def sparsify(found: Found) -> Dictionary:
+def sparsify(found: SAEFiles) -> Dictionary:
     """``cfg.json`` with ``sae.safetensors``: topk or groupmax, also as a transcoder and with a skip connection."""
     config = found.settings.get("cfg.json", {})
     if found.said(config, "signed", bool, False):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.sae_files import Found
+from checkpoints_convert.sae_files import SAEFiles
 from jaxsteer.errors import UserError
 from jaxsteer.files.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
 from jaxsteer.models.sites import parse_site, resid_site
@@ -31,17 +31,17 @@ def canonical_site(name: str) -> str:
         return name
 
 
-def site_and_model(found: Found, site: str | None, model: str | None) -> dict[str, Any]:
-    """Config fields: what was asked for before what the file says; the site must be known from one of them."""
-    site = found.asked.site or site
+def site_and_model(found: SAEFiles, site: str | None, model: str | None) -> dict[str, Any]:
+    """Config fields: what the caller gives before what the file says; the site must be known from one of them."""
+    site = found.overrides.site or site
     if site is None:
         found.ask("site", "at which site it was trained", "'blocks.12.hook_resid_post'")
     if re.search(r"[.\[_L]-\d", site):
         raise UserError(f"The site {site!r} counts from the last layer. An SAE belongs to one layer: count from 0.")
-    return {"site_in": canonical_site(site), "model": found.asked.model or model}
+    return {"site_in": canonical_site(site), "model": found.overrides.model or model}
 
 
-def layer_in_name(found: Found, pattern: str) -> str | None:
+def layer_in_name(found: SAEFiles, pattern: str) -> str | None:
     """The residual stream after the layer that the name says."""
     layer = found.in_name(pattern)
     return None if layer is None else resid_site(int(layer))
@@ -64,7 +64,7 @@ _GEMMA_HOOKS = {
 }
 
 
-def _jumprelu(found: Found, config: SAEConfig, into: int | None = None) -> Dictionary:
+def _jumprelu(found: SAEFiles, config: SAEConfig, into: int | None = None) -> Dictionary:
     """Arrays named W_enc, W_dec, b_enc, b_dec, threshold in any case, oriented [in, out].
 
     Decoders into several layers, [F, layers, D], are read at the layer with the number ``into``.
@@ -87,7 +87,7 @@ def _jumprelu(found: Found, config: SAEConfig, into: int | None = None) -> Dicti
     )
 
 
-def gemma_scope_1(found: Found) -> Dictionary:
+def gemma_scope_1(found: SAEFiles) -> Dictionary:
     """``params.npz``: JumpReLU on the raw activations. Embedding SAEs are taken to the scaled stream."""
     size, kind, part = (found.in_name(f"gemma-scope-{p}") for p in (
         r"(2b|9b|27b)-(?:pt|it)", r"(?:2b|9b|27b)-(pt|it)", r"(?:2b|9b|27b)-(?:pt|it)-(res|mlp|att|transcoders)",
@@ -108,7 +108,7 @@ def gemma_scope_1(found: Found) -> Dictionary:
     )  # fmt: skip
 
 
-def gemma_scope_2(found: Found) -> Dictionary:
+def gemma_scope_2(found: SAEFiles) -> Dictionary:
     """``params.safetensors`` in lower case, with or without ``config.json``; transcoders may have an affine skip.
 
     Crosscoders and cross-layer transcoders have a file for each layer, with latents that read this layer and write to
@@ -128,7 +128,7 @@ def gemma_scope_2(found: Found) -> Dictionary:
         return _gemma_layers(found, model, w_dec.shape[1])
     part = found.in_name(r"(resid_post|attn_out|mlp_out|transcoder)(?:_all)?/")
     sites: tuple[str, str] | tuple[None, None] = (None, None)
-    if config and found.asked.site is None:
+    if config and found.overrides.site is None:
         into = found.said(config, "hf_hook_point_in", str) or found.refuse("its config names no hf_hook_point_in")
         out = found.said(config, "hf_hook_point_out", str) or into
         sites = _gemma_hook(found, into), _gemma_hook(found, out)
@@ -141,7 +141,7 @@ def gemma_scope_2(found: Found) -> Dictionary:
     return _jumprelu(found, SAEConfig(activation="jumprelu", format="Gemma Scope 2", **where))
 
 
-def _gemma_layers(found: Found, model: str | None, n_layers: int) -> Dictionary:
+def _gemma_layers(found: SAEFiles, model: str | None, n_layers: int) -> Dictionary:
     """One layer of a crosscoder (over the residual streams that the folder names) or of a cross-layer transcoder."""
     number = found.in_name(r"params_layer_(\d+)\.safetensors") or found.in_name(r"layer_(\d+)\.safetensors")
     listed = found.in_name(r"crosscoder/layer_(\d+(?:_\d+)+)_width")
@@ -156,7 +156,7 @@ def _gemma_layers(found: Found, model: str | None, n_layers: int) -> Dictionary:
     read, write = ("hook_resid_post", "hook_resid_post") if listed else ("mlp.hook_in", "hook_mlp_out")
     own = int(number)
     sites = [f"blocks.{layer}.{write}" for layer in layers]
-    out = canonical_site(found.asked.site_out or sites[own])
+    out = canonical_site(found.overrides.site_out or sites[own])
     if out not in sites:
         found.refuse(f"site_out {out!r} is none of the sites that it writes to: {', '.join(sites)}")
     where = site_and_model(found, f"blocks.{layers[own]}.{read}", model) | {"site_out": out}
@@ -169,7 +169,7 @@ def _gemma_layers(found: Found, model: str | None, n_layers: int) -> Dictionary:
     return d.replace("b_dec of another layer left out", b_dec=np.zeros_like(d.b_dec), W_skip=None)
 
 
-def _gemma_hook(found: Found, hook: str) -> str:
+def _gemma_hook(found: SAEFiles, hook: str) -> str:
     match = re.fullmatch(r"model\.(?:language_model\.)?layers\.(\d+)\.(.+)", hook)
     if match is None or match[2] not in _GEMMA_HOOKS:
         found.refuse(f"its config names the place {hook!r}; known are model.layers.i. and one of {list(_GEMMA_HOOKS)}")
@@ -179,17 +179,17 @@ def _gemma_hook(found: Found, hook: str) -> str:
 # OpenMOSS: Llama Scope and later
 
 
-def llama_scope(found: Found) -> Dictionary:
+def llama_scope(found: SAEFiles) -> Dictionary:
     """``hyperparams.json`` with ``checkpoints/final.safetensors``: one threshold, stored in units of the raw input."""
     return _openmoss(found, found.settings["hyperparams.json"], "Llama Scope")
 
 
-def openmoss(found: Found) -> Dictionary:
+def openmoss(found: SAEFiles) -> Dictionary:
     """``config.json`` with ``sae_weights.safetensors``: a threshold per latent, in units of the normalised input."""
     return _openmoss(found, found.settings["config.json"], "OpenMOSS")
 
 
-def _openmoss(found: Found, config: dict[str, Any], name: str) -> Dictionary:
+def _openmoss(found: SAEFiles, config: dict[str, Any], name: str) -> Dictionary:
     if found.said(config, "use_glu_encoder", bool, False) or any("glu" in key for key in found.tensors):
         found.refuse("its encoder is gated by a second matrix (glu), which is not read")
     if config.get("sae_type", "sae") not in ("sae", "SAE"):
@@ -215,7 +215,7 @@ def _openmoss(found: Found, config: dict[str, Any], name: str) -> Dictionary:
     d = Dictionary(
         config=SAEConfig(
             activation="topk" if kind == "batchtopk" else kind,  # type: ignore[arg-type]
-            k=found.asked.k or found.said(config, "top_k", int) if kind.endswith("topk") else None,
+            k=found.overrides.k or found.said(config, "top_k", int) if kind.endswith("topk") else None,
             format=name,
             input_norm=norm,  # type: ignore[arg-type]
             input_scale=scale_in,
@@ -240,7 +240,7 @@ def _openmoss(found: Found, config: dict[str, Any], name: str) -> Dictionary:
 
 
 def _openmoss_scales(
-    found: Found, config: dict[str, Any], into: str | None, out: str | None, d_in: int, d_out: int
+    found: SAEFiles, config: dict[str, Any], into: str | None, out: str | None, d_in: int, d_out: int
 ) -> tuple[float, float, str]:
     """(input scale, output scale, norm of rows) of ``norm_activation``."""
     rule = found.said(config, "norm_activation", str) or "inference"
@@ -251,8 +251,8 @@ def _openmoss_scales(
     if rule != "dataset-wise":
         found.refuse(f"its norm_activation is {rule!r}; known are dataset-wise, token-wise and inference")
     stored = found.said(config, "dataset_average_activation_norm", dict, {})
-    if found.asked.norm_scaling_factor is not None:
-        return found.asked.norm_scaling_factor, found.asked.norm_scaling_factor, "none"
+    if found.overrides.norm_scaling_factor is not None:
+        return found.overrides.norm_scaling_factor, found.overrides.norm_scaling_factor, "none"
     norms = []
     for side, hook in (("in", into), ("out", out)):
         key = f"dataset_average_activation_norm.{hook}"
@@ -266,7 +266,7 @@ def _openmoss_scales(
     return math.sqrt(d_in) / norms[0], math.sqrt(d_out) / norms[1], "none"
 
 
-def _openmoss_threshold(found: Found, config: dict[str, Any], scale: float, latents: int) -> np.ndarray:
+def _openmoss_threshold(found: SAEFiles, config: dict[str, Any], scale: float, latents: int) -> np.ndarray:
     """Thresholds of n_j * p_j, in units of the normalised input."""
     log = next((key for key in found.tensors if key.endswith("log_jumprelu_threshold")), None)
     if log is not None:
@@ -280,7 +280,7 @@ def _openmoss_threshold(found: Found, config: dict[str, Any], scale: float, late
     return np.full(latents, scale * threshold)
 
 
-def _openmoss_model(found: Found) -> str | None:
+def _openmoss_model(found: SAEFiles) -> str | None:
     if found.in_name(r"(Llama3_1-8B-Base)"):
         return "meta-llama/Llama-3.1-8B"
     return "deepseek-ai/DeepSeek-R1-Distill-Llama-8B" if found.in_name(r"(Llama-Scope-R1-Distill)") else None
@@ -289,9 +289,9 @@ def _openmoss_model(found: Found) -> str | None:
 # One file each
 
 
-def qwen_scope(found: Found) -> Dictionary:
+def qwen_scope(found: SAEFiles) -> Dictionary:
     """``layer{i}.sae.pt``: the k largest pre-activations with their signs, k in the repository's name."""
-    k = found.asked.k or found.in_name(r"-L0_(\d+)")
+    k = found.overrides.k or found.in_name(r"-L0_(\d+)")
     if k is None:
         found.ask("k", "how many latents are active at once (the repository is called ...-L0_50 or ...-L0_100)", "50")
     model = found.in_name(r"SAE-Res-(.+?)-W\d+K")
@@ -305,20 +305,20 @@ def qwen_scope(found: Found) -> Dictionary:
     )
 
 
-def goodfire(found: Found) -> Dictionary:
+def goodfire(found: SAEFiles) -> Dictionary:
     """One file with ``encoder_linear`` and ``decoder_linear``: relu, nothing subtracted."""
     name = found.in_name(r"(Llama-3\.\d-\d+B-Instruct)-SAE")
     model = f"meta-llama/{name}" if name else None
     return _linear(found, "encoder_linear", "decoder_linear", "Goodfire", model)
 
 
-def qresearch(found: Found) -> Dictionary:
+def qresearch(found: SAEFiles) -> Dictionary:
     """One file with ``encoder`` and ``decoder``, both with biases, and no JSON: relu, nothing subtracted."""
     model = found.in_name(r"(DeepSeek-R1-Distill-Llama-8B)")
     return _linear(found, "encoder", "decoder", "qresearch", f"deepseek-ai/{model}" if model else None)
 
 
-def _linear(found: Found, encoder: str, decoder: str, name: str, model: str | None) -> Dictionary:
+def _linear(found: SAEFiles, encoder: str, decoder: str, name: str, model: str | None) -> Dictionary:
     where = site_and_model(found, layer_in_name(found, r"-SAE-l(\d+)"), model)
     return Dictionary(
         config=SAEConfig(activation="relu", format=name, **where),
@@ -329,10 +329,10 @@ def _linear(found: Found, encoder: str, decoder: str, name: str, model: str | No
     )
 
 
-def goodfire_r1(found: Found) -> Dictionary:
+def goodfire_r1(found: SAEFiles) -> Dictionary:
     """One file with a tied ``W``: k latents per token on average over the batch, without a stored threshold."""
     topic = found.in_name(r"(?:^|[/:])(math|logic)(?:/|$)")
-    k = found.asked.k or {"math": 128, "logic": 64}.get((topic or "").lower())
+    k = found.overrides.k or {"math": 128, "logic": 64}.get((topic or "").lower())
     if k is None:
         found.ask("k", "how many latents are active per token (128 in math/, 64 in logic/)", "128")
     r1 = found.in_name(r"(DeepSeek-R1)-SAE")

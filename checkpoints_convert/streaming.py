@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from checkpoints_convert.files import DTYPES, all_finite
+from checkpoints_convert.leaves import RECORD, WEIGHTS
 from checkpoints_convert.names import Leaf, assign, expected_leaves
 from checkpoints_convert.sources import Source, StoredTensor, file_states, open_source
-from checkpoints_convert.stored import RECORD, WEIGHTS
-from checkpoints_convert.work import Work, discard, kept_or_discarded, locked, work_directory
+from checkpoints_convert.work_directory import WorkDirectory, discard, hold_lock, keep_or_discard, work_path
 from jaxsteer.errors import UserError
 from jaxsteer.files import make_directory, read_json, write_bytes, write_text
 from jaxsteer.models.config import ModelConfig
@@ -47,7 +47,7 @@ THREADS = min(8, os.cpu_count() or 1)
 OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-class Job(NamedTuple):
+class Conversion(NamedTuple):
     """What is to be converted, after everything that can be wrong with the source has been checked."""
 
     source: Source
@@ -146,36 +146,38 @@ def convert(
     exists or cannot be written.
     """
     src, out = Path(src), Path(os.path.abspath(out))
-    work = work_directory(out)
+    work = work_path(out)
     if not work.is_dir():  # else another process may be making ``out`` just now
         _check_output(out)
     if dtype is not None and dtype not in OUT_DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported: give one of {', '.join(OUT_DTYPES)}.")
-    job = plan(src, dtype, ignore_fields)
+    job = plan_conversion(src, dtype, ignore_fields)
     try:
         make_directory(out.parent)
-        with locked(work, lambda: log.warning("Another process is converting to %s; waiting for it.", out)) as waited:
+        with hold_lock(
+            work, lambda: log.warning("Another process is converting to %s; waiting for it.", out)
+        ) as waited:
             if _is_full(out):
                 discard(work)
                 if waited and _is_result(out, job):
                     return out
                 _check_output(out)
-            with kept_or_discarded(work, out, len(job.groups)):
+            with keep_or_discard(work, out, len(job.groups)):
                 _run(job, work, out, progress, source=source, revision=revision)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}. Choose another output place.") from error
     return out
 
 
-def plan(src: Path, dtype: str | None, ignore_fields: Collection[str] = ()) -> Job:
+def plan_conversion(src: Path, dtype: str | None, ignore_fields: Collection[str] = ()) -> Conversion:
     """The job of converting ``src``, from its JSON files and the headers of its weights. Raises ``UserError``."""
     source = open_source(src, ignore_fields)
     tensors, ignored = assign(source.tensors, source.config)
-    chosen = dtype or _own_dtype(tensors)
+    chosen = dtype or _main_dtype(tensors)
     groups: dict[str, list[Leaf]] = {}
     for leaf in tensors:
         groups.setdefault(".".join(leaf[:2]), []).append(leaf)
-    return Job(source, tensors, [*ignored, *source.ignored], chosen, tuple(ignore_fields), groups)
+    return Conversion(source, tensors, [*ignored, *source.ignored], chosen, tuple(ignore_fields), groups)
 
 
 def _is_full(out: Path) -> bool:
@@ -187,7 +189,7 @@ def _check_output(out: Path) -> None:
         raise UserError(f"The output {out} exists already. Choose another place, or remove it first.")
 
 
-def _is_result(out: Path, job: Job) -> bool:
+def _is_result(out: Path, job: Conversion) -> bool:
     """Whether a checkpoint that another process has made is what this job would make."""
     try:
         record = read_json(out / RECORD)
@@ -197,7 +199,7 @@ def _is_result(out: Path, job: Job) -> bool:
     return wanted.items() <= record.items()
 
 
-def source_hash(job: Job) -> str:
+def source_hash(job: Conversion) -> str:
     """The content hash of the source, by reading it."""
 
     def digest(tensor: StoredTensor) -> tuple[str, str]:
@@ -210,7 +212,7 @@ def source_hash(job: Job) -> str:
         return job.source.content_hash(dict(pool.map(digest, job.tensors.values())))
 
 
-def _manifest(job: Job, states: list[list[str | int]]) -> dict[str, Any]:
+def _manifest(job: Conversion, states: list[list[str | int]]) -> dict[str, Any]:
     """What must be equal for the finished groups of an earlier attempt to be parts of this conversion."""
     return {
         "converter_version": CONVERTER_VERSION,
@@ -221,10 +223,12 @@ def _manifest(job: Job, states: list[list[str | int]]) -> dict[str, Any]:
     }
 
 
-def _run(job: Job, directory: Path, out: Path, progress: bool, *, source: str | None, revision: str | None) -> None:
+def _run(
+    job: Conversion, directory: Path, out: Path, progress: bool, *, source: str | None, revision: str | None
+) -> None:
     """Do what is left of the job, and publish the result."""
     states = file_states(job.source.path)
-    work = Work(directory, _manifest(job, states))
+    work = WorkDirectory(directory, _manifest(job, states))
     notes = {group: note for group in job.groups if (note := work.done(group)) is not None}
     needed = sum(job.size(group) for group in job.groups if group not in notes)
     free = shutil.disk_usage(out.parent).free
@@ -268,7 +272,7 @@ def fingerprint(config: ModelConfig, hashes: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _own_dtype(tensors: dict[Leaf, StoredTensor]) -> str:
+def _main_dtype(tensors: dict[Leaf, StoredTensor]) -> str:
     """The dtype that most weights have; the others are cast to it, which is said."""
     sizes: dict[str, int] = {}
     for tensor in tensors.values():
@@ -295,7 +299,9 @@ def _remove_unfinished(checkpoint: Path, weights: Path, finished: set[Path]) -> 
             shutil.rmtree(path)
 
 
-def _write_groups(job: Job, work: Work, weights: Path, notes: dict[str, dict[str, Any]], progress: bool) -> None:
+def _write_groups(
+    job: Conversion, work: WorkDirectory, weights: Path, notes: dict[str, dict[str, Any]], progress: bool
+) -> None:
     """Write every group that has no note yet, and note it; several leaves at a time, in stream order."""
     from tqdm.auto import tqdm
 
@@ -344,13 +350,13 @@ def block_rows(shape: tuple[int, ...], name: str, width: int) -> int:
     return stored_chunks(name, shape, width)[0]
 
 
-def block_bytes(job: Job, leaf: Leaf, shape: tuple[int, ...]) -> int:
+def block_bytes(job: Conversion, leaf: Leaf, shape: tuple[int, ...]) -> int:
     """Size of a block of a leaf in the file."""
     return block_rows(shape, leaf[-1], job.target.itemsize) * job.tensors[leaf].row_bytes
 
 
 def write_leaf(
-    job: Job,
+    job: Conversion,
     leaf: Leaf,
     shape: tuple[int, ...],
     weights: Path,
@@ -373,7 +379,7 @@ def write_leaf(
     return values
 
 
-def _create(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], job: Job) -> Any:
+def _create(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], job: Conversion) -> Any:
     import tensorstore as ts
 
     spec = {
@@ -386,6 +392,6 @@ def _create(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], job: Jo
             "compressor": None,  # weights hardly compress, and writing takes six times as long
         },
         "store_data_equal_to_fill_value": True,
-        "context": {"file_io_sync": False},  # ``Work.finish`` does it
+        "context": {"file_io_sync": False},  # ``WorkDirectory.finish`` does it
     }
     return ts.open(spec, create=True).result()

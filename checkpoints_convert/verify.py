@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from checkpoints_convert.files import DTYPES, side_files
+from checkpoints_convert.leaves import RECORD, WEIGHTS, open_leaf, read_index, read_record, read_rows
 from checkpoints_convert.names import Leaf, expected_leaves
-from checkpoints_convert.stored import RECORD, WEIGHTS, open_leaf, read_index, read_record, read_stored
 from checkpoints_convert.streaming import (
     CONVERTER_VERSION,
     OUT_DTYPES,
     THREADS,
-    Job,
+    Conversion,
     Values,
     block_rows,
     fingerprint,
-    plan,
+    plan_conversion,
 )
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
@@ -51,8 +51,8 @@ def verify(
         )
     config, index = ModelConfig.from_json(record["config"]), read_index(out / WEIGHTS)
     ignored = record.get("ignored_config_fields", ())
-    job = None if src is None else plan(Path(src), record["dtype"], ignored)
-    differences = _of_the_index(record, config, index)
+    job = None if src is None else plan_conversion(Path(src), record["dtype"], ignored)
+    differences = _check_index(record, config, index)
     if job is not None and job.config != config:
         theirs = config.to_json()
         changed = [name for name, value in job.config.to_json().items() if theirs[name] != value]
@@ -61,12 +61,12 @@ def verify(
     digests: dict[str, str] = {}
     total = sum(math.prod(shape) for _, _, shape in expected_leaves(config).values())
     with tqdm(total=total, unit="weights", unit_scale=True, desc="verifying", disable=not progress) as bar:
-        for leaf, size, found, digest in _leaves(out / WEIGHTS, config, index, record["dtype"], job):
+        for leaf, size, found, digest in _check_leaves(out / WEIGHTS, config, index, record["dtype"], job):
             differences += [f"{'/'.join(leaf)}: {what}" for what in found]
             if job is not None and digest is not None:
                 digests[job.tensors[leaf].name] = digest
             bar.update(size)
-    return differences + ([] if job is None else _of_the_files(out, job, record, digests))
+    return differences + ([] if job is None else _check_files(out, job, record, digests))
 
 
 def report(differences: list[str], out: Path | str, src: Path | str | None = None) -> int:
@@ -81,7 +81,7 @@ def report(differences: list[str], out: Path | str, src: Path | str | None = Non
     return 1
 
 
-def _of_the_index(record: dict[str, Any], config: ModelConfig, index: dict[str, str]) -> list[str]:
+def _check_index(record: dict[str, Any], config: ModelConfig, index: dict[str, str]) -> list[str]:
     wanted = {"/".join(leaf) for leaf in expected_leaves(config)}
     differences = [f"{leaf}: not in the index" for leaf in sorted(wanted - index.keys())]
     differences += [f"{leaf}: in the index, but not a leaf of this model" for leaf in sorted(index.keys() - wanted)]
@@ -90,7 +90,7 @@ def _of_the_index(record: dict[str, Any], config: ModelConfig, index: dict[str, 
     return differences
 
 
-def _of_the_files(out: Path, job: Job, record: dict[str, Any], digests: dict[str, str]) -> list[str]:
+def _check_files(out: Path, job: Conversion, record: dict[str, Any], digests: dict[str, str]) -> list[str]:
     differences = []
     if len(digests) == len(job.tensors) and job.source.content_hash(digests) != record["source_hash"]:
         differences.append("source: its hash is not the recorded one (headers, side files or tensors have changed)")
@@ -106,10 +106,10 @@ def _of_the_files(out: Path, job: Job, record: dict[str, Any], digests: dict[str
     return differences
 
 
-def _leaves(
-    weights: Path, config: ModelConfig, index: dict[str, str], dtype: str, job: Job | None
+def _check_leaves(
+    weights: Path, config: ModelConfig, index: dict[str, str], dtype: str, job: Conversion | None
 ) -> Iterator[tuple[Leaf, int, list[str], str | None]]:
-    """(leaf, its size, its differences, sha256 of the source's tensor), several leaves at a time, in stream order."""
+    """Check several leaves at a time; yields (leaf, its size, its differences, sha256 of the source's tensor)."""
     target = DTYPES[OUT_DTYPES[dtype]]
     leaves = [(leaf, shape) for leaf, (_, _, shape) in expected_leaves(config).items() if "/".join(leaf) in index]
 
@@ -120,9 +120,9 @@ def _leaves(
                 return [f"stored as {store.dtype.name}, expected {target.name}"], None
             rows = block_rows(shape, leaf[-1], target.itemsize)
             if job is None:
-                return _of_the_hash(weights, leaf, store, rows, index["/".join(leaf)]), None
+                return _check_hash(weights, leaf, store, rows, index["/".join(leaf)]), None
             made = Values(job.tensors[leaf], target, rows)
-            return _of_the_values(weights, leaf, store, made, index["/".join(leaf)])
+            return _check_values(weights, leaf, store, made, index["/".join(leaf)])
         except UserError as error:
             return [str(error)], None
 
@@ -135,20 +135,20 @@ def _leaves(
             pool.shutdown(cancel_futures=True)
 
 
-def _of_the_hash(weights: Path, leaf: Leaf, store: Any, rows: int, recorded: str) -> list[str]:
+def _check_hash(weights: Path, leaf: Leaf, store: Any, rows: int, recorded: str) -> list[str]:
     """What is wrong with one stored leaf, by the sha256 that was recorded."""
     digest = hashlib.sha256()
     for start in range(0, store.shape[0], rows):
-        digest.update(_bits(read_stored(weights, leaf, store, slice(start, min(start + rows, store.shape[0])))).data)
+        digest.update(_bits(read_rows(weights, leaf, store, slice(start, min(start + rows, store.shape[0])))).data)
     same = digest.hexdigest() == recorded
     return [] if same else ["the weights on the disk are not those that were written (sha256)"]
 
 
-def _of_the_values(weights: Path, leaf: Leaf, store: Any, made: Values, recorded: str) -> tuple[list[str], str | None]:
+def _check_values(weights: Path, leaf: Leaf, store: Any, made: Values, recorded: str) -> tuple[list[str], str | None]:
     """What is wrong with one stored leaf, by its source; and the sha256 of the source's tensor."""
     start = wrong = 0
     for block in made:
-        values = read_stored(weights, leaf, store, slice(start, start + len(block)))
+        values = read_rows(weights, leaf, store, slice(start, start + len(block)))
         wrong += int(np.count_nonzero(_bits(values, values.itemsize) != _bits(block, block.itemsize)))
         start += len(block)
     differences = [f"{wrong:,} of {math.prod(store.shape):,} values differ from the source"] if wrong else []

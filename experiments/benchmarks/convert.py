@@ -84,7 +84,7 @@ def measure(work: Path, gib: float, repeat: int) -> dict[str, Any]:
     source, copy, out = work / "source", work / "copy", work / "out"
     make_source(source, gib)
     size = sum(file.stat().st_size for file in source.iterdir())
-    job = streaming.plan(source, None)
+    job = streaming.plan_conversion(source, None)
     group = max(job.size(name) for name, leaves in job.groups.items() if len(leaves) > 1)
     largest = max(job.size(name) for name in job.groups)
     runs: dict[str, list[dict[str, float]]] = {"cp": [], "convert": []}

@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec as P
 from checkpoints_convert.files import read_headers
 from checkpoints_convert.gguf import is_gguf, read_gguf_model
 from checkpoints_convert.hf import config_from_hf, ignored_fields
+from checkpoints_convert.leaves import RECORD, read_record
 from checkpoints_convert.names import assign
 from checkpoints_convert.sources import open_source
-from checkpoints_convert.stored import RECORD, read_record
-from jaxsteer.checkpoints.loading import locate
+from jaxsteer.checkpoints.loading import find_source
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_json
 from jaxsteer.files.paths import user_path
@@ -57,7 +57,7 @@ def describe(source: str, *, ignore_fields: Collection[str] = ()) -> Description
     path = user_path(source) if not is_url(source) else Path(source)
     if path.name == "config.json" and path.is_file():
         source = str(path.parent)
-    directory, name, revision = locate(source, ["config.json"])
+    directory, name, revision = find_source(source, ["config.json"])
     if is_gguf(directory):
         found = open_source(directory, ignore_fields)
         return Description(

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from checkpoints_convert.gguf import is_gguf
 from checkpoints_convert.hf import config_from_hf, quiet_transformers, stop_tokens
-from checkpoints_convert.stored import RECORD, read_record
+from checkpoints_convert.leaves import RECORD, read_record
 from jaxsteer.checkpoints.remote import side_files
 from jaxsteer.checkpoints.restoring import check_finite, restore
 from jaxsteer.errors import UserError, first_line
@@ -72,7 +72,7 @@ def load(
     name = str(source)
     checkpoint = _checkpoint_of(name, ignore_fields)
     record = read_record(checkpoint)
-    config = _first(ModelConfig.from_json(record["config"]), layers)
+    config = _shallower(ModelConfig.from_json(record["config"]), layers)
     target = _dtype(dtype, record["dtype"])
     params = restore(
         checkpoint / "weights",
@@ -95,7 +95,7 @@ def load(
     )
 
 
-def _first(config: ModelConfig, layers: int | None) -> ModelConfig:
+def _shallower(config: ModelConfig, layers: int | None) -> ModelConfig:
     """The config of a model that ends at layer ``layers``."""
     if layers is None:
         return config
@@ -137,16 +137,16 @@ def cache_dir() -> Path:
 
 def _checkpoint_of(source: str, ignore_fields: Collection[str]) -> Path:
     """The converted checkpoint of any source, made if it does not exist yet."""
-    directory, name, revision = locate(source)
+    directory, name, revision = find_source(source)
     if (directory / RECORD).is_file():
         return directory
-    found = _converted(directory, name, revision, ignore_fields)
+    found = _convert_once(directory, name, revision, ignore_fields)
     if not set(read_record(found).get("ignored_config_fields", ())) <= set(ignore_fields):
         config_from_hf(directory, ignore_fields=ignore_fields)  # raises: it was converted with less doubt than now
     return found
 
 
-def locate(source: str, patterns: Sequence[str] = HUB_PATTERNS) -> tuple[Path, str, str | None]:
+def find_source(source: str, patterns: Sequence[str] = HUB_PATTERNS) -> tuple[Path, str, str | None]:
     """(directory, name, revision if from the hub) of any source, converted or in Hugging Face format.
 
     Of a hub model, the files that ``patterns`` name are downloaded. Raises ``UserError`` for what is no model.
@@ -210,12 +210,14 @@ def _download(repo: str, revision: str | None, patterns: Sequence[str]) -> tuple
     return path, repo, path.name
 
 
-def _converted(directory: Path, source: str, revision: str | None = None, ignore_fields: Collection[str] = ()) -> Path:
+def _convert_once(
+    directory: Path, source: str, revision: str | None = None, ignore_fields: Collection[str] = ()
+) -> Path:
     """The converted form of a Hugging Face directory in the cache; converts on first use.
 
     Where several processes run one program (``jax.distributed``), the first converts and tells the others the place.
     """
-    name = from_first(lambda: _converted_here(directory, source, revision, ignore_fields).name)
+    name = from_first(lambda: _convert_here(directory, source, revision, ignore_fields).name)
     out = cache_dir() / "checkpoints" / name
     if not (out / RECORD).is_file():
         raise UserError(
@@ -225,7 +227,7 @@ def _converted(directory: Path, source: str, revision: str | None = None, ignore
     return out
 
 
-def _converted_here(directory: Path, source: str, revision: str | None, ignore_fields: Collection[str]) -> Path:
+def _convert_here(directory: Path, source: str, revision: str | None, ignore_fields: Collection[str]) -> Path:
     """The converted form of a Hugging Face directory, made by this process if it does not exist yet.
 
     The key is the hash of the contents, so a changed file is converted anew. The contents are hashed while they are
@@ -234,7 +236,7 @@ def _converted_here(directory: Path, source: str, revision: str | None, ignore_f
     """
     from checkpoints_convert.sources import file_states
     from checkpoints_convert.streaming import CONVERTER_VERSION, convert
-    from checkpoints_convert.work import discard, locked
+    from checkpoints_convert.work_directory import discard, hold_lock
 
     directory = directory.resolve()
     state = json.dumps([str(directory), file_states(directory), CONVERTER_VERSION])
@@ -242,12 +244,12 @@ def _converted_here(directory: Path, source: str, revision: str | None, ignore_f
     memo = cache_dir() / "hashes" / key
     checkpoints = cache_dir() / "checkpoints"
 
-    def place(digest: str) -> Path:
+    def checkpoint_of(digest: str) -> Path:
         return checkpoints / f"{digest[:32]}-v{CONVERTER_VERSION}"
 
     def known() -> Path | None:
         digest = memo.read_text(encoding="ascii") if memo.is_file() else ""
-        return place(digest) if digest and (place(digest) / RECORD).is_file() else None
+        return checkpoint_of(digest) if digest and (checkpoint_of(digest) / RECORD).is_file() else None
 
     if found := known():
         return found
@@ -261,7 +263,7 @@ def _converted_here(directory: Path, source: str, revision: str | None, ignore_f
         ) from error
     waiting = f"Another process is converting {source}; waiting for it"
     lock = cache_dir() / "locks" / key
-    with writing(lock), locked(lock, lambda: print(waiting, file=sys.stderr, flush=True)):
+    with writing(lock), hold_lock(lock, lambda: print(waiting, file=sys.stderr, flush=True)):
         if found := known():
             return found
         fresh = checkpoints / f"new-{key}"
@@ -270,12 +272,12 @@ def _converted_here(directory: Path, source: str, revision: str | None, ignore_f
             convert(directory, fresh, progress=False, source=source, revision=revision, ignore_fields=ignore_fields)
         digest = read_record(fresh)["source_hash"]
         write_text(memo, digest)
-        if (place(digest) / RECORD).is_file():  # the same contents at another path
+        if (checkpoint_of(digest) / RECORD).is_file():  # the same contents at another path
             shutil.rmtree(fresh)
         else:
-            fresh.rename(place(digest))
+            fresh.rename(checkpoint_of(digest))
         discard(lock)
-        return place(digest)
+        return checkpoint_of(digest)
 
 
 # Reading the checkpoint

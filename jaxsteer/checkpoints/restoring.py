@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from checkpoints_convert.stored import Leaf, checked, opening, read_index, result
+from checkpoints_convert.leaves import Leaf, finish_opening, read_index, start_opening, wait_for
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
@@ -177,8 +177,8 @@ def _read(
     import tensorstore as ts
 
     forms = {leaf: stored_shape(leaf[-1], shape) for leaf, shape in leaves.items()}
-    opened = {leaf: opening(weights, leaf, url) for leaf in leaves}
-    arrays = {leaf: ts.cast(checked(weights, leaf, forms[leaf], opened[leaf]), dtype) for leaf in leaves}
+    opened = {leaf: start_opening(weights, leaf, url) for leaf in leaves}
+    arrays = {leaf: ts.cast(finish_opening(weights, leaf, forms[leaf], opened[leaf]), dtype) for leaf in leaves}
     places = {leaf: stored_sharding(leaf[-1], shape, mesh) for leaf, shape in leaves.items()}
     # All are being read before the first is waited for. A batch reads a chunk once, however many parts are in it.
     with ts.Batch() as batch:
@@ -188,7 +188,7 @@ def _read(
         }
     found: dict[Leaf, jax.Array] = {}
     for leaf, array in arrays.items():
-        parts = {at: result(weights, leaf, future) for at, future in reading.pop(leaf).items()}
+        parts = {at: wait_for(weights, leaf, future) for at, future in reading.pop(leaf).items()}
 
         def part(index: tuple[slice, ...] | None, parts: dict[_Part, np.ndarray] = parts) -> np.ndarray:
             return parts[_part(index)]

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from checkpoints_convert.sae import read_sae, write_sae
-from checkpoints_convert.sae_files import Asked
+from checkpoints_convert.sae_files import Overrides
 from jaxsteer import processes
 from jaxsteer.checkpoints.loading import ORGANISM
 from jaxsteer.errors import UserError
@@ -74,7 +74,7 @@ def load_sae(
     target = _dtype(dtype)
     if str(source).startswith(ORGANISM):
         source = organism_sae_dir(str(source).removeprefix(ORGANISM))
-    asked = Asked(
+    overrides = Overrides(
         model=model,
         site=site,
         k=k,
@@ -82,7 +82,7 @@ def load_sae(
         use_threshold=use_threshold,
         site_out=site_out,
     )
-    sae = to_device(read_sae(source, unit_decoder_rows=unit_decoder, asked=asked), dtype=target, mesh=mesh)
+    sae = to_device(read_sae(source, unit_decoder_rows=unit_decoder, overrides=overrides), dtype=target, mesh=mesh)
     health = check_health(sae)
     if health.non_finite or health.tensors:
         raise UserError(
@@ -186,11 +186,11 @@ def same_model(one: str | None, other: str) -> bool:
     return a == b if "/" in a and "/" in b else a.rpartition("/")[2] == b.rpartition("/")[2]
 
 
-def _dtype(asked: str | jnp.dtype | None) -> jnp.dtype:
+def _dtype(given: str | jnp.dtype | None) -> jnp.dtype:
     try:
-        dtype = jnp.dtype("float32" if asked is None else asked)
+        dtype = jnp.dtype("float32" if given is None else given)
     except TypeError:
         dtype = None
     if dtype is None or dtype.name not in _DTYPES:
-        raise UserError(f"dtype {asked!r} is not supported: give 'float32', 'bfloat16' or 'float16'.")
+        raise UserError(f"dtype {given!r} is not supported: give 'float32', 'bfloat16' or 'float16'.")
     return dtype

@@ -80,7 +80,7 @@ def test_the_cache_follows_the_contents(tmp_path: Path, cache: Path) -> None:
 def test_several_first_uses_at_once(tmp_path: Path, cache: Path) -> None:
     directory = hf_directory(tmp_path / "m", CONFIG)
     with ThreadPoolExecutor(3) as pool:
-        places = set(pool.map(lambda _: loading._converted(directory, "m"), range(3)))
+        places = set(pool.map(lambda _: loading._convert_once(directory, "m"), range(3)))
     assert len(places) == 1 and len(list((cache / "checkpoints").iterdir())) == 1
 
 

@@ -20,7 +20,7 @@ import pytest
 import checkpoints_convert.files as files
 import checkpoints_convert.streaming as module
 from checkpoints_convert import convert
-from checkpoints_convert.work import work_directory
+from checkpoints_convert.work_directory import work_path
 from jaxsteer import UserError, load
 from jaxsteer.models import sharding
 from tests.helpers.checkpoints import hf_directory, random_params, tiny_config
@@ -88,25 +88,25 @@ def killer(source: Path) -> Iterator[Killer]:
 def test_killed_at_every_kind_of_moment(whole: Any, killer: Killer, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for point, fewest, most in (
-        ("work.write_text:1:before", 0, 0),  # no manifest yet
-        ("work.write_text:1:after", 0, 0),
+        ("work_directory.write_text:1:before", 0, 0),  # no manifest yet
+        ("work_directory.write_text:1:after", 0, 0),
         ("streaming.write_leaf:1:before", 0, 0),
         ("streaming.write_leaf:1:after", 0, 0),  # written, but not noted
         ("os.replace:1:before", 0, 0),  # between a note and its name
-        ("work.sync:2:after", 1, 1),
+        ("work_directory.sync:2:after", 1, 1),
         ("os.replace:3:before", 3, 3),
         ("streaming.write_leaf:4:before", 3, 3),  # in the first layer
         ("streaming.write_leaf:14:after", 3, 4),  # in the second, when the first may have been noted
         ("streaming.write_text:1:before", GROUPS, GROUPS),  # all groups, no index
         ("streaming.write_text:1:after", GROUPS, GROUPS),
         ("streaming.write_text:2:before", GROUPS, GROUPS),  # no record
-        ("work.sync:1:after", GROUPS, GROUPS),
-        ("work.sync:2:after", GROUPS, GROUPS),
+        ("work_directory.sync:1:after", GROUPS, GROUPS),
+        ("work_directory.sync:2:after", GROUPS, GROUPS),
     ):
         status = killer(out=out, point=point)["status"]
         assert status == -9, point
         assert not out.exists(), point
-        notes = list((work_directory(out) / "done").glob("*.json"))
+        notes = list((work_path(out) / "done").glob("*.json"))
         assert fewest <= len(notes) <= most, point
     answer = killer(out=out)
     assert answer["status"] == 0 and answer["saves"] == 0
@@ -116,13 +116,13 @@ def test_killed_at_every_kind_of_moment(whole: Any, killer: Killer, tmp_path: Pa
 
 def test_killed_between_the_rename_and_the_end(whole: Any, killer: Killer, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert killer(out=out, point="work.discard:1:before")["status"] == -9
+    assert killer(out=out, point="work_directory.discard:1:before")["status"] == -9
     assert contents(out) == whole
     with pytest.raises(UserError, match="exists already"):
         convert(source, out, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     # The same, and then the result is removed: what is left of the work is not taken for finished groups.
-    assert killer(out=tmp_path / "other", point="work.discard:1:before")["status"] == -9
+    assert killer(out=tmp_path / "other", point="work_directory.discard:1:before")["status"] == -9
     shutil.rmtree(tmp_path / "other")
     assert killer(out=tmp_path / "other")["saves"] == LEAVES
     assert contents(tmp_path / "other") == whole
@@ -165,7 +165,7 @@ def test_ctrl_c_keeps_the_work(
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(patch, 4, KeyboardInterrupt())
         convert(source, out, progress=False)
-    assert "4 of 6 groups of leaves are finished" in caplog.text and str(work_directory(out)) in caplog.text
+    assert "4 of 6 groups of leaves are finished" in caplog.text and str(work_path(out)) in caplog.text
     assert not out.exists()
     with pytest.MonkeyPatch.context() as patch:
         written = stop_at(patch, -1, AssertionError())
@@ -313,7 +313,7 @@ def test_locks_that_lead_elsewhere_end_at_once(source: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="/proc/self/out cannot be written"):
         convert(source, "/proc/self/out", progress=False)
     elsewhere = tmp_path / "elsewhere"
-    work = work_directory(tmp_path / "out")
+    work = work_path(tmp_path / "out")
     for make in (
         lambda: work.symlink_to(elsewhere),
         lambda: work.symlink_to(work),
@@ -334,7 +334,7 @@ def test_nothing_unfinished_can_be_loaded(source: Path, tmp_path: Path, small_bl
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(patch, GROUPS - 1, KeyboardInterrupt())
         convert(source, out, progress=False)
-    for place in (out, work_directory(out), work_directory(out) / "checkpoint"):
+    for place in (out, work_path(out), work_path(out) / "checkpoint"):
         with pytest.raises(UserError):
             load(place)
     model = load(convert(source, out, progress=False))

@@ -2,7 +2,7 @@
 
     python tests/helpers/killed.py SRC BLOCK_BYTES      then, one JSON object per line on stdin:
     {"out": DIR}                                        convert to the end
-    {"out": DIR, "point": "work.write_text:2:before"}  kill -9 before (or after) the second call of that function
+    {"out": DIR, "point": "work_directory.write_text:2:before"}  kill -9 before (or after) its second call
     {"out": DIR, "seconds": 0.1}                        kill -9 after so long
 
 The answer to each is a line: {"status": exit status or -signal, "saves": leaves written, "seconds": it took}.
@@ -31,12 +31,12 @@ def main(src: str, block_bytes: int) -> None:
     import tensorstore  # noqa: F401
     from tqdm.auto import tqdm  # noqa: F401
 
-    from checkpoints_convert import streaming, work
+    from checkpoints_convert import streaming, work_directory
     from jaxsteer.models import sharding
 
     sharding._BLOCK_BYTES = block_bytes
-    streaming.plan(Path(src), None)  # imports transformers
-    places = {"streaming": streaming, "work": work, "os": os, "shutil": shutil}
+    streaming.plan_conversion(Path(src), None)  # imports transformers
+    places = {"streaming": streaming, "work_directory": work_directory, "os": os, "shutil": shutil}
     for line in sys.stdin:
         print(json.dumps(in_child(json.loads(line), src, streaming, places)), flush=True)
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from checkpoints_convert.__main__ import main
-from checkpoints_convert.sae_files import Asked, find
+from checkpoints_convert.sae_files import Overrides, find_sae
 from jaxsteer import UserError, load_sae
 from jaxsteer.sae import encode, reconstruct
 from tests.helpers import torchzip
@@ -400,7 +400,7 @@ def test_only_the_files_of_one_sae_are_fetched(cache: Path, monkeypatch: pytest.
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     load_sae("google/gemma-scope-2b-pt-res:layer_0/width_16k/average_l0_20")
     assert fetched == [["layer_0/width_16k/average_l0_20/params.npz"]]
-    found = find("google/gemma-scope-2b-pt-res:layer_0/width_16k/average_l0_20", Asked())
+    found = find_sae("google/gemma-scope-2b-pt-res:layer_0/width_16k/average_l0_20", Overrides())
     assert set(found.tensors) == {*FOUR, "threshold"}
     with pytest.raises(UserError, match="holds no SAE in 'layer_0/width_16k'. Folders with one: layer_0/width_16k/av"):
         load_sae("google/gemma-scope-2b-pt-res:layer_0/width_16k")

@@ -1,4 +1,4 @@
-"""Converted checkpoints as they lie on the disk: every leaf is a Zarr array of its own, listed in an index.
+"""The leaves of a converted checkpoint: every one is a Zarr array of its own, listed in an index.
 
 ``weights/embed``, ``weights/layers/007/q`` ...; ``checkpoints_convert.streaming`` writes them,
 ``jaxsteer.checkpoints.restoring`` puts them on devices.
@@ -55,33 +55,33 @@ def read_index(weights: Path) -> dict[str, str]:
     return read_json(weights / "index.json")
 
 
-def open_leaf(weights: Path, leaf: Leaf, form: tuple[int, ...]) -> Any:
-    """The ``tensorstore.TensorStore`` of a stored leaf, which must have the shape ``form``. Raises ``UserError``."""
-    return checked(weights, leaf, form, opening(weights, leaf))
+def open_leaf(weights: Path, leaf: Leaf, shape: tuple[int, ...]) -> Any:
+    """The ``tensorstore.TensorStore`` of a stored leaf, which must have the shape ``shape``. Raises ``UserError``."""
+    return finish_opening(weights, leaf, shape, start_opening(weights, leaf))
 
 
-def opening(weights: Path, leaf: Leaf, url: str | None = None) -> Any:
-    """A leaf that is being opened: of a store, each takes a while, and all are opened at once."""
+def start_opening(weights: Path, leaf: Leaf, url: str | None = None) -> Any:
+    """A future of an opened leaf. In an object store each takes a while, so that all are opened at once."""
     import tensorstore as ts
 
     path = weights.joinpath(*leaf).absolute()
-    place = {"driver": "file", "path": f"{path}/"} if url is None else f"{url}/{'/'.join(leaf)}/"
+    where = {"driver": "file", "path": f"{path}/"} if url is None else f"{url}/{'/'.join(leaf)}/"
     # A chunk that is missing would else be read as zeros.
-    return ts.open({"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}, read=True)
+    return ts.open({"driver": "zarr", "kvstore": where, "fill_missing_data_reads": False}, read=True)
 
 
-def checked(weights: Path, leaf: Leaf, form: tuple[int, ...], opening: Any) -> Any:
-    """The opened leaf, which must have the shape ``form``. Raises ``UserError``."""
-    store = result(weights, leaf, opening)
-    if store.shape != form:
+def finish_opening(weights: Path, leaf: Leaf, shape: tuple[int, ...], opening: Any) -> Any:
+    """The opened leaf, which must have the shape ``shape``. Raises ``UserError``."""
+    store = wait_for(weights, leaf, opening)
+    if store.shape != shape:
         raise UserError(
             f"The checkpoint {weights.parent} cannot be read: its leaf {'/'.join(leaf)} is stored as "
-            f"{list(store.shape)}, and a model of this config has {list(form)}. Convert the model again."
+            f"{list(store.shape)}, and a model of this config has {list(shape)}. Convert the model again."
         )
     return store
 
 
-def result(weights: Path, leaf: Leaf, future: Any) -> Any:
+def wait_for(weights: Path, leaf: Leaf, future: Any) -> Any:
     """What TensorStore gives. Raises ``UserError`` for a damaged array."""
     try:
         return future.result()
@@ -92,6 +92,6 @@ def result(weights: Path, leaf: Leaf, future: Any) -> Any:
         ) from error
 
 
-def read_stored(weights: Path, leaf: Leaf, store: Any, rows: slice) -> np.ndarray:
+def read_rows(weights: Path, leaf: Leaf, store: Any, rows: slice) -> np.ndarray:
     """Rows of an opened leaf, in the dtype that is stored. Raises ``UserError`` when they cannot be read."""
-    return result(weights, leaf, store[rows].read())
+    return wait_for(weights, leaf, store[rows].read())

@@ -40,13 +40,13 @@ _WRITE_FAILURES = (
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def work_directory(out: Path) -> Path:
+def work_path(out: Path) -> Path:
     """Where the conversion to ``out`` does its work: beside it, so that a rename finishes it."""
     return out.parent / f".{out.name}.converting"
 
 
 @contextlib.contextmanager
-def locked(directory: Path, waiting: Callable[[], object]) -> Iterator[bool]:
+def hold_lock(directory: Path, waiting: Callable[[], object]) -> Iterator[bool]:
     """Hold the lock of ``directory``, which is made if it is missing; True if another process had to be waited for.
 
     The lock goes with the process that holds it, however that ends. ``waiting`` is called before a wait. The directory
@@ -111,8 +111,8 @@ def _clear(directory: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-class Work:
-    """The groups that are finished in a work directory, whose lock is held."""
+class WorkDirectory:
+    """A work directory whose lock is held, and which groups are finished in it."""
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         """Go on with what is in ``directory`` if it was begun with the same ``manifest``; else clear it."""
@@ -159,8 +159,8 @@ def _text(path: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def kept_or_discarded(work: Path, out: Path, groups: int) -> Iterator[None]:
-    """What becomes of the work when the block does not end well.
+def keep_or_discard(work: Path, out: Path, groups: int) -> Iterator[None]:
+    """Keep or remove the work when the block does not end well.
 
     Groups that are finished are kept where another attempt can go on (Ctrl-C, a full disk, a source that cannot be read
     just now), and the user is told; after all other errors nothing is left. ``groups`` is how many there are in all.
@@ -168,11 +168,11 @@ def kept_or_discarded(work: Path, out: Path, groups: int) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        log.warning("The conversion to %s was interrupted. %s", out, _kept(work, groups))
+        log.warning("The conversion to %s was interrupted. %s", out, _keep(work, groups))
         raise
     except UserError as error:
         if isinstance(error.__cause__, OSError):  # of reading: the source may come back
-            raise UserError(f"{error} {_kept(work, groups)}") from error.__cause__
+            raise UserError(f"{error} {_keep(work, groups)}") from error.__cause__
         discard(work)
         raise
     except BaseException as error:
@@ -182,13 +182,13 @@ def kept_or_discarded(work: Path, out: Path, groups: int) -> Iterator[None]:
         if _is_write_failure(error):
             raise UserError(
                 f"{out} could not be written ({_cause(error)}). Free some space or choose another output place. "
-                f"{_kept(work, groups)}"
+                f"{_keep(work, groups)}"
             ) from error
         discard(work)
         raise
 
 
-def _kept(work: Path, groups: int) -> str:
+def _keep(work: Path, groups: int) -> str:
     """Keep the finished groups, if there are any, and say so."""
     finished = len(list((work / "done").glob("*.json")))
     if not finished:
