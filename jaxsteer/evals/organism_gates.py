@@ -21,6 +21,7 @@ from jaxsteer.prompts import (
     build_slots,
     prompt_text,
     question_conversation,
+    random_rows,
     retokenises_many,
 )
 
@@ -175,13 +176,11 @@ def _doses(model: Model, behaviour: str) -> Iterator[Gate]:
 
 def random_prompts(model: Model, *, n: int, seed: int, banned: Sequence[str] = ()) -> list[str]:
     """``n`` texts of 8 random whole-word tokens that re-tokenise in place; no token holds a banned word."""
-    allowed = np.flatnonzero(
-        allowed_tokens(
-            model.tokenizer, model.config.vocab_size, ascii_only=True, word_initial=True, banned=tuple(banned)
-        )
+    allowed = allowed_tokens(
+        model.tokenizer, model.config.vocab_size, ascii_only=True, word_initial=True, banned=tuple(banned)
     )
     slots = build_slots(model.tokenizer, [question_conversation("Is it so?", Placement(style="plain"))], PROMPT_LENGTH)
-    drawn = np.random.default_rng(seed).choice(allowed, (2 * n + 16, PROMPT_LENGTH)).astype(np.int32)
+    drawn = random_rows(np.random.default_rng(seed), allowed, 2 * n + 16, PROMPT_LENGTH)
     good = drawn[retokenises_many(model.tokenizer, slots, drawn)][:n]
     return [prompt_text(model.tokenizer, ids) for ids in good]
 

@@ -183,6 +183,23 @@ def first_allowed(
     return mask
 
 
+def random_rows(
+    rng: np.random.Generator,
+    allowed: Bool[np.ndarray, " V"],
+    n: int,
+    length: int,
+    first: Bool[np.ndarray, " V"] | None = None,
+) -> Int[np.ndarray, "n {length}"]:
+    """``n`` prompts of uniformly random allowed tokens; with ``first``, their first tokens are of those, if any are.
+
+    Few of them may re-tokenise in a slot: filter them by ``retokenises_many``.
+    """
+    ids = rng.choice(np.flatnonzero(allowed), (n, length)).astype(np.int32)
+    if first is not None and first.any():
+        ids[:, 0] = rng.choice(np.flatnonzero(first), n)
+    return ids
+
+
 def _in_place(slots: Slots, c: int, row: tuple[int, ...], got: np.ndarray) -> bool:
     target = slots.target[c : c + 1]
     want = np.concatenate([slots.before[c], np.asarray(row, np.int32), slots.closing[c], *target])

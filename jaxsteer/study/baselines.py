@@ -23,18 +23,19 @@ from jaxsteer.models.sites import resid_site
 from jaxsteer.personas import Item, Persona, Splits, contrast_pairs, instructions, mean_difference, seed_phrase
 from jaxsteer.prompts import (
     Placement,
-    allowed_tokens,
     build_slots,
     encode_texts,
     first_allowed,
     prompt_text,
     question_conversation,
+    random_rows,
     render,
     retokenises_many,
 )
 from jaxsteer.statistics import bootstrap_mean, wilson
 from jaxsteer.steer import add
 from jaxsteer.study.selection import lowest_rate
+from jaxsteer.study.setting import token_mask
 from jaxsteer.study.table_row import TableRow, rate_fields
 from jaxsteer.writers.writer import Writer
 
@@ -123,19 +124,12 @@ def random_prompts(bench: Bench) -> Found:
     model, tokenizer = bench.model, bench.model.tokenizer
     asked = [question_conversation(item.question, bench.placement) for item in bench.splits.train[:4]]
     slots = build_slots(tokenizer, asked, bench.length, max_positions=model.config.max_positions)
-    allowed = allowed_tokens(
-        tokenizer,
-        model.config.vocab_size,
-        ascii_only=bench.tokens != "all",
-        word_initial=bench.tokens == "words",
-    )
-    first = np.flatnonzero(first_allowed(tokenizer, slots, allowed))
+    allowed = token_mask(model, bench.tokens)
+    first = first_allowed(tokenizer, slots, allowed)
     rng = np.random.default_rng([bench.seed, 20])
     kept: dict[str, None] = {}
     for _ in range(8):
-        ids = rng.choice(np.flatnonzero(allowed), (8 * RANDOM_PROMPTS, bench.length)).astype(np.int32)
-        if len(first):
-            ids[:, 0] = rng.choice(first, len(ids))
+        ids = random_rows(rng, allowed, 8 * RANDOM_PROMPTS, bench.length, first)
         kept |= dict.fromkeys(prompt_text(tokenizer, row) for row in ids[retokenises_many(tokenizer, slots, ids)])
         if len(kept) >= RANDOM_PROMPTS:
             return Found(prompts=tuple(kept)[:RANDOM_PROMPTS])

@@ -21,7 +21,7 @@ from jaxsteer.personas import instructions
 from jaxsteer.processes import is_first
 from jaxsteer.prompt_search import ScoredPrompt, SearchResult
 from jaxsteer.prompt_search.rescore import Rescored, rescore
-from jaxsteer.prompts import prompt_text, retokenises_many
+from jaxsteer.prompts import prompt_text, random_rows, retokenises_many
 from jaxsteer.study import files
 from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.options import ReportOptions, RunOptions
@@ -141,8 +141,7 @@ def select(prompts: Sequence[Prompt], by: str) -> int | None:
 
 def random_prompt(setting: Setting, seed: int) -> str:
     """One prompt of random allowed tokens that re-tokenises, fixed by the seed: what no search at all achieves."""
-    rng = np.random.default_rng([seed, 1])
-    ids = rng.choice(np.flatnonzero(setting.allowed), (64, setting.slots.length)).astype(np.int32)
+    ids = random_rows(np.random.default_rng([seed, 1]), setting.allowed, 64, setting.slots.length)
     good = retokenises_many(setting.model.tokenizer, setting.slots, ids)
     return prompt_text(setting.model.tokenizer, ids[int(np.argmax(good))])
 

@@ -31,7 +31,7 @@ from jaxsteer.objectives import Needs
 from jaxsteer.personas import Direction, Item, Persona, search_conversations
 from jaxsteer.prompt_search import Task, make_task
 from jaxsteer.prompt_search.scoring import slot_rows
-from jaxsteer.prompts import Placement, Slots, build_slots, first_allowed, prompt_text, retokenises_many
+from jaxsteer.prompts import Placement, Slots, build_slots, first_allowed, prompt_text, random_rows, retokenises_many
 from jaxsteer.statistics import spearman
 
 if TYPE_CHECKING:
@@ -109,15 +109,12 @@ def probe_prompts(
     Prompts that do not re-tokenise in place are left out; M is smaller than ``n`` where many do not.
     """
     rng = np.random.default_rng(seed)
-    ids = np.flatnonzero(allowed)
-    first = np.flatnonzero(first_allowed(tokenizer, slots, allowed))
+    first = first_allowed(tokenizer, slots, allowed)
     spelt = [np.asarray(tokenizer(" " + word, add_special_tokens=False)["input_ids"], np.int32) for word in words]
     spelt = [word for word in spelt if 0 < len(word) < slots.length]
     rows: dict[tuple[int, ...], None] = {}
     for _ in range(4):
-        drawn = rng.choice(ids, (n, slots.length)).astype(np.int32)
-        if len(first):
-            drawn[:, 0] = rng.choice(first, n)
+        drawn = random_rows(rng, allowed, n, slots.length, first)
         for i, row in enumerate(drawn):
             for _ in range(i % 3 if spelt else 0):
                 word = spelt[rng.integers(len(spelt))]

@@ -16,6 +16,7 @@ from jaxsteer.prompts import (
     first_allowed,
     prompt_text,
     question_conversation,
+    random_rows,
     render,
     retokenises,
     retokenises_many,
@@ -207,3 +208,11 @@ def test_bad_requests_are_refused(arguments, message):
     conversations = [question_conversation(q) for q in QUESTIONS]
     with pytest.raises(UserError, match=message):
         build_slots(tiny_tokenizer(), conversations, **({"length": 4} | arguments))
+
+
+def test_random_rows_draw_allowed_tokens_and_then_first_ones():
+    allowed, first = np.arange(20) % 2 == 0, np.arange(20) == 4
+    ids, rng = random_rows(np.random.default_rng(3), allowed, 6, 3, first), np.random.default_rng(3)
+    np.testing.assert_array_equal(ids[:, 1:], rng.choice(np.arange(0, 20, 2), (6, 3))[:, 1:])
+    assert (ids[:, 0] == 4).all() and ids.dtype == np.int32
+    assert set(random_rows(rng, allowed, 50, 3, first & ~allowed)[:, 0]) <= set(range(0, 20, 2))
