@@ -143,8 +143,6 @@ def run_and_read(
 
     ``added`` is added to the values at its sites in blocks and behind them, so that a gradient with respect to it is
     one with respect to the values. The scan is then cut: gradients take memory from its first layer to its last.
-
-    Many parameters: everything that reads comes down to this.
     """
     added = added or {}
     found: list[dict[Site, Array]] = [{} for _ in wanted]
