@@ -67,10 +67,10 @@ class _Rows:
     """Checked inputs of a run, on the model's mesh."""
 
     tokens: Int[Array, "B T"]
-    mask: Bool[Array, "B T"] | None
-    edits: Intervention | None
-    prompt_length: Int[Array, " B"] | None
-    roles: Roles | None
+    mask: Bool[Array, "B T"] | None = None
+    edits: Intervention | None = None
+    prompt_length: Int[Array, " B"] | None = None
+    roles: Roles | None = None
 
 
 def run(

@@ -54,7 +54,7 @@ def test_every_place_at_several_layers_in_one_call() -> None:
 
 def _scan_lengths(*sites: str, to_logits: bool = False) -> list[int]:
     named = tuple(parse_site(name, 4) for name in sites)
-    rows = _Rows(jnp.asarray(TOKENS, jnp.int32), None, None, None)
+    rows = _Rows(jnp.asarray(TOKENS, jnp.int32))
     traced = jax.make_jaxpr(lambda p: _run.__wrapped__(p, CONFIG, rows, sites=named, to_logits=to_logits))(MODEL.params)
     return [equation.params["length"] for equation in traced.jaxpr.eqns if equation.primitive.name == "scan"]
 
@@ -167,7 +167,7 @@ def test_gradients_compile_once_and_take_memory_for_the_layers_asked_for(
             edits = steer.add("blocks.1.hook_resid_mid", np.ones(24), scale)
             jaxsteer.gradients(MODEL, TOKENS, Weighted(scale * WEIGHTS), sites=["blocks.2.attn.hook_z"], edits=edits)
     assert count["_gradients"] == 1
-    rows, named = _Rows(jnp.asarray(TOKENS, jnp.int32), None, None, None), (("z", Site(2, "attn.hook_z")),)
+    rows, named = _Rows(jnp.asarray(TOKENS, jnp.int32)), (("z", Site(2, "attn.hook_z")),)
     text = str(
         jax.make_jaxpr(lambda p, m: _gradients(p, CONFIG, rows, m, sites=named))(MODEL.params, Weighted(WEIGHTS))
     )
