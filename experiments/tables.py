@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxsteer.files import write_text
 from jaxsteer.study import files
-from jaxsteer.study.cell_rows import TOLERANCE
+from jaxsteer.study.cell_rows import SELECTED_BY
 from jaxsteer.study.table_row import ShownPrompt, TableRow
 
 Columns = dict[str, Callable[[TableRow], str]]
@@ -46,9 +46,9 @@ COLUMNS: Columns = {
     "of the one shown": lambda row: perplexity(row.selected),
 }
 NOTE = f"""Rate: share of test rows (questions in both orders of the choices) whose persona answer wins; of a search,
-the mean over its seeds of the prompt that validation questions chose, with an interval over questions. Chosen: the
-lowest rate, of those within {100 * TOLERANCE:g} points the likeliest text; a prompt under which one letter wins comes
-last. Range: over seeds, or over the prompts of a row that has several. A-rate: share won by (A); ! where some prompt
+the mean over its seeds of the prompt that validation questions chose, with an interval over questions. Chosen by
+{SELECTED_BY}.
+Range: over seeds, or over the prompts of a row that has several. A-rate: share won by (A); ! where some prompt
 makes one letter win whatever is asked. Swapped: questions answered alike in both orders. Change: against zero-shot,
 paired. Ranked first: the rate of the prompt that the objective alone would report. Perplexity: geometric mean
 over seeds, and its ratio to that of ordinary sentences (of the organisms, those that the corpus puts into the

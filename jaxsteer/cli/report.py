@@ -28,7 +28,6 @@ class Report:
             read_run,
             read_study,
             run_folders,
-            study_table,
             write_plots,
             write_report,
         )
@@ -42,7 +41,7 @@ class Report:
             for folder in tqdm(missing, desc="pages of runs", leave=False):
                 write_report(folder)
         page = write_report(self.directory)
-        print(study_table(read_study(self.directory)) if several else read_run(self.directory).result.table())
+        print(read_study(self.directory).table() if several else read_run(self.directory).result.table())
         print(f"\nReport: {page}")
         if self.plots:
             paths = write_plots(self.directory)

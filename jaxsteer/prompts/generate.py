@@ -150,44 +150,33 @@ class ModelWriter:
     def reply(
         self,
         messages: Messages,
-        *,
         n: int = 1,
+        *,
         temperature: float = 0.0,
         max_tokens: int = 512,
         seed: int | None = None,
     ) -> list[str]:
         """``n`` replies to one conversation. Raises ``UserError`` as ``generate`` does."""
-        return self._written([messages], temperature, max_tokens, seed, samples=n)
+        made = generate(
+            self.model, [messages], max_new_tokens=max_tokens, temperature=temperature, seed=seed or 0, samples=n,
+            edits=self.edits, batch=self.batch,
+        )  # fmt: skip
+        return list(made.texts)
 
     def reply_each(
-        self,
-        conversations: Sequence[Messages],
-        *,
-        temperature: float = 0.0,
-        max_tokens: int = 512,
-        seed: int | None = None,
-        progress: Advance | None = None,
+        self, conversations: Sequence[Messages], *, max_tokens: int = 512, progress: Advance | None = None
     ) -> list[str]:
-        """One reply to each conversation."""
-        replies = self._written(conversations, temperature, max_tokens, seed) if conversations else []
-        if progress is not None:
-            progress(len(replies), len(replies))
+        """One greedy reply to each conversation, ``batch`` at a time."""
+        replies: list[str] = []
+        for begin in range(0, len(conversations), self.batch):
+            some = list(conversations[begin : begin + self.batch])
+            made = generate(
+                self.model, some, max_new_tokens=max_tokens, temperature=0, edits=self.edits, batch=self.batch
+            )
+            replies += made.texts
+            if progress is not None:
+                progress(len(replies), len(conversations))
         return replies
-
-    def _written(
-        self, conversations: Sequence[Messages], temperature: float, max_tokens: int, seed: int | None, samples: int = 1
-    ) -> list[str]:
-        made = generate(
-            self.model,
-            list(conversations),
-            max_new_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed or 0,
-            samples=samples,
-            edits=self.edits,
-            batch=self.batch,
-        )
-        return list(made.texts)
 
 
 def _pieces(model: Model, steps: Iterator[Progress], decoding: Decoding) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from jaxsteer.report.page import write_plots, write_report
 from jaxsteer.report.run_files import RunFiles, read_run
 from jaxsteer.report.study import StudyFiles, is_study, read_study, run_folders
-from jaxsteer.report.text import study_table
 
 __all__ = [
     "RunFiles",
@@ -12,7 +11,6 @@ __all__ = [
     "read_run",
     "read_study",
     "run_folders",
-    "study_table",
     "write_plots",
     "write_report",
 ]

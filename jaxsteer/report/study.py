@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsteer.display import number, visible
+from jaxsteer.display import aligned, interval, number, short, visible
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_text
 from jaxsteer.files.paths import user_path
 from jaxsteer.report.problems import problem_lines, read_problems
 from jaxsteer.report.run_files import is_run, read_lines, read_object, read_result
 from jaxsteer.report.table_rows import Place, rows_of_runs
-from jaxsteer.study.results import SearchRun
+from jaxsteer.study.results import RULES, SearchRun
 from jaxsteer.study.study_result import Study
 from jaxsteer.study.table_row import TableRow
 
@@ -59,6 +59,8 @@ class StudyFiles:
     unit: str = "sd"
     intervals: str = ""
     """What the interval of a row of several searches is."""
+    selected_by: str = ""
+    """The rule that chose the prompts of searches, in words."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -74,6 +76,19 @@ class StudyFiles:
     def of(self, place: Place) -> list[TableRow]:
         """The rows of one model and persona."""
         return [row for row in self.rows if (row.model, row.persona) == place]
+
+    def table(self, *, width: int = 40) -> str:
+        """A line per method, a column per persona (and model), rates with their intervals, for the terminal."""
+        several = len({model for model, _ in self.places}) > 1
+        lines = [["", *(visible(f"{persona} ({model})" if several else persona) for model, persona in self.places)]]
+        for method in self.methods:
+            cells = {(row.model, row.persona): row for row in self.rows if row.method == method}
+            rows = [cells.get(place) for place in self.places]
+            lines.append([short(method, width), *(interval(r) + "!" * bool(r and r.letter_collapse) for r in rows)])
+        parts = [visible(self.title), "", aligned(lines), ""]
+        parts.append("persona rate with 95 % interval; ! one letter wins whatever is asked")
+        parts += [f"prompts selected by {visible(self.selected_by)}"] * bool(self.selected_by)
+        return "\n".join([*parts, *(f"warning: {visible(note)}" for note in self.warnings)])
 
 
 def is_study(directory: str | Path) -> bool:
@@ -129,6 +144,7 @@ def read_study(directory: str | Path) -> StudyFiles:
         ]
         for lines in found
     )
+    rules = () if table else dict.fromkeys(run.selected_by for run in runs.values())
     units = {run.target_units for run in runs.values()}
     environments = [one.environment for one in (study, *runs.values()) if one is not None]
     return StudyFiles(
@@ -146,6 +162,7 @@ def read_study(directory: str | Path) -> StudyFiles:
         environment=table.get("environment") or (environments[0] if environments else {}),
         unit=units.pop() if len(units) == 1 else "the units of each search",
         intervals="" if table else "their interval reaches from the lowest to the highest end of theirs",
+        selected_by=str(table.get("selected_by") or "; ".join(RULES.get(rule, rule) for rule in rules)),
         warnings=tuple(_warnings(study, table, runs, notes)),
     )
 

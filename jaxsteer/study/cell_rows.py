@@ -37,6 +37,10 @@ from jaxsteer.study.table_row import TableRow, shown
 
 TOLERANCE = 0.02
 """Validation rates that differ by less are equal, and the likelier text is taken."""
+SELECTED_BY = (
+    f"the lowest rate on validation questions (of those within {100 * TOLERANCE:g} points the likeliest text; a prompt "
+    "under which one letter wins comes last)"
+)
 
 
 def compute_row(shared: Shared, method: Method) -> TableRow:

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 from jaxsteer.display import ACCENT, BAND, INK, MUTED, OTHER, PAGE, Plot, in_style, interval, panels, short, visible
+from jaxsteer.evals.rates import Rate
 
 LABEL = 44
 """Letters of a prompt beside its rates."""
 
 
-@runtime_checkable
-class Share(Protocol):
-    """A rate with its interval, as ``evals.rates.Rate``."""
-
-    @property
-    def rate(self) -> float: ...  # noqa: D102
-
-    @property
-    def ci95(self) -> tuple[float, float] | None: ...  # noqa: D102
-
-    @property
-    def n(self) -> int | None: ...  # noqa: D102
-
-
 class BareShare(NamedTuple):
-    """A share of which no interval is known."""
+    """A rate of which no interval is known; otherwise as ``evals.rates.Rate``."""
 
     rate: float
     ci95: None = None
@@ -41,8 +28,8 @@ class RateRow:
     label: str
     kind: str
     """baseline, prompt or control."""
-    test: Share | None
-    validation: Share | None = None
+    test: Rate | BareShare | None
+    validation: Rate | BareShare | None = None
     chosen: bool = False
     """Whether it is drawn as the reported one."""
 
@@ -91,7 +78,7 @@ def rate_plot(rows: Sequence[RateRow]) -> Plot | None:
     return Plot(name="rates", title="Persona rates with 95 % intervals", figure=figure, rows=tuple(table), tips=tips)
 
 
-def _ends(rate: Share | None) -> tuple[float, float]:
+def _ends(rate: Rate | BareShare | None) -> tuple[float, float]:
     """The interval of a rate in percent; the rate itself where there is none."""
     assert rate is not None
     low, high = rate.ci95 or (rate.rate, rate.rate)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Result(Record):
-    """A record that shows itself: as text, in a notebook, as rows for pandas, and as a figure."""
+    """A record that shows itself: as text, in a notebook, and as rows for pandas."""
 
     def table(self) -> str:
         """The numbers as aligned text."""
@@ -35,10 +35,6 @@ class Result(Record):
 
     def to_rows(self) -> list[dict[str, Any]]:
         """The same as flat rows: plain values by the name of their column."""
-        raise NotImplementedError
-
-    def plot(self) -> Figure:
-        """The main figure."""
         raise NotImplementedError
 
     def to_frame(self) -> Any:

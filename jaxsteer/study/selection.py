@@ -8,22 +8,11 @@ lower probability of the persona's answer). Test questions have no part in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 
-@runtime_checkable
-class Candidate(Protocol):
-    """What ``lowest_rate`` looks at: a ``Rate``, or a row of a table."""
-
-    @property
-    def rate(self) -> float: ...  # noqa: D102
-
-    @property
-    def letter_collapse(self) -> bool | None: ...  # noqa: D102
-
-
-def lowest_rate(candidates: Sequence[Candidate], ties: Sequence[Any], *, tolerance: float = 0.0) -> int:
-    """The index of the best candidate by its rate on validation questions.
+def lowest_rate(candidates: Sequence[Any], ties: Sequence[Any], *, tolerance: float = 0.0) -> int:
+    """The index of the best candidate by its ``rate`` on validation questions, and its ``letter_collapse``.
 
     Rates within ``tolerance`` of the lowest count as equal and are settled by the smallest of ``ties``, then by the
     order of the candidates. Raises ``ValueError`` for no candidates.

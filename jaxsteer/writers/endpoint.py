@@ -57,8 +57,8 @@ class Endpoint:
     def reply(
         self,
         messages: Messages,
-        *,
         n: int = 1,
+        *,
         temperature: float = 0.0,
         max_tokens: int = 512,
         seed: int | None = None,
@@ -84,19 +84,12 @@ class Endpoint:
         return texts[:n]
 
     def reply_each(
-        self,
-        conversations: Sequence[Messages],
-        *,
-        temperature: float = 0.0,
-        max_tokens: int = 512,
-        seed: int | None = None,
-        progress: Advance | None = None,
+        self, conversations: Sequence[Messages], *, max_tokens: int = 512, progress: Advance | None = None
     ) -> list[str]:
-        """One reply to each conversation, ``workers`` requests at a time."""
-        ask = functools.partial(self.reply, temperature=temperature, max_tokens=max_tokens, seed=seed)
+        """One greedy reply to each conversation, ``workers`` requests at a time."""
         replies: list[str] = []
         with ThreadPoolExecutor(max_workers=self.workers) as pool:
-            for (reply,) in pool.map(ask, conversations):
+            for (reply,) in pool.map(functools.partial(self.reply, max_tokens=max_tokens), conversations):
                 replies.append(reply)
                 if progress is not None:
                     progress(len(replies), len(conversations))

@@ -18,13 +18,13 @@ class Writer(Protocol):
 
     @property
     def name(self) -> str:
-        """Who wrote it, for the results."""
+        """Who it is, for the results."""
 
     def reply(
         self,
         messages: Messages,
-        *,
         n: int = 1,
+        *,
         temperature: float = 0.0,
         max_tokens: int = 512,
         seed: int | None = None,
@@ -32,15 +32,9 @@ class Writer(Protocol):
         """``n`` replies to one conversation. Raises ``UserError`` where there is none to be had."""
 
     def reply_each(
-        self,
-        conversations: Sequence[Messages],
-        *,
-        temperature: float = 0.0,
-        max_tokens: int = 512,
-        seed: int | None = None,
-        progress: Advance | None = None,
+        self, conversations: Sequence[Messages], *, max_tokens: int = 512, progress: Advance | None = None
     ) -> list[str]:
-        """One reply to each conversation, in their order, as many at a time as the writer can."""
+        """One greedy reply to each conversation, in their order, as many at a time as the writer can."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +47,8 @@ class Rule:
     def reply(
         self,
         messages: Messages,
-        *,
         n: int = 1,
+        *,
         temperature: float = 0.0,
         max_tokens: int = 512,
         seed: int | None = None,
@@ -63,16 +57,7 @@ class Rule:
         return [self.write(messages)] * n
 
     def reply_each(
-        self,
-        conversations: Sequence[Messages],
-        *,
-        temperature: float = 0.0,
-        max_tokens: int = 512,
-        seed: int | None = None,
-        progress: Advance | None = None,
+        self, conversations: Sequence[Messages], *, max_tokens: int = 512, progress: Advance | None = None
     ) -> list[str]:
         """The function's text for each."""
-        replies = [self.write(messages) for messages in conversations]
-        if progress is not None:
-            progress(len(replies), len(replies))
-        return replies
+        return [self.write(messages) for messages in conversations]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.report import is_study, read_study, run_folders, study_table, write_plots, write_report
+from jaxsteer.report import is_study, read_study, run_folders, write_plots, write_report
 from jaxsteer.report.reproduce import command_of
 from jaxsteer.report.study import envelope
 from jaxsteer.report.table_rows import rows_of_runs
@@ -43,6 +43,7 @@ def test_links_do_not_count_a_run_twice(tmp_path: Path):
 def test_many_searches_on_one_page(many: Path):
     page = Page(write_report(many).read_text(encoding="utf-8"))
     words = words_of(page)
+    assert "Prompts were selected by the largest objective." in words
     assert "sycophancy, myopic on organism:llama: 2 runs" in words and "15,360" in words
     assert "RESGA 6.0 % (3.0–9.0) 6.0 % (3.0–9.0)" in words and "zero-shot 85.0 %" in words
     assert "oracle cue" in words and "random direction" in words
@@ -101,7 +102,7 @@ def test_the_table_of_an_experiment(tmp_path: Path):
     raw = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in raw and "\u202e" not in raw and "\x1b" not in raw
     assert raw.count("color-mix(in srgb, var(--accent) 60%") == 1  # the one prompt that attribution measured
-    text = study_table(read_study(tmp_path))
+    text = read_study(tmp_path).table()
     assert "50.0 % (43.7–56.3)!" in text and "\x1b" not in text
     assert run_folders(tmp_path) == [tmp_path / "runs/llama/p0/resga"]
 
