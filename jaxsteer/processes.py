@@ -35,32 +35,34 @@ _GRACE_S = 5
 _barriers, _looks = itertools.count(), itertools.count()
 
 
-class Place(NamedTuple):
-    """Where a process stands among several; a field that is None is left to what JAX finds in the environment."""
+class Coordinates(NamedTuple):
+    """Which of several processes this is, and how they meet. What is None, JAX is to find in the environment."""
 
     coordinator: str | None = None
     """HOST:PORT at which process 0 can be reached by all."""
-    number: int | None = None
+    processes: int | None = None
+    """How many."""
     process: int | None = None
+    """The number of this one, from 0."""
 
 
-def place_of(flags: Place, environment: Mapping[str, str] = os.environ) -> Place | None:
-    """The place that flags, then ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` give.
+def coordinates_of(flags: Coordinates, environment: Mapping[str, str] = os.environ) -> Coordinates | None:
+    """The coordinates that flags, then ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` give.
 
-    Without any of them: ``Place()``, which JAX fills in, on a TPU VM, in a step of several Slurm tasks and in an
+    Without any of them: ``Coordinates()``, which JAX fills in, on a TPU VM, in a step of several Slurm tasks and in an
     indexed job of Kubernetes; and None elsewhere, which is one process. So is a number of 1. Raises ``UserError`` when
     only some of the three are given, or numbers that do not fit together.
     """
     number, process = (
         _integer(name, environment[name]) if given is None and name in environment else given
-        for name, given in (("JAX_NUM_PROCESSES", flags.number), ("JAX_PROCESS_ID", flags.process))
+        for name, given in (("JAX_NUM_PROCESSES", flags.processes), ("JAX_PROCESS_ID", flags.process))
     )
-    place = Place(flags.coordinator or environment.get("JAX_COORDINATOR_ADDRESS"), number, process)
+    coordinates = Coordinates(flags.coordinator or environment.get("JAX_COORDINATOR_ADDRESS"), number, process)
     if number == 1 and process in (None, 0):
         return None
-    if place == Place():
-        return place if _in_cluster(environment) else None
-    if None in place:
+    if coordinates == Coordinates():
+        return coordinates if _in_cluster(environment) else None
+    if None in coordinates:
         raise UserError(
             "--coordinator HOST:PORT, --num-processes N and --process-id I (or JAX_COORDINATOR_ADDRESS, "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID) belong together: give all three to every process, or none on a TPU "
@@ -68,10 +70,10 @@ def place_of(flags: Place, environment: Mapping[str, str] = os.environ) -> Place
         )
     if not 0 <= process < number:  # type: ignore[operator]
         raise UserError(f"--process-id must be 0 to {number - 1} of --num-processes {number}, got {process}")  # type: ignore[operator]
-    host, _, port = str(place.coordinator).rpartition(":")
+    host, _, port = str(coordinates.coordinator).rpartition(":")
     if not host or not port.isdigit():
-        raise UserError(f"--coordinator expects HOST:PORT of process 0, got {place.coordinator!r}")
-    return place
+        raise UserError(f"--coordinator expects HOST:PORT of process 0, got {coordinates.coordinator!r}")
+    return coordinates
 
 
 def _integer(name: str, text: str) -> int:
@@ -90,26 +92,28 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
     return slurm or kubernetes or tpu
 
 
-def join(place: Place | None, *, heartbeat_s: int = HEARTBEAT_S) -> None:
+def join(coordinates: Coordinates | None, *, heartbeat_s: int = HEARTBEAT_S) -> None:
     """Find the other processes (``jax.distributed``). To be called before anything asks JAX for a device.
 
     Raises ``UserError`` when they cannot be found within five minutes.
     """
-    if place is None:
+    if coordinates is None:
         return
     try:
         jax.distributed.initialize(
-            *place,
+            *coordinates,
             initialization_timeout=_JOIN_S,
             heartbeat_timeout_seconds=heartbeat_s,
             shutdown_timeout_seconds=_JOIN_S,
         )
     except (RuntimeError, ValueError) as error:
-        if place == Place() and "should be defined" in str(error):  # a TPU VM of which no cluster is known
+        # On a TPU VM of which no cluster is known:
+        if coordinates == Coordinates() and "should be defined" in str(error):
             log.warning("no other processes were found (%s): this one runs alone", error)
             return
         reason = first_line(error)
-        where = f"process {place.process} of {place.number} at {place.coordinator}" if place.coordinator else "here"
+        host, count, number = coordinates
+        where = f"process {number} of {count} at {host}" if host else "here"
         raise UserError(
             f"the processes could not find each other ({where}: {reason}). Start the same command on all hosts, let "
             "them reach process 0 at --coordinator HOST:PORT, or use --num-processes 1 to run alone"

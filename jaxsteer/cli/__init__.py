@@ -101,9 +101,9 @@ def join_processes(arguments: list[str]) -> list[str]:
     if {"-h", "--help", "--help-all"} & set(rest):  # read alone, also where others would have to be waited for
         return rest
 
-    from jaxsteer.processes import Place, join, place_of
+    from jaxsteer.processes import Coordinates, coordinates_of, join
 
-    join(place_of(Place(given.coordinator, given.num_processes, given.process_id)))
+    join(coordinates_of(Coordinates(given.coordinator, given.num_processes, given.process_id)))
     return rest
 
 

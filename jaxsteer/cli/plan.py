@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from jaxsteer.errors import UserError
-from jaxsteer.planning.programs import Work
+from jaxsteer.planning.programs import Workload
 from jaxsteer.study.files import document
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Plan:
     """The same on smaller slices too, from 8 chips up: what prompt-parallel efficiency the compiled programs allow."""
     json: bool = False
     """Print JSON instead of text."""
-    work: Annotated[Work, arg(name="")] = Work()
+    work: Annotated[Workload, arg(name="")] = Workload()
 
     def run(self) -> int:
         """Plan and print; 1 when it does not fit."""
@@ -63,7 +63,7 @@ class Plan:
         print(document(plan.to_json()) if self.json else text(plan, config))
         return 0 if plan.fits else 1
 
-    def _scaling(self, config: ModelConfig, work: Work, mesh: tuple[int, int] | None) -> int:
+    def _scaling(self, config: ModelConfig, work: Workload, mesh: tuple[int, int] | None) -> int:
         from jaxsteer.planning import efficiency, scaling, topology
         from jaxsteer.planning.chips import slices_up_to
         from jaxsteer.planning.plan import mesh_shapes
@@ -141,7 +141,7 @@ def text(plan: Found, config: ModelConfig) -> str:
     return "\n".join(lines)
 
 
-def _what(work: Work) -> str:
+def _what(work: Workload) -> str:
     if work.what == "search":
         return (
             f"search with {work.algorithm}: {work.problems:,} problems, population {work.population} x children "
@@ -197,7 +197,7 @@ def scaling_text(plans: list[Found], bounds: list[float | None]) -> str:
         crossing = sum(
             n for (_, axis), (n, *_) in (plan.costs.collectives if plan.costs else {}).items() if "prompts" in axis
         )
-        rate = plan.made / plan.roofline if plan.roofline and plan.fits else None
+        rate = plan.per_step / plan.roofline if plan.roofline and plan.fits else None
         table.append(
             (
                 plan.topology,

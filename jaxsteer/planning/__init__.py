@@ -2,6 +2,6 @@
 
 from jaxsteer.planning.chips import Chip, Topology, topology
 from jaxsteer.planning.plan import Plan, efficiency, make_plan, scaling
-from jaxsteer.planning.programs import Work
+from jaxsteer.planning.programs import Workload
 
-__all__ = ["Chip", "Plan", "Topology", "Work", "efficiency", "make_plan", "scaling", "topology"]
+__all__ = ["Chip", "Plan", "Topology", "Workload", "efficiency", "make_plan", "scaling", "topology"]

@@ -90,7 +90,7 @@ def topology(name: str) -> Topology:
     """
     kind, _, shape = name.partition(":")
     if kind in CHIPS and re.fullmatch(r"\d+(x\d+)*", shape):
-        return Topology(name, CHIPS[kind], _described(name))
+        return Topology(name, CHIPS[kind], _describe_slice(name))
     if kind == "cpu" and shape.isdigit() and int(shape) > 0:
         return _cpus(name, int(shape))
     if name == "gpu":
@@ -114,7 +114,7 @@ def slices_up_to(name: str) -> list[str]:
     return [one for one in smaller if 8 <= chips_in(one) < chips_in(name)] + [name]
 
 
-def _described(name: str) -> tuple[Any, ...]:
+def _describe_slice(name: str) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"planning for {name} needs the TPU compiler (libtpu), which runs on any Linux machine: "

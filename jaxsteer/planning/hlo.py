@@ -46,7 +46,7 @@ class Costs:
     """(kind, axis) -> how many, bytes that each device gives, bytes that it sends (as a ring). An axis is the mesh
     axis over which the devices of a group differ, "prompts+model" where they differ over both."""
     unknown_loops: tuple[str, ...] = ()
-    """Loops whose number of turns is data and was not given: counted once."""
+    """Loops whose number of trips is data and was not given: counted once."""
 
     def __add__(self, other: Costs) -> Costs:
         merged = dict(self.collectives)
@@ -65,7 +65,7 @@ class Costs:
         return sum(sent for (kind, _), (_, _, sent) in self.collectives.items() if kind != _PERMUTE)
 
     @property
-    def passed_on(self) -> float:
+    def sent_in_rings(self) -> float:
         """Bytes that each device sends in permutes: rings into which XLA splits products run beside these."""
         return sum(sent for (kind, _), (_, _, sent) in self.collectives.items() if kind == _PERMUTE)
 
@@ -73,14 +73,82 @@ class Costs:
 _Linear = tuple[int | None, int] | None
 
 
-def program_costs(text: str, mesh: Mapping[str, int], turns: Sequence[int] = ()) -> Costs:
+def program_costs(text: str, mesh: Mapping[str, int], trips: Sequence[int] = ()) -> Costs:
     """The costs of one run of the program whose HLO is ``text``, partitioned over ``mesh`` (axis -> size, in the order
     of its devices).
 
-    ``turns`` says how often loops run whose number of turns is data, outermost first; those within run once.
+    ``trips`` says how often loops run whose number of trips is data, outermost first; those within run once.
     """
     computations, entry = parse(text)
-    return _Counter(computations, dict(mesh), tuple(turns)).total(entry, 0)
+    return _Counter(computations, dict(mesh), tuple(trips)).total(entry, 0)
+
+
+class _Loop:
+    """A ``while``, to find out how often it runs. Integers in it are followed through fusions and calls."""
+
+    def __init__(self, computations: dict[str, Computation], around: Computation, loop: Instruction) -> None:
+        self.computations, self.around, self.loop = computations, around, loop
+        self.body = computations[loop.called["body"][0]]
+        root = root_of(self.body)
+        self.carried = root.operands if root.opcode == "tuple" else ()
+
+    def trips(self) -> int | None:
+        """As the compiler noted, or from a condition ``i < n`` and what the body adds to i; None where that is data."""
+        if noted := re.search(r'known_trip_count":\{"n":"(\d+)"', self.loop.attributes):
+            return int(noted[1])
+        inside = self.computations[self.loop.called["condition"][0]]
+        root = root_of(inside)
+        given: list[_Linear] = []
+        while root.opcode in ("fusion", "call"):  # the comparison wrapped into a function of its own
+            given = [self.linear(inside, inside[name], given) for name in root.operands]
+            inside = self.called_by(root)
+            root = root_of(inside)
+        if root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return None
+        counter, stop = (self.linear(inside, inside[name], given) for name in root.operands)
+        if counter is None or stop is None or counter[0] is None or stop[0] is not None:
+            return None
+        step = self.linear(self.body, self.body[self.carried[counter[0]]], ()) if self.carried else None
+        stride = step[1] if step is not None and step[0] == counter[0] and step[1] > 0 else 1
+        return max(0, -(-(stop[1] - counter[1] - (self.initial(counter[0]) or 0)) // stride))
+
+    def called_by(self, instruction: Instruction) -> Computation:
+        """The computation of a fusion or a call."""
+        return self.computations[(instruction.called.get("calls") or instruction.called["to_apply"])[0]]
+
+    def initial(self, index: int) -> int | None:
+        """The integer that the loop begins with at this index of its tuple, if it is known."""
+        init = self.around.get(self.loop.operands[0])
+        if init is None or init.opcode != "tuple":
+            return None
+        first = self.around[init.operands[index]]
+        while first.opcode in ("copy", "bitcast") and first.operands[0] in self.around:
+            first = self.around[first.operands[0]]
+        return integer(first)
+
+    def linear(self, inside: Computation, instruction: Instruction, given: Sequence[_Linear]) -> _Linear:
+        """What an integer is: (None, constant), or (i, constant): so much more than the loop carries as i."""
+        parts = [inside[name] for name in instruction.operands if name in inside]
+        if instruction.opcode == "constant":
+            return None if integer(instruction) is None else (None, integer(instruction) or 0)
+        if instruction.opcode == "parameter" and int(instruction.literal) < len(given):
+            return given[int(instruction.literal)]
+        if instruction.opcode == "get-tuple-element" and (found := re.search(r"index=(\d+)", instruction.attributes)):
+            index = int(found[1])
+            same = self.carried and self.body[self.carried[index]]
+            fixed = same and same.opcode == "get-tuple-element" and f"index={index}" in same.attributes
+            known = self.initial(index) if fixed else None
+            return (index, 0) if known is None else (None, known)
+        if instruction.opcode in ("copy", "bitcast") and parts:
+            return self.linear(inside, parts[0], given)
+        if instruction.opcode in ("fusion", "call"):
+            inner = self.called_by(instruction)
+            return self.linear(inner, root_of(inner), [self.linear(inside, part, given) for part in parts])
+        if instruction.opcode == "add" and len(parts) == 2:
+            left, right = (self.linear(inside, part, given) for part in parts)
+            if left is not None and right is not None and None in (left[0], right[0]):
+                return (left[0] if right[0] is None else right[0], left[1] + right[1])
+        return None
 
 
 class _Counter:
@@ -95,105 +163,49 @@ class _Counter:
         nothing reaches main memory."""
         if (name, depth, fused) not in self.known:
             computation = self.computations[name]
-            parts = (self._cost(computation, one, depth, fused) for one in computation.values())
+            parts = (self._cost(computation, instruction, depth, fused) for instruction in computation.values())
             self.known[name, depth, fused] = sum(parts, Costs())
         return self.known[name, depth, fused]
 
-    def _cost(self, computation: Computation, one: Instruction, depth: int, fused: bool) -> Costs:
-        cost = Costs(_flops(computation, one), 0.0 if fused else self._bytes(computation, one))
-        cost += self._collective(computation, one)
-        if one.opcode == "while":
-            turns, within = self._turns(computation, one), depth
-            if turns is None:
-                turns, within = (*self.given, 1)[min(depth, len(self.given))], depth + 1
-                cost += Costs(unknown_loops=() if depth < len(self.given) else (one.name,))
-            cost += self.total(one.called["body"][0], within, fused) * turns
-        elif one.opcode == "conditional":
-            names = [name for key in one.called if "computation" in key for name in one.called[key]]
+    def _cost(self, computation: Computation, instruction: Instruction, depth: int, fused: bool) -> Costs:
+        cost = Costs(_flops(computation, instruction), 0.0 if fused else self._bytes(computation, instruction))
+        cost += self._collective(computation, instruction)
+        if instruction.opcode == "while":
+            trips, within = _Loop(self.computations, computation, instruction).trips(), depth
+            if trips is None:
+                trips, within = (*self.given, 1)[min(depth, len(self.given))], depth + 1
+                cost += Costs(unknown_loops=() if depth < len(self.given) else (instruction.name,))
+            cost += self.total(instruction.called["body"][0], within, fused) * trips
+        elif instruction.opcode == "conditional":
+            names = [name for key in instruction.called if "computation" in key for name in instruction.called[key]]
             cost += max((self.total(name, depth, fused) for name in names), key=lambda c: (c.flops, c.bytes_accessed))
-        elif one.opcode in ("fusion", "call", "async-start"):
+        elif instruction.opcode in ("fusion", "call", "async-start"):
             for key in ("calls", "to_apply"):
-                for name in one.called.get(key, ()):
-                    cost += self.total(name, depth, fused or one.opcode == "fusion")
+                for name in instruction.called.get(key, ()):
+                    cost += self.total(name, depth, fused or instruction.opcode == "fusion")
         return cost
 
-    def _turns(self, computation: Computation, loop: Instruction) -> int | None:
-        """How often a loop runs: as the compiler noted, or from a condition ``i < n`` and what the body adds to i."""
-        if noted := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
-            return int(noted[1])
-        init = computation.get(loop.operands[0])
-        body = self.computations[loop.called["body"][0]]
-        carried = root_of(body).operands if root_of(body).opcode == "tuple" else ()
-
-        def initial(index: int) -> int | None:
-            if init is None or init.opcode != "tuple":
-                return None
-            first = computation[init.operands[index]]
-            while first.opcode in ("copy", "bitcast") and first.operands[0] in computation:
-                first = computation[first.operands[0]]
-            return integer(first)
-
-        def linear(inside: Computation, one: Instruction, given: Sequence[_Linear]) -> _Linear:
-            """What an integer is: (None, constant), or (i, constant): so much more than the loop carries as i."""
-            parts = [inside[name] for name in one.operands if name in inside]
-            if one.opcode == "constant":
-                return None if integer(one) is None else (None, integer(one) or 0)
-            if one.opcode == "parameter" and int(one.literal) < len(given):
-                return given[int(one.literal)]
-            if one.opcode == "get-tuple-element" and (found := re.search(r"index=(\d+)", one.attributes)):
-                index = int(found[1])
-                same = carried and body[carried[index]]
-                fixed = same and same.opcode == "get-tuple-element" and f"index={index}" in same.attributes
-                known = initial(index) if fixed else None
-                return (index, 0) if known is None else (None, known)
-            if one.opcode in ("copy", "bitcast") and parts:
-                return linear(inside, parts[0], given)
-            if one.opcode in ("fusion", "call"):
-                inner = self.computations[(one.called.get("calls") or one.called["to_apply"])[0]]
-                return linear(inner, root_of(inner), [linear(inside, part, given) for part in parts])
-            if one.opcode == "add" and len(parts) == 2:
-                left, right = (linear(inside, part, given) for part in parts)
-                if left is not None and right is not None and None in (left[0], right[0]):
-                    return (left[0] if right[0] is None else right[0], left[1] + right[1])
-            return None
-
-        inside = self.computations[loop.called["condition"][0]]
-        root = root_of(inside)
-        given: list[_Linear] = []
-        while root.opcode in ("fusion", "call"):  # the comparison wrapped into a function of its own
-            given = [linear(inside, inside[name], given) for name in root.operands]
-            inside = self.computations[(root.called.get("calls") or root.called["to_apply"])[0]]
-            root = root_of(inside)
-        if root.opcode != "compare" or "direction=LT" not in root.attributes:
-            return None
-        counter, stop = (linear(inside, inside[name], given) for name in root.operands)
-        if counter is None or stop is None or counter[0] is None or stop[0] is not None:
-            return None
-        step = linear(body, body[carried[counter[0]]], ()) if carried else None
-        stride = step[1] if step is not None and step[0] == counter[0] and step[1] > 0 else 1
-        return max(0, -(-(stop[1] - counter[1] - (initial(counter[0]) or 0)) // stride))
-
-    def _bytes(self, computation: Computation, one: Instruction) -> float:
-        if one.opcode in _FREE or any(target in one.attributes for target in _FREE_CALLS):
+    def _bytes(self, computation: Computation, instruction: Instruction) -> float:
+        if instruction.opcode in _FREE or any(target in instruction.attributes for target in _FREE_CALLS):
             return 0.0
-        if one.opcode in ("copy-start", "slice-start"):  # (source, destination, context)
-            source, destination = computation[one.operands[0]].shapes[0], one.shapes[1]
+        if instruction.opcode in ("copy-start", "slice-start"):  # (source, destination, context)
+            source, destination = computation[instruction.operands[0]].shapes[0], instruction.shapes[1]
             return destination.nbytes * ((not source.on_chip) + (not destination.on_chip))
-        total = _written(self.computations, computation, one)
-        for index, name in enumerate(one.operands):
+        total = _bytes_written(self.computations, computation, instruction)
+        for index, name in enumerate(instruction.operands):
             if name in computation and all(not shape.on_chip for shape in computation[name].shapes):
-                total += _read(self.computations, computation, one, index)
+                total += _bytes_read(self.computations, computation, instruction, index)
         return total
 
-    def _collective(self, computation: Computation, one: Instruction) -> Costs:
-        kind = one.opcode.removesuffix("-start")
+    def _collective(self, computation: Computation, instruction: Instruction) -> Costs:
+        kind = instruction.opcode.removesuffix("-start")
         if kind not in _COLLECTIVES:
             return Costs()
-        groups = _groups(one.attributes, math.prod(self.mesh.values()))
+        groups = _groups(instruction.attributes, math.prod(self.mesh.values()))
         axis, size = _axis(groups, self.mesh), groups.shape[1]
         if not axis:
             return Costs()
-        given = sum(shape.nbytes for name in one.operands for shape in computation[name].shapes)
+        given = sum(shape.nbytes for name in instruction.operands for shape in computation[name].shapes)
         given *= size if kind == "all-gather" else 1
         share = {"all-reduce": 2 * (size - 1) / size, "collective-permute": 1.0}.get(kind, (size - 1) / size)
         return Costs(collectives={(kind, axis): (1, given, given * share)})
@@ -202,30 +214,36 @@ class _Counter:
 # FLOPs
 
 
-def _flops(computation: Computation, one: Instruction) -> float:
-    if one.opcode == "dot":
-        return 2.0 * math.prod(one.shapes[0].dims) * _contracted(computation, one, r"lhs_contracting_dims=\{([\d,]*)\}")
-    if one.opcode == "custom-call" and re.search(r'custom_call_target="__cublas[^"]*(gemm|matmul)', one.attributes):
+def _flops(computation: Computation, instruction: Instruction) -> float:
+    if instruction.opcode == "dot":
+        return (
+            2.0
+            * math.prod(instruction.shapes[0].dims)
+            * _contracted_size(computation, instruction, r"lhs_contracting_dims=\{([\d,]*)\}")
+        )
+    if instruction.opcode == "custom-call" and re.search(
+        r'custom_call_target="__cublas[^"]*(gemm|matmul)', instruction.attributes
+    ):
         pattern = r'"lhs_contracting_dimensions":\[([\d,"]*)\]'
-        return 2.0 * math.prod(one.shapes[0].dims) * _contracted(computation, one, pattern)
-    if one.opcode == "convolution":
-        return _convolution_flops(computation, one)
+        return 2.0 * math.prod(instruction.shapes[0].dims) * _contracted_size(computation, instruction, pattern)
+    if instruction.opcode == "convolution":
+        return _convolution_flops(computation, instruction)
     return 0.0
 
 
-def _contracted(computation: Computation, one: Instruction, pattern: str) -> int:
-    found = re.search(pattern, one.attributes)
-    dims = computation[one.operands[0]].shapes[0].dims
+def _contracted_size(computation: Computation, instruction: Instruction, pattern: str) -> int:
+    found = re.search(pattern, instruction.attributes)
+    dims = computation[instruction.operands[0]].shapes[0].dims
     return math.prod(dims[int(i)] for i in re.findall(r"\d+", found[1])) if found else 1
 
 
-def _convolution_flops(computation: Computation, one: Instruction) -> float:
+def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
     """Two per multiply-add that meets no padding: TPUs turn batch axes of products into windows, most of which do."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
-    assert labels is not None, one.attributes
-    lhs, rhs = (computation[name].shapes[0].dims for name in one.operands[:2])
-    out = one.shapes[0].dims
-    window = re.search(r"window=\{([^}]*)\}", one.attributes)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels is not None, instruction.attributes
+    lhs, rhs = (computation[name].shapes[0].dims for name in instruction.operands[:2])
+    out = instruction.shapes[0].dims
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     fields = dict(part.split("=") for part in window[1].split()) if window else {}
     spatial = [letter for letter in labels[3] if letter.isdigit()]
 
@@ -243,7 +261,7 @@ def _convolution_flops(computation: Computation, one: Instruction) -> float:
             int(of("lhs_dilate", letter, "1")),
             int(of("rhs_dilate", letter, "1")),
         )
-    batch = re.search(r"batch_group_count=(\d+)", one.attributes)
+    batch = re.search(r"batch_group_count=(\d+)", instruction.attributes)
     batches = out[labels[3].index("b")] / (int(batch[1]) if batch else 1)
     return 2.0 * batches * out[labels[3].index("f")] * rhs[labels[2].index("i")] * pairs
 
@@ -262,58 +280,62 @@ def _off_chip(shapes: Iterable[Shape]) -> float:
     return sum(shape.nbytes for shape in shapes if not shape.on_chip)
 
 
-def _written(computations: dict[str, Computation], computation: Computation, one: Instruction) -> float:
+def _bytes_written(computations: dict[str, Computation], computation: Computation, instruction: Instruction) -> float:
     """Bytes that an instruction writes to main memory: of an update in place, the update."""
-    if one.opcode == "fusion":
-        inner = computations[one.called["calls"][0]]
+    if instruction.opcode == "fusion":
+        inner = computations[instruction.called["calls"][0]]
         root = root_of(inner)
         parts = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        if len(parts) == len(one.shapes):
+        if len(parts) == len(instruction.shapes):
             sizes = (
-                min(shape.nbytes, _updated(computations, inner, part))
-                for shape, part in zip(one.shapes, parts)
+                min(shape.nbytes, _bytes_new(computations, inner, part))
+                for shape, part in zip(instruction.shapes, parts)
                 if not shape.on_chip
             )
             return sum(sizes)
-    if one.opcode == "dynamic-update-slice" and one.shapes[0].on_chip is False:
-        return _updated(computations, computation, one)
-    return _off_chip(one.shapes)
+    if instruction.opcode == "dynamic-update-slice" and instruction.shapes[0].on_chip is False:
+        return _bytes_new(computations, computation, instruction)
+    return _off_chip(instruction.shapes)
 
 
-def _updated(computations: dict[str, Computation], computation: Computation, one: Instruction) -> float:
+def _bytes_new(computations: dict[str, Computation], computation: Computation, instruction: Instruction) -> float:
     """Bytes of a result that are new."""
-    while one.opcode == "bitcast":
-        one = computation[one.operands[0]]
-    if one.opcode == "dynamic-update-slice":
-        return computation[one.operands[1]].shapes[0].nbytes
-    if one.opcode == "fusion":
-        inner = computations[one.called["calls"][0]]
-        return _updated(computations, inner, root_of(inner))
-    return sum(shape.nbytes for shape in one.shapes)
+    while instruction.opcode == "bitcast":
+        instruction = computation[instruction.operands[0]]
+    if instruction.opcode == "dynamic-update-slice":
+        return computation[instruction.operands[1]].shapes[0].nbytes
+    if instruction.opcode == "fusion":
+        inner = computations[instruction.called["calls"][0]]
+        return _bytes_new(computations, inner, root_of(inner))
+    return sum(shape.nbytes for shape in instruction.shapes)
 
 
-def _read(computations: dict[str, Computation], computation: Computation, one: Instruction, index: int) -> float:
+def _bytes_read(
+    computations: dict[str, Computation], computation: Computation, instruction: Instruction, index: int
+) -> float:
     """Bytes that an instruction reads of its operand ``index``."""
-    whole = sum(shape.nbytes for shape in computation[one.operands[index]].shapes)
-    if one.opcode in _SLICES and index == 0:
-        return sum(shape.nbytes for shape in one.shapes)
-    if one.opcode == "dynamic-update-slice" and index == 0:
+    whole = sum(shape.nbytes for shape in computation[instruction.operands[index]].shapes)
+    if instruction.opcode in _SLICES and index == 0:
+        return sum(shape.nbytes for shape in instruction.shapes)
+    if instruction.opcode == "dynamic-update-slice" and index == 0:
         return 0.0
-    if one.opcode != "fusion":
+    if instruction.opcode != "fusion":
         return whole
-    inner = computations[one.called["calls"][0]]
+    inner = computations[instruction.called["calls"][0]]
     parameter = next(p for p in inner.values() if p.opcode == "parameter" and p.literal == str(index))
-    return min(whole, _read_inside(computations, inner, parameter.name))
+    return min(whole, _bytes_read_inside(computations, inner, parameter.name))
 
 
-def _read_inside(computations: dict[str, Computation], inner: Computation, name: str) -> float:
+def _bytes_read_inside(computations: dict[str, Computation], inner: Computation, name: str) -> float:
     total = 0.0
     for user in inner.values():
         for index, operand in enumerate(user.operands):
             if operand == name:
                 through = user.opcode == "bitcast"
                 total += (
-                    _read_inside(computations, inner, user.name) if through else _read(computations, inner, user, index)
+                    _bytes_read_inside(computations, inner, user.name)
+                    if through
+                    else _bytes_read(computations, inner, user, index)
                 )
     return total
 

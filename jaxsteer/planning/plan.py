@@ -24,7 +24,7 @@ from jaxsteer.models.params import layer_shapes, top_shapes
 from jaxsteer.models.sharding import AXES, stored_chunks
 from jaxsteer.planning.chips import Chip, Topology
 from jaxsteer.planning.hlo import Costs, program_costs
-from jaxsteer.planning.programs import Program, Work, build
+from jaxsteer.planning.programs import Program, Workload, build
 from jaxsteer.prompt_search.contexts import ROWS
 
 _TRIES = 5
@@ -44,7 +44,7 @@ class Plan:
     """What a piece of work takes on each device of a mesh, and an estimate of its speed."""
 
     model: str
-    work: Work
+    work: Workload
     topology: str
     chip: Chip
     mesh: dict[str, int]
@@ -59,7 +59,7 @@ class Plan:
     fits: bool
     costs: Costs | None
     """None where nothing was compiled."""
-    made: int
+    per_step: int
     """Candidates (or tokens) of one step, on all devices together."""
     unit: str
 
@@ -73,7 +73,7 @@ class Plan:
         return {
             "compute": costs.flops / chip.flops,
             "memory": costs.bytes_accessed / chip.hbm_bandwidth,
-            "ring": costs.passed_on / chip.link_bandwidth,
+            "ring": costs.sent_in_rings / chip.link_bandwidth,
             "network": costs.sent / chip.link_bandwidth,
         }
 
@@ -85,7 +85,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as numbers. Figures of time are estimates."""
-        rate = None if not self.roofline or not self.fits else self.made / self.roofline
+        rate = None if not self.roofline or not self.fits else self.per_step / self.roofline
         collectives: dict[str, dict[str, float]] = {}
         for (_, axis), (count, given, _sent) in (self.costs.collectives if self.costs else {}).items():
             entry = collectives.setdefault(axis, {"count": 0, "bytes": 0})
@@ -121,7 +121,7 @@ def make_plan(
     name: str,
     config: ModelConfig,
     target: Topology,
-    work: Work,
+    work: Workload,
     *,
     mesh: tuple[int, int] | None = None,
     micro_batch: int | None = None,
@@ -143,14 +143,14 @@ def make_plan(
     for shape in shapes:  # what fitted one mesh is the first guess for the next
         guess = plans[-1].micro_batch if plans and plans[-1].fits else None
         plans.append(_plan_mesh(name, config, target, work, shape, micro_batch, guess, say))
-    return max(plans, key=lambda plan: (plan.fits, plan.made / (plan.roofline or 1), -plan.total))
+    return max(plans, key=lambda plan: (plan.fits, plan.per_step / (plan.roofline or 1), -plan.total))
 
 
 def scaling(
     name: str,
     config: ModelConfig,
     targets: Iterable[Topology],
-    work: Work,
+    work: Workload,
     *,
     model: int,
     micro_batch: int | None = None,
@@ -171,14 +171,14 @@ def efficiency(plans: Sequence[Plan]) -> list[float | None]:
 
     def per_device(plan: Plan) -> float | None:
         effort = plan.roofline or (plan.costs.flops if plan.costs else None)
-        return None if not effort else plan.made / effort / math.prod(plan.mesh.values())
+        return None if not effort else plan.per_step / effort / math.prod(plan.mesh.values())
 
     first = per_device(plans[0])
     rates = [per_device(plan) for plan in plans]
     return [None if rate is None or first is None else rate / first for rate in rates]
 
 
-def mesh_shapes(config: ModelConfig, target: Topology, work: Work) -> Iterator[tuple[int, int]]:
+def mesh_shapes(config: ModelConfig, target: Topology, work: Workload) -> Iterator[tuple[int, int]]:
     """(prompts, model) worth compiling: the least "model" whose weights leave room, and twice and four times it."""
     devices = len(target.devices)
     sizes = [2**i for i in range(devices.bit_length()) if devices % 2**i == 0]
@@ -201,30 +201,30 @@ def _plan_mesh(
     name: str,
     config: ModelConfig,
     target: Topology,
-    work: Work,
+    work: Workload,
     shape: tuple[int, int],
     micro_batch: int | None,
     guess: int | None,
     say: Say,
 ) -> Plan:
     if work.what == "convert":
-        return _conversion(name, config, target, work, shape)
+        return _plan_conversion(name, config, target, work, shape)
     mesh = device_mesh(target, shape)
     largest = work.population * work.children
-    batch = micro_batch or guess or _power(min(largest, max(1, ROWS // work.contexts)))
+    batch = micro_batch or guess or _power_of_two(min(largest, max(1, ROWS // work.contexts)))
     best: Plan | None = None
     too_large = largest + 1
     for _ in range(_TRIES):
         of = f", micro-batch {batch}" if work.what == "search" else ""
         say(f"compiling for {target.name}, mesh prompts {shape[0]} x model {shape[1]}{of} ...")
-        plan = _compiled(name, build(work, config, mesh, batch=batch), target, work, shape, batch)
+        plan = _compile_plan(name, build(work, config, mesh, batch=batch), target, work, shape, batch)
         if work.what != "search" or micro_batch:
             return plan
         fixed, room = plan.weights + plan.caches, plan.chip.hbm_bytes * 0.95
         wanted = batch * max(0.0, room - fixed) / max(1.0, plan.total - fixed)
         if plan.fits:
             best = plan
-            larger = _power(min(wanted, largest, too_large - 1))
+            larger = _power_of_two(min(wanted, largest, too_large - 1))
             if larger <= batch:
                 return plan
             batch = larger
@@ -232,22 +232,24 @@ def _plan_mesh(
             too_large = batch
             if batch == 1 or (best is not None and best.micro_batch == batch // 2):
                 return best or plan
-            batch = max(1, min(_power(wanted), batch // 2, 2 ** (batch.bit_length() - 2)))
+            batch = max(1, min(_power_of_two(wanted), batch // 2, 2 ** (batch.bit_length() - 2)))
             if best is not None and best.micro_batch is not None:
                 batch = max(batch, 2 * best.micro_batch)
     return best or plan
 
 
-def _power(size: float) -> int:
+def _power_of_two(size: float) -> int:
     """The largest power of two that is not above ``size``, at least 1."""
     return 1 << max(0, int(size).bit_length() - 1)
 
 
-def _compiled(name: str, program: Program, target: Topology, work: Work, shape: tuple[int, int], batch: int) -> Plan:
+def _compile_plan(
+    name: str, program: Program, target: Topology, work: Workload, shape: tuple[int, int], batch: int
+) -> Plan:
     mesh, hbm = dict(zip(AXES, shape, strict=True)), target.chip.hbm_bytes
     known: dict[str, Any] = dict(
         model=name, work=work, topology=target.name, chip=target.chip, mesh=mesh, weights=program.weights,
-        micro_batch=batch if work.what == "search" else None, caches=program.caches, made=program.made,
+        micro_batch=batch if work.what == "search" else None, caches=program.caches, per_step=program.per_step,
         unit=program.unit,
     )  # fmt: skip
     fixed = program.weights + program.caches
@@ -256,7 +258,7 @@ def _compiled(name: str, program: Program, target: Topology, work: Work, shape: 
     try:
         compiled = program.compile()
     except Exception as error:  # of jaxlib; what is not about memory goes on
-        needed = _needed(str(error))
+        needed = _bytes_needed(str(error))
         if needed is None:
             raise
         total = needed + fixed if "temporaries" in str(error) else max(needed, fixed)
@@ -269,11 +271,11 @@ def _compiled(name: str, program: Program, target: Topology, work: Work, shape: 
         + stats.temp_size_in_bytes
         + stats.generated_code_size_in_bytes
     )
-    costs = program_costs(compiled.as_text(), mesh, program.turns)
+    costs = program_costs(compiled.as_text(), mesh, program.trips)
     return Plan(**known, temporaries=stats.temp_size_in_bytes, total=total, fits=total <= hbm, costs=costs)
 
 
-def _needed(message: str) -> int | None:
+def _bytes_needed(message: str) -> int | None:
     """Bytes that a program would have needed, from the compiler's refusal; None if it refused for another reason."""
     if not re.search(r"RESOURCE_EXHAUSTED|HbmOom|out of memory", message, re.IGNORECASE):
         return None
@@ -281,7 +283,7 @@ def _needed(message: str) -> int | None:
     return int(float(found[1]) * _UNITS[found[2].upper()]) if found else 1 << 62
 
 
-def _conversion(name: str, config: ModelConfig, target: Topology, work: Work, shape: tuple[int, int]) -> Plan:
+def _plan_conversion(name: str, config: ModelConfig, target: Topology, work: Workload, shape: tuple[int, int]) -> Plan:
     """Loading a converted checkpoint, from its layout alone: the weights, and what exists twice while leaves turn."""
     prompts, model = shape
     weights = memory(config, work.dtype, model=model, prompts=prompts)["weights"]
@@ -291,7 +293,7 @@ def _conversion(name: str, config: ModelConfig, target: Topology, work: Work, sh
     return Plan(
         model=name, work=work, topology=target.name, chip=target.chip, mesh=dict(zip(AXES, shape, strict=True)),
         micro_batch=None, weights=weights, caches=0, temporaries=twice, total=weights + twice,
-        fits=weights + twice <= target.chip.hbm_bytes, costs=None, made=count["total"], unit="parameters",
+        fits=weights + twice <= target.chip.hbm_bytes, costs=None, per_step=count["total"], unit="parameters",
     )  # fmt: skip
 
 

@@ -46,8 +46,8 @@ _TAIL = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
-    """What is to be done."""
+class Workload:
+    """What is to be done, and how large it is."""
 
     what: What = "search"
     """A search step; the latents of an SAE on text; one decoded token of steered answers; conversion and loading."""
@@ -75,7 +75,7 @@ class Work:
     """Of the weights."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that make no work."""
+        """Raise ``UserError`` for sizes below 1."""
         sizes = ("problems", "population", "children", "prompt_length", "contexts", "new_tokens", "latents")
         for name in (*sizes, "context_length"):
             if getattr(self, name) < 1:
@@ -99,20 +99,20 @@ class Program(NamedTuple):
     """Bytes of weights on each device."""
     caches: int
     """Bytes on each device of what lives from step to step: keys and values, and the state of the work."""
-    turns: tuple[int, ...]
-    """How often loops run whose length is data, outermost first: problems of a device; then once, for one step."""
-    made: int
-    """What one step makes, on all devices together."""
+    trips: tuple[int, ...]
+    """Trip counts of loops whose length is data, outermost first: problems of a device; then one, for one step."""
+    per_step: int
+    """What one step makes (candidates, tokens), on all devices together."""
     unit: str
 
 
-def build(work: Work, config: ModelConfig, mesh: Mesh, *, batch: int | None = None) -> Program:
+def build(work: Workload, config: ModelConfig, mesh: Mesh, *, batch: int | None = None) -> Program:
     """The program of ``work`` for a model of ``config`` on ``mesh``.
 
     ``batch`` is the micro-batch of a search, candidates scored at once (default: as ``make_task`` chooses).
     """
-    maker = {"search": _search, "sae": _sae, "generate": _generate}[work.what]
-    return maker(work, config, mesh, batch)
+    builder = {"search": _search, "sae": _sae, "generate": _generate}[work.what]
+    return builder(work, config, mesh, batch)
 
 
 def abstract(mesh: Mesh, tree: Any, spec: P = _REPLICATED) -> Any:
@@ -149,14 +149,14 @@ def per_device(tree: Any) -> int:
     return sum(map(one, jax.tree.leaves(tree)))
 
 
-def _lowered(mesh: Mesh, traced: Callable[[], Any]) -> Callable[[], Any]:
-    """Trace, lower for the platform of the mesh, compile."""
+def _compiler(mesh: Mesh, traced: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that traces, lowers for the platform of the mesh, and compiles."""
     platform = mesh.devices.flat[0].platform
     platform = platform if platform in ("tpu", "cpu") else "cuda" if platform in ("gpu", "cuda") else platform
     return lambda: traced().lower(lowering_platforms=(platform,)).compile()
 
 
-def _search(work: Work, config: ModelConfig, mesh: Mesh, batch: int | None) -> Program:
+def _search(work: Workload, config: ModelConfig, mesh: Mesh, batch: int | None) -> Program:
     """One step of all problems, by the function that ``run_search`` runs."""
     kind, make_search = ALGORITHMS[work.algorithm]
     known = {field.name for field in dataclasses.fields(kind)}
@@ -194,16 +194,16 @@ def _search(work: Work, config: ModelConfig, mesh: Mesh, batch: int | None) -> P
     state = abstract(mesh, jax.eval_shape(start, params, task, problems, counts), every)
     stop = abstract(mesh, jax.ShapeDtypeStruct((), jnp.int32))
     return Program(
-        compile=_lowered(mesh, lambda: advance.trace(params, task, problems, state, counts, stop)),
+        compile=_compiler(mesh, lambda: advance.trace(params, task, problems, state, counts, stop)),
         weights=per_device(params),
         caches=per_device((task, problems, state)),
-        turns=(each, 1),
-        made=search.candidates * work.problems,
+        trips=(each, 1),
+        per_step=search.candidates * work.problems,
         unit="candidates",
     )
 
 
-def _sae(work: Work, config: ModelConfig, mesh: Mesh, batch: int | None) -> Program:
+def _sae(work: Workload, config: ModelConfig, mesh: Mesh, batch: int | None) -> Program:
     """Latents of every token of some rows of text, from the embeddings on."""
     params = abstract_params(config, mesh, work.dtype)
     tokens = abstract(mesh, jax.ShapeDtypeStruct((work.problems, work.context_length), jnp.int32), P("prompts"))
@@ -222,16 +222,16 @@ def _sae(work: Work, config: ModelConfig, mesh: Mesh, batch: int | None) -> Prog
         return encode(sae, x)
 
     return Program(
-        compile=_lowered(mesh, lambda: latents.trace(params, sae, tokens)),
+        compile=_compiler(mesh, lambda: latents.trace(params, sae, tokens)),
         weights=per_device((params, sae)),
         caches=0,
-        turns=(),
-        made=work.problems * work.context_length,
+        trips=(),
+        per_step=work.problems * work.context_length,
         unit="tokens",
     )
 
 
-def _generate(work: Work, config: ModelConfig, mesh: Mesh, batch: int | None) -> Program:
+def _generate(work: Workload, config: ModelConfig, mesh: Mesh, batch: int | None) -> Program:
     """One more token of rows that each have a prompt of their own, with a vector added at the site."""
     params = abstract_params(config, mesh, work.dtype)
     rows, room = work.problems, bucket(work.new_tokens)
@@ -253,10 +253,10 @@ def _generate(work: Work, config: ModelConfig, mesh: Mesh, batch: int | None) ->
     state = dataclasses.replace(state, cache=cache)
     steps = abstract(mesh, jax.ShapeDtypeStruct((), jnp.int32))
     return Program(
-        compile=_lowered(mesh, lambda: decoding.decode.trace(params, config, None, state, edits, steps)),
+        compile=_compiler(mesh, lambda: decoding.decode.trace(params, config, None, state, edits, steps)),
         weights=per_device(params),
         caches=per_device(state),
-        turns=(1,),
-        made=rows,
+        trips=(1,),
+        per_step=rows,
         unit="tokens",
     )

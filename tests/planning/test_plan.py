@@ -16,17 +16,17 @@ from jaxsteer.models.config import ModelConfig, llama_config
 from jaxsteer.models.params import init_params
 from jaxsteer.models.sharding import shard_params
 from jaxsteer.objectives import Projection, needs
-from jaxsteer.planning import Chip, Plan, Topology, Work, efficiency, make_plan, topology
+from jaxsteer.planning import Chip, Plan, Topology, Workload, efficiency, make_plan, topology
 from jaxsteer.planning import plan as planning
 from jaxsteer.planning.chips import SLICES, chips_in, slices_up_to
 from jaxsteer.planning.hlo import Costs
-from jaxsteer.planning.plan import _needed, mesh_shapes
+from jaxsteer.planning.plan import _bytes_needed, mesh_shapes
 from jaxsteer.planning.programs import _TAIL as TAIL
 from jaxsteer.planning.programs import build
 from jaxsteer.prompt_search import make_task
 from jaxsteer.prompts.slots import Slots
 
-WORK = Work(problems=8, population=2, children=3, prompt_length=3, contexts=2, context_length=6, dtype="float32")
+WORK = Workload(problems=8, population=2, children=3, prompt_length=3, contexts=2, context_length=6, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def plan(config: ModelConfig, target: Topology) -> Plan:
     return make_plan("tiny", config, target, WORK, mesh=(4, 2), micro_batch=2)
 
 
-def search_flops(config: ModelConfig, work: Work) -> float:
+def search_flops(config: ModelConfig, work: Workload) -> float:
     """Matrix products of one step of one problem, by hand: children are scored, parents give a gradient as well.
 
     For the gradient, layers run forward, again when they are rematerialised, and backward with respect to activations
@@ -90,7 +90,7 @@ def test_more_problems_are_more_turns_of_the_same_loops(config: ModelConfig, tar
     assert double.costs is not None and plan.costs is not None
     assert double.costs.flops == pytest.approx(2 * plan.costs.flops, rel=0.01)
     assert set(double.costs.collectives) == set(plan.costs.collectives)
-    assert double.made == 2 * plan.made
+    assert double.per_step == 2 * plan.per_step
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_more_problems_are_more_turns_of_the_same_loops(config: ModelConfig, tar
 )
 def test_problems_of_a_device(config: ModelConfig, target: Topology, problems: int, mesh: tuple[int, int], each: int):
     program = build(dataclasses.replace(WORK, problems=problems), config, planning.device_mesh(target, mesh), batch=2)
-    assert program.turns == (each, 1) and program.made == problems * 6
+    assert program.trips == (each, 1) and program.per_step == problems * 6
 
 
 def test_the_planned_layout_is_that_of_a_real_task(config: ModelConfig, target: Topology):
@@ -145,7 +145,7 @@ class Refusing:
         return Plan(
             model=name, work=work, topology="t", chip=target.chip, mesh={"prompts": shape[0], "model": shape[1]},
             micro_batch=batch, weights=self.fixed, caches=0, temporaries=self.each * batch, total=total,
-            fits=total <= self.hbm, costs=Costs(flops=1.0), made=1, unit="candidates",
+            fits=total <= self.hbm, costs=Costs(flops=1.0), per_step=1, unit="candidates",
         )  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def test_the_largest_micro_batch_that_fits(
     config: ModelConfig, target: Topology, monkeypatch: pytest.MonkeyPatch, each: int, best: int | None
 ):
     refusing = Refusing(fixed=100, each=each, hbm=1000)
-    monkeypatch.setattr(planning, "_compiled", refusing)
+    monkeypatch.setattr(planning, "_compile_plan", refusing)
     monkeypatch.setattr(planning, "build", lambda *args, **kwargs: None)
     chip = Chip(name="t", flops=None, hbm_bytes=1000, hbm_bandwidth=None, link_bandwidth=None, source="none")
     work = dataclasses.replace(WORK, population=16, children=32, contexts=16)
@@ -168,11 +168,13 @@ def test_the_largest_micro_batch_that_fits(
 
 def test_a_refusal_about_memory_is_understood():
     used = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 44.08G of 15.75G hbm. Exceeded by 28.33G."
-    assert _needed(used) == int(44.08 * 2**30)
-    assert _needed("CompileTimeHbmOom: the program needs 44.08G exceeds available HBM 15.75G") == int(44.08 * 2**30)
+    assert _bytes_needed(used) == int(44.08 * 2**30)
+    assert _bytes_needed("CompileTimeHbmOom: the program needs 44.08G exceeds available HBM 15.75G") == int(
+        44.08 * 2**30
+    )
     early = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (48.00G) "
-    assert _needed(early + "exceeds available HBM (15.75G).") == 48 * 2**30
-    assert _needed("INVALID_ARGUMENT: no such thing") is None
+    assert _bytes_needed(early + "exceeds available HBM (15.75G).") == 48 * 2**30
+    assert _bytes_needed("INVALID_ARGUMENT: no such thing") is None
 
 
 def test_other_refusals_go_on(config: ModelConfig, target: Topology):
@@ -181,7 +183,7 @@ def test_other_refusals_go_on(config: ModelConfig, target: Topology):
 
     program = build(WORK, config, planning.device_mesh(target, (8, 1)))._replace(compile=broken)
     with pytest.raises(RuntimeError, match="broke"):
-        planning._compiled("t", program, target, WORK, (8, 1), 1)
+        planning._compile_plan("t", program, target, WORK, (8, 1), 1)
 
 
 def test_mesh_shapes_start_where_weights_fit(config: ModelConfig, target: Topology):
@@ -196,12 +198,12 @@ def test_mesh_shapes_start_where_weights_fit(config: ModelConfig, target: Topolo
 def test_roofline_is_work_over_peaks(plan: Plan):
     chip = Chip(name="t", flops=2.0, hbm_bytes=10, hbm_bandwidth=4.0, link_bandwidth=1.0, source="none")
     costs = Costs(flops=10.0, bytes_accessed=8.0, collectives={("all-reduce", "model"): (1, 2.0, 3.0)})
-    made = dataclasses.replace(plan, chip=chip, costs=costs, made=80)
+    made = dataclasses.replace(plan, chip=chip, costs=costs, per_step=80)
     assert made.seconds == {"compute": 5.0, "memory": 2.0, "ring": 0.0, "network": 3.0} and made.roofline == 8.0
     beside = dataclasses.replace(costs, collectives={("collective-permute", "model"): (1, 7.0, 7.0)})
     assert dataclasses.replace(made, costs=beside).roofline == 7.0
     assert made.to_json()["candidates_per_second_estimate"] == 10.0
-    larger = dataclasses.replace(made, mesh={"prompts": 8, "model": 2}, made=120)
+    larger = dataclasses.replace(made, mesh={"prompts": 8, "model": 2}, per_step=120)
     assert efficiency([made, larger]) == [1.0, 0.75]
 
 

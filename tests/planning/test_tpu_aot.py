@@ -14,7 +14,7 @@ import pytest
 
 from jaxsteer.checkpoints.inspect import parameters
 from jaxsteer.checkpoints.published import published_config
-from jaxsteer.planning import Plan, Work, make_plan, topology
+from jaxsteer.planning import Plan, Workload, make_plan, topology
 from jaxsteer.planning.chips import GIB
 from jaxsteer.planning.programs import _TAIL as TAIL
 
@@ -24,8 +24,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
-SMALL = Work(problems=64, population=4, children=8, prompt_length=8, contexts=2, context_length=32)
-WORK = Work(problems=256, contexts=8, context_length=64)
+SMALL = Workload(problems=64, population=4, children=8, prompt_length=8, contexts=2, context_length=32)
+WORK = Workload(problems=256, contexts=8, context_length=64)
 CASES = {
     "1b-v5e": ("llama-3.2-1b", "v5e:2x4", (2, 4), SMALL),
     "8b-v5e": ("llama-3.1-8b", "v5e:4x4", (2, 8), WORK),
