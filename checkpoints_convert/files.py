@@ -16,8 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import parse_json, read_json, reading
-from jaxsteer.files.json_files import decoded
+from jaxsteer.files import decoded, parse_json, read_json, reading
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +49,7 @@ DTYPES: dict[str, np.dtype] = {
 _WIDTHS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _WIDTHS |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, **{name: dtype.itemsize for name, dtype in DTYPES.items()}}
 _MAX_HEADER = 100_000_000
+_LONGEST_NAME = 255
 _READ = 1 << 20
 
 
@@ -175,7 +175,8 @@ def read_index(directory: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path} is not a safetensors index: it has no object 'weight_map' of tensors and files.")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+        plain = isinstance(file, str) and Path(file).name == file and file not in ("", ".", "..")
+        if not plain or "\0" in file or len(file.encode()) > _LONGEST_NAME:
             raise UserError(f"{path} puts {name!r} into the file {file!r}; only files in the same directory are read.")
     others = sorted(set(weight_map.values()) - {SINGLE})
     if single and others:

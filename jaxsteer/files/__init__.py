@@ -1,6 +1,7 @@
 """Files, for every room: JSON and text, files written whole or not at all, those of torch read without torch."""
 
 from jaxsteer.files.json_files import (
+    decoded,
     json_lines,
     json_records,
     kind_of,
@@ -16,6 +17,7 @@ from jaxsteer.files.whole import append_text, make_directory, reading, write_byt
 __all__ = [
     "TORCH_ADVICE",
     "append_text",
+    "decoded",
     "describe",
     "json_lines",
     "json_records",

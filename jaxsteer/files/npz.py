@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxsteer.errors import FileError, UserError
+from jaxsteer.errors import FileError, UserError, first_line
 from jaxsteer.files.whole import reading
 
 _EXPANDED, _SLACK = 16, 1 << 28
@@ -61,7 +61,10 @@ def _array(file: io.BufferedIOBase, size: int, kinds: str) -> np.ndarray:
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"its format has version {version}")
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read_header(file)
+    try:
+        shape, fortran, dtype = read_header(file)
+    except Exception as error:  # the header is an expression, and NumPy parses it with Python's own parser
+        raise ValueError(f"its header cannot be read: {first_line(error)}") from error
     if dtype.kind not in kinds or dtype.hasobject or dtype.names is not None:
         raise ValueError(f"it holds {dtype}, which are no numbers")
     nbytes = math.prod(shape) * dtype.itemsize

@@ -96,7 +96,7 @@ class Conversation:
             raise UserError(f"{SLOT} must stand exactly once in a conversation, but it was found {found} times")
 
 
-def as_conversation(given: Conversation | str | Mapping[str, Any] | Sequence[Mapping[str, str]]) -> Conversation:
+def as_conversation(given: Any) -> Conversation:
     """A user's own text as a conversation: wherever ``{prompt}`` (or ``{optim_str}``) stands in it is the slot.
 
     ``given`` is a plain text, a list of chat messages ``{"role": ..., "content": ...}``, or a mapping that has one of
@@ -107,20 +107,39 @@ def as_conversation(given: Conversation | str | Mapping[str, Any] | Sequence[Map
         return given
     if isinstance(given, str):
         return Conversation(text=given)
-    fields = dict(given) if isinstance(given, Mapping) else {"messages": given}
-    if unknown := sorted(fields.keys() - {"messages", "text", "answer", "alternatives"}):
+    if not isinstance(given, Mapping | Sequence):
+        raise UserError(f"a conversation is a text, a list of messages or a mapping, got {str(given)[:120]!r}")
+    fields: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"messages": given}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if unknown := sorted(str(name) for name in fields.keys() - {"messages", "text", "answer", "alternatives"}):
         raise UserError(
             f"a conversation has messages or text, and answer or alternatives; unknown: {', '.join(unknown)}"
         )
+    for name in ("text", "answer"):
+        if not isinstance(fields.get(name, ""), str):
+            raise UserError(f"{name} must be a text, got {str(fields[name])[:120]}")
     if "messages" in fields:
-        turns = fields["messages"]
-        good = isinstance(turns, Sequence) and not isinstance(turns, str) and len(turns) > 0
-        if not good or not all(isinstance(t, Mapping) and {"role", "content"} <= t.keys() for t in turns):
-            raise UserError(f'messages must be a list of {{"role": ..., "content": ...}}, got {str(turns)[:120]}')
-        fields["messages"] = tuple({"role": str(t["role"]), "content": str(t["content"])} for t in turns)
+        fields["messages"] = tuple(map(_turn, _listed(fields["messages"], "messages")))
     if "alternatives" in fields:
-        fields["alternatives"] = tuple(fields["alternatives"])
+        fields["alternatives"] = _listed(fields["alternatives"], "alternatives")
+        if not all(isinstance(answer, str) for answer in fields["alternatives"]):
+            raise UserError(f"alternatives must be a list of texts, got {str(fields['alternatives'])[:120]}")
     return Conversation(**fields)
+
+
+def _listed(given: Any, name: str) -> tuple[Any, ...]:
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+        raise UserError(f"{name} must be a list of one or more, got {str(given)[:120]!r}")
+    return tuple(given)
+
+
+def _turn(given: Any) -> Message:
+    turn: dict[str, Any] = {}
+    if isinstance(given, Mapping):
+        turn = {name: given.get(name) for name in ("role", "content")}
+    if not turn or not all(isinstance(text, str) for text in turn.values()):
+        raise UserError(f'messages must be a list of {{"role": ..., "content": ...}}, got {str(given)[:120]}')
+    return turn
 
 
 def load_conversations(path: str | os.PathLike[str]) -> tuple[Conversation, ...]:

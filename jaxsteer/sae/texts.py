@@ -6,8 +6,8 @@ two numbers (``Rows.position``), so that what was interrupted goes on with the v
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
-import json
 import mmap
 import os
 from collections.abc import Callable, Sequence
@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int
 
 from jaxsteer.checkpoints.loading import ORGANISM
 from jaxsteer.errors import UserError
+from jaxsteer.files import parse_json
 from jaxsteer.models.model import Model
 
 Documents = Callable[[int], Sequence[int]]
@@ -101,15 +102,26 @@ class FileDocuments:
         number = int(np.searchsorted(self._first, line, side="right")) - 1
         file, start = self._files[number], int(self._starts[line])
         end = file.find(b"\n", start)
-        text = file[start : len(file) if end < 0 else end].decode("utf-8", errors="replace").rstrip("\r")
-        if self.paths[number].suffix not in (".jsonl", ".ndjson"):
-            return text
+        data = file[start : len(file) if end < 0 else end].removesuffix(b"\r")
         try:
-            return str(json.loads(text)["text"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(
-                f'{self.paths[number]} has a line that is not a JSON object with the key "text": {text[:80]!r}'
-            ) from None
+            return _document(data if start else data.removeprefix(codecs.BOM_UTF8), self.paths[number].suffix)
+        except UserError as error:
+            at = 1 + file[:start].count(b"\n")
+            raise UserError(f"--data {self.paths[number]}, line {at}: {error}") from None
+
+
+def _document(data: bytes, suffix: str) -> str:
+    """The text of a line."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the text is not UTF-8 ({error.reason}). Save the file as UTF-8") from None
+    if suffix not in (".jsonl", ".ndjson"):
+        return text
+    record = parse_json(text, "its JSON", nan=True)
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise UserError(f'it is not a JSON object with a text under the key "text": {text[:80]!r}')
+    return str(record["text"])
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -46,8 +46,22 @@ def test_texts_that_cannot_be_read_say_why(tmp_path: Path, model: Model):
         documents_of(model, [tmp_path / "empty.txt"])
     with pytest.raises(UserError, match="cannot be read"):
         documents_of(model, [tmp_path / "missing.txt"])
-    with pytest.raises(UserError, match='the key "text"'):
-        documents_of(model, [tmp_path / "odd.jsonl"])(0)
+    for data, says in (
+        (b'{"text": "a"}\n\n{"text": 5}\n', 'odd.jsonl, line 3: .* key "text"'),
+        (b'{"text": "a"}\n[1]\n', 'line 2: .* key "text"'),
+        (b'{"text": "a"}\n{"text": \n', "line 2: its JSON.* ends too early"),
+        (b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2: .*half a character"),
+        (b'{"text": "a"}\n\xff\n', "line 2: the text is not UTF-8"),
+    ):
+        (tmp_path / "odd.jsonl").write_bytes(data)
+        documents = documents_of(model, [tmp_path / "odd.jsonl"])
+        with pytest.raises(UserError, match=says):
+            [documents(0), documents(1)]
+    (tmp_path / "a.txt").write_bytes("\ufeffé\n".encode() + b"\xe9\n")
+    documents = documents_of(model, [tmp_path / "a.txt"])
+    assert documents._text(0) == "é"
+    with pytest.raises(UserError, match="a.txt, line 2: the text is not UTF-8"):
+        documents._text(1)
     with pytest.raises(UserError, match="no texts were given"):
         documents_of(model)
 
