@@ -25,12 +25,15 @@ def test_the_python_example_runs(capsys) -> None:
 def test_every_option_and_algorithm_that_is_named_exists() -> None:
     known = {f"--{name.replace('_', '-')}" for name in OPTIONS}
     elsewhere = {"--soft", "--json", "--quick", "--algorithms"}  # of eval and generate, and of the experiment
+    elsewhere |= {"--config", "--toml", "--help", "--help-all"}  # of the command line itself
     assert set(re.findall(r"--[a-z][a-z-]+", DOC)) <= known | elsewhere
     for name in ALGORITHMS:
         assert f"| `{name}`" in DOC
 
 
-def test_commands_give_options_that_resolve() -> None:
+def test_commands_give_options_that_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("out: runs/one\n", encoding="utf-8")
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^jaxsteer search .*$", DOC, re.MULTILINE)]
     assert len(commands) >= 4
     for words in commands:
