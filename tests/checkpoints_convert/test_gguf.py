@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -24,19 +25,27 @@ from tests.helpers.gguf_files import write_gguf_model
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 9)).astype(np.int32)
 
 
-def config_of(family: str, **changes):
-    """A config that GGUF can express: widths of whole blocks, Gemma's own pattern of layers."""
+def config_of(family: str, *, factor: float = 8.0, **changes):
+    """A config that GGUF can express: widths of whole blocks, Gemma's own pattern of layers.
+
+    ``factor`` is that of Gemma 3's linear rope scaling; 1 for none.
+    """
     layers = {"gemma2": 2, "gemma3": 7}.get(family, 2)
     config = family_config(family, n_layers=layers, vocab_size=320, d_model=64, d_mlp=96, d_head=16)
     config = dataclasses.replace(config, **changes)
-    config = dataclasses.replace(config, query_scale=16**-0.5)
+    config = dataclasses.replace(config, query_scale=1 / math.sqrt(config.d_head))
+    if family == "gemma2":
+        config = dataclasses.replace(config, attn_softcap=50.0, final_softcap=30.0)
     if family == "gemma3":
         full = [(layer + 1) % 6 == 0 for layer in range(layers)]
         config = dataclasses.replace(
             config,
             windows=tuple(GLOBAL_WINDOW if f else 6 for f in full),
             rope_index=tuple(int(f) for f in full),
-            ropes=(Rope(theta=10_000.0), Rope(theta=1e6, kind="linear", factor=8.0)),
+            ropes=(
+                Rope(theta=10_000.0),
+                Rope(theta=1e6, kind="linear", factor=factor) if factor > 1 else Rope(theta=1e6),
+            ),
         )
     if family == "llama":
         config = dataclasses.replace(config, ropes=(Rope(theta=500.0),))
