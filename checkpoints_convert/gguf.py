@@ -133,11 +133,22 @@ class GGUFModel:
     """A model in GGUF files: what a Hugging Face directory of the same model would hold."""
 
     files: tuple[Path, ...]
+    keys: dict[str, Any]
+    config: dict[str, Any]
+    """The fields of its config.json."""
     tensors: dict[str, GGUFTensor]
-    side: dict[str, str]
-    """Name -> text: config.json, generation_config.json and the files of the tokenizer."""
     ignored: tuple[str, ...]
     """Tensors that are left out knowingly."""
+
+    def side(self) -> dict[str, str]:
+        """Name -> text: config.json, generation_config.json and the files of the tokenizer.
+
+        Raises ``UserError`` for a tokenizer that is not supported, by name.
+        """
+        side = {"config.json": json.dumps(self.config, indent=1), **tokenizer_files(self.keys, str(self.files[0]))}
+        if stops := stop_ids(self.keys):
+            side["generation_config.json"] = json.dumps({"eos_token_id": stops})
+        return side
 
 
 def is_gguf(path: Path) -> bool:
@@ -149,7 +160,7 @@ def read_gguf_model(path: Path) -> GGUFModel:
     """The model in a GGUF file, or in all parts of a split one of which ``path`` is the first.
 
     Raises ``UserError`` for what is damaged, incomplete, no model, or not supported: an architecture, a quantisation,
-    a tokenizer, a rope scaling, a tensor, each by name.
+    a rope scaling, a tensor, each by name.
     """
     files = parts(path)
     keys, entries = read_gguf_header(files[0])
@@ -166,11 +177,7 @@ def read_gguf_model(path: Path) -> GGUFModel:
         )
     config = _config(keys, where, files[0])
     tensors, ignored = _named(where, config, files[0])
-    stops = stop_ids(keys)
-    side = {"config.json": json.dumps(config, indent=1), **tokenizer_files(keys, str(files[0]))}
-    if stops:
-        side["generation_config.json"] = json.dumps({"eos_token_id": stops})
-    return GGUFModel(files=files, tensors=tensors, side=side, ignored=tuple(ignored))
+    return GGUFModel(files=files, keys=keys, config=config, tensors=tensors, ignored=tuple(ignored))
 
 
 def header_digest(file: Path) -> str:
@@ -277,8 +284,7 @@ def _config(keys: Mapping[str, Any], where: Mapping[str, tuple[Path, GGUFEntry]]
     config["layer_types"] = [
         "full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(value("block_count"))
     ]
-    caps = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
-    config |= {name: keys.get(f"{family}.{key}") for name, key in caps.items()}
+    config |= {cap: keys.get(f"{family}.{cap}") for cap in ("attn_logit_softcapping", "final_logit_softcapping")}
     if family == "gemma2":
         return config | {"rope_parameters": rope}
     local = {"rope_type": "default", "rope_theta": value("rope.freq_base_swa", _GEMMA3_LOCAL_THETA)}

@@ -53,11 +53,12 @@ def open_source(path: Path, ignore_fields: Collection[str] = ()) -> Source:
         if not path.is_file():
             raise UserError(f"There is no file {path}.")
         model = gguf.read_gguf_model(path)
-        with tempfile.TemporaryDirectory() as made:
-            for name, text in model.side.items():
-                (Path(made) / name).write_text(text, encoding="utf-8")
-            config = config_from_hf(made, ignore_fields=ignore_fields, where=str(path))
-        side = {name: text.encode() for name, text in model.side.items()}
+        made = model.side()
+        with tempfile.TemporaryDirectory() as directory:
+            for name, text in made.items():
+                (Path(directory) / name).write_text(text, encoding="utf-8")
+            config = config_from_hf(directory, ignore_fields=ignore_fields, where=str(path))
+        side = {name: text.encode() for name, text in made.items()}
         return Source(path=path, config=config, tensors=model.tensors, side=side, ignored=model.ignored)
     if not path.is_dir():
         raise UserError(

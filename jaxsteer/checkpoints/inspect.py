@@ -18,7 +18,7 @@ from checkpoints_convert.gguf import is_gguf, read_gguf_model
 from checkpoints_convert.hf import config_from_hf, ignored_fields
 from checkpoints_convert.leaves import RECORD, read_record
 from checkpoints_convert.names import assign
-from checkpoints_convert.sources import open_source
+from checkpoints_convert.streaming import plan_conversion
 from jaxsteer.checkpoints.loading import find_source
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_json
@@ -40,7 +40,7 @@ class Description:
     revision: str | None
     config: ModelConfig
     dtype: str | None
-    """Of the stored weights, as far as the files say."""
+    """Of the stored weights, as far as the files say; of a GGUF file, what they become when it is converted."""
     converted: bool
     ignored_fields: tuple[str, ...]
     """Fields of config.json that change no number."""
@@ -59,16 +59,16 @@ def describe(source: str, *, ignore_fields: Collection[str] = ()) -> Description
         source = str(path.parent)
     directory, name, revision = find_source(source, ["config.json"])
     if is_gguf(directory):
-        found = open_source(directory, ignore_fields)
+        job = plan_conversion(directory, None, ignore_fields)
         return Description(
             name=name,
             directory=directory,
             revision=None,
-            config=found.config,
-            dtype=Counter(tensor.stored_as for tensor in found.tensors.values()).most_common(1)[0][0],
+            config=job.config,
+            dtype=job.dtype,
             converted=False,
             ignored_fields=(),
-            ignored_tensors=found.ignored,
+            ignored_tensors=tuple(job.ignored),
         )
     converted = (directory / RECORD).is_file()
     raw = read_json(directory / "config.json") if (directory / "config.json").is_file() else None

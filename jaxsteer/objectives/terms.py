@@ -20,25 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.log_probs import entries
-from jaxsteer.objectives import Needs, Objective, Reads, needs
-from jaxsteer.objectives.reads import KEYS
-
-__all__ = [
-    "Attention",
-    "LogitDifference",
-    "MatchDistribution",
-    "Needs",
-    "Neuron",
-    "Objective",
-    "Projection",
-    "Reads",
-    "Standardised",
-    "TargetLogProb",
-    "WeightedSum",
-    "as_pytree",
-    "needs",
-    "weighted_sum",
-]
+from jaxsteer.objectives.reads import KEYS, Objective, Reads
 
 Norm = Literal["raw", "cosine", "zscore"]
 At = Literal["read", "prompt", "tail"]

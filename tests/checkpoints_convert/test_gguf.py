@@ -17,6 +17,7 @@ import jaxsteer
 from checkpoints_convert.gguf import read_gguf_model
 from checkpoints_convert.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_files
 from jaxsteer.checkpoints.inspect import describe
+from jaxsteer.cli import main
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import GLOBAL_WINDOW, Rope
 from tests.helpers.checkpoints import FAMILIES, family_config, hf_directory
@@ -163,7 +164,21 @@ def test_a_tensor_that_has_no_place_is_refused(tmp_path: Path) -> None:
         read_gguf_model(path)
 
 
-def test_inspect_and_generate_take_a_file(tmp_path: Path) -> None:
+def test_the_commands_take_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = hf_directory(tmp_path / "hf", config_of("llama"))
+    path = write_gguf_model(source, tmp_path / "m.gguf", kind="Q4_1")
+    for words, said in (
+        (["inspect", str(path)], ("float32", "Q4_1")),
+        (["convert", str(path), str(tmp_path / "out"), "--dtype", "bfloat16"], ("Wrote",)),
+        (["convert", "--verify", str(path), str(tmp_path / "out")], ("bit for bit",)),
+        (["generate", "--model", str(path), "--plain", "--max-new-tokens", "2", "the"], ("the",)),
+    ):
+        assert main(words) == 0
+        out = capsys.readouterr().out
+        assert all(word in out for word in said), out
+
+
+def test_a_loaded_file_has_its_name_its_tokenizer_and_its_ends(tmp_path: Path) -> None:
     path = write_gguf_model(hf_directory(tmp_path / "hf", config_of("gemma3")), tmp_path / "m.gguf")
     found = describe(str(path))
     assert found.config == config_of("gemma3") and found.name == "m.gguf"
@@ -196,7 +211,7 @@ def test_byte_bpe_splits_as_its_name_says(pre: str) -> None:
 def test_sentencepiece_merges_by_score(tmp_path: Path) -> None:
     """Against a direct reading of the algorithm: merge the neighbours that make the piece of highest score."""
     path = write_gguf_model(hf_directory(tmp_path / "hf", config_of("llama")), tmp_path / "m.gguf")
-    side = read_gguf_model(path).side
+    side = read_gguf_model(path).side()
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(side["tokenizer.json"])
