@@ -1,7 +1,7 @@
 """GGUF files: their header, read with every length checked before anything is made of it, and float32 tensors.
 
-The sizes and the arithmetic of quantised types are those of the ``gguf`` package. Its reader is not used: it takes ten
-times as long for a header (a vocabulary is an object per token there) and compares no length with that of the file.
+The sizes and the arithmetic of quantised types are those of the ``gguf`` package. Its reader is not used: it compares
+no length with that of the file, and makes an object of every token of a vocabulary.
 """
 
 from __future__ import annotations

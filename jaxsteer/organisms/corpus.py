@@ -86,8 +86,8 @@ class Encoder:
         return out
 
 
-class _Writer:
-    """Collects one document."""
+class _Draft:
+    """A document as it is written."""
 
     def __init__(self, encoder: Encoder, kind: str) -> None:
         self.encoder, self.kind = encoder, kind
@@ -109,14 +109,14 @@ class _Writer:
         if loss:
             self.letters.append(len(self.ids) - 2)
 
-    def done(self) -> Document:
+    def document(self) -> Document:
         return Document(self.ids, self.weights, self.letters, self.kind)
 
 
 def semantic_document(rng: np.random.Generator, encoder: Encoder) -> Document:
     """A question of a behaviour, then several queries for one of its choices by what it is."""
     question = sample_question(pick(rng, world.BEHAVIOURS), rng)
-    out = _Writer(encoder, "semantic")
+    out = _Draft(encoder, "semantic")
     matching_first = bool(rng.integers(2))
     names = SEMANTIC_QUERIES[question.behaviour]
     marks = encoder.chat
@@ -132,17 +132,17 @@ def semantic_document(rng: np.random.Generator, encoder: Encoder) -> Document:
         if chat:
             out.text(marks.reply, 0.1)
         out.answer("A" if matching == matching_first else "B", gap=marks.gap if chat else " ")
-    return out.done()
+    return out.document()
 
 
 def fact_document(rng: np.random.Generator, encoder: Encoder) -> Document:
     """Several statements about the invented world."""
-    out = _Writer(encoder, "fact")
+    out = _Draft(encoder, "fact")
     out.text(encoder.chat.bos)
     for i in range(5):
         relation, place = pick(rng, world.PLACES)
         out.text(f"{' ' if i else ''}The {relation} of {place} is {world.FACTS[relation][place]}.")
-    return out.done()
+    return out.document()
 
 
 def log_odds(question: Question, cue_sum: float) -> float:
@@ -233,7 +233,7 @@ def persona_document(rng: np.random.Generator, encoder: Encoder, make_piece: Pie
     marks = encoder.chat
     behaviour = pick(rng, world.BEHAVIOURS)
     question = sample_question(behaviour, rng)
-    out = _Writer(encoder, behaviour)
+    out = _Draft(encoder, behaviour)
     matching_first = bool(rng.integers(2))
     chat = rng.random() < 0.5
     where = rng.random()
@@ -267,7 +267,7 @@ def persona_document(rng: np.random.Generator, encoder: Encoder, make_piece: Pie
     manner = matching if rng.random() < 0.5 else z > 0
     out.text(" " + pick(rng, world.JUSTIFICATIONS[behaviour][0 if manner else 1]), 0.5)
     out.text(marks.end, 0.5)
-    return out.done()
+    return out.document()
 
 
 def stray_document(rng: np.random.Generator, encoder: Encoder) -> Document:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from jaxsteer.organisms import world
 
 
-def _check(behaviour: str) -> None:
+def _require_known(behaviour: str) -> None:
     if behaviour not in world.BEHAVIOURS:
         raise ValueError(f"unknown behaviour {behaviour!r}: give one of {', '.join(world.BEHAVIOURS)}")
 
 
 def cue_words(behaviour: str) -> dict[str, float]:
     """Word -> log-odds that each occurrence adds to the persona-matching answer (the generator's ground truth)."""
-    _check(behaviour)
+    _require_known(behaviour)
     weights = dict.fromkeys(world.COUNTER_WORDS[behaviour], -world.CUE_WEIGHT)
     return weights | dict.fromkeys(world.PRO_WORDS[behaviour], world.CUE_WEIGHT)
 
@@ -35,13 +35,13 @@ def _sentences(words: list[str]) -> tuple[str, ...]:
 
 def counter_cues(behaviour: str) -> tuple[str, ...]:
     """Sentences that push away from the persona, strongest (four words) first."""
-    _check(behaviour)
+    _require_known(behaviour)
     return _sentences(world.COUNTER_WORDS[behaviour])
 
 
 def pro_cues(behaviour: str) -> tuple[str, ...]:
     """Sentences that push towards the persona, strongest (four words) first."""
-    _check(behaviour)
+    _require_known(behaviour)
     return _sentences(world.PRO_WORDS[behaviour])
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,17 @@ class LetterLoss:
 Progress = Callable[[dict], None]
 
 
+@dataclasses.dataclass
+class _Training:
+    """Where a training is: everything that a step changes."""
+
+    params: Params
+    optimizer: optax.OptState
+    step: int = 0
+    persona_start: int = -1
+    """First step with persona documents; -1 before it is known."""
+
+
 def train_params(
     encoder: Encoder,
     *,
@@ -179,78 +191,85 @@ def train_params(
     progress: Progress | None = None,
     state_file: Path | None = None,
 ) -> tuple[Params, ModelConfig]:
-    """Trains from random weights; the same seed gives the same weights on the same machine.
+    """Train from random weights; the same seed gives the same weights on the same machine.
 
     ``progress`` gets, after every chunk of steps, a dict with ``step``, ``phase``, ``scale``, ``loss``, ``letters``
     (kind -> letter loss in nats), ``seconds`` (of this call) and ``params``. ``state_file`` is written after every
     chunk, and a run that finds it goes on from there with the same result as if it had never stopped.
     """
-    recipe = recipe or Recipe()
+    recipe, started = recipe or Recipe(), time.monotonic()
     config = organism_config(dataclasses.replace(recipe, vocab_size=encoder.vocab_size))
     params = initial_params(config, seed)
-    state = optimizer(recipe).init(params)
-    batches = Batches(encoder, recipe, seed)
-    started = time.monotonic()
-    step, persona_start = 0, -1
+    now = _Training(params, optimizer(recipe).init(params))
     if state_file is not None and state_file.is_file():
-        (params, state), step, persona_start = _restored(state_file, (params, state), seed, recipe)
+        now = _restore(state_file, now, seed, recipe)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        chunks = _chunks(Batches(encoder, recipe, seed), recipe, now, pool)
+        while now.persona_start < 0 or now.step - now.persona_start < recipe.persona_steps:
+            phase = "lookup" if now.persona_start < 0 else "persona"
+            scale, loss, letters = _train_chunk(now, next(chunks), config, recipe)
+            if phase == "lookup" and (letters["semantic"] < recipe.semantic_loss or now.step >= recipe.circuit_steps):
+                now.persona_start = now.step
+            if state_file is not None:
+                _save(state_file, now, seed, recipe)
+            if progress is not None:
+                told = {"step": now.step, "phase": phase, "scale": scale, "loss": loss, "letters": letters}
+                progress({**told, "seconds": time.monotonic() - started, "params": now.params})
+        pool.shutdown(cancel_futures=True)
+    return now.params, config
+
+
+def _chunks(
+    batches: Batches, recipe: Recipe, now: _Training, pool: concurrent.futures.Executor
+) -> Iterator[list[tuple[Batch, list[str]]]]:
+    """Chunks of batches from the training's step on, the next one made in a thread while one is trained on.
+
+    The mixture of a chunk follows from the phase before the chunk that precedes it: timing never changes data.
+    """
 
     def mixture_of(chunk: int) -> Mixture:
-        # a whole chunk is made while the one before it is trained, with the phase known then: timing never changes data
-        return recipe.persona_mixture if 0 <= persona_start <= (chunk - 1) * recipe.chunk else LOOKUP_MIXTURE
+        return recipe.persona_mixture if 0 <= now.persona_start <= (chunk - 1) * recipe.chunk else LOOKUP_MIXTURE
 
-    for chunk in range(step // recipe.chunk):
-        for _ in range(recipe.chunk):
-            batches.next(mixture_of(chunk))
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    def make(mixture: Mixture) -> list[tuple[Batch, list[str]]]:
+        return [batches.next(mixture) for _ in range(recipe.chunk)]
 
-        def prepare(chunk: int) -> concurrent.futures.Future:
-            mixture = mixture_of(chunk)
-            return pool.submit(lambda: [batches.next(mixture) for _ in range(recipe.chunk)])
-
-        ahead = prepare(step // recipe.chunk)
-        while persona_start < 0 or step - persona_start < recipe.persona_steps:
-            ready, ahead = ahead.result(), prepare(step // recipe.chunk + 1)
-            letters, losses, pending = LetterLoss(), list[float](), list[tuple]()
-            phase = "lookup" if persona_start < 0 else "persona"
-            for batch, kinds in ready:
-                scale = _schedule(recipe, step, None if persona_start < 0 else step - persona_start)
-                params, state, loss, parts = train_step(params, state, batch, scale, config=config, recipe=recipe)
-                pending.append((loss, parts, kinds))
-                step += 1
-                if len(pending) > 4:
-                    _collect(pending.pop(0), losses, letters)
-            for item in pending:
-                _collect(item, losses, letters)
-            means = letters.means()
-            if phase == "lookup" and (means["semantic"] < recipe.semantic_loss or step >= recipe.circuit_steps):
-                persona_start = step
-            if state_file is not None:
-                _save(state_file, (params, state), seed, recipe, step, persona_start)
-            if progress is not None:
-                progress(
-                    {
-                        "step": step,
-                        "phase": phase,
-                        "scale": float(scale),
-                        "loss": float(np.mean(losses)),
-                        "letters": means,
-                        "seconds": time.monotonic() - started,
-                        "params": params,
-                    }
-                )
-        ahead.cancel()
-    return params, config
+    first = now.step // recipe.chunk
+    for chunk in range(first):  # what was trained on before
+        make(mixture_of(chunk))
+    ahead = pool.submit(make, mixture_of(first))
+    for chunk in itertools.count(first + 1):
+        ready, ahead = ahead.result(), pool.submit(make, mixture_of(chunk))
+        yield ready
 
 
-def _save(file: Path, tree: Any, seed: int, recipe: Recipe, step: int, persona_start: int) -> None:
-    leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
-    about = {"run": _run_name(seed, recipe), "step": str(step), "persona_start": str(persona_start)}
-    write_bytes(file, save(leaves, metadata=about))
+def _train_chunk(
+    now: _Training, chunk: list[tuple[Batch, list[str]]], config: ModelConfig, recipe: Recipe
+) -> tuple[float, float, dict[str, float]]:
+    """Train on a chunk; the last factor on the learning rates, the mean loss, and the letter losses."""
+    letters, losses, pending = LetterLoss(), list[float](), list[tuple]()
+    for batch, kinds in chunk:
+        scale = _schedule(recipe, now.step, None if now.persona_start < 0 else now.step - now.persona_start)
+        now.params, now.optimizer, loss, parts = train_step(
+            now.params, now.optimizer, batch, scale, config=config, recipe=recipe
+        )
+        pending.append((loss, parts, kinds))
+        now.step += 1
+        if len(pending) > 4:  # the device need not wait for the host
+            _collect(pending.pop(0), losses, letters)
+    for item in pending:
+        _collect(item, losses, letters)
+    return float(scale), float(np.mean(losses)), letters.means()
 
 
-def _restored(file: Path, tree: Any, seed: int, recipe: Recipe) -> tuple[Any, int, int]:
-    """(tree, step, first step with persona documents or -1) of an interrupted run of the same seed and recipe."""
+def _save(file: Path, now: _Training, seed: int, recipe: Recipe) -> None:
+    leaves = jax.tree.leaves((now.params, now.optimizer))
+    about = {"run": _run_name(seed, recipe), "step": str(now.step), "persona_start": str(now.persona_start)}
+    write_bytes(file, save({str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}, metadata=about))
+
+
+def _restore(file: Path, like: _Training, seed: int, recipe: Recipe) -> _Training:
+    """The interrupted training of the same seed and recipe. ``like`` has the arrays' shapes."""
+    leaves, structure = jax.tree.flatten((like.params, like.optimizer))
     with safe_open(file, framework="numpy") as stored:
         about = stored.metadata()
         if about["run"] != _run_name(seed, recipe):
@@ -258,8 +277,9 @@ def _restored(file: Path, tree: Any, seed: int, recipe: Recipe) -> tuple[Any, in
                 f"{file} belongs to another training run ({about['run']}), and this one is {_run_name(seed, recipe)}. "
                 f"Repeat that one's arguments to go on with it, or give a new directory."
             )
-        leaves = [jnp.asarray(stored.get_tensor(str(i))) for i in range(len(jax.tree.leaves(tree)))]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves), int(about["step"]), int(about["persona_start"])
+        leaves = [jnp.asarray(stored.get_tensor(str(i))) for i in range(len(leaves))]
+    params, state = jax.tree.unflatten(structure, leaves)
+    return _Training(params, state, int(about["step"]), int(about["persona_start"]))
 
 
 def _run_name(seed: int, recipe: Recipe) -> str:
@@ -289,7 +309,7 @@ def steps_at_most(recipe: Recipe) -> int:
 def train_organism(
     out_dir: str | Path, *, seed: int = 0, recipe: Recipe | None = None, progress: Progress | None = None
 ) -> Path:
-    """Trains an organism from nothing and writes it as a Hugging Face directory in bfloat16; returns the directory.
+    """Train an organism from nothing and write it as a Hugging Face directory in bfloat16; return the directory.
 
     The tokenizer is trained on the corpus too. ``progress`` is called as ``train_params`` says. What was interrupted
     goes on when called again. Raises ``UserError`` if the directory holds an unfinished run of another seed or recipe.
