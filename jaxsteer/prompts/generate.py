@@ -21,7 +21,7 @@ from jaxsteer.models.sampling import DEFAULTS, Decoding, stop_ids
 from jaxsteer.models.taps import Intervention
 from jaxsteer.prompts.conversation import Message, apply_template, encode_texts
 from jaxsteer.prompts.roles import encode_turns
-from jaxsteer.writers.writer import Advance, Messages
+from jaxsteer.writers.writer import Keep, Messages
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class ModelWriter:
         return list(made.texts)
 
     def reply_each(
-        self, conversations: Sequence[Messages], *, max_tokens: int = 512, progress: Advance | None = None
+        self, conversations: Sequence[Messages], *, max_tokens: int = 512, keep: Keep | None = None
     ) -> list[str]:
         """One greedy reply to each conversation, ``batch`` at a time."""
         replies: list[str] = []
@@ -173,9 +173,10 @@ class ModelWriter:
             made = generate(
                 self.model, some, max_new_tokens=max_tokens, temperature=0, edits=self.edits, batch=self.batch
             )
+            for i, text in enumerate(made.texts, begin):
+                if keep is not None:
+                    keep(i, text)
             replies += made.texts
-            if progress is not None:
-                progress(len(replies), len(conversations))
         return replies
 
 

@@ -1,26 +1,38 @@
-"""A language model behind an OpenAI-compatible HTTP endpoint: a judge, or a writer of prompts."""
+"""A language model behind an OpenAI-compatible HTTP endpoint: a judge, or a writer of prompts.
+
+The other side is not trusted: no redirect is followed (it would take the key along), a reply has a deadline and a
+largest size, and whatever goes wrong is one ``UserError`` that names the URL and never the key.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import http.client
 import json
 import os
+import random
+import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
 
+from jaxsteer.display import short
 from jaxsteer.errors import UserError
-from jaxsteer.writers.writer import Advance, Messages
+from jaxsteer.files import decoded, parse_json
+from jaxsteer.writers.writer import Keep, Messages
 
 KEY = "OPENAI_API_KEY"
 """Environment variable whose value, if it is set, is sent as the bearer token."""
 AGAIN = (408, 409, 429, 500, 502, 503, 504)
 """HTTP states after which asking again may help."""
+MAX_BYTES = 16 << 20
+"""Of one reply."""
+MAX_WAIT_S = 30.0
+"""Longest wait before another attempt, whatever the server asks for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +43,7 @@ class Endpoint:
     model: str = ""
     """Its name there (default: the first that the endpoint lists)."""
     timeout_s: float = 60.0
-    """Longest wait for one reply."""
+    """Longest time for one whole reply, from looking up the host to the last byte."""
     retries: int = 2
     """Further attempts after a failure that may pass."""
     workers: int = 4
@@ -39,9 +51,19 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         """Refuse what is no address."""
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise UserError(f"{self.url!r} is no address of an endpoint: expected e.g. http://127.0.0.1:8000/v1")
+        example = "expected e.g. http://127.0.0.1:8000/v1"
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            _ = parts.port  # raises where it is no number, or out of range
+        except ValueError as error:
+            raise UserError(f"{self.url!r} is no address of an endpoint ({error}): {example}") from None
+        if parts.username is not None or parts.password is not None:
+            raise UserError(f"the address of an endpoint holds a user or password: give the key in {KEY}; {example}")
+        plain = self.url.isascii() and self.url.isprintable() and " " not in self.url
+        if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
+            raise UserError(f"{self.url!r} is no address of an endpoint: {example}")
+        if parts.query or parts.fragment:
+            raise UserError(f"{parts.geturl().partition('?')[0]!r} has a query or fragment behind it: {example}")
 
     @functools.cached_property
     def name(self) -> str:
@@ -70,56 +92,149 @@ class Endpoint:
             "temperature": temperature,
             "max_tokens": max_tokens,
         }
-        body |= ({"n": n} if n > 1 else {}) | ({} if seed is None else {"seed": seed})
+        texts = self._texts(body | ({"n": n} if n > 1 else {}) | ({} if seed is None else {"seed": seed}))
+        while len(texts) < n:  # some servers ignore n
+            texts += self._texts(body | ({} if seed is None else {"seed": seed + len(texts)}))[:1]
+        return texts[:n]
+
+    def reply_each(
+        self, conversations: Sequence[Messages], *, max_tokens: int = 512, keep: Keep | None = None
+    ) -> list[str]:
+        """One greedy reply to each conversation, ``workers`` requests at a time.
+
+        When one fails, those that are under way are still waited for and kept.
+        """
+        left = list(enumerate(conversations))[::-1]
+        came: SimpleQueue[tuple[int, str] | Exception | None] = SimpleQueue()
+
+        def work() -> None:
+            while left:
+                try:
+                    i, messages = left.pop()
+                    came.put((i, self.reply(messages, max_tokens=max_tokens)[0]))
+                except IndexError:  # another one took the last
+                    break
+                except Exception as error:
+                    came.put(error)
+                    break
+            came.put(None)
+
+        replies, failure = [""] * len(left), None
+        working = min(self.workers, len(left))
+        for _ in range(working):
+            threading.Thread(target=work, daemon=True).start()  # daemons: Ctrl-C waits for no reply
+        try:
+            while working:
+                match came.get():
+                    case None:
+                        working -= 1
+                    case (i, reply):
+                        replies[i] = reply
+                        if keep is not None:
+                            keep(i, reply)
+                    case error:
+                        failure = failure or error
+                        left.clear()
+        finally:
+            left.clear()
+        if failure is not None:
+            raise failure
+        return replies
+
+    def _texts(self, body: dict[str, Any]) -> list[str]:
+        """The texts of the choices, at least one."""
         found = self._call("/chat/completions", body)
         try:
             texts = [str(choice["message"]["content"] or "") for choice in found["choices"]]
         except (KeyError, TypeError):
-            raise UserError(f"{self.url} answered without choices: {str(found)[:200]}") from None
-        while texts and len(texts) < n:  # some servers ignore n
-            more = {**body, "n": 1} | ({} if seed is None else {"seed": seed + len(texts)})
-            texts.append(str(self._call("/chat/completions", more)["choices"][0]["message"]["content"] or ""))
+            texts = []
         if not texts:
-            raise UserError(f"{self.url} answered without choices: {str(found)[:200]}")
-        return texts[:n]
-
-    def reply_each(
-        self, conversations: Sequence[Messages], *, max_tokens: int = 512, progress: Advance | None = None
-    ) -> list[str]:
-        """One greedy reply to each conversation, ``workers`` requests at a time."""
-        replies: list[str] = []
-        with ThreadPoolExecutor(max_workers=self.workers) as pool:
-            for (reply,) in pool.map(functools.partial(self.reply, max_tokens=max_tokens), conversations):
-                replies.append(reply)
-                if progress is not None:
-                    progress(len(replies), len(conversations))
-        return replies
+            raise UserError(f"{self.url} answered without choices: {short(found, 200)}")
+        return texts
 
     def _call(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(
-            self.url.rstrip("/") + path, None if body is None else json.dumps(body).encode(), headers
-        )
+        """The JSON object that the endpoint answers with."""
+        url, key = self.url.rstrip("/") + path, os.environ.get(KEY, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"{KEY} holds characters that no key has: set it to the key alone")
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        data = None if body is None else json.dumps(body).encode()
         for attempt in range(self.retries + 1):
+            wait = min(2.0**attempt, 8.0) * random.uniform(0.5, 1.0)
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    found = json.loads(response.read())
-                if not isinstance(found, dict):
-                    raise UserError(f"{self.url}{path} answered with no JSON object: {str(found)[:200]}")
-                return found
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}: {error.read(300).decode(errors='replace').strip()}"
-                if error.code not in AGAIN:
-                    break
-            except ValueError as error:
-                reason = f"no JSON: {error}"
+                got = _within(
+                    self.timeout_s,
+                    functools.partial(_exchange, urllib.request.Request(url, data, headers), self.timeout_s),
+                )
+            except (http.client.HTTPException, OSError, ValueError, ImportError) as error:
+                again = isinstance(error, http.client.HTTPException | OSError)
+                reason = str(getattr(error, "reason", error)).strip()
+                if not reason or isinstance(error, http.client.HTTPException):
+                    reason = f"{type(error).__name__}: {reason}"
+            else:
+                if len(got.data) > MAX_BYTES:
+                    raise UserError(f"{url} answered with more than {MAX_BYTES >> 20} MiB, which is no reply")
+                if got.status == 200:
+                    found = parse_json(decoded(got.data, url), url)
+                    if not isinstance(found, dict):
+                        raise UserError(f"{url} answered with no JSON object: {short(found, 200)}")
+                    return found
+                reason = f"HTTP {got.status}: {got.data[:300].decode(errors='replace').strip()}"
+                if got.location is not None:
+                    reason = f"HTTP {got.status}: it redirects to {got.location}, and no redirect is followed"
+                again, wait = got.status in AGAIN, max(wait, got.retry_after)
+            if not again:
                 break
-            except OSError as error:  # refused, unreachable, timed out
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
             if attempt < self.retries:
-                time.sleep(min(2.0**attempt, 8.0) / 4)
-        raise UserError(
-            f"the endpoint {self.url}{path} gives no answer ({reason}); is its address right, and is it up?"
-        )
+                time.sleep(min(wait, MAX_WAIT_S))
+        reason = short(reason.replace(key, "(the key)") if key else reason, 400)
+        raise UserError(f"the endpoint {url} gives no answer ({reason}); is its address right, and is it up?")
+
+
+class _Got(NamedTuple):
+    status: int
+    data: bytes
+    location: str | None
+    retry_after: float
+
+
+def _exchange(request: urllib.request.Request, seconds: float) -> _Got:
+    """One request and the whole of its reply, up to a little more than ``MAX_BYTES``, through the proxies of the
+    environment, if there are any. Raises ``OSError``, ``HTTPException`` or ``ValueError``."""
+    until, data = time.monotonic() + seconds, bytearray()
+    opener = urllib.request.OpenerDirector()  # without the handlers of redirects, errors, files and FTP
+    for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+        opener.add_handler(handler())
+    with opener.open(request, timeout=seconds) as response:
+        while len(data) <= MAX_BYTES and (piece := response.read1(1 << 16)):
+            data += piece
+            if time.monotonic() > until:
+                raise TimeoutError
+        if len(data) <= MAX_BYTES and response.length:
+            raise http.client.IncompleteRead(bytes(data), response.length)
+        wait = response.headers.get("Retry-After") or ""
+        location = response.headers.get("Location") if 300 <= response.status < 400 else None
+        return _Got(response.status, bytes(data), location, float(wait) if wait.isascii() and wait.isdigit() else 0.0)
+
+
+def _within(seconds: float, work: Callable[[], _Got]) -> _Got:
+    """What ``work`` returns or raises; ``TimeoutError`` when that takes longer. A thread is left to end by itself: no
+    limit of the sockets holds for looking up a host, or for headers that come letter by letter."""
+    done: SimpleQueue[_Got | Exception] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put(work())
+        except Exception as error:
+            done.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        found = done.get(timeout=seconds)
+    except Empty:
+        found = TimeoutError()
+    if isinstance(found, TimeoutError):
+        raise TimeoutError(f"no whole reply within {seconds:g} s")
+    if isinstance(found, Exception):
+        raise found
+    return found

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from jaxsteer.files import append_text, read_log, write_text
 from jaxsteer.files.records import Record
+from jaxsteer.processes import from_first, is_first
 from jaxsteer.statistics import bootstrap_mean, wilson
-from jaxsteer.writers.writer import Advance, Writer
+from jaxsteer.writers.writer import Messages, Writer
 
 _NUMBER = re.compile(r"(?<![\d.])(\d+)(?:\.\d+)?(?![\d.]*\d)")
 
@@ -92,16 +96,17 @@ def judge(
     *,
     max_tokens: int = 16,
     draws: int = 2000,
-    progress: Advance | None = None,
+    log: Path | None = None,
 ) -> Judged:
     """Let ``writer`` score every answer at temperature 0; ``facts`` fill the rubric's template, answer by answer.
 
-    ``groups`` names what stands and falls together in the bootstrap (the question of every answer, usually). Raises
-    ``UserError`` when the writer gives no reply.
+    ``groups`` names what stands and falls together in the bootstrap (the question of every answer, usually). ``log`` is
+    a file that takes every reply as it comes; what stands there is not asked for again. Raises ``UserError`` when the
+    writer gives no reply.
     """
     requests = [[{"role": "user", "content": rubric.template.format(**named)}] for named in facts]
     name = writer.name  # an endpoint that is not there fails here
-    replies = writer.reply_each(requests, max_tokens=max_tokens, progress=progress)
+    replies = _replies(writer, requests, max_tokens, log)
     scores = [rubric.read(reply, rubric.scale) for reply in replies]
     known = np.asarray([score for score in scores if score is not None], np.float64)
     kept = [group for group, score in zip(groups, scores, strict=True) if score is not None]
@@ -120,3 +125,29 @@ def judge(
         scores=tuple(scores),
         replies=tuple(replies),
     )
+
+
+def _replies(writer: Writer, requests: Sequence[Messages], max_tokens: int, log: Path | None) -> list[str]:
+    """The writer's replies, without those that stand in the log; all that came are there when the writer fails."""
+    if log is None:
+        return writer.reply_each(requests, max_tokens=max_tokens)
+    keys = [hashlib.sha256(json.dumps([writer.name, max_tokens, *asked]).encode()).hexdigest() for asked in requests]
+    known: dict[str, str] = from_first(lambda: _logged(log))
+    missing = {key: asked for key, asked in zip(keys, requests, strict=True) if key not in known}
+    names = list(missing)
+
+    def keep(i: int, reply: str) -> None:
+        if is_first():
+            append_text(log, json.dumps({"request": names[i], "reply": reply}) + "\n")
+
+    found = writer.reply_each(list(missing.values()), max_tokens=max_tokens, keep=keep) if missing else []
+    known |= dict(zip(names, found, strict=True))
+    return [known[key] for key in keys]
+
+
+def _logged(log: Path) -> dict[str, str]:
+    """The replies in the log, which is left without a line that was cut."""
+    rows, cut = read_log(log) if log.exists() else ([], False)
+    if cut:
+        write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
+    return {str(row.get("request")): str(row.get("reply")) for row in rows}

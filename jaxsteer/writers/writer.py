@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 
 Messages = Sequence[Mapping[str, str]]
 """A conversation: ``{"role": ..., "content": ...}`` each."""
-Advance = Callable[[int, int], None]
-"""Called with how many of how many are done."""
+Keep = Callable[[int, str], None]
+"""Called with the number of a conversation and the reply to it, as they come."""
 
 
 @runtime_checkable
@@ -32,7 +32,7 @@ class Writer(Protocol):
         """``n`` replies to one conversation. Raises ``UserError`` where there is none to be had."""
 
     def reply_each(
-        self, conversations: Sequence[Messages], *, max_tokens: int = 512, progress: Advance | None = None
+        self, conversations: Sequence[Messages], *, max_tokens: int = 512, keep: Keep | None = None
     ) -> list[str]:
         """One greedy reply to each conversation, in their order, as many at a time as the writer can."""
 
@@ -57,7 +57,12 @@ class Rule:
         return [self.write(messages)] * n
 
     def reply_each(
-        self, conversations: Sequence[Messages], *, max_tokens: int = 512, progress: Advance | None = None
+        self, conversations: Sequence[Messages], *, max_tokens: int = 512, keep: Keep | None = None
     ) -> list[str]:
         """The function's text for each."""
-        return [self.write(messages) for messages in conversations]
+        replies = []
+        for i, messages in enumerate(conversations):
+            replies.append(self.write(messages))
+            if keep is not None:
+                keep(i, replies[i])
+        return replies

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socketserver
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,6 +53,37 @@ def endpoint(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1", asked
     finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+
+
+@contextlib.contextmanager
+def raw_server(reply: bytes | tuple[bytes, bytes]) -> Iterator[tuple[str, list[bytes]]]:
+    """(address, the requests that came) of a server that sends these bytes whatever is asked; of two, the
+    second again and again."""
+    asked: list[bytes] = []
+    stop = threading.Event()
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            data = b""
+            while not data.endswith(b"}") and not (data.startswith(b"GET") and data.endswith(b"\r\n\r\n")):
+                data += self.request.recv(1 << 16)  # all of it: who closes a socket with unread data resets it
+            asked.append(data)
+            with contextlib.suppress(OSError):
+                self.request.sendall(reply if isinstance(reply, bytes) else reply[0])
+                while not isinstance(reply, bytes) and not stop.wait(0.02):
+                    self.request.sendall(reply[1])
+
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1", asked
+    finally:
+        stop.set()
         server.shutdown()
         server.server_close()
         thread.join(5)

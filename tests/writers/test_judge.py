@@ -1,7 +1,9 @@
 """Writers and the judge; the endpoint's client against a server on loopback."""
 
 import hashlib
+import itertools
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,7 @@ from jaxsteer.prompts.generate import ModelWriter
 from jaxsteer.writers.endpoint import Endpoint
 from jaxsteer.writers.judge import BEHAVIOUR, Rubric, judge
 from jaxsteer.writers.writer import Rule, Writer
-from tests.helpers.endpoint import endpoint
+from tests.helpers.endpoint import endpoint, raw_server
 from tests.helpers.tiny import tiny_model
 
 
@@ -53,10 +55,10 @@ def test_a_rule_judges_by_another_rubric() -> None:
 
 
 def test_a_local_model_writes_one_by_one_as_it_does_together() -> None:
-    local, seen = ModelWriter(model=tiny_model()), []
+    local, seen = ModelWriter(model=tiny_model()), {}
     asked = [[{"role": "user", "content": text}] for text in ("be frank", "be patient")]
     alone = [local.reply(one, max_tokens=3)[0] for one in asked]
-    assert local.reply_each(asked, max_tokens=3, progress=lambda *done: seen.append(done)) == alone and seen == [(2, 2)]
+    assert local.reply_each(asked, max_tokens=3, keep=seen.__setitem__) == alone == list(seen.values())
     assert len(local.reply(asked[0], n=3, max_tokens=3, temperature=1.0, seed=1)) == 3
     assert judge(local, RHYMES, [{"text": "moon"}], ["a"], max_tokens=3).judge == local.name
     assert isinstance(local, Writer)
@@ -80,11 +82,81 @@ def test_several_replies_come_also_from_a_server_that_gives_one_at_a_time() -> N
         assert asked.reply([{"role": "user", "content": "?"}], n=3, seed=5) == ["5", "6", "7"]
 
 
-def test_an_endpoint_that_is_not_there_ends_in_one_message() -> None:
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("reply", "says", "requests"),
+    [
+        (
+            b"HTTP/1.1 302 -\r\nLocation: http://127.0.0.2:1/\x1b[2J\r\n\r\n",
+            r"redirects to http://127.0.0.2:1/\\x1b\[2J,",
+            1,
+        ),
+        (b"HTTP/1.1 307 -\r\nLocation: file:///etc/passwd\r\n\r\n", "no redirect is followed", 1),
+        (b"HTTP/1.1 401 -\r\n\r\nthe key a-key is unknown", r"HTTP 401: the key \(the key\) is", 1),
+        (OK + b"Content-Length: 900\r\n\r\n{", "IncompleteRead", 3),
+        (b"nothing of HTTP\r\n\r\n", "BadStatusLine: nothing of HTTP", 3),
+        (OK + b"a: b\r\n" * 101 + b"\r\n", "more than 100 headers", 3),
+        (OK + b"a: " + b"b" * 70000 + b"\r\n\r\n", "got more than 65536 bytes", 3),
+        (OK + b"\r\n" + b"[" * 100000, "nested more than", 1),
+        (OK + b"\r\n\xff{}", "not UTF-8", 1),
+        (OK + b"\r\n" + b" " * 3_000_000, "more than 1 MiB", 1),
+        (OK + b"\r\n" + b'{"choices": [5]}', "without choices", 1),
+        ((OK, b"x"), "no whole reply within 0.3 s", 3),
+        ((b"HTTP/1.1 500 -\r\n\r\n", b" "), "no whole reply within 0.3 s", 3),
+    ],
+)
+def test_a_hostile_endpoint_ends_in_one_message_in_time(
+    reply: bytes | tuple[bytes, bytes], says: str, requests: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+    monkeypatch.setattr("jaxsteer.writers.endpoint.MAX_BYTES", 1 << 20)
+    with raw_server(reply) as (url, asked):
+        slow = not isinstance(reply, bytes)
+        with pytest.raises(UserError, match=says) as error:
+            Endpoint(url=url, model="m", timeout_s=0.3 if slow else 20).reply([{"role": "user", "content": "?"}])
+    assert url in str(error.value) and "a-key" not in str(error.value) and str(error.value).isprintable()
+    assert len(asked) == requests and all(b"a-key" in request for request in asked)
+
+
+def test_an_endpoint_that_is_not_there_ends_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(UserError, match="gives no answer"):
         _ = Endpoint(url=url, timeout_s=2, retries=1).name
-    with pytest.raises(UserError, match="no address"):
-        Endpoint(url="localhost:8000")
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key\nX: y")
+    with pytest.raises(UserError, match="no key has") as error:
+        _ = Endpoint(url=url).name
+    assert "a-key" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *"localhost:8000 ftp://x/v1 file:///etc/passwd http:// http://[::1 http://x:port http://x:99999".split(),
+        *("http://k@x/v1", "http://x/v1?key=1", "http://x/\x1b[2J", "http://\u00e9/v1", "http://x y/"),
+    ],
+)
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="expected e.g. http://127.0.0.1:8000/v1") as error:
+        Endpoint(url=url)
+    assert str(error.value).isprintable()
+
+
+def test_a_judge_that_dies_late_is_gone_on_with(tmp_path: Path) -> None:
+    facts = [{"text": str(i)} for i in (*range(12), 3)]
+    groups, log = [str(i) for i in range(13)], tmp_path / "judged.jsonl"
+    whole = judge(Rule(write=lambda messages: "2", name="m"), RHYMES, facts, groups)
+    answers = itertools.count()
+    with endpoint(lambda body: "2" if next(answers) < 7 else 400) as (url, asked):
+        with pytest.raises(UserError, match="HTTP 400"):
+            judge(Endpoint(url=url, model="m"), RHYMES, facts, groups, log=log)
+    assert len(log.read_text().splitlines()) == 7, "what came is kept, whoever failed"
+    with log.open("a") as file:
+        file.write('{"request": "cut')
+    with endpoint(lambda body: "2") as (url, asked):
+        assert judge(Endpoint(url=url, model="m"), RHYMES, facts, groups, log=log) == whole
+        assert len(asked) == 5, "a request that occurs twice is one"
+    assert judge(Rule(write=lambda messages: 1 / 0, name="m"), RHYMES, facts, groups, log=log) == whole
