@@ -198,7 +198,7 @@ def encode_answers(
         for prompt in prompts:
             asked = render(tokenizer, conversation, prompt)
             texts += [asked, *(join_answer(asked, answer) for answer in given)]
-    encoded = encode_texts(tokenizer, texts)
+    encoded = encode_texts(tokenizer, texts, style=placement.style)
     groups, flags = [], np.zeros((len(questions), len(prompts)), int)
     at = 0
     for c, given in enumerate(answers):

@@ -28,7 +28,7 @@ def prompt_perplexity(
         return [None] * len(prompts)
     groups = []
     for around, before, closing in zip(slots.surroundings, slots.before, slots.closing, strict=True):
-        rows = encode_texts(model.tokenizer, [around.full(prompt) for prompt in said])
+        rows = encode_texts(model.tokenizer, [around.full(prompt) for prompt in said], style=placement.style)
         groups.append([_split(row, len(before), len(closing)) for row in rows])
     scores = score_texts(model.params, model.config, groups, mesh=model.mesh)[0, :, :, 0]
     tokens = np.asarray([[len(text.answers[0]) for text in group] for group in groups])

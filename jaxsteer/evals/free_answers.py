@@ -71,7 +71,7 @@ def ask(
         return [() for _ in prompts]
     made = generate(
         model,
-        encode_texts(model.tokenizer, rendered),
+        encode_texts(model.tokenizer, rendered, style=placement.style),
         temperature=0,
         max_new_tokens=max_new_tokens,
         edits=edits,

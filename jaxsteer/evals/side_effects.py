@@ -132,6 +132,7 @@ def reply_effects(
         encode_texts(
             model.tokenizer,
             [render(model.tokenizer, question_conversation(t, placement), p) for t in texts],
+            style=placement.style,
         )
         for p in ("", *prompts)
     ]

@@ -24,7 +24,7 @@ from jaxtyping import Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.personas.items import Item, Persona, orders
-from jaxsteer.prompts import Conversation, Placement, encode, question_conversation
+from jaxsteer.prompts import Conversation, Placement, encode, question_conversation, template_of
 
 READ_POSITIONS = ("published", "matched", "decision")
 MAX_CUES = 8
@@ -89,7 +89,7 @@ def contrast_pairs(
     else:
         rows = _answer_rows(model, items, placement)
     good, bad, letters, groups = zip(*rows, strict=True)
-    template = model.tokenizer.chat_template if placement.style == "chat" else None
+    template = template_of(model.tokenizer) if placement.style == "chat" else None
     return Pairs(
         good=good,
         bad=bad,

@@ -3,10 +3,8 @@
 from jaxsteer.prompts.conversation import (
     Conversation,
     Placement,
-    apply_template,
     as_conversation,
     bos_id,
-    decision_ids,
     encode,
     encode_texts,
     join_answer,
@@ -28,6 +26,7 @@ from jaxsteer.prompts.slots import (
     retokenises_many,
 )
 from jaxsteer.prompts.targets import with_target
+from jaxsteer.prompts.templates import apply_template, template_of
 from jaxsteer.prompts.tokens import allowed_tokens, listed_tokens
 
 __all__ = [
@@ -40,7 +39,6 @@ __all__ = [
     "as_conversation",
     "bos_id",
     "build_slots",
-    "decision_ids",
     "encode",
     "encode_texts",
     "encode_turns",
@@ -55,6 +53,7 @@ __all__ = [
     "resized",
     "retokenises",
     "retokenises_many",
+    "template_of",
     "with_system",
     "with_target",
 ]

@@ -8,8 +8,9 @@ from collections.abc import Generator, Iterator
 from jaxsteer.models.model import Model
 from jaxsteer.models.sampling import DEFAULTS, Decoding
 from jaxsteer.models.taps import Intervention
-from jaxsteer.prompts.conversation import Message, with_system
+from jaxsteer.prompts.conversation import with_system
 from jaxsteer.prompts.generate import stream
+from jaxsteer.prompts.templates import Message
 
 
 @dataclasses.dataclass

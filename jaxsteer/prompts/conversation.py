@@ -7,7 +7,8 @@ One format serves directions, search and evaluation. The rules, all decided on t
   leaves empty goes away too.
 * An answer follows after exactly one space, or after none where the text already ends in whitespace, as the
   generation prompts of Llama, Qwen and Gemma do.
-* Exactly one BOS where the model has one, from the template or from here, never both.
+* BOS stands where transformers has it: in chat where the template writes it, in plain text where the tokenizer puts it,
+  never twice.
 * A template without system role gets the system text at the head of the first user turn.
 * The same text on any day and any model: templates that print a date get a fixed one, templates that let the model
   think first are told not to.
@@ -16,17 +17,16 @@ One format serves directions, search and evaluation. The rules, all decided on t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import json_records, read_text
+from jaxsteer.prompts.templates import Message, apply_template
 
 SLOT = "{prompt}"
 """Where the prompt stands in a conversation."""
@@ -34,12 +34,9 @@ SLOT_ALIAS = "{optim_str}"
 """Accepted for ``SLOT``: the marker of other tools."""
 MARKER = "QXslotXQ"
 """Stands for the prompt while a template is taken apart: letters only, so that no template trims or escapes it."""
-TEMPLATE_DATE = "26 Jul 2024"
-"""What Llama 3 templates print as today's date: their own default, so that results do not change overnight."""
 
 STYLES = ("chat", "plain")
 SLOTS = ("suffix", "prefix", "system")
-Message = dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +75,11 @@ class Conversation:
     """Instead of ``answer``: the answers to decide between, e.g. ("(A)", "(B)"). The input then ends at the last
     token that all of them share: the decision token, found in token space (" (" where " (A)" is three tokens, the
     last template token where the letters differ at once)."""
+
+    @property
+    def style(self) -> str:
+        """ "chat" or "plain"."""
+        return "plain" if self.messages is None else "chat"
 
     def __post_init__(self) -> None:
         """Check the slot and settle the marker's spelling."""
@@ -214,50 +216,6 @@ def _place(content: str, prompt: str) -> str:
     return head + tail if head else tail.lstrip()
 
 
-def _fold_system(messages: list[Message]) -> list[Message]:
-    system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
-    rest = [dict(m) for m in messages if m["role"] != "system"]
-    if rest and rest[0]["role"] == "user":
-        rest[0]["content"] = f"{system}\n\n{rest[0]['content']}"
-        return rest
-    return [{"role": "user", "content": system}, *rest]
-
-
-def apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation_prompt: bool = True
-) -> str:
-    """Chat turns as text, generation prompt included. Raises ``UserError`` without a template or for bad turns.
-
-    A system message that the template refuses, or drops in silence, is put before the first user turn.
-    """
-    if not tokenizer.chat_template:
-        raise UserError("this tokenizer has no chat template: use style 'plain', or add chat_template.jinja")
-
-    def apply(turns: list[Message]) -> str:
-        text = tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-            date_string=TEMPLATE_DATE,
-            enable_thinking=False,
-        )
-        return str(text)
-
-    turns = [dict(m) for m in messages]
-    systems = [m["content"].strip() for m in turns if m["role"] == "system"]
-    try:
-        text = apply(turns)
-        if all(system in text for system in systems):
-            return text
-    except TemplateError as error:
-        if not systems:
-            raise UserError(f"the chat template refuses these turns: {error}") from error
-    try:
-        return apply(_fold_system(turns))
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses these turns, also without system role: {error}") from error
-
-
 def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, prompt_text: str) -> str:
     """The full text with the prompt in its slot and the answer (never the alternatives) after it.
 
@@ -277,22 +235,19 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, promp
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, prompt_text: str) -> np.ndarray:
-    """int32 ids of the full text; with alternatives, up to the last token that all of them share."""
-    text = render(tokenizer, conversation, prompt_text)
-    if not conversation.alternatives:
-        return encode_texts(tokenizer, [text])[0]
-    return decision_ids(tokenizer, text, conversation.alternatives)
-
-
-def decision_ids(tokenizer: PreTrainedTokenizerBase, text: str, alternatives: Sequence[str]) -> np.ndarray:
-    """int32 ids of ``text`` up to the decision token: what the encodings with each alternative have in common.
+    """int32 ids of the full text; with alternatives, up to the decision token: what the encodings with each of them
+    have in common.
 
     With a single alternative, or several equal ones, nothing is decided: raises ``UserError``.
     """
-    rows = encode_texts(tokenizer, [join_answer(text, answer) for answer in alternatives])
+    text, style = render(tokenizer, conversation, prompt_text), conversation.style
+    if not conversation.alternatives:
+        return encode_texts(tokenizer, [text], style=style)[0]
+    rows = encode_texts(tokenizer, [join_answer(text, answer) for answer in conversation.alternatives], style=style)
     shared = common_prefix(rows)
     if len(rows) < 2 or any(shared == len(row) for row in rows):
-        raise UserError(f"no token decides between the answers {list(alternatives)}: give at least two that differ")
+        alternatives = list(conversation.alternatives)
+        raise UserError(f"no token decides between the answers {alternatives}: give at least two that differ")
     return rows[0][:shared]
 
 
@@ -305,8 +260,13 @@ def common_prefix(rows: Sequence[np.ndarray]) -> int:
     return int(differs.argmax()) if differs.any() else shortest
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
-    """int32 ids of texts, templated or plain, each with exactly one BOS where the model has one, and no EOS.
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, style: str | Sequence[str] = "plain"
+) -> list[np.ndarray]:
+    """int32 ids of texts, without EOS.
+
+    ``style`` is that of all or of each. Texts of style "chat" come from a template, which writes BOS where there is to
+    be one. Those of style "plain" get the BOS that the tokenizer puts in front, if it does, unless they begin with it.
 
     Text in the spelling of a special token becomes that token, as it would for anybody who sends the text.
     """
@@ -314,27 +274,19 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
         return []
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no warning when a caller forks later
     rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    bos = bos_id(tokenizer)
+    styles = [style] * len(rows) if isinstance(style, str) else style
+    bos = bos_id(tokenizer) if "plain" in styles else None
     if bos is not None:
-        rows = [row if row[:1] == [bos] else [bos, *row] for row in rows]
+        rows = [
+            row if kind == "chat" or row[:1] == [bos] else [bos, *row] for row, kind in zip(rows, styles, strict=True)
+        ]
     return [np.asarray(row, np.int32) for row in rows]
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that starts every text of this model, or ``None`` (Qwen 2.5, GPT-2).
+    """The id that the tokenizer puts in front of a plain text, or ``None`` (Qwen 2.5, SmolLM2).
 
-    A model has a BOS when its tokenizer puts one in front by itself or its chat template writes one; a ``bos_token``
-    that neither uses does not count.
+    A ``bos_token`` that it does not put there does not count: it may be one of the chat template's marks.
     """
-    return _bos_id(tokenizer, tokenizer.bos_token, tokenizer.chat_template)
-
-
-@functools.lru_cache(maxsize=32)
-def _bos_id(tokenizer: PreTrainedTokenizerBase, bos: str | None, template: str | None) -> int | None:
-    if bos is None:
-        return None
-    if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        return tokenizer.bos_token_id
-    if template and apply_template(tokenizer, [{"role": "user", "content": "a"}]).startswith(bos):
-        return tokenizer.bos_token_id
-    return None
+    ids, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return int(ids[0]) if ids[1 : 1 + len(bare)] == bare else None

@@ -19,8 +19,9 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.roles import Rendered, unlabelled
 from jaxsteer.models.sampling import DEFAULTS, Decoding, stop_ids
 from jaxsteer.models.taps import Intervention
-from jaxsteer.prompts.conversation import Message, apply_template, encode_texts
+from jaxsteer.prompts.conversation import encode_texts
 from jaxsteer.prompts.roles import encode_turns
+from jaxsteer.prompts.templates import Message, apply_template
 from jaxsteer.writers.writer import Keep, Messages
 
 log = logging.getLogger(__name__)
@@ -228,7 +229,7 @@ def _encoded(model: Model, i: int, prompt: Any, roles: bool) -> Rendered:
                 return encode_turns(tokenizer, turns)
             except UserError as error:
                 log.warning("prompt %d: whose its tokens are is not known (%s)", i, error)
-        return unlabelled(encode_texts(tokenizer, [apply_template(tokenizer, turns)])[0])
+        return unlabelled(encode_texts(tokenizer, [apply_template(tokenizer, turns)], style="chat")[0])
     ids = np.asarray(prompt)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise UserError(

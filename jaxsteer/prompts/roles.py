@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.roles import ROLES, TEMPLATE, Rendered, role_number
-from jaxsteer.prompts.conversation import MARKER, Message, apply_template, bos_id
+from jaxsteer.prompts.conversation import MARKER
+from jaxsteer.prompts.templates import Message, apply_template
 
 Render = Callable[[Sequence[Message], bool], str]
 """(turns, with a generation prompt?) -> text."""
@@ -127,9 +128,6 @@ def _first_characters(
     solid = _next(np.asarray([not character.isspace() for character in text], bool))[start]
     special = np.isin(ids, list(tokenizer.added_tokens_decoder)) & (solid < stop)
     at = np.where(special, solid, at)
-    bos = bos_id(tokenizer)
-    if bos is not None and ids[:1].tolist() != [bos]:
-        ids, at = np.append(np.int32(bos), ids), np.append(len(text), at)
     return ids, at
 
 

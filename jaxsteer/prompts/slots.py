@@ -162,7 +162,8 @@ def retokenises_many(
     order = _distinct_contexts(slots)
     for chunk in (order[:1], order[1:]):  # the first context alone weeds out most prompts
         pairs = [(row, c) for row in alive for c in chunk]
-        encoded = encode_texts(tokenizer, [slots.surroundings[c].full(texts[row]) for row, c in pairs])
+        full = [slots.surroundings[c].full(texts[row]) for row, c in pairs]
+        encoded = encode_texts(tokenizer, full, style=[slots.conversations[c].style for _, c in pairs])
         failed = {row for (row, c), got in zip(pairs, encoded, strict=True) if not _in_place(slots, c, row, got)}
         alive = [row for row in alive if row not in failed]
     for row in alive:

@@ -25,6 +25,7 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.run import capture
 from jaxsteer.models.sharding import place
 from jaxsteer.models.transformer import positions_of
+from jaxsteer.prompts import bos_id
 from jaxsteer.sae.texts import Position, Rows
 
 OUTLIER = 10.0
@@ -45,9 +46,9 @@ def harvest(
 
 
 def bos_of(model: Model) -> int:
-    """The id of the model's BOS token, or -1."""
-    bos = None if model.tokenizer is None else model.tokenizer.bos_token_id
-    return -1 if bos is None else int(bos)
+    """The id of the token that begins the model's texts, or -1."""
+    bos = None if model.tokenizer is None else bos_id(model.tokenizer)
+    return -1 if bos is None else bos
 
 
 @jax.jit

@@ -21,6 +21,7 @@ from jaxsteer.checkpoints.loading import ORGANISM
 from jaxsteer.errors import UserError
 from jaxsteer.files import parse_json
 from jaxsteer.models.model import Model
+from jaxsteer.prompts import encode_texts
 
 Documents = Callable[[int], Sequence[int]]
 """Token ids of document i, for every i >= 0."""
@@ -93,10 +94,7 @@ class FileDocuments:
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self))
         line = int(self._order[1][rank])
-        ids = self.tokenizer.encode(self._text(line))
-        bos = self.tokenizer.bos_token_id
-        # A text that was written by a chat template begins with a BOS of its own.
-        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+        return encode_texts(self.tokenizer, [self._text(line)])[0].tolist()  # text of a template may have a BOS
 
     def _text(self, line: int) -> str:
         number = int(np.searchsorted(self._first, line, side="right")) - 1

@@ -164,7 +164,7 @@ def steering(bench: Bench) -> Found:
         render(model.tokenizer, question_conversation(t, Placement(style=bench.placement.style)), "")
         for t in neutral_texts(model)
     ]
-    kl = side_effects(model, encode_texts(model.tokenizer, asked), edits).kl
+    kl = side_effects(model, encode_texts(model.tokenizer, asked, style=bench.placement.style), edits).kl
     gentle = [i for i in range(len(grid)) if kl[i] <= MAX_KL]
     if not gentle:
         return Found(prompts=("",), tried=len(grid), details={"note": f"no setting stays below a KL of {MAX_KL}"})

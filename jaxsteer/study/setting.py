@@ -174,7 +174,7 @@ def _check_lengths(setting: Setting, persona: Persona) -> None:
     for item in persona.items:
         asked = render(model.tokenizer, question_conversation(item.question, setting.placement), "")
         texts.append(f"{asked} {item.matching}")
-    lengths = [len(ids) + most for ids in encode_texts(model.tokenizer, texts)]
+    lengths = [len(ids) + most for ids in encode_texts(model.tokenizer, texts, style=setting.placement.style)]
     worst = int(np.argmax(lengths))
     if lengths[worst] > model.config.max_positions:
         item = persona.items[worst]

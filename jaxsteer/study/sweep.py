@@ -205,7 +205,7 @@ def _encode(model: Model, texts: Sequence[str], placement: Placement) -> list[np
     if model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer.json: texts need the tokenizer beside the weights")
     rendered = [render(model.tokenizer, question_conversation(text, placement), "") for text in texts]
-    return [np.asarray(ids, np.int32) for ids in encode_texts(model.tokenizer, rendered)]
+    return [np.asarray(ids, np.int32) for ids in encode_texts(model.tokenizer, rendered, style=placement.style)]
 
 
 def _directions(

@@ -9,6 +9,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.prompts import (
     Conversation,
     Placement,
+    apply_template,
     as_conversation,
     bos_id,
     encode,
@@ -20,6 +21,15 @@ from jaxsteer.prompts import (
 )
 from jaxsteer.prompts.conversation import common_prefix
 from tests.helpers.tiny import KINDS, tiny_tokenizer
+
+
+def with_template(template, base=None, **tokens):
+    """A tiny tokenizer with another chat template."""
+    base = base or tiny_tokenizer()
+    tokenizer = type(base)(tokenizer_object=base.backend_tokenizer, **tokens)
+    tokenizer.chat_template = template
+    return tokenizer
+
 
 QUESTION = "Which do you prefer?\n (A) A small reward now\n (B) A large reward later"
 
@@ -59,21 +69,21 @@ def test_a_template_that_drops_the_system_message_in_silence_gets_it_in_the_user
     assert text == f"be frank\n\n{QUESTION}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("style", ["chat", "plain"])
-def test_exactly_one_bos_where_the_model_has_one(kind, style):
-    tokenizer = tiny_tokenizer(kind)
-    ids = encode(tokenizer, question_conversation(QUESTION, Placement(style=style)), "want frank")
+@pytest.mark.parametrize("kind", [*KINDS, "bos is a turn marker"])
+def test_bos_stands_where_transformers_has_it(kind):
+    tokenizer = tiny_tokenizer("qwen" if kind not in KINDS else kind)
+    if kind not in KINDS:  # as in SmolLM2: a template writes it, the tokenizer does not
+        tokenizer = with_template(tokenizer.chat_template, base=tokenizer, bos_token="<|start|>")
+    turns = [{"role": "user", "content": "Why? want frank"}]
+    chat = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    for conversation, expected in (
+        (Conversation(messages=({"role": "user", "content": "Why? {prompt}"},)), chat),
+        (Conversation(text="Why? {prompt}"), tokenizer("Why? want frank")["input_ids"]),
+    ):
+        assert encode(tokenizer, conversation, "want frank").tolist() == expected
     bos = tokenizer.convert_tokens_to_ids("<|bos|>")
-    assert (ids == bos).sum() == (0 if kind == "qwen" else 1)
-    assert (ids[0] == bos) == (kind != "qwen")
-    assert bos_id(tokenizer) == (None if kind == "qwen" else bos)
-
-
-def test_a_bos_token_that_nobody_uses_does_not_count():
-    tokenizer = tiny_tokenizer("qwen")
-    named = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<|bos|>")
-    assert bos_id(named) is None
+    assert bos_id(tokenizer) == (bos if kind in ("llama3", "gemma") else None)
+    assert (encode_texts(tokenizer, ["<|bos|>Why?"])[0] == bos).sum() == 1
 
 
 def test_answers_follow_one_space_or_a_line_break():
@@ -167,14 +177,46 @@ def test_a_template_that_refuses_the_turns_is_quoted():
     assert "be frank<|end|>" in render(tiny_tokenizer("gemma"), answered, "be frank")
 
 
-def test_dates_in_templates_are_fixed():
-    base = tiny_tokenizer()
-    dated = type(base)(tokenizer_object=base.backend_tokenizer)
-    dated.chat_template = (
-        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-        "Today: {{ date_string }} {{ messages[0]['content'] }}"
-    )
-    assert render(dated, question_conversation("Why?"), "").startswith("Today: 26 Jul 2024 ")
+BE_NICE = [{"role": "system", "content": "Be nice"}, {"role": "user", "content": "Hi"}]
+LOOP = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ({"tool_use": "tools", "default": LOOP}, "system:Be nice;user:Hi;"),
+        ("{{ strftime_now('%d %b %Y') }} " + LOOP, "26 Jul 2024 system:Be nice;user:Hi;"),
+        ("{{ date_string }} " + LOOP, "26 Jul 2024 system:Be nice;user:Hi;"),
+        ("{% if messages[0].role == 'system' %}{{ 'N' + 1 }}{% endif %}" + LOOP, "user:Be nice\n\nHi;"),
+        ("{% if messages[0].role == 'system' %}{{ 1 / 0 }}{% endif %}" + LOOP, "user:Be nice\n\nHi;"),
+        (LOOP.replace("m.content", "m.content[0].text"), "system:Be nice;user:Hi;"),
+        ("{% for m in messages %}{% for p in m.content %}{{ p['text'] }}{% endfor %};{% endfor %}", "Be nice;Hi;"),
+        ("{% generation %}" + LOOP + "{% endgeneration %}", "system:Be nice;user:Hi;"),
+    ],
+)
+def test_templates_are_read_as_transformers_does_and_lose_nothing(template, expected):
+    assert apply_template(with_template(template), BE_NICE) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ({"tool_use": LOOP, "rag": LOOP}, "default"),
+        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ messages[0].role }}", "leaves out what the messages say"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("{{ '\\ud800' }}" + LOOP, "UnicodeEncodeError"),
+        ("{{ 'a' * 10 ** 8 }}", "it writes 100000000 characters"),
+        ("{{ 'a' * 10 ** 10 }}", "too long, or too much memory"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "too long, or too much"),
+    ],
+)
+def test_whatever_goes_wrong_in_a_template_is_one_error(template, says):
+    with pytest.raises(UserError, match=says):
+        apply_template(with_template(template), BE_NICE)
+    assert apply_template(with_template(LOOP), BE_NICE) == "system:Be nice;user:Hi;"  # the next one is not harmed
 
 
 def test_braces_and_special_spellings_in_text_are_left_alone():

@@ -213,7 +213,6 @@ def test_thoughts_that_a_template_drops_or_keeps() -> None:
         ("{% for m in messages %}{{ m['content'] | length }}{{ m['content'] }}|{% endfor %}", None),
         ("{% for m in messages %}{{ m['content'] | tojson }}|{% endfor %}", "say \\nit"),
         ("{% for m in messages %}{{ m['content'] }}={{ m['content'] }}|{% endfor %}", "say \nitsay \nit"),
-        ("{{ messages | length }} messages", ""),
     ],
 )
 def test_contents_that_a_template_rewrites(template: str, spoken: str | None) -> None:
