@@ -34,6 +34,7 @@ from jaxsteer import organisms
 from jaxsteer.checkpoints.loading import load
 from jaxsteer.evals.choice import choice_eval, distinct, rate
 from jaxsteer.evals.organism_recovery import trigger_words
+from jaxsteer.evals.rates import Rate
 from jaxsteer.models.model import Model
 from jaxsteer.objectives import Objective, Projection, as_pytree, needs
 from jaxsteer.personas import (
@@ -182,7 +183,8 @@ def cell(args: argparse.Namespace, model: Model, persona: str, variant: str, see
     """One cell of the table, from its file if it exists."""
     path = args.out / "cells" / f"{persona}_{variant}_s{seed}.json"
     if path.exists():
-        return json.loads(path.read_text())
+        row = json.loads(path.read_text())
+        return {**row, "test": Rate.from_json(row["test"]).to_json()}
     options = options_of(args, persona, variant, seed)
     if variant in POSITIONS or variant.startswith("latents_"):
         row = from_run(run(options, model=model))

@@ -69,7 +69,7 @@ def draw(runs: list[SearchRun], out: Path) -> Path:
             0, 1.05, quoted, transform=axis.transAxes, va="bottom", color=ACCENT, fontsize=8.5, family="monospace"
         )
     n = bars(runs[0])[0][1].n
-    figure.supxlabel(f"answers that match the persona on {n} held-out test rows (%), 95 % intervals", fontsize=9)
+    figure.supxlabel(f"answers that match the persona on {n} held-out test questions (%), 95 % intervals", fontsize=9)
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=160, metadata={"Software": None})

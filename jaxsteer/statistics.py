@@ -12,12 +12,14 @@ from scipy import stats
 
 from jaxsteer.errors import UserError
 
+Groups = Sequence[str] | np.ndarray
+"""The group of every row; of a rate, the question."""
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
 
 
 def wilson(successes: float | int, n: float, z: float = Z95) -> tuple[float, float]:
-    """Wilson score interval of a proportion. Both numbers may be fractional (a tie counts half).
+    """Score interval of a proportion (Wilson 1927). Both numbers may be fractional (a tie counts half).
 
     Returns (low, high) in [0, 1]; with n = 0 nothing is known and the interval is (0, 1).
     """
@@ -30,27 +32,56 @@ def wilson(successes: float | int, n: float, z: float = Z95) -> tuple[float, flo
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def rate_interval(values: np.ndarray, groups: Sequence[str]) -> tuple[float, float]:
+def rate_interval(values: np.ndarray, groups: Groups) -> tuple[float, float]:
     """95 % interval of a rate whose rows come in groups: a question in both orders of its choices is one group.
 
     Wilson's interval at the effective number of rows: that number of independent rows whose mean varies as much as the
-    mean of (n,) ``values`` in [0, 1] does over groups (Kish's design effect). It lies between the number of groups,
-    which all rows alike within a group give and which is taken where every row is equal (0 or 100 %), and n. With no
-    group nothing is known and the interval is (0, 1).
+    mean of (n,) ``values`` in [0, 1] does over groups (Kish's design effect). It lies between n and what rows that are
+    all alike within a group are worth: the number of groups, less where these differ in size. That is taken where
+    every row is equal (0 or 100 %). With no group nothing is known and the interval is (0, 1).
     """
     values = np.asarray(values, np.float64)
     if not len(values):
         return 0.0, 1.0
-    _, member = np.unique(np.asarray(groups), return_inverse=True)
-    rate, n_groups = float(values.mean()), int(member.max()) + 1
-    residuals = np.bincount(member, weights=values - rate)
-    variance = float(residuals @ residuals) * n_groups / max(1, n_groups - 1) / len(values) ** 2
-    rows = n_groups if variance == 0 else min(max(rate * (1 - rate) / variance, n_groups), len(values))
+    rate, residuals, sizes = float(values.mean()), *_group_sums(values - values.mean(), groups)
+    variance = float(residuals @ residuals) * len(sizes) / max(1, len(sizes) - 1) / len(values) ** 2
+    least = len(values) ** 2 / float(sizes @ sizes)
+    rows = least if variance == 0 else min(max(rate * (1 - rate) / variance, least), len(values))
     return wilson(rate * rows, rows)
 
 
+def difference_interval(after: np.ndarray, before: np.ndarray, groups: Groups) -> tuple[float, float]:
+    """95 % interval of the change of a rate, ``after`` - ``before``: (n,) values in [0, 1] of the same rows.
+
+    Newcombe's (1998, method 10) square-and-add of both ``rate_interval``, with the correlation over groups. Unlike a
+    bootstrap it has a width where every row changes, or none.
+    """
+    ends = []
+    for values in (after, before):
+        rate, (low, high) = float(np.mean(values)), rate_interval(values, groups)
+        ends.append((rate, rate - low, high - rate))
+    (a, a_low, a_high), (b, b_low, b_high) = ends
+    over_a, over_b = (_group_sums(values - np.mean(values), groups)[0] for values in (after, before))
+    spread = math.sqrt(float(over_a @ over_a) * float(over_b @ over_b))
+    r = float(over_a @ over_b) / spread if spread else 0.0
+    low, high = (math.sqrt(max(0.0, x * x - 2 * r * x * y + y * y)) for x, y in ((a_low, b_high), (a_high, b_low)))
+    return max(-1.0, a - b - low), min(1.0, a - b + high)
+
+
+def _group_sums(values: np.ndarray, groups: Groups) -> tuple[np.ndarray, np.ndarray]:
+    """(groups,) sums of (n,) ``values``, and the number of rows of each group."""
+    _, member = np.unique(np.asarray(groups), return_inverse=True)
+    return np.bincount(member, weights=values), np.bincount(member)
+
+
+def changed_groups(change: np.ndarray, groups: Sequence[str]) -> tuple[int, int]:
+    """In how many groups the (n,) changes sum up to more than 0, and to less."""
+    sums = np.round(_group_sums(change, groups)[0], 9)
+    return int((sums > 0).sum()), int((sums < 0).sum())
+
+
 def mcnemar(entered: int, left: int) -> float:
-    """Exact two-sided McNemar p-value for paired answers: ``entered`` changed one way, ``left`` the other.
+    """Exact two-sided p-value (McNemar 1947) for pairs: ``entered`` changed one way, ``left`` the other.
 
     Under the null every changed answer is a fair coin. Nothing changed: 1.0.
     """

@@ -10,6 +10,8 @@ from jaxsteer.statistics import (
     bootstrap,
     bootstrap_auroc,
     bootstrap_mean,
+    changed_groups,
+    difference_interval,
     mcnemar,
     principal,
     rate_interval,
@@ -28,32 +30,6 @@ def test_wilson_without_data_knows_nothing() -> None:
     assert wilson(0, 0) == (0.0, 1.0)
 
 
-@pytest.mark.parametrize("n", [30, 120])
-@pytest.mark.parametrize("alike", [0.0, 0.5, 1.0])
-def test_the_interval_of_a_rate_in_both_orders_covers_it_95_times_of_100(n: int, alike: float) -> None:
-    """Simulated: with probability ``alike`` the second order of a question copies the first.
-
-    With 30 copied questions only 31 rates can be seen, and no interval covers 2 % in 93 to 97 of 100 studies: single
-    rates may reach 98, their average may not.
-    """
-    rng, groups, covered = np.random.default_rng(0), [f"{i // 2}" for i in range(2 * n)], {}
-    for rate in (0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 0.95, 0.98):
-        first, other = rng.random((2, 2000, n)) < rate
-        both = np.stack([first, np.where(rng.random((2000, n)) < alike, first, other)], -1).reshape(2000, -1)
-        known: dict[tuple[int, int], tuple[float, float]] = {}  # the interval follows from these two counts
-        inside = 0
-        for row in both:
-            pairs = row.reshape(n, 2).sum(1)
-            key = int((pairs == 1).sum()), int((pairs == 2).sum())
-            if key not in known:
-                known[key] = rate_interval(row.astype(float), groups)
-            low, high = known[key]
-            inside += low <= rate <= high
-        covered[rate] = inside / 2000
-    assert 0.93 <= np.mean(list(covered.values())) <= 0.97, covered
-    assert all(0.925 <= share <= 0.985 for share in covered.values()), covered
-
-
 def test_the_interval_of_a_rate_is_wilsons_on_the_rows_that_count() -> None:
     pairs = list("aabbccdd")
     copies = np.asarray([1, 1, 0, 0, 1, 1, 1, 1], float)
@@ -61,6 +37,36 @@ def test_the_interval_of_a_rate_is_wilsons_on_the_rows_that_count() -> None:
     assert rate_interval(copies, list("abcdefgh")) == pytest.approx(wilson(6, 8), abs=1e-12)
     assert rate_interval(np.zeros(8), pairs) == wilson(0, 4)  # and not 0 of 8
     assert rate_interval(np.zeros(0), []) == (0.0, 1.0)
+    # Questions of other sizes are worth less than their number: (1 + 7)^2 / (1^2 + 7^2) of two.
+    assert rate_interval(np.ones(8), list("abbbbbbb")) == pytest.approx(wilson(1.28, 1.28))
+
+
+@pytest.mark.parametrize(("n", "most"), [(30, 0.985), (120, 0.97)])
+@pytest.mark.parametrize(("before", "after", "kept"), [(0.85, 0.5, 0.0), (0.85, 0.8, 0.8), (0.9, 0.3, 0.5)])
+def test_the_interval_of_a_change_covers_it(n: int, most: float, before: float, after: float, kept: float) -> None:
+    """Simulated pairs of answers to n questions, of which a part is decided by the same chance; orders agree half."""
+    rng, groups, inside = np.random.default_rng(1), [f"{i // 2}" for i in range(2 * n)], 0
+    for _ in range(1500):
+        one, two = rng.random((2, n, 2))
+        two = np.where(rng.random((n, 1)) < kept, one, two)
+        for chance in (one, two):
+            chance[:, 1] = np.where(rng.random(n) < 0.5, chance[:, 0], chance[:, 1])
+        low, high = difference_interval((two < after).ravel() * 1.0, (one < before).ravel() * 1.0, groups)
+        inside += low <= after - before <= high
+    assert 0.93 <= inside / 1500 <= most
+
+
+def test_changes_of_a_rate_where_every_question_changes_or_none_does() -> None:
+    pairs, ones, zeros = [f"{i // 2}" for i in range(240)], np.ones(240), np.zeros(240)
+    assert difference_interval(zeros, zeros, pairs) == pytest.approx((-wilson(0, 120)[1], wilson(0, 120)[1]))
+    low, high = difference_interval(zeros, ones, pairs)
+    assert low == -1.0 and high == pytest.approx(-1 + np.hypot(wilson(0, 120)[1], wilson(0, 120)[1]))
+    # Newcombe (1998): differences of rates are narrower where the same questions stay, wider where others do.
+    one = np.arange(240) < 120
+    same, other = (difference_interval(x * 1.0, one * 1.0, pairs) for x in (one, ~one))
+    assert same[1] - same[0] < 0.01 < other[1] - other[0]
+    # Two orders that change in opposite ways are no change of the question.
+    assert changed_groups(np.asarray([1, -1, 1, 0, 1, 1, -1, -1.0]), list("aabbccdd")) == (2, 1)
 
 
 def test_mcnemar_is_the_exact_sign_test() -> None:

@@ -80,7 +80,7 @@ class Demo:
 def told(run: SearchRun) -> str:
     """The outcome of one run in sentences."""
     base = run.baseline and run.baseline.test
-    lines = [f"Without a prompt the persona's answer wins in {interval(base)} of {base and base.n} test rows."]
+    lines = [f"Without a prompt the persona's answer wins in {interval(base)} of {base and base.n} test questions."]
     if run.best is None:
         return lines[0] + " No prompt was found whose text gives its tokens back."
     rate = run.best.test

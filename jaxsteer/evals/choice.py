@@ -20,7 +20,7 @@ from jaxsteer.evals.scoring import ROWS, Text, common_start, score_texts
 from jaxsteer.models.padding import bucket
 from jaxsteer.personas import Item, orders, swap
 from jaxsteer.prompts import Placement, encode_texts, join_answer, question_conversation, render
-from jaxsteer.statistics import auroc, bootstrap_auroc, bootstrap_mean, mcnemar, wilson
+from jaxsteer.statistics import auroc, bootstrap_auroc, rate_interval
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
@@ -42,7 +42,7 @@ class ChoiceResult:
     ids: tuple[str, ...]
     """(n,) item ids."""
     groups: tuple[str, ...]
-    """(n,) what stands and falls together in a bootstrap (the question's group)."""
+    """(n,) the question of each: rows of one question are not independent."""
     both_orders: bool
     log_probs: Float[np.ndarray, "n 2"]
     """Summed log-probabilities of the first and second answer, nats."""
@@ -222,18 +222,16 @@ def encode_answers(
 def rate(result: ChoiceResult, baseline: ChoiceResult | None = None, *, draws: int = 2000) -> Rate:
     """The persona rate of one prompt with its controls; paired with a ``baseline`` on the same items, if one is given.
 
-    Intervals over question groups take ``draws`` bootstrap samples. Raises ``ValueError`` for other items.
+    Intervals of numbers that are no rates take ``draws`` bootstrap samples. Raises ``ValueError`` for other items.
     """
     persona, d, first = result.persona, result.d, result.persona_first
-    n = len(persona)
     a_rate = _a_rate(result)
     found = Rate(
         rate=float(persona.mean()),
-        ci95=wilson(float(persona.sum()), n),
-        n=n,
+        ci95=rate_interval(persona, result.groups),
+        n=len(set(result.groups)),
         a_rate=a_rate,
         swapped_rate=None,
-        ci95_groups=bootstrap_mean(persona, result.groups, draws=draws),
         auroc=auroc(d, first),
         auroc_ci95=bootstrap_auroc(d, first, result.groups, draws=draws),
         rate_by_label=(_mean(persona[first]), _mean(persona[~first])),
@@ -253,13 +251,11 @@ def rate(result: ChoiceResult, baseline: ChoiceResult | None = None, *, draws: i
         return found
     if (result.ids, result.both_orders) != (baseline.ids, baseline.both_orders):
         raise ValueError("the baseline was measured on other items: rates can only be paired on the same rows")
-    change = persona - baseline.persona
-    becomes, leaves = int((change > 0).sum()), int((change < 0).sum())
     return dataclasses.replace(
         found,
-        difference=paired_difference(change, result.groups, draws),
-        margin_difference=paired_difference(result.margin - baseline.margin, result.groups, draws),
-        flips=Flips(becomes_persona=becomes, leaves_persona=leaves, mcnemar_p=mcnemar(becomes, leaves)),
+        difference=Difference.of_rates(persona, baseline.persona, result.groups),
+        margin_difference=Difference.of_means(result.margin - baseline.margin, result.groups, draws),
+        flips=Flips.of(persona - baseline.persona, result.groups),
     )
 
 
@@ -269,8 +265,3 @@ def _a_rate(result: ChoiceResult) -> float:
 
 def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
-
-
-def paired_difference(change: np.ndarray, groups: Sequence[str], draws: int) -> Difference:
-    """The mean of (n,) paired differences with its bootstrap interval over groups."""
-    return Difference(value=float(change.mean()), ci95=bootstrap_mean(change, groups, draws=draws))

@@ -20,7 +20,7 @@ from jaxsteer.personas import Item, orders, parse_choices
 from jaxsteer.personas.items import normal
 from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
 from jaxsteer.prompts.generate import generate
-from jaxsteer.statistics import mcnemar, wilson
+from jaxsteer.statistics import rate_interval
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
@@ -40,6 +40,8 @@ class WrittenResult:
 
     prompt: str
     ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    """The question of each."""
     texts: tuple[str, ...]
     chose: tuple[str, ...]
     """Per row: ``PERSONA``, ``OTHER``, or ``UNREAD`` where no choice was found."""
@@ -109,6 +111,7 @@ def written_eval(
             WrittenResult(
                 prompt=prompt,
                 ids=tuple(item.id for item in asked),
+                groups=tuple(item.group for item in asked),
                 texts=texts,
                 chose=tuple(choice for choice, _ in found),
                 argues=tuple(argued for _, argued in found),
@@ -192,13 +195,13 @@ class WrittenRates(Record):
     """What was written under one prompt, in numbers. ``None`` where there is nothing to divide by."""
 
     n: int
-    """Answers."""
+    """Questions; each is answered once in either order of its choices."""
     read: float | None
     """Share of answers that name a choice."""
     rate: float | None
     """Share of those that name the persona's."""
     ci95: Interval
-    """Wilson interval of the rate."""
+    """Of the rate, over questions."""
     argued: float | None
     """Share of answers with a recognised argument."""
     accords: float | None
@@ -212,7 +215,7 @@ class WrittenRates(Record):
     agreement: float | None = None
     """Share of read answers with the choice that log-probabilities prefer."""
     flips: Flips | None = None
-    """Against the baseline, among answers read in both."""
+    """Against the baseline, over answers read in both."""
 
 
 def written_rates(
@@ -224,7 +227,7 @@ def written_rates(
     """
     chose, argues = np.asarray(result.chose), np.asarray(result.argues)
     read, argued = chose != UNREAD, argues != UNREAD
-    persona = chose == PERSONA
+    persona, groups = chose == PERSONA, np.asarray(result.groups)
     agreement = flips = None
     if scored is not None:
         if scored.ids != result.ids:
@@ -235,14 +238,12 @@ def written_rates(
             raise ValueError("the baseline answered other items: answers can only be paired on the same rows")
         before = np.asarray(baseline.chose)
         both = read & (before != UNREAD)
-        becomes = int((both & persona & (before == OTHER)).sum())
-        leaves = int((both & ~persona & (before == PERSONA)).sum())
-        flips = Flips(becomes_persona=becomes, leaves_persona=leaves, mcnemar_p=mcnemar(becomes, leaves))
+        flips = Flips.of(both * (persona.astype(int) - (before == PERSONA)), result.groups)
     return WrittenRates(
-        n=len(chose),
+        n=len(set(result.groups)),
         read=_share(read),
         rate=_share(persona[read]),
-        ci95=wilson(int(persona.sum()), int(read.sum())),
+        ci95=rate_interval(persona[read], groups[read]),
         argued=_share(argued),
         accords=_share((chose == argues)[read & argued]),
         argued_rate=_share((argues == PERSONA)[argued]),

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxsteer.evals.choice import choice_eval, paired_difference
-from jaxsteer.evals.rates import Difference, Interval
+from jaxsteer.evals.choice import choice_eval
+from jaxsteer.evals.rates import Difference, Flips, Interval
 from jaxsteer.files.records import Record
 from jaxsteer.personas import Item
 from jaxsteer.prompts import Placement
-from jaxsteer.statistics import mcnemar, wilson
+from jaxsteer.statistics import rate_interval
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
@@ -34,7 +34,7 @@ class Lookups(Record):
     difference: Difference
     mcnemar_p: float
     n: int
-    """Look-ups times choice orders."""
+    """Look-ups, each in both orders of its choices."""
 
 
 def lookup_items(*, n: int = 120, seed: int = 0) -> tuple[Item, ...]:
@@ -78,15 +78,14 @@ def lookup_accuracy(
     results = ask(prompts, variants=() if edits is None else [edits])
     rows = []
     for result in results:
-        change = result.persona - baseline.persona
         rows.append(
             Lookups(
                 accuracy=float(result.persona.mean()),
-                ci95=wilson(float(result.persona.sum()), len(items)),
+                ci95=rate_interval(result.persona, result.groups),
                 baseline=float(baseline.persona.mean()),
-                difference=paired_difference(change, result.groups, 2000),
-                mcnemar_p=mcnemar(int((change > 0).sum()), int((change < 0).sum())),
-                n=len(items),
+                difference=Difference.of_rates(result.persona, baseline.persona, result.groups),
+                mcnemar_p=Flips.of(result.persona - baseline.persona, result.groups).mcnemar_p,
+                n=n,
             )
         )
     return rows

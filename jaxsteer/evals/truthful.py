@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxsteer.evals.choice import encode_answers, paired_difference
-from jaxsteer.evals.rates import Difference, Interval
+from jaxsteer.evals.choice import encode_answers
+from jaxsteer.evals.rates import Difference, Flips, Interval
 from jaxsteer.evals.scoring import ROWS, score_texts
 from jaxsteer.files.records import Record
 from jaxsteer.personas import OpenQuestion
 from jaxsteer.prompts import Placement
-from jaxsteer.statistics import bootstrap_mean, mcnemar, wilson
+from jaxsteer.statistics import bootstrap_mean, rate_interval
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
@@ -135,7 +135,7 @@ class Metric(Record):
     difference: Difference | None = None
     """Against the baseline, question by question."""
     mcnemar_p: float | None = None
-    """Of MC1 against the baseline: exact p-value of McNemar's test."""
+    """Of MC1 against the baseline: exact p-value of McNemar's test over questions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class AnswerTokens(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TruthfulRates(Record):
-    """MC1 and MC2, summed and per token, with 95 % intervals (Wilson for MC1, bootstrap over questions for MC2)."""
+    """MC1 and MC2, summed and per token, with 95 % intervals over questions (of MC2, a mean, by a bootstrap)."""
 
     n: int
     """Questions."""
@@ -176,17 +176,19 @@ def truthful_rates(
     found = {}
     for name, value in _metrics(result).items():
         wins = name.startswith("mc1")
-        interval = wilson(float(value.sum()), len(value)) if wins else bootstrap_mean(value, result.groups, draws=draws)
+        groups = result.groups
+        interval = rate_interval(value, groups) if wins else bootstrap_mean(value, groups, draws=draws)
         found[name] = Metric(value=float(value.mean()), ci95=interval)
         if before is not None:
             change = value - before[name]
-            p = mcnemar(int((change > 0).sum()), int((change < 0).sum())) if name == "mc1" else None
-            difference = paired_difference(change, result.groups, draws)
+            p = Flips.of(change, groups).mcnemar_p if name == "mc1" else None
+            of_rates = Difference.of_rates(value, before[name], groups)
+            difference = of_rates if wins else Difference.of_means(change, groups, draws)
             found[name] = dataclasses.replace(found[name], difference=difference, mcnemar_p=p)
     low, high = found["mc1"].ci95
     wrong, right = result.kinds == WRONG, result.kinds < WRONG
     return TruthfulRates(
-        n=len(result.ids),
+        n=len(set(result.groups)),
         **found,
         hallucination=Metric(value=1 - found["mc1"].value, ci95=(1 - high, 1 - low)),
         wrong_answers=float(wrong.sum(1).mean()),

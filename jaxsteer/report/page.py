@@ -91,7 +91,7 @@ def _tiles(result: SearchRun) -> list[tuple[str, str, str]]:
     for label, entry in (("without a prompt", base), ("with the prompt", result.best)):
         if entry is not None and (rate := entry.rate) is not None:
             split = "test" if entry.test is not None else "validation"
-            tiles.append((label, percent(rate.rate), f"95 %: {ends(rate.ci95)}, n = {rate.n}, {split}"))
+            tiles.append((label, percent(rate.rate), f"95 %: {ends(rate.ci95)}, n = {rate.n} questions, {split}"))
     if result.best is not None and (rate := result.best.rate) is not None:
         before = None if base.rate is None else base.rate.a_rate
         tiles.append(("answers (A)", percent(rate.a_rate), f"without a prompt {percent(before)}"))

@@ -15,9 +15,10 @@ import numpy as np
 
 from jaxsteer import organisms
 from jaxsteer.errors import UserError
-from jaxsteer.evals.choice import ChoiceResult, choice_eval, distinct, paired_difference, rate
+from jaxsteer.evals.choice import ChoiceResult, choice_eval, distinct, rate
 from jaxsteer.evals.fluency import prompt_perplexity
 from jaxsteer.evals.neutral_texts import neutral_texts
+from jaxsteer.evals.rates import Difference
 from jaxsteer.evals.side_effects import side_effects
 from jaxsteer.models.sites import resid_site
 from jaxsteer.personas import Item, Persona, Splits, contrast_pairs, instructions, mean_difference, seed_phrase
@@ -32,7 +33,7 @@ from jaxsteer.prompts import (
     render,
     retokenises_many,
 )
-from jaxsteer.statistics import bootstrap_mean, wilson
+from jaxsteer.statistics import rate_interval
 from jaxsteer.steer import add
 from jaxsteer.study.selection import lowest_rate
 from jaxsteer.study.setting import token_mask
@@ -257,18 +258,15 @@ def measure(bench: Bench, found: dict[str, Found]) -> list[TableRow]:
 def summarise(results: Sequence[ChoiceResult], zero: ChoiceResult, perplexity: Sequence[float | None]) -> TableRow:
     """The numbers of a row: a prompt's rate with all controls, or the mean of several prompts with each in ``each``.
 
-    ``ci95`` is, at either end, the wider of Wilson's interval over rows and the bootstrap interval over questions: the
-    one allows for rates of 0 and 1, the other for copies of a question and for the spread over several prompts.
+    The interval of a mean is that of the prompts' mean over questions: it is for these prompts, on other questions.
     """
     rows = [
         TableRow(prompt=result.prompt, perplexity=x, **rate_fields(rate(result, zero)))
         for result, x in zip(results, perplexity, strict=True)
     ]
-    mean = np.mean([result.persona for result in results], axis=0)
-    wide = list(zip(wilson(float(mean.sum()), len(mean)), bootstrap_mean(mean, zero.groups), strict=True))
-    ci95 = float(min(wide[0])), float(max(wide[1]))
     if len(rows) == 1:
-        return dataclasses.replace(rows[0], ci95=ci95)
+        return rows[0]
+    mean = np.mean([result.persona for result in results], axis=0)
 
     def average(name: str) -> float | None:
         values = [getattr(row, name) for row in rows]
@@ -279,12 +277,12 @@ def summarise(results: Sequence[ChoiceResult], zero: ChoiceResult, perplexity: S
         prompt=results[0].prompt,
         perplexity=float(np.exp(np.mean(np.log(known)))) if known else None,
         rate=float(mean.mean()),
-        ci95=ci95,
+        ci95=rate_interval(mean, zero.groups),
         range=(min(row.rate for row in rows), max(row.rate for row in rows)),
-        n=len(mean),
+        n=rows[0].n,
         **{name: average(name) for name in ("a_rate", "swapped_rate", "auroc", "probability")},  # type: ignore[arg-type]
         letter_collapse=any(row.letter_collapse for row in rows),
-        difference=paired_difference(mean - zero.persona, zero.groups, 2000),
+        difference=Difference.of_rates(mean, zero.persona, zero.groups),
         each=tuple(rows),
     )
 

@@ -167,7 +167,6 @@ def _compared(shared: Shared, placement: Placement, found: Sequence[Searched]) -
         prompt=selected.prompt,
         selected=dataclasses.replace(shown(selected), target=None),
         first_rate=at_first.rate,
-        first_ci95=at_first.ci95,
     )
 
 

@@ -63,7 +63,7 @@ def rate_plot(rows: Sequence[RateRow]) -> Plot | None:
             axis.plot(
                 100 * rate.rate, place, "o", markersize=6, markerfacecolor=fill, markeredgecolor=row.colour, gid=gid
             )
-            tips[gid] = f"{row.label}: {split} {interval(rate)}, n = {'?' if rate.n is None else rate.n}"
+            tips[gid] = f"{row.label}: {split} {interval(rate)}, n = {'?' if rate.n is None else rate.n} questions"
             table.append(
                 {"prompt": visible(row.label), "kind": row.kind, "selected": row.chosen, "split": split,
                  "rate": rate.rate, "low": low / 100, "high": high / 100, "n": rate.n}

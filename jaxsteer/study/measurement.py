@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxsteer.display import aligned, decimals, ends, percent, short, visible
 from jaxsteer.evals.free_answers import WrittenRates
 from jaxsteer.evals.organism_lookups import Lookups
-from jaxsteer.evals.rates import Difference, Flips, Rate
+from jaxsteer.evals.rates import Difference, Flips, Rate, by_question, counts_rows
 from jaxsteer.evals.truthful import Metric, TruthfulRates
 from jaxsteer.files.records import Record
 from jaxsteer.prompts import Placement
@@ -73,7 +74,22 @@ class Measured(Record):
         """The object that ``to_json`` wrote."""
         rate = Rate.from_json(record, where) if isinstance(record, Mapping) and "rate" in record else None
         others = record if rate is None else {key: value for key, value in record.items() if key != "rate"}
-        return dataclasses.replace(super().from_json(others, where), rate=rate)
+        found = dataclasses.replace(super().from_json(others, where), rate=rate)
+        return found._by_question(record) if counts_rows(record) else found
+
+    def _by_question(self, record: Any) -> Measured:
+        """What a version wrote that took rows for independent (``evals.rates.counts_rows``)."""
+        written, judged, effects = self.written, self.judged, self.side_effects
+        orders = 1 if self.rate is None or self.rate.swapped_rate is None else 2
+        if written is not None:
+            unread = round(written.n * (1 - (written.read or 0.0)))
+            written = by_question(written, {}, orders=orders, unread=unread)
+        if judged is not None:
+            judged = by_question(judged, {}, orders=orders, unread=judged.unread)
+        if effects is not None and effects.lookups is not None:
+            lookups = by_question(effects.lookups, {}, rate="accuracy", orders=2)
+            effects = dataclasses.replace(effects, lookups=dataclasses.replace(lookups, mcnemar_p=math.nan))
+        return dataclasses.replace(self, written=written, judged=judged, side_effects=effects)
 
     @property
     def name(self) -> str:
@@ -155,7 +171,7 @@ def _change(difference: Difference | None) -> str:
 def _p(found: Flips | Lookups | Metric | None) -> str:
     """McNemar's p-value, where there is one."""
     p = None if found is None else found.mcnemar_p
-    return "" if p is None else f"{p:.1g}"
+    return "" if p is None or math.isnan(p) else f"{p:.1g}"
 
 
 def _rate_table(rows: Sequence[tuple[str, Rate]]) -> str:
@@ -178,9 +194,9 @@ def _rate_table(rows: Sequence[tuple[str, Rate]]) -> str:
             )
         )
     note = (
-        "rate: share of rows (questions, in both orders of lettered choices) whose persona answer wins; swapped: "
-        "questions answered\nalike in both orders; becomes, leaves: rows that change to and from the persona's answer, "
-        "with McNemar's p"
+        "rate: share of answers (to n questions, in both orders of lettered choices) that are the persona's, with an "
+        "interval over\nquestions; swapped: questions answered alike in both orders; becomes, leaves: questions that "
+        "turn to and from the\npersona's answer, with McNemar's p"
     )
     if any(rate.letter_collapse for _, rate in rows):
         note += "\n!  one letter wins whatever is asked, or far more often than without prompt: the rate is no evidence"
@@ -238,6 +254,7 @@ def _judged_table(rows: Sequence[tuple[str, Judged]]) -> str:
     first = rows[0][1]
     note = (
         f"scores from {first.scale[0]:g} to {first.scale[1]:g} by {short(first.judge)}; shown: {first.shown:g} or more"
+        "; n: questions; unread: replies without a score"
     )
     return f"{aligned(table)}\n\n{note}"
 

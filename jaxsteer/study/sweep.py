@@ -269,6 +269,7 @@ def _layer_rows(
                 coefficient=coefficient,
                 rate=found.rate,
                 ci95=found.ci95,
+                n=found.n,
                 a_rate=found.a_rate,
                 letter_collapse=found.letter_collapse,
                 probability=found.probability,
@@ -287,11 +288,12 @@ def _line(layer_rows: tuple[int, Sequence[SweepRow]]) -> dict[str, Any]:
 
 
 def _known_rows(path: Path) -> dict[int, tuple[SweepRow, ...]]:
-    """By layer, what a sweep that was cut off had measured; a last line that was cut is left out."""
+    """By layer, what a sweep of this version had measured when it was cut off; not a last line that was cut itself."""
     lines, cut = read_log(path) if path.is_file() else ([], False)
     if cut:
         log.warning("%s: a line was cut; that layer is measured again", path)
-    return {line["layer"]: tuple(SweepRow.from_json(row, str(path)) for row in line["rows"]) for line in lines}
+    known = {line["layer"]: tuple(SweepRow.from_json(row, str(path)) for row in line["rows"]) for line in lines}
+    return {layer: rows for layer, rows in known.items() if all(row.n is not None for row in rows)}
 
 
 def choose(rows: Sequence[SweepRow], max_kl: float) -> SweepRow | None:

@@ -7,13 +7,14 @@ import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from jaxsteer.display import ends, percent
 from jaxsteer.evals.rates import Interval, Rate
 from jaxsteer.files.records import Record
+from jaxsteer.statistics import wilson
 from jaxsteer.study.results import Result, Timing
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 PERSONA = "persona"
 """The direction under study, among the controls."""
 COLUMNS = (
-    "direction", "layer", "coefficient", "rate", "ci95", "a_rate", "letter_collapse", "probability", "kl", "perplexity",
+    "direction", "layer", "coefficient", "rate", "ci95", "n", "a_rate", "letter_collapse", "probability", "kl",
+    "perplexity",
 )  # fmt: skip
 
 
@@ -38,6 +40,8 @@ class SweepRow(Record):
     """In mean norms of the stream at the site."""
     rate: float
     ci95: Interval
+    n: int | None = None
+    """Questions. Older versions wrote none, and an interval over rows."""
     a_rate: float
     letter_collapse: bool
     probability: float
@@ -89,6 +93,14 @@ class Sweep(Result):
     timing: Timing
     environment: Mapping[str, Any]
 
+    @classmethod
+    def from_json(cls, record: Any, where: str = "") -> Sweep:
+        """The object that ``to_json`` wrote, or that an older version did."""
+        found = super().from_json(record, where)
+        chosen = found.chosen and _by_question(found.chosen, found.baseline.validation.n)
+        rows = tuple(_by_question(row, found.baseline.validation.n) for row in found.rows)
+        return dataclasses.replace(found, rows=rows, chosen=chosen)
+
     @property
     def best(self) -> ChosenSetting | None:
         """The chosen setting; None where none keeps the limits."""
@@ -139,7 +151,7 @@ class Sweep(Result):
         controls = "; ".join(f"{name} {percent(rate.rate)}" for name, rate in chosen.test_controls.items())
         lines.append(
             f"test questions: {percent(chosen.test_baseline.rate)} -> {percent(chosen.test.rate)} (95 %: "
-            f"{ends(chosen.test.ci95)}, n = {chosen.test.n})"
+            f"{ends(chosen.test.ci95)}, n = {chosen.test.n} questions)"
             + (f"; controls of equal norm: {controls}" * bool(controls))
         )
         return "\n".join(lines)
@@ -169,6 +181,15 @@ class Sweep(Result):
                 axes[line, column].set_title(f"{direction}: {title}", fontsize=9)
         figure.suptitle(f"{self.persona} on {self.model}", fontsize=10)
         return figure
+
+
+R = TypeVar("R", bound=SweepRow)
+
+
+def _by_question(row: R, n: int) -> R:
+    """A row of an older version with the interval of so many questions, whose orders always agree."""
+    share = min(1.0, max(0.0, row.rate))
+    return row if row.n is not None else dataclasses.replace(row, n=n, ci95=wilson(share * n, n))
 
 
 PANELS = {

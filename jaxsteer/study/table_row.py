@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxsteer.evals.attribution import Attribution
-from jaxsteer.evals.rates import Difference, Flips, Interval, Rate
+from jaxsteer.evals.rates import Difference, Flips, Interval, Rate, by_question, counts_rows
 from jaxsteer.files.records import Record
 
 
@@ -18,7 +18,6 @@ class ShownPrompt(Record):
     seed: int | None = None
     prompt: str | None = None
     rate: float
-    ci95: Interval | None = None
     a_rate: float | None = None
     perplexity: float | None = None
     perplexity_ratio: float | None = None
@@ -29,7 +28,7 @@ class ShownPrompt(Record):
 class TableRow(Record):
     """A method on one model and persona, or one of its seeds or prompts in ``each``. A rate is on test questions.
 
-    The numbers of a rate are those of ``evals.rates.Rate``, but for ``ci95``, which allows for the spread over seeds.
+    The numbers of a rate are those of ``evals.rates.Rate``.
     """
 
     model: str = ""
@@ -67,7 +66,6 @@ class TableRow(Record):
     n: int | None = None
     a_rate: float | None = None
     swapped_rate: float | None = None
-    ci95_groups: Interval | None = None
     auroc: float | None = None
     auroc_ci95: Interval | None = None
     rate_by_label: tuple[float | None, float | None] | None = None
@@ -98,7 +96,6 @@ class TableRow(Record):
     """The rate by which the prompt was chosen (``study.selection``)."""
     first_rate: float | None = None
     """Mean rate of the prompts that the objective alone would report."""
-    first_ci95: Interval | None = None
     first: ShownPrompt | None = None
     """Of one seed: that prompt."""
     selected: ShownPrompt | None = None
@@ -106,6 +103,12 @@ class TableRow(Record):
     attribution: Attribution | None = None
     each: tuple[TableRow, ...] = ()
     """One row per seed or prompt, where there are several."""
+
+    @classmethod
+    def from_json(cls, record: Any, where: str = "") -> TableRow:
+        """The object that ``to_json`` wrote, or that an older version did."""
+        found = super().from_json(record, where)
+        return by_question(found, record, where) if counts_rows(record) else found
 
     @property
     def unprompted(self) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxsteer.files import append_text, read_log, write_text
 from jaxsteer.files.records import Record
 from jaxsteer.processes import from_first, is_first
-from jaxsteer.statistics import bootstrap_mean, wilson
+from jaxsteer.statistics import bootstrap_mean, rate_interval
 from jaxsteer.writers.writer import Messages, Writer
 
 _NUMBER = re.compile(r"(?<![\d.])(\d+)(?:\.\d+)?(?![\d.]*\d)")
@@ -65,17 +65,17 @@ class Judged(Record):
     """Scores of answers, with everything needed to question them."""
 
     n: int
-    """Answers."""
+    """Questions; a question has as many answers as there are orders of its choices."""
     unread: int
     """Replies without a score, which count nowhere else."""
     rate: float | None
     """Share of answers with at least the rubric's ``shown``; None where no reply was read."""
     ci95: tuple[float, float]
-    """Wilson interval of the rate."""
+    """Of the rate, over questions."""
     score: float | None
     """Mean score."""
     score_ci95: tuple[float, float] | None
-    """Bootstrap interval of the mean over groups."""
+    """Bootstrap interval of the mean over questions."""
     judge: str
     """Name of the writer."""
     template_hash: str
@@ -100,9 +100,8 @@ def judge(
 ) -> Judged:
     """Let ``writer`` score every answer at temperature 0; ``facts`` fill the rubric's template, answer by answer.
 
-    ``groups`` names what stands and falls together in the bootstrap (the question of every answer, usually). ``log`` is
-    a file that takes every reply as it comes; what stands there is not asked for again. Raises ``UserError`` when the
-    writer gives no reply.
+    ``groups`` names the question of every answer. ``log`` is a file that takes every reply as it comes; what stands
+    there is not asked for again. Raises ``UserError`` when the writer gives no reply.
     """
     requests = [[{"role": "user", "content": rubric.template.format(**named)}] for named in facts]
     name = writer.name  # an endpoint that is not there fails here
@@ -110,12 +109,12 @@ def judge(
     scores = [rubric.read(reply, rubric.scale) for reply in replies]
     known = np.asarray([score for score in scores if score is not None], np.float64)
     kept = [group for group, score in zip(groups, scores, strict=True) if score is not None]
-    shown = int((known >= rubric.shown).sum())
+    shown = known >= rubric.shown
     return Judged(
-        n=len(scores),
+        n=len(set(groups)),
         unread=len(scores) - len(known),
-        rate=shown / len(known) if len(known) else None,
-        ci95=wilson(shown, len(known)),
+        rate=float(shown.mean()) if len(known) else None,
+        ci95=rate_interval(shown, kept),
         score=float(known.mean()) if len(known) else None,
         score_ci95=bootstrap_mean(known, kept, draws=draws) if len(known) else None,
         judge=name,

@@ -37,7 +37,7 @@ def test_free_answers_side_effects_and_a_judge(
     assert out["transfer"][0]["prompts"][0]["rate"] == out["prompts"][0]["rate"]
     for row in (out["baseline"], out["prompts"][0]):
         assert row["judged"]["rate"] == 1.0 and row["judged"]["score"] == 60 and row["judged"]["judge"] == "loopback-1"
-        assert len(row["answers"]) == row["written"]["n"] == 2 and 0 <= row["written"]["read"] <= 1
+        assert len(row["answers"]) == 2 * row["written"]["n"] == 2 and 0 <= row["written"]["read"] <= 1
         assert row["side_effects"]["lookups"] is None
     assert out["baseline"]["side_effects"]["kl"] == pytest.approx(0, abs=1e-6)
     assert out["prompts"][0]["side_effects"]["kl"] > 0 and out["prompts"][0]["side_effects"]["prompt_perplexity"] > 1

@@ -12,7 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 import jaxsteer
 from jaxsteer.errors import UserError
+from jaxsteer.evals import choice
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
+from jaxsteer.evals.rates import Flips, Rate
 from jaxsteer.evals.scoring import Text, score_texts
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.layers import forward
@@ -209,7 +211,7 @@ def test_rate_and_controls_by_hand() -> None:
     # item 0: persona text chosen in both orders; item 1: always (A); item 2: other text in both; item 3: tie, then (B)
     result = made_up([2, 1, 3, 0], [-2, 1, -1, -1], [True, True, False, False])
     out = rate(result)
-    assert out.n == 8
+    assert out.n == 4  # questions, not rows
     # persona wins: item 0 twice, item 1 once (A = persona in one order), item 2 never, item 3: half, then (B) = other
     assert out.rate == pytest.approx((2 + 1 + 0 + 0.5) / 8)
     assert out.a_rate == pytest.approx((1 + 2 + 1 + 0.5) / 8)
@@ -217,6 +219,35 @@ def test_rate_and_controls_by_hand() -> None:
     assert out.letter_bias == pytest.approx(np.mean([0, 1, 1, -0.5]))
     assert out.debiased_rate == pytest.approx(np.mean([1, 0.5, 0, 0]))
     assert not out.letter_collapse
+
+
+@pytest.mark.parametrize("n", [30, 120])
+@pytest.mark.parametrize("alike", [0.0, 0.5, 1.0])
+def test_the_interval_of_a_rate_covers_it_95_times_of_100(
+    n: int, alike: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated n questions: with probability ``alike`` the answer in the second order is that in the first.
+
+    With 30 copied answers only 31 rates can be seen, and no interval covers 2 % in 93 to 97 of 100 studies: single
+    rates may reach 98, their average may not.
+    """
+    monkeypatch.setattr(choice, "bootstrap_auroc", lambda *args, **kwargs: None)  # slow, and no part of the interval
+    rng, y, covered = np.random.default_rng(0), np.arange(n) % 2 == 0, {}
+    for share in (0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 0.95, 0.98):
+        one, other = rng.random((2, 2000, n)) < share
+        other = np.where(rng.random((2000, n)) < alike, one, other)
+        found: dict[tuple[int, int], Rate] = {}  # by the questions with one and with two answers of the persona
+        inside = 0
+        for a, b in zip(one, other):
+            counts = int((a ^ b).sum()), int((a & b).sum())
+            if counts not in found:
+                found[counts] = rate(made_up(np.where(a == y, 1, -1), np.where(b == y, -1, 1), y.tolist()))
+            shown = found[counts]
+            inside += shown.ci95[0] <= share <= shown.ci95[1]
+        assert shown.n == n and shown.rate == pytest.approx((a.mean() + b.mean()) / 2)
+        covered[share] = inside / 2000
+    assert 0.93 <= np.mean(list(covered.values())) <= 0.97, covered
+    assert all(0.925 <= part <= 0.985 for part in covered.values()), covered
 
 
 def test_a_letter_that_always_wins_is_flagged() -> None:
@@ -227,9 +258,9 @@ def test_a_letter_that_always_wins_is_flagged() -> None:
     out = rate(collapsed, base)
     assert out.rate == 0.5 and out.a_rate == 1.0 and out.letter_collapse
     assert out.swapped_rate == 0.0 and out.auroc == 0.5 and out.rate_by_label == (1.0, 0.0)
-    assert (out.flips.becomes_persona, out.flips.leaves_persona) == (0, 20)
-    assert out.flips.mcnemar_p == pytest.approx(2 * 0.5**20)
-    assert out.difference.value == -0.5
+    # One answer of each of 20 questions was lost; these are no 40 independent pairs.
+    assert out.flips == Flips(becomes_persona=0, leaves_persona=20, mcnemar_p=2 * 0.5**20)
+    assert out.difference.value == -0.5 and out.difference.ci95[0] < -0.5 < out.difference.ci95[1] < -0.2
     assert not rate(base, base).letter_collapse
     biased = made_up([d + 0.9 for d in base.d[::2]], [d + 0.9 for d in base.d[1::2]], y)
     assert rate(biased).auroc == 1.0 and rate(biased).debiased_rate == 1.0

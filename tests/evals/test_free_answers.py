@@ -64,15 +64,16 @@ def test_known_reasons_decide_what_a_text_argues_for() -> None:
 def made_up(chose: list[str], argues: list[str], prompt: str = "") -> WrittenResult:
     texts = tuple("be patient be patient be patient" if i else "" for i in range(len(chose)))
     return WrittenResult(
-        prompt=prompt, ids=tuple(map(str, range(len(chose)))), texts=texts, chose=tuple(chose), argues=tuple(argues)
-    )
+        prompt=prompt, ids=tuple(map(str, range(len(chose)))), groups=tuple(str(i // 2) for i in range(len(chose))),
+        texts=texts, chose=tuple(chose), argues=tuple(argues),
+    )  # fmt: skip
 
 
 def test_rates_by_hand() -> None:
     base = made_up([PERSONA, PERSONA, PERSONA, OTHER], [PERSONA] * 4)
     after = made_up([PERSONA, OTHER, UNREAD, OTHER], [PERSONA, PERSONA, OTHER, UNREAD], "be kind")
     out = written_rates(after, baseline=base)
-    assert (out.n, out.read, out.rate) == (4, 0.75, pytest.approx(1 / 3))
+    assert (out.n, out.read, out.rate) == (2, 0.75, pytest.approx(1 / 3))  # two questions, each in both orders
     assert (out.argued, out.accords, out.argued_rate) == (0.75, 0.5, pytest.approx(2 / 3))
     assert out.distinct_3 == pytest.approx(2 / 4) and out.copied == pytest.approx(3 / 4 * 1 / 2)
     assert out.flips == Flips(becomes_persona=0, leaves_persona=1, mcnemar_p=1.0)
@@ -94,6 +95,7 @@ def test_rows_are_those_of_the_choice_evaluation() -> None:
     said = WrittenResult(
         prompt="",
         ids=scored[0].ids,
+        groups=scored[0].groups,
         texts=written[0].texts,
         chose=tuple(np.where(scored[0].margin > 0, PERSONA, OTHER)),
         argues=written[0].argues,

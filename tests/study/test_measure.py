@@ -8,6 +8,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import choice_eval, distinct, rate
 from jaxsteer.personas import load_persona, split
 from jaxsteer.prompts import Placement
+from jaxsteer.statistics import wilson
 from jaxsteer.steer import add
 from jaxsteer.study.measure import measure
 from jaxsteer.study.measurement import Measured, Measurement
@@ -42,18 +43,25 @@ def test_prompts_and_an_edit_stand_beside_the_model_as_it_is(questions) -> None:
     expected = rate(steered, zero)  # computed in other groups of rows: equal up to rounding
     assert found.prompts[1].rate.flips == expected.flips
     assert found.prompts[1].rate.margin == pytest.approx(expected.margin, abs=1e-5)
-    assert found.questions == 3 and all(len(row.answers) == row.judged.n == 6 for row in found.prompts)
+    assert found.questions == 3 and all(len(row.answers) == 2 * row.judged.n == 6 for row in found.prompts)
     assert found.prompts[0].judged.rate == 1.0 and found.baseline.side_effects is None
     assert "steered:  be frank" in found.table() and "judged answers" in found.table()
     assert len(found.to_rows()) == 3 and len(found.plot().axes) == 1
     assert Measurement.from_json(found.to_json()) == found
+    # An older version counted answers, and took the two of a question for independent.
+    record = found.to_json()
+    for row in (old := record["prompts"]):
+        row |= {"n": 6, "ci95_groups": row["ci95"], "judged": row["judged"] | {"n": 6, "ci95": wilson(6, 6)}}
+    again = Measurement.from_json(record)
+    assert old and all(row.rate.n == row.judged.n == 3 and row.rate.flips is None for row in again.prompts)
+    assert all(row.judged.ci95 == wilson(3, 3) for row in again.prompts)
 
 
 def test_the_same_texts_on_other_models_in_another_placement(questions) -> None:
     model, placement = tiny_model(), Placement(style="plain", slot="prefix")
     found = measure(model, questions, ["Be frank."], transfer=[tiny_model(seed=1)], placement=placement)
     items = distinct(split(load_persona(questions), seed=0).test)
-    assert found.prompts[0].rate.n == 2 * len(items) and found.placement == placement and found.split == "test"
+    assert found.prompts[0].rate.n == len(items) and found.placement == placement and found.split == "test"
     assert found.transfer[0].prompts[0].rate.probability != found.prompts[0].rate.probability
     assert found.table().count("Be frank.") == 2
 

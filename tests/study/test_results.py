@@ -9,9 +9,11 @@ import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.evals.rates import Rate, letter_collapse
+from jaxsteer.statistics import wilson
 from jaxsteer.study.results import Prompt, SearchRun
 from jaxsteer.study.selection import lowest_rate
 from jaxsteer.study.study_result import RunSummary, Study
+from jaxsteer.study.table_row import TableRow
 from tests.helpers.rates import made_rate
 
 OLD_RATE = {
@@ -47,25 +49,34 @@ OLD = {
 def test_a_run_of_the_first_version_is_read() -> None:
     run = SearchRun.from_json(OLD)
     assert run.best.text == " weak idea" and run.best.ids == (5, 6) and run.best.rate == Rate.from_json(OLD_RATE)
-    assert run.baseline.test.rate == 0.825 and run.controls["random"].test.flips.leaves_persona == 28
+    assert run.baseline.test.rate == 0.825
+    # It had counted rows: now 20 questions, as if both orders agreed or as wide as it had said, and no test over rows.
+    now = run.controls["random"].test
+    assert (now.n, now.ci95, now.flips) == (20, (0.0, pytest.approx(wilson(2.5, 20)[1])), None)
+    alone = Rate.from_json(OLD_RATE | {"swapped_rate": None, "ci95": [0.1, 0.2], "ci95_groups": None})
+    assert (alone.n, alone.ci95) == (40, wilson(5, 40))
+    row = {"method": "x", "rate": 0.0, "ci95": [0.0, 0.016], "n": 240, "swapped_rate": 1.0}
+    for old in (row | {"ci95_groups": [0, 0]}, row | {"each": [row | {"ci95_groups": [0, 0]}]}):
+        assert (TableRow.from_json(old).n, TableRow.from_json(old).ci95) == (120, wilson(0, 120))
+    assert TableRow.from_json(row).n == 240  # a table of one's own
     assert run.plan is None and run.attribution is None and run.target_units == "sd" and run.timing.candidates == 640
     again = run.to_json()
-    added = {"target_units": "sd"}
-    assert {**again, "prompts": OLD["prompts"]} == {**OLD, **added} | {
-        name: again[name] for name in ("baseline", "controls")
-    }  # only that "auroc_ci95" is written as null
-    assert again["prompts"][0]["test"] == OLD_RATE | {"auroc_ci95": None}
+    rated = {name: again[name] for name in ("baseline", "controls", "prompts")}
+    assert again == {**OLD, "target_units": "sd"} | rated and SearchRun.from_json(again) == run
+    changed = {"n": 20, "ci95": list(now.ci95), "auroc_ci95": None}
+    kept = {key: value for key, value in OLD_RATE.items() if key not in ("ci95_groups", "flips")}
+    assert again["prompts"][0]["test"] == kept | changed
 
 
 def test_a_run_shows_itself() -> None:
     run = SearchRun.from_json(OLD)
     text = run.table()
-    assert "* weak idea" in text.replace("*   weak", "* weak") and "12.5 % (5.0–28.0)" in text
+    assert "* weak idea" in text.replace("*   weak", "* weak") and "12.5 % (0.0–33.1)" in text
     assert "selected by the largest objective" in text and "warning: The probe correlation is 0.41" in text
     assert run._repr_html_().startswith("<pre>myopic on organism:llama")
     rows = run.to_rows()
     assert [row["kind"] for row in rows] == ["baseline", "prompt", "control"] and rows[1]["selected"]
-    assert rows[1]["test_low"] == 0.05 and rows[1]["n"] == 40
+    assert rows[1]["test_low"] == 0.0 and rows[1]["n"] == 20
     assert run.plot().axes[0].get_xlim() == (-2, 102)
     assert dataclasses.replace(run, selected=7).best is None and Prompt().perplexity is None
 

@@ -13,6 +13,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.personas import load_direction, save_direction
 from jaxsteer.prompts import Placement
+from jaxsteer.statistics import wilson
 from jaxsteer.study import sweep as module
 from jaxsteer.study.sweep import SweepOptions, choose, stream_norms, sweep
 from jaxsteer.study.sweep_result import Sweep, SweepRow
@@ -52,7 +53,7 @@ def test_a_sweep_measures_every_setting_and_is_not_repeated(sweep_options: Make,
     cells = [(row.layer, row.direction, row.coefficient) for row in rows]
     assert cells == [(y, d, c) for y in (2, 0) for d in ("persona", "random 0") for c in (-2.0, 0.0, 4.0)]
     for row in rows:
-        assert 0 <= row.ci95[0] <= row.rate <= row.ci95[1] <= 1
+        assert row.ci95[0] <= row.rate <= row.ci95[1] and row.n == metrics.baseline.validation.n == 3
         if row.coefficient == 0:
             assert row.kl == 0 and row.perplexity == row.baseline_perplexity
             assert row.probability == metrics.baseline.validation.probability
@@ -65,6 +66,10 @@ def test_a_sweep_measures_every_setting_and_is_not_repeated(sweep_options: Make,
     text = metrics.table()
     assert "unsteered" in text and "+4" in text and "random 0" in text or "no setting" in text
     assert Sweep.from_json(json.loads((options.out / "metrics.json").read_text())) == metrics
+    old = metrics.to_json()
+    for row in old["rows"]:  # as older versions wrote them: over rows, without n
+        row |= {"n": None, "ci95": [row["rate"]] * 2}
+    assert all(row.n == 3 and row.ci95 == wilson(3 * row.rate, 3) for row in Sweep.from_json(old).rows)
     assert len(metrics.plot().axes) == 2 * 2 * 3  # two directions, three numbers, each with its scale
     assert not [p for p in options.out.iterdir() if p.name.startswith(".")]
 
@@ -74,7 +79,7 @@ def test_a_sweep_that_was_cut_off_goes_on(sweep_options: Make, monkeypatch: pyte
     out = sweep_options().out
     (out / "metrics.json").unlink()
     lines = (out / "sweep.jsonl").read_text().splitlines(keepends=True)
-    (out / "sweep.jsonl").write_text(lines[0] + lines[1][:40])
+    (out / "sweep.jsonl").write_text(lines[0] + lines[1].replace('"n": 3', '"n": null') + lines[1][:40])
     measured = []
     real = module._layer_rows
 
