@@ -22,7 +22,6 @@ MOST_PARAMETERS = 8
 REASON = "Many parameters: "  # begins the sentence of a docstring that says why a function has more
 # What is still too large. The set only shrinks: whoever mends an entry removes it.
 KNOWN = {
-    "jaxsteer.evals.choice.choice_eval",
     "jaxsteer.evals.scoring._score",
     "jaxsteer.models.config.llama_config",
     "jaxsteer.study.probe.probe",

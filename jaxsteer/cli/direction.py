@@ -23,7 +23,7 @@ class Probe:
     """Read positions to compare."""
     style: Literal["chat", "plain"] = "chat"
     """Chat template of the model, or plain text."""
-    slot: Literal["suffix", "prefix", "system"] = "suffix"
+    slot: Literal["suffix", "prefix", "system", "system-suffix"] = "suffix"
     """Where the prompt stands."""
     prompt_length: int = 8
     """Tokens of the random prompts."""

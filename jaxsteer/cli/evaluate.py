@@ -35,10 +35,10 @@ class Eval(Steering):
     """At most this many of them (default: all)."""
     style: Literal["chat", "plain"] = "chat"
     """Chat template of the model, or plain text."""
-    slot: Literal["suffix", "prefix", "system"] = "suffix"
+    slot: Literal["suffix", "prefix", "system", "system-suffix"] = "suffix"
     """Where the prompt stands."""
-    per_token: bool = False
-    """Compare answers by their log-probability per token, which matters where they differ in length."""
+    per_token: bool | None = None
+    """Compare answers by their log-probability per token (default: where they are replies of several words)."""
     generate: bool = False
     """Also let the model answer freely, and read by rules what it chooses and argues for."""
     judge: str | None = None

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxsteer.evals.rates import Difference, Flips, Rate, letter_collapse
+from jaxsteer.evals.rates import Difference, Flips, Rate, Side, Sides, letter_collapse
 from jaxsteer.evals.scoring import ROWS, Text, common_start, score_texts
 from jaxsteer.models.padding import bucket
 from jaxsteer.personas import Item, orders, swap
-from jaxsteer.prompts import Placement, encode_texts, join_answer, question_conversation, render
+from jaxsteer.prompts import Placement, Turns, encode_texts, join_answer, question_conversation, render
 from jaxsteer.statistics import auroc, bootstrap_auroc, rate_interval
 
 if TYPE_CHECKING:
@@ -46,17 +46,32 @@ class ChoiceResult:
     both_orders: bool
     log_probs: Float[np.ndarray, "n 2"]
     """Summed log-probabilities of the first and second answer, nats."""
+    tokens: Int[np.ndarray, "n 2"]
+    """Their numbers of tokens."""
     persona_first: Bool[np.ndarray, " n"]
     """Whether the persona's answer is the first one."""
     joined: Int[np.ndarray, " n"]
     """1 where the text's ids do not start the ids of text + answer, so that the answer was encoded by itself."""
     per_token: bool = False
-    """Whether ``log_probs`` are divided by the answers' numbers of tokens."""
+    """Whether answers are compared by their log-probability per token."""
+    yardstick: Float[np.ndarray, " n"] | None = None
+    """Per token, the log-probability of a fluent reply to something else, where one was given (``sides``)."""
+
+    @property
+    def values(self) -> Float[np.ndarray, "n 2"]:
+        """What is compared of the first and second answer, nats: sums, or means per token."""
+        return (self.log_probs / self.tokens).astype(np.float32) if self.per_token else self.log_probs
 
     @property
     def d(self) -> Float[np.ndarray, " n"]:
         """First minus second log-probability."""
-        return (self.log_probs[:, 0] - self.log_probs[:, 1]).astype(np.float64)
+        return (self.values[:, 0] - self.values[:, 1]).astype(np.float64)
+
+    @property
+    def sides(self) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """The log-probability per token of the persona's answer, and of the other, nats."""
+        each = self.log_probs.astype(np.float64) / self.tokens
+        return tuple(np.where(self.persona_first, each.T, each.T[::-1]))  # type: ignore[return-value]
 
     @property
     def margin(self) -> Float[np.ndarray, " n"]:
@@ -75,7 +90,9 @@ class ChoiceResult:
 
     def to_json(self) -> dict[str, Any]:
         """Item-level record; ``from_json`` is its inverse."""
-        return {
+        more = {} if self.yardstick is None else {"yardstick": [float(y) for y in self.yardstick]}
+        more |= {"tokens": self.tokens.tolist()} if self.per_token else {}
+        return more | {
             "prompt": self.prompt,
             "style": self.placement.style,
             "slot": self.placement.slot,
@@ -98,6 +115,8 @@ class ChoiceResult:
                 "ids": tuple(record["ids"]),
                 "groups": tuple(record["groups"]),
                 "log_probs": np.asarray(record["log_probs"], np.float32),
+                "tokens": np.asarray(record.get("tokens", [[1, 1]] * len(record["ids"])), int),
+                "yardstick": None if (given := record.get("yardstick")) is None else np.asarray(given, np.float32),
                 "persona_first": np.asarray(record["persona_first"], bool),
                 "joined": np.asarray(record["joined"], int),
             },
@@ -111,25 +130,27 @@ def choice_eval(
     *,
     placement: Placement = Placement(),
     both_orders: bool = True,
-    per_token: bool = False,
-    rows: int = ROWS,
+    yardsticks: Sequence[str] = (),
     variants: Sequence[Intervention] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ChoiceResult]:
     """Score both answers of every item after question and prompt, for each text of ``prompts`` ("" is zero-shot).
 
     Prompts are texts and are tokenised in place, as a user's would be. ``both_orders`` adds the copy of every item
-    with its choices exchanged, unless some answers are words instead of letters. ``per_token`` divides the summed
-    log-probability of an answer by its tokens, which takes the advantage of short answers away.
-    ``rows`` texts are run at once; ``progress(done, total)`` counts texts. ``variants`` are alternative edits
-    (``jaxsteer.steer``) that differ in their arrays only and run in one program. Returns one result per prompt, or per
-    variant and prompt (all prompts of the first variant first). Raises ``UserError`` for texts longer than the model's
-    positions.
+    with its choices exchanged, unless some answers are words instead of letters. Where most answers are replies they
+    are compared per token, which takes the advantage of short ones away (``compared`` changes it).
+    ``yardsticks``, one for each row, are scored beside the answers. ``progress(done, total)`` counts texts.
+    ``variants`` are alternative edits (``jaxsteer.steer``) that differ in their arrays only and run in one program.
+    Returns one result per prompt, or per variant and prompt (all prompts of the first variant first). Raises
+    ``UserError`` for texts longer than the model's positions.
     """
     both_orders = both_orders and all(item.lettered for item in items)
     asked = [copy for item in items for copy in (orders(item) if both_orders else (item,))]
     answers = [_answers(item) for item in asked]
-    log_probs = np.zeros((max(1, len(variants)), len(prompts), len(asked), 2), np.float32)
+    given = [(*a, y) for a, y in zip(answers, yardsticks, strict=True)] if yardsticks else answers
+    n_answers = 3 if yardsticks else 2
+    log_probs = np.zeros((max(1, len(variants)), len(prompts), len(asked), n_answers), np.float32)
+    tokens = np.zeros((len(prompts), len(asked), n_answers), int)
     joined = np.zeros((len(prompts), len(asked)), int)
     share = -(-len(prompts) // -(-len(prompts) // PROMPTS)) if prompts else 1  # equal parts, of few sizes to compile
     share = bucket(share, 2) if share > 1 else 1
@@ -137,17 +158,17 @@ def choice_eval(
         chunk = list(prompts[begin : begin + share])
         real = len(chunk)
         chunk += chunk[-1:] * (share - real)
-        groups, flags = encode_answers(model.tokenizer, [i.question for i in asked], answers, chunk, placement)
+        groups, flags = encode_answers(model.tokenizer, [i.asked for i in asked], given, chunk, placement)
         report = None
         if progress is not None:
             before, total = begin * len(asked), len(prompts) * len(asked)
             report = lambda done, _, before=before, total=total: progress(min(before + done, total), total)  # noqa: E731
         scores = score_texts(
-            model.params, model.config, groups, rows=rows, mesh=model.mesh, variants=variants, progress=report
+            model.params, model.config, groups, rows=ROWS, mesh=model.mesh, variants=variants, progress=report
         )
-        if per_token:
-            scores = scores / np.asarray([[[len(a) for a in text.answers] for text in group] for group in groups])
+        sizes = np.asarray([[[len(a) for a in text.answers] for text in group] for group in groups])
         log_probs[:, begin : begin + real] = scores.swapaxes(1, 2)[:, :real]
+        tokens[begin : begin + real] = sizes.swapaxes(0, 1)[:real]
         joined[begin : begin + real] = flags.T[:real]
     return [
         ChoiceResult(
@@ -156,14 +177,21 @@ def choice_eval(
             ids=tuple(item.id for item in asked),
             groups=tuple(item.group for item in asked),
             both_orders=both_orders,
-            log_probs=of_variant[p],
+            log_probs=of_variant[p, :, :2],
+            tokens=tokens[p, :, :2],
             persona_first=np.asarray([a[0] == item.matching for a, item in zip(answers, asked, strict=True)]),
             joined=joined[p],
-            per_token=per_token,
+            per_token=2 * sum(item.replies for item in asked) > len(asked),
+            yardstick=of_variant[p, :, 2] / tokens[p, :, 2] if yardsticks else None,
         )
         for of_variant in log_probs
         for p, prompt in enumerate(prompts)
     ]
+
+
+def compared(result: ChoiceResult, *, per_token: bool | None) -> ChoiceResult:
+    """The same with answers compared per token or as wholes; ``None`` leaves it as it is."""
+    return result if per_token is None else dataclasses.replace(result, per_token=per_token)
 
 
 def distinct(items: Sequence[Item]) -> tuple[Item, ...]:
@@ -171,7 +199,7 @@ def distinct(items: Sequence[Item]) -> tuple[Item, ...]:
     kept: dict[str, Item] = {}
     for item in items:
         if not item.lettered:
-            kept[f"{item.question}\x1f{item.matching}\x1f{item.not_matching}"] = item
+            kept[f"{item.before}\x1f{item.question}\x1f{item.matching}\x1f{item.not_matching}"] = item
         elif swap(item).question not in kept:
             kept[item.question] = item
     return tuple(kept.values())
@@ -186,7 +214,7 @@ def _answers(item: Item) -> tuple[str, str]:
 
 def encode_answers(
     tokenizer: Any,
-    questions: Sequence[str],
+    questions: Sequence[str | Turns],
     answers: Sequence[Sequence[str]],
     prompts: Sequence[str],
     placement: Placement,
@@ -248,11 +276,12 @@ def rate(result: ChoiceResult, baseline: ChoiceResult | None = None, *, draws: i
             letter_bias=float(np.mean((original + swapped) / 2)),
         )
     if baseline is None:
-        return found
+        return dataclasses.replace(found, sides=sides(result, None, draws)) if result.per_token else found
     if (result.ids, result.both_orders) != (baseline.ids, baseline.both_orders):
         raise ValueError("the baseline was measured on other items: rates can only be paired on the same rows")
     return dataclasses.replace(
         found,
+        sides=sides(result, baseline, draws) if result.per_token else None,
         difference=Difference.of_rates(persona, baseline.persona, result.groups),
         margin_difference=Difference.of_means(result.margin - baseline.margin, result.groups, draws),
         flips=Flips.of(persona - baseline.persona, result.groups),
@@ -265,3 +294,26 @@ def _a_rate(result: ChoiceResult) -> float:
 
 def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
+
+
+def sides(result: ChoiceResult, baseline: ChoiceResult | None, draws: int) -> Sides:
+    """Which of two answers in words a prompt made likelier, beside a reply that has nothing to do with the question."""
+    now = (*result.sides, result.yardstick)
+    before = (None,) * 3 if baseline is None else (*baseline.sides, baseline.yardstick)
+    moved = [
+        Side(
+            log_prob=float(values.mean()),
+            change=None if was is None else Difference.of_means(values - was, result.groups, draws),
+        )
+        for values, was in zip(now, before, strict=True)
+        if values is not None
+    ]
+    found = Sides(persona=moved[0], other=moved[1], yardstick=moved[2] if len(moved) > 2 else None)
+    if baseline is None or result.yardstick is None or baseline.yardstick is None:
+        return found
+    drift = result.yardstick - baseline.yardstick
+    gains = [np.maximum(side - was - drift, 0) for side, was in zip(result.sides, baseline.sides, strict=True)]
+    wins = (np.sign(baseline.margin + gains[0] - gains[1]) + 1) / 2
+    return dataclasses.replace(
+        found, relative_rate=float(wins.mean()), relative_ci95=rate_interval(wins, result.groups)
+    )

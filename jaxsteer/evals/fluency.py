@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxsteer.evals.scoring import Text, score_texts
-from jaxsteer.prompts import Placement, build_slots, encode_texts, question_conversation
+from jaxsteer.prompts import Placement, Turns, build_slots, encode_texts, question_conversation
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
 
 
 def prompt_perplexity(
-    model: Model, prompts: Sequence[str], questions: Sequence[str], *, placement: Placement = Placement()
+    model: Model, prompts: Sequence[str], questions: Sequence[str | Turns], *, placement: Placement = Placement()
 ) -> list[float | None]:
     """Exp of the mean negative log-probability per token of each prompt in its slot, averaged over questions.
 

@@ -18,7 +18,7 @@ from jaxsteer.evals.rates import Flips, Interval
 from jaxsteer.files.records import Record
 from jaxsteer.personas import Item, orders, parse_choices
 from jaxsteer.personas.items import normal
-from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
+from jaxsteer.prompts import Placement, Turns, encode_texts, question_conversation, render
 from jaxsteer.prompts.generate import generate
 from jaxsteer.statistics import rate_interval
 
@@ -55,7 +55,7 @@ class WrittenResult:
 
 def ask(
     model: Model,
-    questions: Sequence[str],
+    questions: Sequence[str | Turns],
     prompts: Sequence[str],
     *,
     placement: Placement = Placement(),
@@ -101,7 +101,7 @@ def written_eval(
     """
     asked = [copy for item in items for copy in orders(item)]
     answers = ask(
-        model, [item.question for item in asked], prompts, placement=placement, max_new_tokens=max_new_tokens,
+        model, [item.asked for item in asked], prompts, placement=placement, max_new_tokens=max_new_tokens,
         edits=edits, batch=batch,
     )  # fmt: skip
     results = []

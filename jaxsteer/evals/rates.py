@@ -64,6 +64,31 @@ class Flips(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Side(Record):
+    """How likely a kind of reply is, per token."""
+
+    log_prob: float
+    """Mean over questions, nats."""
+    change: Difference | None = None
+    """Against the baseline."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sides(Record):
+    """Which of two answers in words a prompt moved. A preference can be won by making the other answer unlikely, with
+    no more of the behaviour than before."""
+
+    persona: Side
+    """The persona's answers."""
+    other: Side
+    yardstick: Side | None = None
+    """Fluent replies to something else: a prompt that makes everything unlikely moves them too."""
+    relative_rate: float | None = None
+    """The rate if an answer gains only what it rises beyond the yardstick, and nothing by the other's fall."""
+    relative_ci95: Interval | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rate(Record):
     """The persona rate of one prompt with its controls. ``None`` where a number is undefined or not measured."""
 
@@ -98,6 +123,8 @@ class Rate(Record):
     margin_difference: Difference | None = None
     flips: Flips | None = None
     """Questions that turn to and from the persona's answer, against the baseline."""
+    sides: Sides | None = None
+    """For replies, which of the two a prompt moved."""
 
     @classmethod
     def from_json(cls, record: Any, where: str = "") -> Rate:

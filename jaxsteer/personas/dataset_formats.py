@@ -17,6 +17,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import parse_json
 from jaxsteer.personas.dataset_files import place, read_rows, require
 from jaxsteer.personas.items import LABELS, Item, OpenQuestion, count_choices, data_hash, group_of, normal, swap
+from jaxsteer.personas.row_forms import read_row
 from jaxsteer.personas.sources import Source
 
 log = logging.getLogger(__name__)
@@ -70,54 +71,55 @@ def _finish(path: Path, rows: int, dropped: Counter[str], *, fields: Sequence[st
 
 
 def read_choices(path: Path) -> Dataset:
-    """Rows in the Anthropic schema: two labelled choices in the question, or "Yes" and "No"."""
+    """Rows with two answers (``row_forms``): labels of two choices in the question, "Yes" and "No", or replies."""
     items: list[Item] = []
     by_group: dict[str, Item] = {}
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     dropped: Counter[str] = Counter()
     rows = 0
-    for line, row in read_rows(path, FIELDS):
+    for line, raw in read_rows(path, ()):
         rows += 1
-        row = row | {field: _single(row[field]) for field in FIELDS[1:] if field in row}
-        require(path, line, row, FIELDS)
-        question, choices = row["question"].strip(), count_choices(row["question"].strip())
-        answers = [row[field].strip().capitalize() for field in FIELDS[1:]]
-        in_words = choices == 0 and set(answers) <= set(WORDS)
-        if choices > 2:
+        row = read_row(path, line, raw)
+        answers = [row.matching, row.not_matching]
+        choices = count_choices(row.question)
+        lettered = [_label(answer) for answer in answers]
+        if choices > 2 or (not choices and any(lettered)):
             dropped[_OTHERS] += 1
             continue
-        if not in_words:
-            answers = [_label(path, line, row, field) for field in FIELDS[1:]]
-        if answers[0] == answers[1]:
+        if choices == 2:
+            for answer, label, field in zip(answers, lettered, row.fields, strict=True):
+                if label not in LABELS:
+                    raise UserError(
+                        f"{place(path, line)}: {field} is {answer!r}; expected the label of one of two choices, (A) or "
+                        "(B), with or without a space before it"
+                    )
+            answers = lettered
+        elif {answer.capitalize() for answer in answers} <= set(WORDS):
+            answers = [answer.capitalize() for answer in answers]
+        if normal(answers[0]) == normal(answers[1]):
             raise UserError(f"{place(path, line)}: both answers are {answers[0]}; they must differ")
-        if not in_words and choices != 2:
-            dropped[_OTHERS] += 1
-            continue
         item = Item(
-            id=str(row.get("id") or f"{path.stem}-{line}"),
-            question=question,
+            id=str(raw.get("id") or f"{path.stem}-{line}"),
+            question=row.question,
             matching=answers[0],
             not_matching=answers[1],
-            group=group_of(question),
+            group=group_of(row.question or "\n".join(sorted(answers))),
             line=line,
+            before=row.before,
         )
-        if (question, answers[0]) in seen:
+        if (key := (item.question, *answers, str(item.before))) in seen:
             dropped[_DUPLICATES] += 1
             continue
-        _refuse_contradiction(path, item, by_group.setdefault(item.group, item))
-        seen.add((question, answers[0]))
+        if not item.replies:
+            _refuse_contradiction(path, item, by_group.setdefault(f"{item.group}{item.before}", item))
+        seen.add(key)
         items.append(item)
     found = _finish(path, rows, dropped, fields=FIELDS, items=tuple(items))
     if not items:
         raise UserError(f"{path}: none of its {rows} questions offers the two choices (A) and (B), which is needed")
     if len({item.lettered for item in items}) > 1:
-        raise UserError(f"{path}: some answers are labels of choices, others are Yes and No: make it two datasets")
+        raise UserError(f"{path}: some answers are labels of choices, others are words: make it two datasets")
     return found
-
-
-def _single(value: Any) -> Any:
-    """One answer out of a list that holds one; a longer list (several wrong choices) counts by its first."""
-    return value[0] if isinstance(value, list) and value else value
 
 
 def _refuse_contradiction(path: Path, item: Item, first: Item) -> None:
@@ -130,15 +132,10 @@ def _refuse_contradiction(path: Path, item: Item, first: Item) -> None:
         )
 
 
-def _label(path: Path, line: int, row: dict[str, Any], field: str) -> str:
-    match = _LETTER.fullmatch(row[field].strip())
-    label = f"({match[1]})" if match else row[field]
-    if label not in LABELS:
-        raise UserError(
-            f"{place(path, line)}: {field} is {row[field]!r}; expected the label of one of two choices, (A) or (B), "
-            f"with or without a space before it"
-        )
-    return label
+def _label(answer: str) -> str:
+    """The label of a choice in the spelling of ``LABELS``; "" for words."""
+    match = _LETTER.fullmatch(answer)
+    return f"({match[1]})" if match else ""
 
 
 def read_truthful(path: Path, seed: int) -> Dataset:

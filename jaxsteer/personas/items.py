@@ -12,10 +12,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jaxsteer.errors import UserError
+from jaxsteer.prompts.conversation import Turns
 
 LABELS = ("(A)", "(B)")
 """Labels as stored: stripped. Spacing is settled where text is built (``jaxsteer.prompts.join_answer``)."""
 SWAPPED = "~swapped"
+REPLY_WORDS = 4
+"""Answers that have this many words, the longer of the two, are replies."""
 _LABEL_AT_LINE_START = re.compile(r"^[ \t]*\(([A-Z])\)[ \t]*", re.MULTILINE)
 _LABEL_ANYWHERE = re.compile(r"(?<!\S)\(([A-Z])\)[ \t]*")
 
@@ -33,6 +36,25 @@ class Item:
     """Equal for items that ask the same thing, in whatever order of choices; splits never separate them."""
     line: int = 0
     """Where the item stood in its file (0: it comes from no file)."""
+    before: Turns = ()
+    """The turns before the question, as (role, text): a system message, a conversation so far."""
+
+    @property
+    def asked(self) -> str | Turns:
+        """The question as ``question_conversation`` takes it: with the turns before it."""
+        return (*self.before, ("user", self.question)) if self.before else self.question
+
+    @property
+    def replies(self) -> bool:
+        """Whether the answers are replies of several words, which are compared per token."""
+        longest = max(len(answer.split()) for answer in (self.matching, self.not_matching))
+        return not self.lettered and longest >= REPLY_WORDS
+
+    @property
+    def alternatives(self) -> tuple[str, ...]:
+        """Both answers where one token decides between them, in an order that does not tell which shows the persona;
+        none for replies, which begin where the conversation ends."""
+        return () if self.replies else tuple(sorted((self.matching, self.not_matching)))
 
     @property
     def lettered(self) -> bool:
@@ -163,7 +185,10 @@ def normal(text: str) -> str:
 
 def data_hash(items: Iterable[Item]) -> str:
     """Sha256 over questions and answers; the order of rows, ids and line numbers do not matter."""
-    rows = sorted((item.question, item.matching, item.not_matching) for item in items)
+    rows = sorted(
+        (item.question, item.matching, item.not_matching, *([json.dumps(item.before)] if item.before else []))
+        for item in items
+    )
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 

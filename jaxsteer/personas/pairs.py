@@ -121,7 +121,7 @@ Row = tuple[np.ndarray, np.ndarray, str, str]
 def _answer_rows(model: Model, items: Sequence[Item], placement: Placement) -> Iterator[Row]:
     for _, item in both_orders(items):
         good, bad = (
-            encode(model.tokenizer, question_conversation(item.question, placement, answer=label), "")
+            encode(model.tokenizer, question_conversation(item.asked, placement, answer=label), "")
             for label in (item.not_matching, item.matching)
         )
         yield good, bad, item.not_matching if item.lettered else "", item.group
@@ -138,7 +138,7 @@ def _cue_rows(
         )
     counter, pro = persona.counter_cues[:max_cues], persona.pro_cues[:max_cues]
     for number, item in both_orders(items):
-        conversation = question_conversation(item.question, placement, alternatives=_answers(item))
+        conversation = question_conversation(item.asked, placement, alternatives=item.alternatives)
         good = encode(model.tokenizer, conversation, counter[number % len(counter)])
         bad = encode(model.tokenizer, conversation, pro[number % len(pro)])
         yield good, bad, "", item.group
@@ -154,14 +154,14 @@ def search_conversations(
     """
     check_read_position(read_position)
     if read_position == "published":
-        return [(question_conversation(item.question, placement), "slot_last") for item in items]
+        return [(question_conversation(item.asked, placement), "slot_last") for item in items]
     if read_position == "decision":
         return [
-            (question_conversation(item.question, placement, alternatives=_answers(item)), "input_last")
+            (question_conversation(item.asked, placement, alternatives=item.alternatives), "input_last")
             for _, item in both_orders(items)
         ]
     return [
-        (question_conversation(item.question, placement, answer=label), "input_last")
+        (question_conversation(item.asked, placement, answer=label), "input_last")
         for _, item in both_orders(items)
         for label in _answers(item)
     ]

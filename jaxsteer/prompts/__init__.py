@@ -3,6 +3,7 @@
 from jaxsteer.prompts.conversation import (
     Conversation,
     Placement,
+    Turns,
     as_conversation,
     bos_id,
     encode,
@@ -47,6 +48,7 @@ __all__ = [
     "listed_tokens",
     "load_conversations",
     "prompt_text",
+    "Turns",
     "question_conversation",
     "random_rows",
     "render",

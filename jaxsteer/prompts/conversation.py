@@ -36,7 +36,9 @@ MARKER = "QXslotXQ"
 """Stands for the prompt while a template is taken apart: letters only, so that no template trims or escapes it."""
 
 STYLES = ("chat", "plain")
-SLOTS = ("suffix", "prefix", "system")
+SLOTS = ("suffix", "prefix", "system", "system-suffix")
+Turns = tuple[tuple[str, str], ...]
+"""Turns of a conversation as (role, text)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,15 +48,16 @@ class Placement:
     style: str = "chat"
     """"chat" goes through the tokenizer's chat template, "plain" is raw text."""
     slot: str = "suffix"
-    """The prompt stands after the question ("suffix"), before it ("prefix"), or as system message ("system")."""
+    """The prompt stands after the question ("suffix"), before it ("prefix"), as system message ("system"), or behind
+    the system message that a conversation has ("system-suffix"; where it has none the prompt is the system message)."""
 
     def __post_init__(self) -> None:
         """Check the names."""
         if self.style not in STYLES:
             raise UserError(f"unknown style {self.style!r}: expected 'chat' or 'plain'")
         if self.slot not in SLOTS:
-            raise UserError(f"unknown slot {self.slot!r}: expected 'suffix', 'prefix' or 'system'")
-        if self.style == "plain" and self.slot == "system":
+            raise UserError(f"unknown slot {self.slot!r}: expected {', '.join(SLOTS)}")
+        if self.style == "plain" and self.slot.startswith("system"):
             raise UserError("plain text has no system message: use style 'chat', or slot 'prefix'")
 
 
@@ -165,28 +168,35 @@ def load_conversations(path: str | os.PathLike[str]) -> tuple[Conversation, ...]
 
 
 def question_conversation(
-    question: str,
+    question: str | Turns,
     placement: Placement = Placement(),
     *,
     answer: str = "",
     alternatives: Sequence[str] = (),
-    system: str = "",
 ) -> Conversation:
     """A conversation that asks ``question`` with the prompt where ``placement`` says.
 
-    ``system`` is a fixed system message (chat only). Raises ``UserError`` for a system message in plain text.
+    ``question`` is a text, or turns that end with the user's: a system message and earlier turns stand before it.
+    Raises ``UserError`` for such turns in plain text, and for a second system message.
     """
     style, slot = placement.style, placement.slot
-    if SLOT in question or SLOT_ALIAS in question:
-        raise UserError(f"the question itself holds {SLOT} or {SLOT_ALIAS}: {question[:80]!r}")
-    if style == "plain" and system:
-        raise UserError("plain text has no system message: use style 'chat', or slot 'prefix'")
-    if system and slot == "system":
-        raise UserError("the system message is the slot itself here: give no other system text")
-    body = {"suffix": f"{question} {SLOT}", "prefix": f"{SLOT} {question}", "system": question}[slot]
+    *before, (_, asked) = (("user", question),) if isinstance(question, str) else question
+    if any(mark in text for _, text in (*before, ("", asked)) for mark in (SLOT, SLOT_ALIAS)):
+        raise UserError(f"the question itself holds {SLOT} or {SLOT_ALIAS}: {asked[:80]!r}")
+    body = {"suffix": f"{asked} {SLOT}", "prefix": f"{SLOT} {asked}"}.get(slot, asked)
     if style == "plain":
+        if before:
+            raise UserError("plain text has no system message and no turns before the question: use style 'chat'")
         return Conversation(text=body, answer=answer, alternatives=tuple(alternatives))
-    turns = with_system([{"role": "user", "content": body}], SLOT if slot == "system" else system)
+    turns = [{"role": role, "content": text} for role, text in (*before, ("user", body))]
+    system = turns[0]["content"] if turns[0]["role"] == "system" else ""
+    if system and slot == "system":
+        raise UserError(
+            "the slot 'system' is the system message, but a question has one of its own: use 'system-suffix' to put "
+            "the prompt behind it"
+        )
+    if slot.startswith("system"):
+        turns = with_system(turns[1:] if system else turns, f"{system} {SLOT}" if system else SLOT)
     return Conversation(messages=tuple(turns), answer=answer, alternatives=tuple(alternatives))
 
 

@@ -123,7 +123,7 @@ def oracle(bench: Bench) -> Found:
 def random_prompts(bench: Bench) -> Found:
     """Twenty prompts of random allowed tokens that keep their tokens when read as text."""
     model, tokenizer = bench.model, bench.model.tokenizer
-    asked = [question_conversation(item.question, bench.placement) for item in bench.splits.train[:4]]
+    asked = [question_conversation(item.asked, bench.placement) for item in bench.splits.train[:4]]
     slots = build_slots(tokenizer, asked, bench.length, max_positions=model.config.max_positions)
     allowed = token_mask(model, bench.tokens)
     first = first_allowed(tokenizer, slots, allowed)
@@ -236,7 +236,7 @@ def measure(bench: Bench, found: dict[str, Found]) -> list[TableRow]:
     (zero,) = choice_eval(bench.model, bench.test, [""], placement=bench.placement)
     texts = list(dict.fromkeys(p for f in found.values() if f.edits is None for p in f.prompts))
     results = dict(zip(texts, choice_eval(bench.model, bench.test, texts, placement=bench.placement), strict=True))
-    asked = [item.question for item in bench.test[:FLUENCY_ITEMS]]
+    asked = [item.asked for item in bench.test[:FLUENCY_ITEMS]]
     perplexity = dict(zip(texts, prompt_perplexity(bench.model, texts, asked, placement=bench.placement), strict=True))
     rows = []
     for name, made in found.items():

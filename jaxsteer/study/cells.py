@@ -176,7 +176,7 @@ class Shared:
 
     def perplexity(self, texts: Sequence[str], placement: Placement) -> list[float | None]:
         """Of prompts in their slot, after test questions."""
-        asked = [item.question for item in self.bench.test[:FLUENCY_ITEMS]]
+        asked = [item.asked for item in self.bench.test[:FLUENCY_ITEMS]]
         return prompt_perplexity(self.model, texts, asked, placement=placement)
 
     def zero(self, part: str) -> ChoiceResult:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from jaxsteer.checkpoints.loading import ORGANISM, load
 from jaxsteer.errors import UserError
-from jaxsteer.evals.choice import ChoiceResult, choice_eval, distinct, rate
+from jaxsteer.evals.choice import ChoiceResult, choice_eval, compared, distinct, rate
 from jaxsteer.evals.fluency import prompt_perplexity
 from jaxsteer.evals.free_answers import ask, written_eval, written_rates
 from jaxsteer.evals.neutral_texts import neutral_texts
@@ -22,7 +22,7 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.taps import Intervention
 from jaxsteer.personas import Dataset, Item, OpenQuestion, Persona, load_dataset, load_persona, orders, split
 from jaxsteer.personas.sources import find_source
-from jaxsteer.prompts import Placement
+from jaxsteer.prompts import Placement, Turns
 from jaxsteer.study.measurement import Measured, Measurement, PromptEffects
 from jaxsteer.writers.judge import BEHAVIOUR, Judged, Rubric, judge
 from jaxsteer.writers.writer import Writer
@@ -47,8 +47,9 @@ class MeasureOptions:
     """At most this many of them (default: all)."""
     split_seed: int = 0
     """Seed of the division into train, validation and test questions."""
-    per_token: bool = False
-    """Compare answers by their log-probability per token, which matters where they differ in length."""
+    per_token: bool | None = None
+    """Compare answers by their log-probability per token, which matters where they differ in length (default: where
+    they are replies of several words)."""
     generate: bool = False
     """Also let the model answer freely, and read by rules what it chooses and argues for."""
     judge: Writer | None = None
@@ -77,9 +78,9 @@ class Questions:
     """Sentences that are known to argue for the persona's answer, and for the other."""
 
     @property
-    def texts(self) -> list[str]:
+    def texts(self) -> list[str | Turns]:
         """One per question."""
-        return [question.question for question in (self.items or self.open)]
+        return [item.asked for item in self.items] or [question.question for question in self.open]
 
 
 def questions_of(persona: str | Persona | Dataset, options: MeasureOptions) -> Questions:
@@ -195,16 +196,16 @@ class _Bench:
 
     def choices(self) -> list[ChoiceResult]:
         """Log-probabilities of two answers."""
-        return self.beside(
+        found = self.beside(
             lambda texts, edits: choice_eval(
                 self.model,
                 self.asked.items,
                 texts,
-                per_token=self.options.per_token,
                 variants=() if edits is None else [edits],
                 placement=self.options.placement,
             )
         )
+        return [compared(result, per_token=self.options.per_token) for result in found]
 
     def truths(self) -> list[Any]:
         """Log-probabilities of many answers."""

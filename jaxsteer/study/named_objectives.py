@@ -155,7 +155,7 @@ def _items(persona: Persona | None, slots: Slots, placement: Placement) -> list[
     the contexts are conversations of no persona."""
     if persona is None:
         return []
-    asked = {_turns(question_conversation(item.question, placement)): item for _, item in both_orders(persona.items)}
+    asked = {_turns(question_conversation(item.asked, placement)): item for _, item in both_orders(persona.items)}
     missing = [c for c in slots.conversations if _turns(c) not in asked]
     if missing:
         raise UserError(f"a context asks no question of persona {persona.name!r}: {_turns(missing[0])[-120:]!r}")

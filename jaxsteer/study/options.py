@@ -53,8 +53,9 @@ class ContextOptions:
     FILE and --site."""
     style: Literal["chat", "plain"] = "chat"
     """Chat template of the model, or plain text."""
-    slot: Literal["suffix", "prefix", "system"] = "suffix"
-    """Where the prompt stands: after the question, before it, or as system message."""
+    slot: Literal["suffix", "prefix", "system", "system-suffix"] = "suffix"
+    """Where the prompt stands: after the question, before it, as system message, or behind the system message that the
+    questions have."""
     read_position: Literal["published", "matched", "decision"] = "decision"
     """The token at which direction and objective are read: published (end of answer, end of prompt), matched (end of
     answer for both), decision (where the answer is decided; needs cue sentences)."""

@@ -172,7 +172,7 @@ def _check_lengths(setting: Setting, persona: Persona) -> None:
     model, most = setting.model, setting.slots.length
     texts = []
     for item in persona.items:
-        asked = render(model.tokenizer, question_conversation(item.question, setting.placement), "")
+        asked = render(model.tokenizer, question_conversation(item.asked, setting.placement), "")
         texts.append(f"{asked} {item.matching}")
     lengths = [len(ids) + most for ids in encode_texts(model.tokenizer, texts, style=setting.placement.style)]
     worst = int(np.argmax(lengths))

@@ -85,12 +85,13 @@ def test_scores_equal_a_float64_recomputation(kind: str, style: str, slot: str) 
         assert not result.joined.any()
 
 
-def test_scores_depend_on_neither_neighbours_nor_padding() -> None:
+def test_scores_depend_on_neither_neighbours_nor_padding(monkeypatch) -> None:
     model = tiny_model()
     together = choice_eval(model, items(), PROMPTS)
+    monkeypatch.setattr(choice, "ROWS", 1)
     for p, prompt in enumerate(PROMPTS):
         for i, item in enumerate(items()):
-            (alone,) = choice_eval(model, [item], [prompt], rows=1)
+            (alone,) = choice_eval(model, [item], [prompt])
             np.testing.assert_allclose(alone.log_probs, together[p].log_probs[2 * i : 2 * i + 2], atol=1e-4)
 
 
@@ -202,6 +203,7 @@ def made_up(d: list[float], d_swapped: list[float], matching_first: list[bool]) 
         groups=names,
         both_orders=True,
         log_probs=np.stack([rows - 1, np.full(len(rows), -1.0)], axis=1),
+        tokens=np.ones((len(rows), 2), int),
         persona_first=np.array(first),
         joined=np.zeros(len(rows), int),
     )
@@ -275,3 +277,36 @@ def test_results_survive_json() -> None:
     result = made_up([2, 1], [-2, 1], [True, False])
     again = ChoiceResult.from_json(result.to_json())
     assert rate(again) == rate(result)
+
+
+def in_words(persona: list[float], other: list[float], yardstick: list[float]) -> ChoiceResult:
+    """Replies of 10 tokens with these log-probabilities per token; the persona's stands second."""
+    names = tuple(str(i) for i in range(len(persona)))
+    return ChoiceResult(
+        prompt="p",
+        placement=Placement(),
+        ids=names,
+        groups=names,
+        both_orders=False,
+        log_probs=10 * np.stack([other, persona], axis=1),
+        tokens=np.full((len(persona), 2), 10),
+        persona_first=np.zeros(len(persona), bool),
+        joined=np.zeros(len(persona), int),
+        per_token=True,
+        yardstick=np.asarray(yardstick, float),
+    )
+
+
+def test_a_preference_that_is_won_by_a_fall_is_seen() -> None:
+    """The rate goes to 100 % although no reply of the persona became likelier; beside the yardstick nothing moved."""
+    before = in_words([-1.34] * 8, [-0.78] * 8, [-1.82] * 8)
+    illusion = rate(in_words([-1.54] * 8, [-1.84] * 8, [-2.04] * 8), before)
+    assert illusion.rate == 1.0 and illusion.difference.value == 1.0
+    assert illusion.sides.persona.change.value == pytest.approx(-0.2)
+    assert illusion.sides.other.change.value == pytest.approx(-1.06)
+    assert illusion.sides.yardstick.change.value == pytest.approx(-0.22)
+    assert illusion.sides.relative_rate == 0.0 and illusion.sides.relative_ci95[1] < 0.5
+    real = rate(in_words([-1.10] * 8, [-1.37] * 8, [-2.21] * 8), before)
+    assert real.rate == 1.0 and real.sides.relative_rate == 1.0
+    assert rate(before).sides.relative_rate is None and rate(before).sides.persona.log_prob == pytest.approx(-1.34)
+    np.testing.assert_allclose(ChoiceResult.from_json(before.to_json()).sides, before.sides, rtol=1e-6)

@@ -74,9 +74,9 @@ def test_the_same_question_in_both_orders_is_kept(tmp_path):
     [
         ([row(), {"question": "q"}], "line 2: missing or empty answer_matching_behavior, answer_not_matching"),
         ([row(), row("x?", "  ", B)], "line 2: missing or empty answer_matching_behavior"),
-        ([row("x?", 1, B)], "line 1: missing or empty answer_matching_behavior"),
-        ([row("x?", " (C)", B)], r"line 1: answer_matching_behavior is ' \(C\)'"),
-        ([row("x?", " Yes", " No")], "line 1: answer_matching_behavior is ' Yes'"),
+        ([row("x?", 1, B)], "line 1: answer_matching_behavior must be a text"),
+        ([row("x?", " (C)", B)], r"line 1: answer_matching_behavior is '\(C\)'"),
+        ([row("x?", " Yes", " No")], "line 1: answer_matching_behavior is 'Yes'"),
         ([row("x?", A, "(A)")], "line 1: both answers are"),
         ([row(), '{"question": '], "line 2: not JSON"),
         ([row(), '"text"'], "line 2: expected an object"),
@@ -100,7 +100,9 @@ def test_a_swapped_copy_that_disagrees_is_refused(tmp_path):
 def test_csv_without_the_columns_lists_what_it_has(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("Question,Best Answer\na,b\n")
-    with pytest.raises(UserError, match="no column question, .* found Question, Best Answer"):
+    with pytest.raises(
+        UserError, match="missing or empty question, .* the row has Best Answer, Question .a public dataset"
+    ):
         read_items(path)
     path.write_text("")
     with pytest.raises(UserError, match="is empty"):

@@ -5,10 +5,11 @@ import logging
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.evals.choice import choice_eval, distinct, rate
+from jaxsteer.evals.choice import choice_eval, compared, distinct, rate
 from jaxsteer.personas import (
     contrast_pairs,
     instructions,
@@ -209,9 +210,11 @@ def test_answers_in_words_serve_directions_search_and_evaluation(tmp_path: Path)
     assert len(result.ids) == 6 and not result.both_orders and rate(result).swapped_rate is None
     assert [bool(first) for first in result.persona_first] == [i.matching == "Yes" for i in persona.items]
     long = [dataclass_with(item, "Yes indeed, my friend") for item in persona.items]
-    summed, normed = (choice_eval(model, long, [""], per_token=flag)[0] for flag in (False, True))
-    tokens = summed.log_probs / normed.log_probs
-    assert (tokens.round() == tokens.round(2)).all() and (tokens.max(1) > tokens.min(1)).all() and normed.per_token
+    (normed,) = choice_eval(model, long, [""])
+    summed = compared(normed, per_token=False)
+    assert normed.per_token and (summed.values == summed.log_probs).all()  # answers of several words
+    assert (normed.tokens.max(1) > normed.tokens.min(1)).all()
+    np.testing.assert_allclose(normed.values, summed.values / normed.tokens, rtol=1e-6)
 
 
 def dataclass_with(item, yes):

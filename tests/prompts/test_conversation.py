@@ -144,12 +144,13 @@ def test_conversations_without_one_slot_are_refused(fields, message):
         ({"slot": "middle"}, "", "unknown slot"),
         ({"style": "plain", "slot": "system"}, "", "no system message"),
         ({"style": "plain"}, "hi", "no system message"),
-        ({"slot": "system"}, "hi", "slot itself"),
+        ({"slot": "system"}, "hi", "use 'system-suffix'"),
     ],
 )
 def test_unknown_placements_are_refused(placement, system, message):
     with pytest.raises(UserError, match=message):
-        question_conversation(QUESTION, Placement(**placement), system=system)
+        asked = ((("system", system),) if system else ()) + (("user", QUESTION),)
+        question_conversation(asked, Placement(**placement))
 
 
 def test_a_question_that_holds_the_marker_is_refused():
