@@ -31,9 +31,10 @@ from checkpoints_convert.files import DTYPES, all_finite
 from checkpoints_convert.leaves import RECORD, WEIGHTS
 from checkpoints_convert.names import Leaf, assign, expected_leaves
 from checkpoints_convert.sources import Source, StoredTensor, file_states, open_source
-from checkpoints_convert.work_directory import WorkDirectory, discard, hold_lock, keep_or_discard, work_path
+from checkpoints_convert.work_directory import LOCK, WorkDirectory, discard, keep_or_discard, work_path
 from jaxsteer.errors import UserError
 from jaxsteer.files import make_directory, read_json, write_bytes, write_text
+from jaxsteer.files.lock import hold_lock
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.sharding import stored_chunks
 
@@ -155,7 +156,7 @@ def convert(
     try:
         make_directory(out.parent)
         with hold_lock(
-            work, lambda: log.warning("Another process is converting to %s; waiting for it.", out)
+            work / LOCK, lambda: log.warning("Another process is converting to %s; waiting for it.", out)
         ) as waited:
             if _is_full(out):
                 discard(work)

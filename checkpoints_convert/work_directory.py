@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ from jaxsteer.files import read_json, write_text
 
 log = logging.getLogger(__name__)
 
-_LOCK = "lock"
-_TRIES = 1000
+LOCK = "lock"
 _MANIFEST = "manifest.json"
 _WRITE_FAILURES = (
     "No space left",
@@ -37,7 +35,6 @@ _WRITE_FAILURES = (
     "Read-only file system",
     "Permission denied",
 )
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def work_path(out: Path) -> Path:
@@ -45,60 +42,11 @@ def work_path(out: Path) -> Path:
     return out.parent / f".{out.name}.converting"
 
 
-@contextlib.contextmanager
-def hold_lock(directory: Path, waiting: Callable[[], object]) -> Iterator[bool]:
-    """Hold the lock of ``directory``, which is made if it is missing; True if another process had to be waited for.
-
-    The lock goes with the process that holds it, however that ends. ``waiting`` is called before a wait. The directory
-    may be removed by its holder (``discard``); whoever waits for it then makes it anew. Raises ``OSError`` where there
-    can be no such directory or lock.
-    """
-    waited = False
-    for _ in range(_TRIES):
-        directory.mkdir(exist_ok=True)
-        try:  # a link is not followed: nobody makes one here, and where it leads nothing may be written
-            handle = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except FileNotFoundError:
-            continue  # its holder has just finished and removed the directory
-        try:
-            if not _try(handle, directory):
-                if not waited:
-                    waiting()
-                waited = True
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            if _is_still(handle, directory / _LOCK):
-                yield waited
-                return
-        finally:
-            os.close(handle)
-    raise OSError(errno.EBUSY, f"{directory} is removed by another process whenever it is made")
-
-
-def _try(handle: int, directory: Path) -> bool:
-    """Take the lock if it is free."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        log.warning("%s is on a file system without locks: let no other process convert to it.", directory.parent)
-    return True
-
-
-def _is_still(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
 def discard(directory: Path) -> None:
     """Remove a work directory whose lock is held, the lock last."""
     _clear(directory)
     with contextlib.suppress(OSError):
-        (directory / _LOCK).unlink()
+        (directory / LOCK).unlink()
         directory.rmdir()  # unless another process has come in
 
 
@@ -107,7 +55,7 @@ def _clear(directory: Path) -> None:
     for entry in directory.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
-        elif entry.name != _LOCK:
+        elif entry.name != LOCK:
             entry.unlink(missing_ok=True)
 
 

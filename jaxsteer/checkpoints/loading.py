@@ -25,6 +25,7 @@ from jaxsteer.checkpoints.remote import side_files
 from jaxsteer.checkpoints.restoring import check_finite, restore
 from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import make_directory, write_text, writing
+from jaxsteer.files.lock import hold_lock
 from jaxsteer.files.paths import user_path
 from jaxsteer.files.stores import is_url
 from jaxsteer.models.config import ModelConfig
@@ -236,7 +237,7 @@ def _convert_here(directory: Path, source: str, revision: str | None, ignore_fie
     """
     from checkpoints_convert.sources import file_states
     from checkpoints_convert.streaming import CONVERTER_VERSION, convert
-    from checkpoints_convert.work_directory import discard, hold_lock
+    from checkpoints_convert.work_directory import LOCK, discard
 
     directory = directory.resolve()
     state = json.dumps([str(directory), file_states(directory), CONVERTER_VERSION])
@@ -263,7 +264,7 @@ def _convert_here(directory: Path, source: str, revision: str | None, ignore_fie
         ) from error
     waiting = f"Another process is converting {source}; waiting for it"
     lock = cache_dir() / "locks" / key
-    with writing(lock), hold_lock(lock, lambda: print(waiting, file=sys.stderr, flush=True)):
+    with writing(lock), hold_lock(lock / LOCK, lambda: print(waiting, file=sys.stderr, flush=True)):
         if found := known():
             return found
         fresh = checkpoints / f"new-{key}"

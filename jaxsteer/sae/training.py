@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ import numpy as np
 
 from checkpoints_convert.sae import CONFIG, WEIGHTS, write_sae
 from jaxsteer.errors import UserError, first_line
-from jaxsteer.files import append_text, make_directory, read_json, read_text, write_text, writing
+from jaxsteer.files import append_text, read_json, read_text, write_text, writing
+from jaxsteer.files.lock import in_use
 from jaxsteer.files.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
 from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import put
@@ -81,36 +82,48 @@ def train_sae(
     width = KINDS[site.kind].width(model.config)
     out = Path(out)
     asked = {"model": model.name, "fingerprint": model.fingerprint, "data": data, "dtype": dtype}
-    if from_first(lambda: _prepare_folder(out, asked | dataclasses.asdict(recipe))):
-        return load_sae(out, mesh=model.mesh)
-    with _Checkpoints(out / STATE, save_minutes) as checkpoints:
-        training, batches = _begin(model, documents, recipe, width, checkpoints)
-        advance = trainer(recipe, width, model.mesh)
-        started, first = time.perf_counter(), training.rounds
-        lines = out / METRICS
-        if is_first():  # without those of rounds that will be done again
-            kept = read_text(lines).split("\n")[: training.rounds] if lines.is_file() else []
-            write_text(lines, "".join(f"{line}\n" for line in kept if line))
-        while training.rounds < recipe.rounds:
-            training.state, metrics, used = advance(training.state, training.pool, jnp.int32(training.rounds))
-            training.rounds += 1
-            if training.rounds < recipe.rounds:
-                training.pool, training.position = fill(training.pool, used, model, site.name, batches)
-            line = _metrics_line(recipe, training.rounds, metrics)
-            speed = (training.rounds - first) * recipe.steps_per_round * recipe.batch / (time.perf_counter() - started)
-            if is_first():
-                append_text(lines, json.dumps(line) + "\n")
-            last, ending = training.rounds == recipe.rounds, preempted()
-            checkpoints.save_if_due(training, last=last, now=ending)
-            if ending and not last:
-                log.warning("told to end after round %d, which is saved", training.rounds)
-                raise SystemExit(PREEMPTED)
-            if progress is not None:
-                progress({**line, "rounds": recipe.rounds, "tokens_per_s": speed})
-        found = to_dictionary(recipe, training.state, training.pool, model)
-    wait_for_all()  # until nobody holds the checkpoints open
-    from_first(lambda: _publish(found, out, dtype))
+    with in_use(out):
+        if not from_first(lambda: _prepare_folder(out, asked | dataclasses.asdict(recipe))):
+            with _Checkpoints(out / STATE, save_minutes) as checkpoints:
+                training, batches = _begin(model, documents, recipe, width, checkpoints)
+                _train(training, batches, recipe, model, checkpoints, out / METRICS, progress)
+                found = to_dictionary(recipe, training.state, training.pool, model)
+            wait_for_all()  # until nobody holds the checkpoints open
+            from_first(lambda: _publish(found, out, dtype))
     return load_sae(out, mesh=model.mesh)
+
+
+def _train(
+    training: _Training,
+    batches: Iterator[Any],
+    recipe: Recipe,
+    model: Model,
+    checkpoints: _Checkpoints,
+    lines: Path,
+    progress: Progress | None,
+) -> None:
+    """All rounds that are left, with their lines and checkpoints."""
+    advance = trainer(recipe, training.pool.shape[-1], model.mesh)
+    started, first = time.perf_counter(), training.rounds
+    if is_first():  # without those of rounds that will be done again
+        kept = read_text(lines).split("\n")[: training.rounds] if lines.is_file() else []
+        write_text(lines, "".join(f"{line}\n" for line in kept if line))
+    while training.rounds < recipe.rounds:
+        training.state, metrics, used = advance(training.state, training.pool, jnp.int32(training.rounds))
+        training.rounds += 1
+        if training.rounds < recipe.rounds:
+            training.pool, training.position = fill(training.pool, used, model, recipe.site, batches)
+        line = _metrics_line(recipe, training.rounds, metrics)
+        speed = (training.rounds - first) * recipe.steps_per_round * recipe.batch / (time.perf_counter() - started)
+        if is_first():
+            append_text(lines, json.dumps(line) + "\n")
+        last, ending = training.rounds == recipe.rounds, preempted()
+        checkpoints.save_if_due(training, last=last, now=ending)
+        if ending and not last:
+            log.warning("told to end after round %d, which is saved", training.rounds)
+            raise SystemExit(PREEMPTED)
+        if progress is not None:
+            progress({**line, "rounds": recipe.rounds, "tokens_per_s": speed})
 
 
 def to_dictionary(recipe: Recipe, state: TrainState, pool: jax.Array, model: Model) -> Dictionary:
@@ -186,8 +199,6 @@ def _metrics_line(recipe: Recipe, rounds: int, metrics: Metrics) -> dict[str, An
 def _prepare_folder(out: Path, asked: dict[str, Any]) -> bool:
     """Make the folder ready; True if the same training is finished in it. Raises ``UserError`` for another one's."""
     asked = json.loads(json.dumps(asked))
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: give a folder")
     record = out / OPTIONS
     if record.is_file():
         there = read_json(record)
@@ -196,9 +207,8 @@ def _prepare_folder(out: Path, asked: dict[str, Any]) -> bool:
             differences = "; ".join(f"{name}: {there.get(name)!r} there, {asked.get(name)!r} now" for name in other)
             raise UserError(f"{out} holds another training ({differences}). Give another --out, or the same options.")
         return (out / CONFIG).is_file()
-    if out.is_dir() and any(out.iterdir()):
+    if any(not path.name.startswith(".") for path in out.iterdir()):
         raise UserError(f"{out} exists and holds no training: give a new folder")
-    make_directory(out)
     write_text(record, json.dumps(asked, indent=1) + "\n")
     return False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from jaxsteer import __version__
 from jaxsteer.errors import UserError
 from jaxsteer.files import make_directory, read_json
+from jaxsteer.files.lock import in_use
 from jaxsteer.files.records import Record
 from jaxsteer.processes import from_first, is_first
 from jaxsteer.study import files
@@ -50,11 +50,12 @@ def opened(out: files.RunDir, config: dict[str, Any], say: Callable[[str], None]
     path = Path(out)
     config = {"format": files.FORMAT, "version": __version__, **config}
     made = not path.exists()
-    finished = from_first(lambda: open_run(path, config))
-    if finished is not None:
-        say(f"{path} already holds this run: nothing to do")
     try:
-        yield RunFolder(path=path, config=config, finished=finished)
+        with in_use(path):
+            finished = from_first(lambda: open_run(path, config))
+            if finished is not None:
+                say(f"{path} already holds this run: nothing to do")
+            yield RunFolder(path=path, config=config, finished=finished)
     except BaseException:
         if made and is_first():
             with contextlib.suppress(OSError):  # something was written
@@ -66,13 +67,9 @@ def open_run(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """Look at the output directory before any work: ``None`` to go on, or the metrics of the finished same run.
 
     A run of the same config that was cut off is done again. Raises ``UserError`` for a directory that holds another
-    run's files or other things, and for one that cannot be written.
+    run's files or other things.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: give a directory")
     make_directory(out)
-    if not os.access(out, os.W_OK):
-        raise UserError(f"--out {out} cannot be written")
     names = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
     if not names:
         return None
