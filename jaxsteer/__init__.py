@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxsteer.models.sharding import make_mesh as make_mesh
     from jaxsteer.models.sites import parse_site as parse_site
     from jaxsteer.models.sites import resid_site as resid_site
+    from jaxsteer.personas.persona import Persona as Persona
     from jaxsteer.prompts.generate import generate as generate
     from jaxsteer.sae import load_sae as load_sae
     from jaxsteer.study.api import search as search
@@ -32,6 +33,7 @@ _PUBLIC = {
     "Model": "jaxsteer.models.model",
     "ModelConfig": "jaxsteer.models.config",
     "Params": "jaxsteer.models.params",
+    "Persona": "jaxsteer.personas.persona",
     "Run": "jaxsteer.models.run",
     "UserError": "jaxsteer.errors",
     "capture": "jaxsteer.models.run",

@@ -13,14 +13,19 @@ from jaxsteer.personas.directions import (
     save_direction,
 )
 from jaxsteer.personas.instructions import instructions, invitations, seed_phrase
-from jaxsteer.personas.items import Item, OpenQuestion, Persona, Splits, orders, parse_choices, split, swap
+from jaxsteer.personas.items import Item, OpenQuestion, orders, parse_choices, swap
 from jaxsteer.personas.pairs import READ_POSITIONS, Pairs, contrast_pairs, search_conversations
+from jaxsteer.personas.persona import Goal, Persona, Splits, split
+from jaxsteer.personas.persona_files import CHARACTERS, save_persona
+from jaxsteer.personas.replies import persona_from_replies, with_replies
 from jaxsteer.personas.signatures import Signature, load_signature, random_signature, sae_signature, save_signature
 
 __all__ = [
+    "CHARACTERS",
     "READ_POSITIONS",
     "Dataset",
     "Direction",
+    "Goal",
     "Item",
     "OpenQuestion",
     "Pairs",
@@ -39,15 +44,18 @@ __all__ = [
     "mean_difference",
     "orders",
     "parse_choices",
+    "persona_from_replies",
     "projections",
     "random_direction",
     "random_signature",
     "read_items",
     "sae_signature",
     "save_direction",
+    "save_persona",
     "save_signature",
     "search_conversations",
     "seed_phrase",
     "split",
     "swap",
+    "with_replies",
 ]

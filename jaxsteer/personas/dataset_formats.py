@@ -9,13 +9,13 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import parse_json
-from jaxsteer.personas.dataset_files import place, read_rows, require
+from jaxsteer.personas.dataset_files import Row, place, read_rows, require
 from jaxsteer.personas.items import LABELS, Item, OpenQuestion, count_choices, data_hash, group_of, normal, swap
 from jaxsteer.personas.row_forms import read_row
 from jaxsteer.personas.sources import Source
@@ -71,13 +71,21 @@ def _finish(path: Path, rows: int, dropped: Counter[str], *, fields: Sequence[st
 
 
 def read_choices(path: Path) -> Dataset:
-    """Rows with two answers (``row_forms``): labels of two choices in the question, "Yes" and "No", or replies."""
+    """A file of rows with two answers, as ``choices_of`` takes them."""
+    return choices_of(path, read_rows(path, ()))
+
+
+def choices_of(path: Path, found_rows: Iterable[Row]) -> Dataset:
+    """Rows with two answers (``row_forms``): labels of two choices in the question, "Yes" and "No", or replies.
+
+    ``path`` names them in errors.
+    """
     items: list[Item] = []
     by_group: dict[str, Item] = {}
     seen: set[tuple[str, ...]] = set()
     dropped: Counter[str] = Counter()
     rows = 0
-    for line, raw in read_rows(path, ()):
+    for line, raw in found_rows:
         rows += 1
         row = read_row(path, line, raw)
         answers = [row.matching, row.not_matching]

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import kind_of, parse_json, read_text
 from jaxsteer.files.paths import user_path
 from jaxsteer.personas.dataset_formats import Dataset, read_choices, read_items, read_open, read_pairs, read_truthful
 from jaxsteer.personas.instructions import instructions, invitations
-from jaxsteer.personas.items import Item, Persona, data_hash
+from jaxsteer.personas.items import Item, data_hash
+from jaxsteer.personas.persona import Persona
+from jaxsteer.personas.persona_files import CHARACTERS, character_file, read_persona_file
 from jaxsteer.personas.sources import PERSONA_PREFIX, SOURCES, find_source, source_file
 
 BUILT_IN_ITEMS = 600
@@ -61,9 +62,9 @@ def load_persona(
 
     Of the shipped organisms (no network; generated, ``n`` questions from ``seed``): sycophancy, hallucination, myopic.
     Public datasets: a name of ``load_dataset``, as ``NAME`` or ``NAME:PATH``; their cues are ``instructions`` against
-    the behaviour and for it. Files: JSON Lines or a JSON list in the Anthropic schema (question,
-    answer_matching_behavior, answer_not_matching_behavior; labels with or without spaces, or "Yes" and "No"), the same
-    as CSV, or a persona file ``{"name", "data", "counter_cues", "pro_cues"}`` whose ``data`` is a path beside it.
+    the behaviour and for it. Characters in words alone (``CHARACTERS``), whose replies a model writes. Files: rows
+    with two answers (``row_forms``) as JSON Lines, a JSON list, CSV or Parquet, or a persona file
+    (``persona_files``).
     ``counter_cues`` and ``pro_cues`` replace those of the source. Exact duplicates and questions with other than two
     choices are dropped and counted in the log. Raises ``UserError``, with the line, for anything else that is wrong.
     """
@@ -84,35 +85,21 @@ def load_persona(
             behaviour=name,
             reasons=JUSTIFICATIONS[name],
         )
-    path = user_path(name)
+    path = character_file(name) or user_path(name)
     if not path.is_file():
         if find_source(name) is None and find_source(name.partition(":")[0]) is None:
             raise UserError(
-                f"unknown persona {name!r}: expected {', '.join(organisms.BEHAVIOURS)}, a public dataset (jaxsteer "
-                f"data list), or the path of a .jsonl, .json or .csv file (there is no file of this name)"
+                f"unknown persona {name!r}: expected {', '.join((*organisms.BEHAVIOURS, *CHARACTERS))}, a public "
+                "dataset (jaxsteer data list), or the path of a .jsonl, .json, .csv or .parquet file (there is no file "
+                "of this name)"
             )
         return _public(load_dataset(name, seed=seed), counter_cues, pro_cues)
-    description, behaviour = path.stem, ""
-    if path.suffix == ".json" and (whole := _json_object(path)) is not None:
-        description = str(whole.get("description", path.stem))
-        behaviour = str(whole.get("behaviour", ""))
-        counter_cues = counter_cues or _sentences(path, whole, "counter_cues")
-        pro_cues = pro_cues or _sentences(path, whole, "pro_cues")
-        if not isinstance(whole["data"], str):
-            raise UserError(f'{path}: "data" must be the name of a file beside it, got {kind_of(whole["data"])}')
-        name, path = str(whole.get("name", path.stem)), path.parent / whole["data"]
-    else:
-        name = path.stem
-    items = read_items(path)
-    return Persona(
-        name=name,
-        items=items,
-        counter_cues=tuple(counter_cues),
-        pro_cues=tuple(pro_cues),
-        data_hash=data_hash(items),
-        description=description,
-        behaviour=behaviour or name,
-    )
+    given = {"counter_cues": tuple(counter_cues), "pro_cues": tuple(pro_cues)}
+    given = {field: cues for field, cues in given.items() if cues}
+    if (persona := read_persona_file(path)) is not None:
+        return dataclasses.replace(persona, **given)  # type: ignore[arg-type]
+    items, stem = read_items(path), path.stem
+    return Persona(name=stem, items=items, data_hash=data_hash(items), description=stem, behaviour=stem, **given)  # type: ignore[arg-type]
 
 
 def _public(found: Dataset, counter: Sequence[str], pro: Sequence[str]) -> Persona:
@@ -134,24 +121,3 @@ def _public(found: Dataset, counter: Sequence[str], pro: Sequence[str]) -> Perso
         behaviour=behaviour,
         questions=found.questions,
     )
-
-
-def _json_object(path: Path) -> dict[str, Any] | None:
-    """The file as one JSON object with a "data" key, or ``None`` for lists and JSON Lines."""
-    text = read_text(path)
-    if not text.lstrip().startswith("{"):
-        return None
-    try:
-        whole = parse_json(text, path, nan=True)
-    except UserError:
-        return None  # JSON Lines, or broken: the row reader names the line
-    if isinstance(whole, dict) and "data" in whole:
-        return whole
-    return None
-
-
-def _sentences(path: Path, whole: dict[str, Any], key: str) -> tuple[str, ...]:
-    value = whole.get(key, [])
-    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
-        raise UserError(f"{path}: {key} must be a list of sentences, got {value!r}")
-    return tuple(value)

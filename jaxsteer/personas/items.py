@@ -6,10 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-
-import numpy as np
+from collections.abc import Iterable
 
 from jaxsteer.errors import UserError
 from jaxsteer.prompts.conversation import Turns
@@ -74,37 +71,6 @@ class OpenQuestion:
     correct: tuple[str, ...] = ()
     incorrect: tuple[str, ...] = ()
     line: int = 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Persona:
-    """A behaviour: items that show it by one of two answers, and sentences that call it up or off."""
-
-    name: str
-    items: tuple[Item, ...]
-    counter_cues: tuple[str, ...] = ()
-    """Sentences against the behaviour, strongest first; the good side of the "decision" contrast."""
-    pro_cues: tuple[str, ...] = ()
-    data_hash: str
-    """sha256 over questions and answers, whatever the order of rows."""
-    description: str = ""
-    behaviour: str = ""
-    """What the items are about ("sycophancy", "hallucination", "myopic", …), for instructions against it."""
-    reasons: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    """Sentences that justify the matching answer, and the other one, where they are known."""
-    questions: tuple[OpenQuestion, ...] = ()
-    """The items with all of their answers, where the dataset has more than two; groups are those of the items."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Splits:
-    """Items for directions and contexts (train), for choices (validation) and for reporting, once (test)."""
-
-    train: tuple[Item, ...]
-    validation: tuple[Item, ...]
-    test: tuple[Item, ...]
-    seed: int
-    fractions: tuple[float, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,46 +156,3 @@ def data_hash(items: Iterable[Item]) -> str:
         for item in items
     )
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
-
-
-def split(
-    persona: Persona | Sequence[Item], *, seed: int, fractions: tuple[float, float, float] = (0.6, 0.2, 0.2)
-) -> Splits:
-    """Train, validation and test items: disjoint by group, stratified by label letter, fixed by ``seed``.
-
-    The same seed gives the same splits whatever the order of rows. Raises ``UserError`` for fractions that are not
-    three positive numbers summing to 1, and when a part would be empty.
-    """
-    items = persona.items if isinstance(persona, Persona) else tuple(persona)
-    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise UserError(f"fractions must be three positive numbers that sum to 1, got {fractions}")
-    groups: dict[str, list[Item]] = defaultdict(list)
-    for item in items:
-        groups[item.group].append(item)
-    strata: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for group, members in groups.items():
-        strata[tuple(sorted({m.matching for m in members}))].append(group)
-    # Laid end to end, strata share one rounding: each part takes every stratum's share to within one group.
-    order = [
-        ((rank + 0.5) / len(members), group)
-        for _, members in sorted(strata.items())
-        for rank, group in enumerate(sorted(members, key=lambda g: _shuffled(seed, g)))
-    ]
-    order.sort(key=lambda pair: (pair[0], _shuffled(seed, pair[1])))
-    cuts = np.rint(np.cumsum(fractions)[:2] * len(order)).astype(int)
-    parts = [
-        tuple(
-            item for _, group in chunk for item in sorted(groups[group], key=lambda i: (i.question, i.matching, i.id))
-        )
-        for chunk in (order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] :])
-    ]
-    if not all(parts):
-        raise UserError(
-            f"{len(order)} different questions cannot be split {fractions} into three parts that hold at least one "
-            f"question each: add data"
-        )
-    return Splits(train=parts[0], validation=parts[1], test=parts[2], seed=seed, fractions=fractions)
-
-
-def _shuffled(seed: int, group: str) -> bytes:
-    return hashlib.sha256(f"{seed}\x1f{group}".encode()).digest()

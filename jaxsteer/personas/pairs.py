@@ -23,7 +23,8 @@ from jaxtyping import Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
-from jaxsteer.personas.items import Item, Persona, orders
+from jaxsteer.personas.items import Item, orders
+from jaxsteer.personas.persona import Persona
 from jaxsteer.prompts import Conversation, Placement, encode, question_conversation, template_of
 
 READ_POSITIONS = ("published", "matched", "decision")
@@ -104,9 +105,15 @@ def contrast_pairs(
             "split_seed": "" if split_seed is None else str(split_seed),
             "template": f"{placement.style}/{placement.slot}",
             "chat_template_hash": hashlib.sha256(template.encode()).hexdigest() if template else "",
-            "contrast": "counter cue/pro cue" if read_position == "decision" else "answer letter",
+            "contrast": _contrast(persona, read_position),
         },
     )
+
+
+def _contrast(persona: Persona, read_position: str) -> str:
+    if read_position != "decision":
+        return "answer letter"
+    return "neutral cue/pro cue" if persona.neutral_cues else "counter cue/pro cue"
 
 
 def check_read_position(read_position: str) -> None:
@@ -136,9 +143,11 @@ def _cue_rows(
             f"{persona.name!r} has {len(persona.counter_cues)} counter_cues and {len(persona.pro_cues)} pro_cues: "
             f"give both, or use 'matched'"
         )
-    counter, pro = persona.counter_cues[:max_cues], persona.pro_cues[:max_cues]
+    counter, pro = (persona.neutral_cues or persona.counter_cues)[:max_cues], persona.pro_cues[:max_cues]
+    role = (("system", persona.role),)
     for number, item in both_orders(items):
-        conversation = question_conversation(item.asked, placement, alternatives=item.alternatives)
+        asked = item.question if item.before == role else item.asked  # the sentences alone make the contrast
+        conversation = question_conversation(asked, placement, alternatives=item.alternatives)
         good = encode(model.tokenizer, conversation, counter[number % len(counter)])
         bad = encode(model.tokenizer, conversation, pro[number % len(pro)])
         yield good, bad, "", item.group

@@ -1,0 +1,35 @@
+"""Personas in words get their replies from the model that is searched, once for each directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from jaxsteer.models.model import Model
+from jaxsteer.personas import Goal, Persona, load_persona, save_persona, with_replies
+from jaxsteer.personas.replies import recipe_of
+from jaxsteer.processes import is_first
+from jaxsteer.study.objective_stage import Say
+
+PERSONA = "persona.json"
+
+
+def ready(model: Model, persona: Persona, goal: Goal | None, folder: Path | None, say: Say) -> Persona:
+    """The persona with this ``goal`` (by default its own), and with the model's replies where it has none.
+
+    They are kept in persona.json of ``folder`` and taken from there where the same model wrote them to the same
+    questions.
+    """
+    persona = dataclasses.replace(persona, goal=goal or persona.goal)
+    if persona.items:
+        return persona
+    file = None if folder is None else folder / PERSONA
+    if file is not None and file.is_file():
+        kept = load_persona(file)
+        if (kept.recipe, kept.ask, kept.role) == (recipe_of(model, persona.goal), persona.ask, persona.role):
+            return kept
+    say(f"Replies: {model.name} answers {len(persona.ask)} questions, in the role of {persona.name} and as it is")
+    written = with_replies(model, persona)
+    if file is not None and is_first():
+        save_persona(written, file)
+    return written
