@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
 from jaxsteer.cli.steering import Steering
 from jaxsteer.errors import UserError
 from jaxsteer.study.files import document
+
+if TYPE_CHECKING:
+    from jaxsteer.study.measurement import Measurement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class Eval(Steering):
     """Seed of the division into train, validation and test questions."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
+    out: Path | None = None
+    """Directory for the result and, as they come, for rates and judged answers; what was cut off there goes on."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -59,7 +64,7 @@ class Eval(Steering):
         from jaxsteer.checkpoints.loading import load
         from jaxsteer.prompts import Placement
         from jaxsteer.prompts.soft import load_soft, with_soft
-        from jaxsteer.study.measure import MeasureOptions, measure, questions_of
+        from jaxsteer.study.measure import MeasureOptions, Unfinished, measure, questions_of
         from jaxsteer.writers.endpoint import Endpoint
 
         asked = self._from_run() if self.from_run is not None else self
@@ -78,8 +83,14 @@ class Eval(Steering):
         if asked.soft is not None:
             model, text = with_soft(model, load_soft(asked.soft), any_weights=asked.any_weights)
             prompts = (*prompts, text)
-        found = measure(model, questions, prompts, edits=edits, transfer=asked.transfer, options=options)
-        print(document(found.to_json()) if asked.json else found.table())
+        try:
+            found = measure(
+                model, questions, prompts, edits=edits, transfer=asked.transfer, options=options, out=asked.out
+            )
+        except Unfinished as error:
+            print(_shown(error.measurement, asked.json))
+            raise
+        print(_shown(found, asked.json))
         return 0
 
     def _from_run(self) -> Eval:
@@ -94,6 +105,10 @@ class Eval(Steering):
         texts = tuple(prompt.text for prompt in found.result.prompts)
         settings = {name: found.config[name] for name in names}
         return dataclasses.replace(self, prompts=(*self.prompts, *texts), **settings)
+
+
+def _shown(found: Measurement, as_json: bool) -> str:
+    return document(found.to_json()) if as_json else found.table()
 
 
 SHARED = ("split", "questions", "split_seed", "per_token", "generate", "side_effects", "dtype")

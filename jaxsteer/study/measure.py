@@ -5,11 +5,19 @@ The baseline, neither prompted nor steered, is always measured on the same quest
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import json
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from jaxsteer.checkpoints.loading import ORGANISM, load
+import jax
+import numpy as np
+
+from jaxsteer.checkpoints.loading import ORGANISM, cache_dir, load
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, compared, distinct, rate
 from jaxsteer.evals.fluency import prompt_perplexity
@@ -22,8 +30,12 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.taps import Intervention
 from jaxsteer.personas import Dataset, Item, OpenQuestion, Persona, load_dataset, load_persona, orders, split
 from jaxsteer.personas.sources import find_source
+from jaxsteer.processes import is_first
 from jaxsteer.prompts import Placement, Turns
+from jaxsteer.study.files import write_json
 from jaxsteer.study.measurement import Measured, Measurement, PromptEffects
+from jaxsteer.study.run_folder import opened
+from jaxsteer.writers.endpoint import Endpoint
 from jaxsteer.writers.judge import BEHAVIOUR, Judged, Rubric, judge
 from jaxsteer.writers.writer import Writer
 
@@ -32,7 +44,19 @@ OPEN_TOKENS = 128
 FLUENCY_QUESTIONS = 8
 """Questions after which a prompt's perplexity is measured."""
 
+JUDGED, UNFINISHED = "judged.jsonl", "unfinished.json"
+"""Files of a measurement's directory: the judge's replies, and what is measured until the last stage is done."""
+
 Result = TypeVar("Result")
+
+
+class Unfinished(UserError):
+    """The judge gave no answer. ``measurement`` holds what was measured before."""
+
+    def __init__(self, message: str, measurement: Measurement) -> None:
+        """As the message says."""
+        super().__init__(message)
+        self.measurement = measurement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,13 +143,17 @@ def measure(
     edits: Intervention | None = None,
     transfer: Sequence[str | Model] = (),
     options: MeasureOptions | None = None,
+    out: str | Path | None = None,
     **changed: Any,
 ) -> Measurement:
     """Measure prompt texts, an edit, or both together on a persona's questions.
 
     Every prompt is measured with the edit, if there is one, and the edit alone too. ``transfer`` names further models
-    on which the same texts are measured. ``changed`` are fields of ``options``. Raises ``UserError`` before
-    a model is loaded where there is nothing to measure or options do not go together.
+    on which the same texts are measured. ``changed`` are fields of ``options``. ``out`` is a directory for the result
+    (metrics.json) and, until then, for what is measured and the judge's replies as they come: the same measurement,
+    cut off, goes on there. Without it those of an ``Endpoint`` are kept in the cache until the measurement is done.
+    Raises ``UserError`` before a model is loaded where there is nothing to measure or options do not go together, and
+    ``Unfinished`` when the judge gives no answer.
     """
     known = [field.name for field in dataclasses.fields(MeasureOptions)]
     if unknown := sorted(set(changed) - set(known)):
@@ -136,43 +164,120 @@ def measure(
     if transfer and edits is not None:
         raise UserError("transfer measures prompt texts on other models; an edit belongs to one")
     asked = persona if isinstance(persona, Questions) else questions_of(persona, chosen)
-    first, *others = (
-        _measured(load(one, dtype=chosen.dtype) if isinstance(one, str) else one, asked, prompts, edits, chosen)
-        for one in (model, *transfer)
-    )
-    return dataclasses.replace(first, transfer=tuple(others))
+    config = _config((model, *transfer), asked, prompts, edits, chosen)
+    kept = None if out is None else Path(out)
+    if out is None and isinstance(chosen.judge, Endpoint):
+        kept = cache_dir() / "measurements" / hashlib.sha256(json.dumps(config).encode()).hexdigest()[:32]
+    done: list[Measurement] = []
+
+    def whole(part: Measurement) -> Measurement:
+        return dataclasses.replace((*done, part)[0], transfer=(*done, part)[1:])
+
+    with contextlib.nullcontext() if kept is None else opened(kept, config, lambda _: None) as folder:
+        if folder is not None:
+            folder.begin()
+
+        def keep(part: Measurement) -> None:
+            if folder is not None:
+                write_json(folder.path / UNFINISHED, whole(part).to_json())
+
+        for one in (model, *transfer):
+            ready = load(one, dtype=chosen.dtype) if isinstance(one, str) else one
+            try:
+                part = _measured(ready, asked, prompts, edits, chosen, keep, None if kept is None else kept / JUDGED)
+            except Unfinished as error:
+                where = "" if kept is None else f" What was measured and judged is kept in {kept}: the same goes on."
+                raise Unfinished(f"{error}{where}", whole(error.measurement)) from error
+            done.append(part)
+        found = dataclasses.replace(done[0], transfer=tuple(done[1:]))
+        if folder is not None:
+            folder.finish(found)
+            if is_first():
+                (folder.path / UNFINISHED).unlink(missing_ok=True)
+    if out is None and kept is not None and is_first():
+        shutil.rmtree(kept, ignore_errors=True)
+    return found
+
+
+def _config(
+    models: Sequence[str | Model],
+    asked: Questions,
+    prompts: Sequence[str],
+    edits: Intervention | None,
+    options: MeasureOptions,
+) -> dict[str, Any]:
+    """What decides a measurement, for config.json."""
+    leaves, shape = jax.tree.flatten(edits)
+    digest = hashlib.sha256(str(shape).encode())
+    for leaf in leaves:
+        digest.update(np.asarray(leaf).tobytes())
+    judge = options.judge
+    return {
+        "kind": "measurement",
+        "models": [one if isinstance(one, str) else [one.name, one.fingerprint] for one in models],
+        "persona": asked.name,
+        "questions": hashlib.sha256(repr(asked).encode()).hexdigest(),
+        "prompts": list(prompts),
+        "edits": None if edits is None else digest.hexdigest(),
+        "placement": dataclasses.asdict(options.placement),
+        **{name: getattr(options, name) for name in ("per_token", "generate", "side_effects")},
+        "judge": [judge.url, judge.model] if isinstance(judge, Endpoint) else judge and type(judge).__name__,
+        "rubric": options.rubric.template_hash,
+    }
 
 
 def _measured(
-    model: Model, asked: Questions, prompts: Sequence[str], edits: Intervention | None, options: MeasureOptions
+    model: Model,
+    asked: Questions,
+    prompts: Sequence[str],
+    edits: Intervention | None,
+    options: MeasureOptions,
+    keep: Callable[[Measurement], None],
+    log: Path | None,
 ) -> Measurement:
-    """Everything that was asked for, on one model."""
+    """Everything that was asked for, on one model; ``keep`` gets what is there after every stage, the judge's last.
+
+    Raises ``Unfinished`` when the judge gives no answer."""
     texts = tuple(prompts) if edits is None else ("", *prompts)
     rows = [Measured(prompt="", steered=False), *(Measured(prompt=t, steered=edits is not None) for t in texts)]
     bench = _Bench(model=model, asked=asked, texts=texts, edits=edits, options=options)
+
+    def found(rows: Sequence[Measured]) -> Measurement:
+        return Measurement(
+            model=model.name,
+            persona=asked.name,
+            split=asked.split,
+            style=options.placement.style,
+            slot=options.placement.slot,
+            questions=len(asked.texts),
+            baseline=rows[0],
+            prompts=tuple(rows[1:]),
+        )
+
     scored = bench.choices() if asked.items else []
     if scored:
         rows = [
             dataclasses.replace(row, rate=rate(result, _against(scored, result))) for row, result in zip(rows, scored)
         ]
+        keep(found(rows))
     if asked.many:
         truths = bench.truths()
         rates = [truthful_rates(result, _against(truths, result)) for result in truths]
         rows = [dataclasses.replace(row, truthful=found) for row, found in zip(rows, rates, strict=True)]
-    if options.generate or options.judge is not None:
-        rows = bench.with_answers(rows, scored)
+        keep(found(rows))
     if options.side_effects:
         rows = [dataclasses.replace(row, side_effects=e) for row, e in zip(rows, bench.side_effects(), strict=True)]
-    return Measurement(
-        model=model.name,
-        persona=asked.name,
-        split=asked.split,
-        style=options.placement.style,
-        slot=options.placement.slot,
-        questions=len(asked.texts),
-        baseline=rows[0],
-        prompts=tuple(rows[1:]),
-    )
+        keep(found(rows))
+    if options.generate or options.judge is not None:
+        rows = bench.with_answers(rows, scored)
+        keep(found(rows))
+    for i, row in enumerate(rows if options.judge is not None else ()):
+        try:
+            rows[i] = dataclasses.replace(row, judged=bench.judged(row.answers, log))
+        except UserError as error:
+            raise Unfinished(str(error), found(rows)) from error
+        keep(found(rows))
+    return found(rows)
 
 
 def _against(results: Sequence[Result], result: Result) -> Result | None:
@@ -220,7 +325,7 @@ class _Bench:
         )
 
     def with_answers(self, rows: Sequence[Measured], scored: Sequence[ChoiceResult]) -> list[Measured]:
-        """The rows with what the model writes, read by rules, and by a judge if there is one."""
+        """The rows with what the model writes, read by rules."""
         model, placement, asked = self.model, self.options.placement, self.asked
         if asked.items:
             written = self.beside(
@@ -240,19 +345,19 @@ class _Bench:
                 )
             )
             rows = [dataclasses.replace(row, answers=given) for row, given in zip(rows, answers, strict=True)]
-        if self.options.judge is None:
-            return list(rows)
-        return [dataclasses.replace(row, judged=self.judged(row.answers, self.options.judge)) for row in rows]
+        return list(rows)
 
-    def judged(self, answers: Sequence[str], writer: Writer) -> Judged:
-        """The judge's scores of one row's answers."""
+    def judged(self, answers: Sequence[str], log: Path | None) -> Judged:
+        """The judge's scores of one row's answers; ``log`` takes its replies."""
+        writer = self.options.judge
+        assert writer is not None
         copies: Sequence[Item | OpenQuestion] = [copy for item in self.asked.items for copy in orders(item)]
         copies = copies or self.asked.open
         facts = [
             {"behaviour": self.asked.behaviour, "question": copy.question, "answer": answer}
             for copy, answer in zip(copies, answers, strict=True)
         ]
-        return judge(writer, self.options.rubric, facts, [copy.group for copy in copies])
+        return judge(writer, self.options.rubric, facts, [copy.group for copy in copies], log=log)
 
     def side_effects(self) -> list[PromptEffects]:
         """Replies to neutral requests, look-ups of the organisms, and how likely the prompts are as text."""

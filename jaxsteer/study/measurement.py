@@ -148,8 +148,8 @@ class Measurement(Result):
         parts = [visible(f"{self.persona} on {self.model}, {self.questions} {asked}")]
         rows = (self.baseline, *self.prompts)
         for name, table in TABLES.items():
-            if getattr(self.baseline, name) is not None:
-                parts.append(table([(row.name, getattr(row, name)) for row in rows]))
+            if shown := [(row.name, part) for row in rows if (part := getattr(row, name)) is not None]:
+                parts.append(table(shown))
         return "\n\n".join([*parts, *(part.table() for part in self.transfer)])
 
     def plot(self) -> Figure:

@@ -7,6 +7,7 @@ import pytest
 
 from jaxsteer.cli import main
 from jaxsteer.study.measurement import Measurement
+from jaxsteer.writers.endpoint import Endpoint
 from tests.cli.test_commands import rows
 from tests.helpers.endpoint import endpoint
 
@@ -30,7 +31,7 @@ def test_free_answers_side_effects_and_a_judge(
     argv = ["--model", model_dir, "--persona", questions, "-p", " be patient", "--questions", 1]
     with endpoint(lambda body: "60") as (url, asked):
         out = out_of(capsys, *argv, "--generate", "--judge", url, "--side-effects", "--transfer", model_dir)
-        assert len(asked) == 2 * 2 * 2  # two models, two prompts, one question in both orders
+        assert len(asked) == 2 * 2  # two prompts, one question in both orders; the other model answers the same
         text = asked[0]["messages"][0]["content"]
         assert "behaviour: rows" in text and "Which" in text
     assert out["questions"] == 1 and [part["prompts"][0]["rate"] for part in (out, out["transfer"][0])]
@@ -44,6 +45,38 @@ def test_free_answers_side_effects_and_a_judge(
     assert out["baseline"]["side_effects"]["prompt_perplexity"] is None
     text = Measurement.from_json(out).table()
     assert "free answers" in text and "judged answers" in text and "side effects" in text and "MC1" not in text
+
+
+def test_a_judge_that_dies_loses_nothing(
+    questions: Path,
+    model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("JAXSTEER_CACHE", str(tmp_path / "cache"))
+    argv = ["eval", "--model", str(model_dir), "--persona", str(questions), "-p", " be patient", "--questions", "1"]
+    monkeypatch.setattr(Endpoint, "workers", 1)
+    answers = iter(["60"] * 3)
+    with endpoint(lambda body: next(answers, 400)) as (url, asked):
+        for out, kept in (([], tmp_path / "cache"), (["--out", str(tmp_path / "out")], tmp_path / "out")):
+            answers = iter(["60"] * 3)
+            asked.clear()
+            assert main([*argv, "--judge", url, *out]) == 2
+            shown = capsys.readouterr()
+            assert "rate" in shown.out and "judged answers" in shown.out and "be patient" in shown.out
+            assert "HTTP 400" in shown.err and f"is kept in {kept}" in shown.err and "Traceback" not in shown.err
+            answers = iter(["60"] * 9)
+            assert main([*argv, "--judge", url, *out, "--json"]) == 0
+            assert len(asked) == 5, "three replies, a failure, and the one that was missing"
+            found = json.loads(capsys.readouterr().out)
+            assert found["prompts"][0]["judged"]["score"] == 60
+        assert main([*argv, "--judge", url, "--out", str(tmp_path / "out"), "--split", "train"]) == 2
+    assert not list((tmp_path / "cache/measurements").iterdir())
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == found
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "judged.jsonl", "metrics.json"]
+    assert "holds another run's files" in capsys.readouterr().err
 
 
 def test_questions_with_many_answers_and_with_none(
