@@ -12,7 +12,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import json_records, read_text
 
 Row = tuple[int, dict[str, Any]]
-"""(line, record); in a Parquet file the number of the row."""
+"""(line, record); in a Parquet file, and in a list inside an object, the number of the row."""
 
 
 def place(path: Path, line: int) -> str:
@@ -22,6 +22,8 @@ def place(path: Path, line: int) -> str:
 
 def read_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     """(line, record) of every record, in order; the format follows from the name and, for JSON, the first character.
+
+    A JSON object may hold the records as a list under "data".
 
     ``fields`` are named where a file is not what was expected; a CSV file must have them all as columns. Raises
     ``UserError``, with the line, for what cannot be read.
@@ -36,7 +38,9 @@ def read_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
         yield from _csv_rows(path, text, fields)
     else:
         for line, row in json_records(text, path, nan=True):
-            yield line, _object(path, line, row, fields)
+            inner = row.get("data") if isinstance(row, dict) else None
+            for at, record in enumerate(inner, 1) if isinstance(inner, list) else [(line, row)]:
+                yield at, _object(path, at, record, fields)
 
 
 def require(path: Path, line: int, row: dict[str, Any], fields: Sequence[str]) -> None:

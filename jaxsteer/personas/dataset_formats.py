@@ -16,7 +16,17 @@ from typing import Any
 from jaxsteer.errors import UserError
 from jaxsteer.files import parse_json
 from jaxsteer.personas.dataset_files import Row, place, read_rows, require
-from jaxsteer.personas.items import LABELS, Item, OpenQuestion, count_choices, data_hash, group_of, normal, swap
+from jaxsteer.personas.items import (
+    LABELS,
+    Item,
+    OpenQuestion,
+    count_choices,
+    data_hash,
+    group_of,
+    normal,
+    plain_labels,
+    swap,
+)
 from jaxsteer.personas.row_forms import read_row
 from jaxsteer.personas.sources import Source
 
@@ -25,7 +35,8 @@ log = logging.getLogger(__name__)
 FIELDS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
 PAIR_FIELDS = ("question", "right_answer", "hallucinated_answer")
 WORDS = ("Yes", "No")
-_LETTER = re.compile(r"\(?([A-Z])\)?[.:]?")
+_LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
+_OTHER_LETTER = re.compile(r"\(?([A-Za-z1-9])[).]?[.:]?")
 _DUPLICATES = "exact duplicates"
 _OTHERS = "questions that do not offer two choices"
 
@@ -88,8 +99,11 @@ def choices_of(path: Path, found_rows: Iterable[Row]) -> Dataset:
     for line, raw in found_rows:
         rows += 1
         row = read_row(path, line, raw)
-        answers = [row.matching, row.not_matching]
-        choices = count_choices(row.question)
+        answers, question = [row.matching, row.not_matching], row.question
+        labels = [_OTHER_LETTER.fullmatch(answer) for answer in answers]
+        if all(labels) and (question := plain_labels(row.question)) != row.question:
+            answers = [f"({chr(ord('A') + int(m[1]) - 1) if m[1].isdigit() else m[1]})" for m in labels if m]
+        choices = count_choices(question)
         lettered = [_label(answer) for answer in answers]
         if choices > 2 or (not choices and any(lettered)):
             dropped[_OTHERS] += 1
@@ -108,10 +122,10 @@ def choices_of(path: Path, found_rows: Iterable[Row]) -> Dataset:
             raise UserError(f"{place(path, line)}: both answers are {answers[0]}; they must differ")
         item = Item(
             id=str(raw.get("id") or f"{path.stem}-{line}"),
-            question=row.question,
+            question=question,
             matching=answers[0],
             not_matching=answers[1],
-            group=group_of(row.question or "\n".join(sorted(answers))),
+            group=group_of(question or "\n".join(sorted(answers))),
             line=line,
             before=row.before,
         )
@@ -143,14 +157,15 @@ def _refuse_contradiction(path: Path, item: Item, first: Item) -> None:
 def _label(answer: str) -> str:
     """The label of a choice in the spelling of ``LABELS``; "" for words."""
     match = _LETTER.fullmatch(answer)
-    return f"({match[1]})" if match else ""
+    return f"({match[1].upper()})" if match else ""
 
 
 def read_truthful(path: Path, seed: int) -> Dataset:
     """TruthfulQA: its CSV, the hub's Parquet file, or RESGA's table with one true answer and a JSON list of others.
 
-    An item compares the best answer with one wrong answer, drawn from ``seed`` and the question. Answers that are
-    listed as right and as wrong are not among the wrong ones.
+    Also the hub's form with multiple choices. An item compares the best answer with the best wrong one, where the file
+    has it (that of 2025), else with one that is drawn from ``seed`` and the question. Answers that are listed as right
+    and as wrong are not among the wrong ones.
     """
     questions: dict[str, OpenQuestion] = {}
     items: list[Item] = []
@@ -159,6 +174,7 @@ def read_truthful(path: Path, seed: int) -> Dataset:
     for line, raw in read_rows(path, ()):
         rows += 1
         row = {str(key).strip().lower().replace(" ", "_"): value for key, value in raw.items()}
+        row |= _from_targets(path, line, row)
         best_name = "true_answer" if "true_answer" in row else "best_answer"
         require(path, line, row, ("question", best_name))
         question, best = row["question"].strip(), row[best_name].strip()
@@ -184,11 +200,33 @@ def read_truthful(path: Path, seed: int) -> Dataset:
             line=line,
         )
         wrong = clear[_drawn(seed, question, len(clear))]
+        if normal(found := str(row.get("best_incorrect_answer") or "").strip()) not in {"", *right}:
+            wrong = found
         items.append(Item(id=ident, question=question, matching=wrong, not_matching=best, group=group, line=line))
     if doubtful:
         log.warning("%s: left out %d wrong answers that are listed as right answers too", path, doubtful)
     fields = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
     return _finish(path, rows, dropped, fields=fields, items=tuple(items), questions=tuple(questions.values()))
+
+
+def _from_targets(path: Path, line: int, row: dict[str, Any]) -> dict[str, Any]:
+    """The answers of the form with multiple choices: mc1_targets has one right answer, mc2_targets may have more."""
+    found: dict[str, Any] = {}
+    for name in ("mc2_targets", "mc1_targets"):
+        value = row.get(name)
+        if value is None:
+            continue
+        where = f"{place(path, line)}, {name}"
+        value = parse_json(value, where) if isinstance(value, str) else value
+        if isinstance(value, dict) and "choices" in value:
+            pairs = list(zip(value["choices"], value.get("labels") or (), strict=False))
+        else:
+            pairs = list(value.items()) if isinstance(value, dict) else []
+        right, wrong = ([str(text) for text, label in pairs if label == wanted] for wanted in (1, 0))
+        if not right or not wrong:
+            raise UserError(f"{where}: expected choices and labels, 1 for right and 0 for wrong, got {str(value)[:60]}")
+        found = {"correct_answers": right, "incorrect_answers": wrong} | found | {"best_answer": right[0]}
+    return found
 
 
 def _answers(path: Path, line: int, row: dict[str, Any], field: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from jaxsteer.errors import UserError
 from jaxsteer.prompts.conversation import Turns
@@ -17,6 +17,11 @@ SWAPPED = "~swapped"
 REPLY_WORDS = 4
 """Answers that have this many words, the longer of the two, are replies."""
 _LABEL_AT_LINE_START = re.compile(r"^[ \t]*\(([A-Z])\)[ \t]*", re.MULTILINE)
+_OTHER_LABELS = tuple(
+    re.compile(rf"^[ \t]*{label}(?=[ \t]+\S)", re.MULTILINE)
+    for label in (r"\(([a-z1-9])\)", r"([A-Za-z1-9])\)", r"([A-Za-z1-9])\.")
+)
+FIRST_LABELS = ("A", "a", "1")
 _LABEL_ANYWHERE = re.compile(r"(?<!\S)\(([A-Z])\)[ \t]*")
 
 
@@ -84,19 +89,30 @@ class Choices:
     tail: str
 
 
+def plain_labels(question: str) -> str:
+    """The question with its choices labelled (A), (B), ..., where each begins a line with a), (a), 1), (1), A) or A."""
+    if not _label_run(question) and (run := _label_run(question, _OTHER_LABELS)):
+        for number, match in reversed(list(enumerate(run))):
+            at = match.end() - len(match[0].lstrip())
+            question = f"{question[:at]}({chr(ord('A') + number)}){question[match.end() :]}"
+    return question
+
+
 def count_choices(question: str) -> int:
     """How many choices a question offers, labelled (A), (B), … in a row at its end."""
     return len(_label_run(question))
 
 
-def _label_run(question: str) -> list[re.Match[str]]:
+def _label_run(
+    question: str, patterns: Sequence[re.Pattern[str]] = (_LABEL_AT_LINE_START, _LABEL_ANYWHERE)
+) -> list[re.Match[str]]:
     """The last run of labels A, B, C … of a question: at line starts, or else anywhere."""
-    for pattern in (_LABEL_AT_LINE_START, _LABEL_ANYWHERE):
+    for pattern in patterns:
         run: list[re.Match[str]] = []
         for match in pattern.finditer(question):
-            if match[1] == "A":
+            if match[1] in FIRST_LABELS:
                 run = [match]
-            elif run and ord(match[1]) == ord("A") + len(run):
+            elif run and ord(match[1]) == ord(run[0][1]) + len(run):
                 run.append(match)
         if len(run) > 1:
             return run

@@ -146,3 +146,36 @@ def test_built_in_personas_need_no_file():
     persona = load_persona("sycophancy", n=40)
     assert len(persona.items) == 40 and persona.counter_cues and persona.pro_cues
     assert load_persona("sycophancy", n=40).data_hash == persona.data_hash
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "matching", "not_matching"),
+    [
+        ("(a)", "(b)", "(a)", " (b)"),
+        ("a)", "b)", "a", "b"),
+        ("1)", "2)", "1)", "2)"),
+        ("(1)", "(2)", "(1)", "2"),
+        ("A.", "B.", "A.", "B"),
+        ("A)", "B)", "A)", "(B)"),
+        ("(A)", "(B)", "a", "(b)"),
+    ],
+)
+def test_choices_are_labelled_in_many_ways(tmp_path, first, second, matching, not_matching):
+    text = f"1. Read. Which?\n {first} now\n {second} later\n"
+    (item,) = read_items(jsonl(tmp_path, row("x", matching, not_matching) | {"question": text}))
+    assert item.question == "1. Read. Which?\n (A) now\n (B) later"
+    assert (item.matching, item.not_matching) == ("(A)", "(B)")
+
+
+def test_numbers_are_answers_in_words_where_no_choice_has_such_a_label(tmp_path):
+    other = {"question": "1. How many?", "answer_matching_behavior": "1", "answer_not_matching_behavior": "2"}
+    (item,) = read_items(jsonl(tmp_path, other))
+    assert (item.question, item.matching) == ("1. How many?", "1")
+
+
+def test_an_object_may_hold_the_rows(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"counter_cues": ["Wait."], "data": [row(), row("two?")]}))
+    persona = load_persona(path)
+    assert persona.counter_cues == ("Wait.",) and [item.line for item in persona.items] == [1, 2]
+    assert read_items(path) == persona.items

@@ -53,6 +53,34 @@ def test_every_source_names_its_licence_and_place() -> None:
         assert find_source(name) is None
 
 
+MC1, MC2 = (
+    {"choices": ["Because", "Never", "Maybe"], "labels": [1, 0, 0]},
+    {"choices": ["So", "Because", "Never"], "labels": [1, 1, 0]},
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "correct"),
+    [
+        (CSV.replace("Correct", "Best Incorrect Answer,Correct", 1) + "A,B,Why?,Because,%s,Because;So,Never;Maybe,x",
+         None, ("Because", "So")),
+        (json.dumps({"question": "Why?", "mc1_targets": MC1, "mc2_targets": MC2}), ("Never",), ("Because", "So")),
+        (json.dumps({"question": "Why?", "mc1_targets": {"Because": 1, "Never": 0, "Maybe": 0}}), ("Never", "Maybe"),
+         ("Because",)),
+    ],
+)  # fmt: skip
+def test_truthfulqa_of_2025_and_its_multiple_choices(
+    tmp_path: Path, text: str, wrong: tuple[str, ...] | None, correct: tuple[str, ...]
+) -> None:
+    path = tmp_path / ("x.csv" if wrong is None else "x.jsonl")
+    for best in ("Never", "Maybe"):
+        path.write_text(text % best if wrong is None else text)
+        found = load_dataset("truthfulqa", path=path)
+        (item,), (question,) = found.items, found.questions
+        assert (item.not_matching, question.correct) == ("Because", correct)
+        assert item.matching == best if wrong is None else question.incorrect == wrong
+
+
 def test_truthfulqa_as_csv_and_as_the_hub_spells_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = CSV + (
         'A,B,Why?,Because,Because; "It is so; ",Never; Because ;No reason,x\n'
