@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 blocks.append(Block(table=table, model=args.model, sae=sae, persona=persona, methods=methods))
     command = "python -m experiments.ablations " + shlex.join(sys.argv[1:] if argv is None else argv)
     return finish(
-        "ablations", "Ablations", table, blocks, order, args, lambda rows: [], command.strip(),
+        "ablations", "Ablations", table, blocks, order, args, lambda rows, missing: [], command.strip(),
         complete=lambda rows: with_base(rows, table, order), columns=COLUMNS_HERE,
     )  # fmt: skip
 

@@ -117,18 +117,24 @@ def blocks_of(table: Table, model: str, sae: str | None, persona: str) -> list[B
     return [Block(table=table, model=model, sae=sae, persona=persona, methods=tuple(part)) for part in parts]
 
 
-def verdicts(rows: Sequence[TableRow]) -> list[dict[str, Any]]:
-    """What the table has to show, cell by cell and in sum."""
-    cells: dict[tuple[str, str], dict[str, TableRow]] = {}
+Cells = dict[tuple[str, str], dict[str, TableRow | None]]
+"""By model and persona the row of each method; None for one that is missing."""
+
+
+def verdicts(rows: Sequence[TableRow], missing: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """What the table has to show, cell by cell and in sum; of ``missing`` cells, and of what needs them, nothing."""
+    cells: Cells = {}
     for row in rows:
         cells.setdefault((row.model, row.persona), {})[row.method] = row
+    for cell in missing:
+        cells.setdefault((cell["model"], cell["persona"]), {})[cell["method"]] = None
     found = []
     for method in (RESGA, SAEGA):
         mine = [verdict(*key, method, of) for key, of in cells.items() if method in of]
         if not mine:
             continue
         found.append(_sum(method, mine, "beats", f"beats {'; '.join(CONTROLS)} with disjoint 95 % intervals"))
-        known = [v for v in mine if v["near"] is not None]
+        known = [v for v in mine if "oracle cue" in cells[v["model"], v["persona"]]]
         if known:
             found.append(_sum(method, known, "near", f"comes within {100 * MARGIN:.0f} points of the oracle cue"))
         found.append(_sum(method, mine, "fluent", f"has a prompt of at most {RATIO:g} times ordinary perplexity"))
@@ -136,27 +142,28 @@ def verdicts(rows: Sequence[TableRow]) -> list[dict[str, Any]]:
     return found
 
 
-def verdict(model: str, persona: str, method: str, of: dict[str, TableRow]) -> dict[str, Any]:
-    """One cell against its controls, its oracle and its own text."""
-    row = of[method]
-    open_ = [name for name in CONTROLS if name not in of]
-    lost = [name for name in CONTROLS if name in of and not row.ci95[1] < of[name].ci95[0]]
-    oracle = of.get("oracle cue")
+def verdict(model: str, persona: str, method: str, of: dict[str, TableRow | None]) -> dict[str, Any]:
+    """One cell against its controls, its oracle and its own text; no verdict where one of these is missing."""
+    row, oracle = of[method], of.get("oracle cue")
+    rows = {name: of.get(name) for name in CONTROLS}
+    absent = [name for name, other in {method: row, **rows}.items() if other is None]
+    absent += ["oracle cue"] * ("oracle cue" in of and oracle is None)
+    found: dict[str, Any] = {"claim": "cell", "model": model, "persona": persona, "method": method, "missing": absent}
+    if row is None or absent:
+        text = f"{model} {persona}, {method}: no verdict, because {'; '.join(absent)} is missing"
+        return found | dict.fromkeys(("holds", "beats", "near", "fluent")) | {"text": text}
+    lost = [name for name, other in rows.items() if other is not None and not row.ci95[1] < other.ci95[0]]
     near = None if oracle is None else row.rate <= oracle.rate + MARGIN
     ratio = row.selected and row.selected.perplexity_ratio
     fluent = ratio is not None and ratio <= RATIO
-    beats = not lost and not open_
+    beats = not lost
     text = f"{model} {persona}, {method}: {percent(row.rate)} %, "
-    text += "beats all controls" if beats else f"does not beat {'; '.join(lost + open_)}"
+    text += "beats all controls" if beats else f"does not beat {'; '.join(lost)}"
     if oracle is not None:
         text += f"; {'within' if near else 'NOT within'} {100 * MARGIN:.0f} points of the oracle's "
         text += f"{percent(oracle.rate)} %"
     text += f"; perplexity ratio {'-' if ratio is None else f'{ratio:.1f}'}"
-    return {
-        "claim": "cell",
-        "model": model,
-        "persona": persona,
-        "method": method,
+    return found | {
         "holds": beats and near is not False and fluent,
         "beats": beats,
         "near": near,
@@ -166,9 +173,10 @@ def verdict(model: str, persona: str, method: str, of: dict[str, TableRow]) -> d
 
 
 def _sum(method: str, cells: Sequence[dict[str, Any]], name: str, claim: str) -> dict[str, Any]:
-    count = sum(bool(cell[name]) for cell in cells)
-    holds = count >= MOST * len(cells)
+    count, absent = sum(bool(cell[name]) for cell in cells), sum(bool(cell["missing"]) for cell in cells)
+    holds = None if absent else count >= MOST * len(cells)
     text = f"**{method} {claim} in {count} of {len(cells)} cells** (wanted: {-(-7 * len(cells) // 9)})"
+    text += f"; no verdict, because {absent} of them cannot be judged yet" * bool(absent)
     return {"claim": name, "model": None, "persona": None, "method": method, "holds": holds, "text": text}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from experiments.tables import COLUMNS, Columns, write_study
 from jaxsteer.cli import keep_programs
 from jaxsteer.errors import UserError
-from jaxsteer.study.cell_runs import compute_all, document, in_order, open_table
+from jaxsteer.study.cell_runs import compute_all, document, in_order, missing_cells, open_table
 from jaxsteer.study.cells import PROMPT_LENGTH, Block, Table
 from jaxsteer.study.table_row import TableRow
 
@@ -58,12 +58,16 @@ def finish(
     blocks: Sequence[Block],
     order: Sequence[tuple[str, Any]],
     args: argparse.Namespace,
-    judge: Callable[[Sequence[TableRow]], list[dict[str, Any]]],
+    judge: Callable[[Sequence[TableRow], Sequence[dict[str, Any]]], list[dict[str, Any]]],
     command: str,
     complete: Callable[[list[TableRow]], list[TableRow]] = list,
     columns: Columns = COLUMNS,
 ) -> int:
-    """Compute all blocks, write tables as they grow, and print the last."""
+    """Compute all blocks, write tables as they grow, and print the last.
+
+    Every table says which cells are missing, and ``judge`` gets rows and missing cells. Many parameters: what tables
+    do not share.
+    """
     try:
         open_table(table)
         started, rows, text = time.perf_counter(), [], ""
@@ -72,8 +76,9 @@ def finish(
         print(f"{sum(len(block.methods) for block in blocks)} cells, {missing} of them to compute", flush=True)
         for done in compute_all(blocks, jobs=args.jobs, setup=keep_programs):
             rows += done
-            ordered = in_order(complete(rows), blocks, order)
-            found = document(experiment, title, table, ordered, judge(ordered), quick=args.quick, command=command)
+            ordered, absent = in_order(complete(rows), blocks, order), missing_cells(rows, blocks)
+            more = {"missing": absent, "quick": args.quick, "command": command}
+            found = document(experiment, title, table, ordered, judge(ordered, absent), **more)
             text = write_study(table.out, found, ordered, columns)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -12,7 +12,7 @@ from typing import Any
 from jaxsteer.files import write_text
 from jaxsteer.study import files
 from jaxsteer.study.cell_rows import SELECTED_BY
-from jaxsteer.study.table_row import ShownPrompt, TableRow
+from jaxsteer.study.table_row import ShownPrompt, TableRow, not_complete
 
 Columns = dict[str, Callable[[TableRow], str]]
 """Head of a column -> its text for a row."""
@@ -141,6 +141,8 @@ def write_study(out: Path, document: dict[str, Any], rows: Sequence[TableRow], c
     """Write results.json, which holds ``document``, and the three tables of ``rows``; returns the Markdown."""
     verdicts = document["verdicts"]
     parts = [f"## {document['title']}", markdown(rows, columns), NOTE]
+    if missing := document.get("missing"):
+        parts.insert(1, not_complete(missing, len(rows)))
     if verdicts:
         parts.append("\n".join(f"- {verdict['text']}" for verdict in verdicts))
     text = "\n\n".join(parts) + "\n"

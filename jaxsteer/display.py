@@ -88,6 +88,16 @@ def ends(ci95: Sequence[float] | None) -> str:
     return "" if ci95 is None else f"{100 * ci95[0]:.1f}–{100 * ci95[1]:.1f}"
 
 
+def points(found: Any) -> str:
+    """A change of a rate, which has a ``value`` and an interval ``ci95``, in points: "-75.6 (-83.0 to -67.1)"."""
+    change = None if found is None else number(found.value)
+    if change is None:
+        return "–"
+    return f"{100 * change:+.1f}" + (
+        f" ({100 * found.ci95[0]:+.1f} to {100 * found.ci95[1]:+.1f})" if found.ci95 else ""
+    )
+
+
 def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
     """Columns padded to their widest cell, those of ``left`` starting at the left; a rule below row 0."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

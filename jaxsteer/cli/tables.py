@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from jaxsteer.display import aligned, percent
+import math
+
+from jaxsteer.display import aligned, decimals, percent
 from jaxsteer.personas import Direction
 from jaxsteer.study.probe import PASSES, WARNS, Probe, ProbeRow
 
@@ -33,15 +35,14 @@ def direction_table(direction: Direction) -> str:
     table = [("site", "norm", "of stream norm", "split-half cosine", "letter cosine")]
     for site in direction.sites:
         facts = direction.diagnostics.get(site, {})
-        norm = facts.get("norm", float("nan"))
-        stream = direction.mean_resid_norm.get(site, float("nan"))
+        norm, stream = facts.get("norm", math.nan), direction.mean_resid_norm.get(site, math.nan)
         table.append(
             (
                 site,
-                f"{norm:.3g}",
+                "–" if math.isnan(norm) else f"{norm:.3g}",
                 percent(norm / stream),
-                f"{facts.get('split_half_cosine', float('nan')):.3f}",
-                f"{facts.get('letter_cosine', float('nan')):.3f}",
+                decimals(facts.get("split_half_cosine"), 3),
+                decimals(facts.get("letter_cosine"), 3),
             )
         )
     notes = [f"{name}: {value}" for name, value in sorted(direction.metadata.items()) if value]

@@ -128,17 +128,22 @@ def facts(vectors: Vectors) -> dict[str, Any]:
 
 def vector_table(vectors: Vectors) -> str:
     """Sites with shapes and norms, then what the vectors are for and where they come from."""
-    from jaxsteer.display import aligned
+    from jaxsteer.display import aligned, short
 
     known = facts(vectors)
     rows, recipe = known.pop("sites"), known.pop("metadata")
-    table = [("site", "shape", "norm", "of stream norm", "value")]
+    valued = any(row["value"] is not None for row in rows)
+    table: list[tuple[str, ...]] = [("site", "shape", "norm", "of stream norm", *["value"] * valued)]
     for row in rows:
         shape, stream, value = " x ".join(map(str, row["shape"])), row["mean_resid_norm"], row["value"]
         share = f"{row['norm'] / stream:.3g}" if stream else "-"
-        table.append((row["site"], shape, f"{row['norm']:.4g}", share, "-" if value is None else f"{value:.4g}"))
+        last = ["-" if value is None else f"{value:.4g}"] * valued
+        table.append((row["site"], shape, f"{row['norm']:.4g}", share, *last))
     notes = {**{name.replace("_", " "): text for name, text in known.items()}, **recipe}
-    return "\n".join([aligned(table), "", *(f"{name}: {text}" for name, text in notes.items() if text != "")])
+    notes.pop("diagnostics", None)  # numbers of every site, which --json prints
+    return "\n".join(
+        [aligned(table), "", *(f"{name}: {short(text, 200)}" for name, text in notes.items() if text != "")]
+    )
 
 
 def _new(path: Path) -> None:

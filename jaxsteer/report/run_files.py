@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from jaxsteer.display import visible
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_json, read_log
 from jaxsteer.files.paths import user_path
@@ -45,6 +46,12 @@ def read_run(directory: str | Path) -> RunFiles:
     notes: list[str] = []
     if not (path / files.METRICS).is_file():
         raise UserError(f"{path} has no metrics.json: a report needs a finished run (or one that was ended by Ctrl-C)")
+    if not is_run(path):
+        kind = visible((read_object(path / files.METRICS) or {}).get("kind") or "something else")
+        raise UserError(
+            f"{path / files.METRICS} is not of a search but of {kind}, of which there is no page: give the output "
+            "directory of jaxsteer search, or of an experiment. A sweep has its own sweep.csv and heatmap.png."
+        )
     result = read_result(path)
     config = read_object(path / files.CONFIG)
     if config is None:

@@ -18,7 +18,7 @@ from jaxsteer.report.run_files import is_run, read_lines, read_object, read_resu
 from jaxsteer.report.table_rows import Place, rows_of_runs
 from jaxsteer.study.results import RULES, SearchRun
 from jaxsteer.study.study_result import Study
-from jaxsteer.study.table_row import TableRow
+from jaxsteer.study.table_row import TableRow, not_complete
 
 PARETO, PROGRESS = "pareto.jsonl", "progress.jsonl"
 FORMAT = "jaxsteer.study/1"
@@ -52,6 +52,8 @@ class StudyFiles:
     curves: tuple[Line, ...] = ()
     """``best_target`` against ``candidates`` and ``seconds`` of every search."""
     verdicts: tuple[Mapping[str, Any], ...] = ()
+    complete: bool = True
+    """Whether nothing that was asked for is missing; else ``warnings`` say what is."""
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     command: str | None = None
     numbers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -86,7 +88,7 @@ class StudyFiles:
             rows = [cells.get(place) for place in self.places]
             lines.append([short(method, width), *(interval(r) + "!" * bool(r and r.letter_collapse) for r in rows)])
         parts = [visible(self.title), "", aligned(lines), ""]
-        parts.append("persona rate with 95 % interval; ! one letter wins whatever is asked")
+        parts.append("persona rate with 95 % interval over questions; ! one letter wins whatever is asked")
         parts += [f"prompts selected by {visible(self.selected_by)}"] * bool(self.selected_by)
         return "\n".join([*parts, *(f"warning: {visible(note)}" for note in self.warnings)])
 
@@ -144,6 +146,7 @@ def read_study(directory: str | Path) -> StudyFiles:
         ]
         for lines in found
     )
+    cut = _cut_off(path, table, study)
     rules = () if table else dict.fromkeys(run.selected_by for run in runs.values())
     units = {run.target_units for run in runs.values()}
     environments = [one.environment for one in (study, *runs.values()) if one is not None]
@@ -155,7 +158,8 @@ def read_study(directory: str | Path) -> StudyFiles:
         problems=tuple(problems),
         frontiers=tuple(frontiers),
         curves=tuple(curves),
-        verdicts=tuple(table.get("verdicts") or ()),
+        verdicts=() if _says_nothing_of_cells(table) else tuple(table.get("verdicts") or ()),
+        complete=cut is None,
         config=table.get("settings") or read_object(path / "config.json") or _common(list(configs.values())),
         command=table.get("command"),
         numbers=_numbers(study, len(names)),
@@ -163,7 +167,7 @@ def read_study(directory: str | Path) -> StudyFiles:
         unit=units.pop() if len(units) == 1 else "the units of each search",
         intervals="" if table else "their interval reaches from the lowest to the highest end of theirs",
         selected_by=str(table.get("selected_by") or "; ".join(RULES.get(rule, rule) for rule in rules)),
-        warnings=tuple(_warnings(study, table, runs, notes)),
+        warnings=(*(() if cut is None else (cut,)), *_warnings(table, runs, notes)),
     )
 
 
@@ -265,14 +269,32 @@ def _numbers(study: Study | None, runs: int) -> dict[str, Any]:
     return {"runs": runs, "problems": study.problems, "searched": study.searched, **study.timing.to_json()}
 
 
-def _warnings(
-    study: Study | None, table: Mapping[str, Any], runs: Mapping[str, SearchRun], notes: Sequence[str]
-) -> Iterator[str]:
+def _says_nothing_of_cells(table: Mapping[str, Any]) -> bool:
+    """Whether an earlier version wrote the table, whose verdicts took missing cells for failures."""
+    return bool(table.get("experiment")) and "missing" not in table
+
+
+def _cut_off(path: Path, table: Mapping[str, Any], study: Study | None) -> str | None:
+    """What is missing of a study that was cut off; None where nothing is."""
+    if absent := [cell for cell in table.get("missing") or () if isinstance(cell, Mapping)]:
+        return not_complete(absent, len(table.get("rows") or ()))
+    if study is not None and study.interrupted:
+        missing = "; ".join(f"{kind} ({count})" for kind, count in study.missing.items())
+        text = f"Interrupted: {study.searched} of {study.problems} problems were searched."
+        return text + (f" Missing: {missing}." if missing else "")
+    if study is None and not table and (path / "config.json").is_file():
+        return (
+            "Cut off: there is no metrics.json, only the runs that were finished. Run the search again with --resume."
+        )
+    return None
+
+
+def _warnings(table: Mapping[str, Any], runs: Mapping[str, SearchRun], notes: Sequence[str]) -> Iterator[str]:
     """Doubts about single runs, each kind once with the runs that it concerns."""
     if table.get("quick"):
         yield "A quick run of this experiment, to see that it works: its numbers are no results."
-    if study is not None and study.interrupted:
-        yield f"Interrupted: {study.searched} of {study.problems} problems were searched."
+    if _says_nothing_of_cells(table):
+        yield "results.json does not say whether cells are missing (an earlier version wrote it): no verdict is shown."
     kinds: dict[str, list[tuple[str, str]]] = {}
     for name, run in runs.items():
         for note in run.doubts:

@@ -87,7 +87,7 @@ def _tiles(study: StudyFiles) -> list[tuple[str, str, str]]:
     beaten = [place for place in study.places if _beats(study.of(place))]
     known = [place for place in study.places if any(row.unprompted for row in study.of(place))]
     tiles = []
-    if known:
+    if known and study.complete:
         note = "some search's interval lies below that of the model without a prompt"
         tiles.append(("persona reduced", f"{len(beaten)} of {len(known)}", note))
     tiles.append(("runs", f"{len(study.runs):,}", f"{len(study.methods)} rows in the main table"))

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from jaxsteer.display import compact, decimals, interval, percent, visible
+from jaxsteer.display import compact, decimals, interval, percent, points, visible
 
 
 @functools.cache
@@ -24,7 +24,7 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (visible, percent, decimals, compact, interval)
+    filters = (visible, percent, points, decimals, compact, interval)
     environment.filters |= {function.__name__: function for function in filters}
     return environment.get_template(f"{name}.html.jinja")
 
@@ -34,7 +34,7 @@ def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     if isinstance(value, Mapping):
         start = f"{prefix}." if prefix else ""
         return [pair for key, inner in value.items() for pair in flat(inner, f"{start}{key}")]
-    text = value if isinstance(value, str) else json.dumps(_finite(value), ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(_finite(_digits(value)), ensure_ascii=False)
     return [(visible(prefix), visible(text if len(text) <= 400 else text[:399] + "…"))]
 
 
@@ -48,6 +48,13 @@ def shaded(effects: Sequence[float]) -> list[int]:
     """Strength of each token's colour in percent, 60 for the largest effect."""
     largest = max((abs(effect) for effect in effects), default=0.0) or 1.0
     return [round(60 * abs(effect) / largest) for effect in effects]
+
+
+def _digits(value: Any) -> Any:
+    """``value`` with numbers of six digits, as people read them."""
+    if isinstance(value, list | tuple):
+        return [_digits(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _finite(value: Any) -> Any:

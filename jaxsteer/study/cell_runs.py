@@ -20,40 +20,45 @@ from jaxsteer.study.outcome import environment
 from jaxsteer.study.table_row import TableRow
 
 FORMAT = "jaxsteer.study/1"
+CELL = ("model", "persona", "method", "value")
+"""What tells cells apart."""
 
 
-def compute(block: Block, say: Callable[[str], None] = print) -> list[TableRow]:
-    """The rows of a block's cells; those that have a file are read, the others are computed and written."""
-    shared, rows = None, []
+def compute(block: Block, say: Callable[[str], None] = print) -> Iterator[TableRow]:
+    """The rows of a block's cells, one by one: those that have a file are read, the others computed and written."""
+    shared = None
     for method in block.methods:
         path = block.path(method)
         if path.is_file():
-            rows.append(TableRow.from_json(read_json(path), str(path)))
+            yield TableRow.from_json(read_json(path), str(path))
             continue
         shared = shared or Shared(block)
         row = compute_row(shared, method)
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(path, row.to_json())
-        rows.append(row)
         label = method.name if method.value is None else f"{method.name} {method.value}"
         text = "" if row.prompt is None else f" {row.prompt!r}"
         say(f"{block.model} {block.persona}, {label}: {100 * row.rate:.1f} % in {row.seconds:.0f} s{text}")
+        yield row
     if shared is not None:
         jax.clear_caches()  # programs of one block are of no use to the next, and a process gathers gigabytes of them
-    return rows
+
+
+def _whole(block: Block) -> list[TableRow]:
+    return list(compute(block, _say))
 
 
 def compute_all(
     blocks: Sequence[Block], *, jobs: int = 1, setup: Callable[[], None] | None = None
 ) -> Iterator[list[TableRow]]:
-    """The rows of every block as it is done. With several ``jobs`` each process has its own share of the CPU cores.
+    """Rows as they are done: one by one, or block by block with several ``jobs``, each with its share of the CPU cores.
 
     Every process begins with ``setup``, a function of some module: the place for settings of JAX.
     """
     if setup is not None:
         setup()
     if jobs == 1 or len(blocks) == 1:
-        yield from (compute(block, _say) for block in blocks)
+        yield from ([row] for block in blocks for row in compute(block, _say))
         return
     context = multiprocessing.get_context("spawn")
     shares: Any = context.Queue()
@@ -63,7 +68,7 @@ def compute_all(
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(shares, setup))
     with pool:
         try:
-            for done in as_completed([pool.submit(compute, block, _say) for block in blocks]):
+            for done in as_completed([pool.submit(_whole, block) for block in blocks]):
                 yield done.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -91,6 +96,14 @@ def open_table(table: Table) -> None:
         raise UserError(f"{table.out} holds cells of other settings ({changes}): give another --out, or delete it")
     table.out.mkdir(parents=True, exist_ok=True)
     files.write_json(path, wanted)
+
+
+def missing_cells(rows: Sequence[TableRow], blocks: Sequence[Block]) -> list[dict[str, Any]]:
+    """What tells the cells of ``blocks`` apart that have no row yet."""
+    done = {(row.model, row.persona, row.method, row.value) for row in rows}
+    names = {block.persona: load_persona(block.persona).name for block in blocks}
+    cells = [(block.model, names[block.persona], m.name, m.value) for block in blocks for m in block.methods]
+    return [dict(zip(CELL, cell, strict=True)) for cell in cells if cell not in done]
 
 
 def in_order(rows: Sequence[TableRow], blocks: Sequence[Block], order: Sequence[tuple[str, Any]]) -> list[TableRow]:

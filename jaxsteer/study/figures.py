@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxsteer.display import ACCENT, BAND, INK, MUTED, OTHER, PAGE, Plot, in_style, interval, panels, short, visible
-from jaxsteer.evals.rates import Rate
+from jaxsteer.evals.rates import Interval, Rate
 
 LABEL = 44
 """Letters of a prompt beside its rates."""
 
 
 class BareShare(NamedTuple):
-    """A rate of which no interval is known; otherwise as ``evals.rates.Rate``."""
+    """The share of an ``evals.rates.Rate``, of which interval and n may not be known."""
 
     rate: float
-    ci95: None = None
-    n: None = None
+    ci95: Interval | None = None
+    n: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import io
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,12 +130,15 @@ def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> Study:
             searched = {name: value + getattr(found[0].result, name) for name, value in searched.items()}
             if found[0].result.interrupted:
                 break
+        done = {line["problem"] for line in table}
+        left = [row.options for number, row in enumerate(rows) if number not in done]
         study = Study(
             model=model.name,
             fingerprint=model.fingerprint,
             problems=len(rows),
             searched=len(table),
             interrupted=len(table) < len(rows),
+            missing=Counter(f"{one.contexts.persona}, {one.objective.method}" for one in left),
             runs=runs,
             timing=Timing(**timing, **searched),  # type: ignore[arg-type]
             environment=environment(model),

@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxsteer.display import aligned, decimals, ends, percent, short, visible
+from jaxsteer.display import aligned, decimals, ends, percent, points, short, visible
 from jaxsteer.evals.free_answers import WrittenRates
 from jaxsteer.evals.organism_lookups import Lookups
-from jaxsteer.evals.rates import Difference, Flips, Rate, by_question, counts_rows
+from jaxsteer.evals.rates import Flips, Rate, by_question, counts_rows
 from jaxsteer.evals.truthful import Metric, TruthfulRates
 from jaxsteer.files.records import Record
 from jaxsteer.prompts import Placement
@@ -164,10 +164,6 @@ def _interval(ci95: Sequence[float], share: float | None = 0.0) -> str:
     return "" if share is None else ends(ci95)
 
 
-def _change(difference: Difference | None) -> str:
-    return "" if difference is None else f"{100 * difference.value:+.1f} ({ends(difference.ci95)})"
-
-
 def _p(found: Flips | Lookups | Metric | None) -> str:
     """McNemar's p-value, where there is one."""
     p = None if found is None else found.mcnemar_p
@@ -212,7 +208,7 @@ def _truthful_table(rows: Sequence[tuple[str, TruthfulRates]]) -> str:
                 name,
                 percent(found.mc1.value),
                 ends(found.mc1.ci95),
-                _change(found.mc1.difference),
+                points(found.mc1.difference),
                 _p(found.mc1),
                 percent(found.mc2.value),
                 ends(found.mc2.ci95),

@@ -240,7 +240,7 @@ class SearchRun(Result):
             parts.append(f"... and {len(self.prompts) - len(shown)} more")
         parts += [
             "",
-            f"persona rate with 95 % interval; target in {visible(self.target_units)}; * selected by "
+            f"persona rate with 95 % interval over questions; target in {visible(self.target_units)}; * selected by "
             f"{RULES.get(self.selected_by, visible(self.selected_by))}; ! re-tokenises differently",
         ]
         return "\n".join([*parts, *(f"warning: {visible(note)}" for note in self.doubts)])

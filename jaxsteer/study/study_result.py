@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from jaxsteer.display import aligned, decimals, percent, short, visible
+from jaxsteer.display import aligned, decimals, interval, short, visible
+from jaxsteer.evals.rates import Interval
 from jaxsteer.files.records import Record
 from jaxsteer.study.figures import BareShare, RateRow, rate_plot
 from jaxsteer.study.results import Result, SearchRun, Timing, drawn
@@ -23,6 +24,8 @@ class SelectedPrompt(Record):
     target: float
     rate: float
     """On test questions."""
+    ci95: Interval | None = None
+    """Over questions (None of files that do not say)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,9 @@ class RunSummary(Record):
     probe_correlation: float | None
     baseline: float | None
     """Rate without a prompt on test questions."""
+    baseline_ci95: Interval | None = None
+    n: int | None = None
+    """Test questions."""
     selected: SelectedPrompt | None
 
     @classmethod
@@ -45,7 +51,7 @@ class RunSummary(Record):
         best, base = run.best, None if run.baseline is None else run.baseline.test
         selected = None
         if best is not None and best.test is not None and best.target is not None:
-            selected = SelectedPrompt(text=best.text, target=best.target, rate=best.test.rate)
+            selected = SelectedPrompt(text=best.text, target=best.target, rate=best.test.rate, ci95=best.test.ci95)
         return cls(
             problems=problems,
             persona=run.persona,
@@ -53,8 +59,17 @@ class RunSummary(Record):
             site=run.site,
             probe_correlation=run.probe_correlation,
             baseline=None if base is None else base.rate,
+            baseline_ci95=None if base is None else base.ci95,
+            n=None if base is None else base.n,
             selected=selected,
         )
+
+    @property
+    def shares(self) -> tuple[BareShare | None, BareShare | None]:
+        """The rates without a prompt and with the selected one."""
+        before = None if self.baseline is None else BareShare(self.baseline, self.baseline_ci95, self.n)
+        after = None if self.selected is None else BareShare(self.selected.rate, self.selected.ci95, self.n)
+        return before, after
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +83,8 @@ class Study(Result):
     searched: int
     """Those that were done."""
     interrupted: bool
+    missing: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Searches that were not done, by persona and method."""
     runs: Mapping[str, RunSummary]
     """By the name of their folder."""
     timing: Timing = Timing()
@@ -89,21 +106,20 @@ class Study(Result):
 
     def table(self) -> str:
         """One line per run."""
-        lines = [("run", "problems", "probe", "target", "baseline", "rate", "prompt")]
-        for row in self.to_rows():
-            numbers = (decimals(row["probe_correlation"]), decimals(row["target"]))
-            shares = (percent(row["baseline"]), percent(row["rate"]))
-            text = short(row["text"] or "(none re-tokenises)", 40)
-            lines.append((visible(row["run"]), str(row["problems"]), *numbers, *shares, text))
+        lines: list[tuple[str, ...]] = [("run", "problems", "probe", "target", "baseline", "rate", "prompt")]
+        for name, run in self.runs.items():
+            numbers = (decimals(run.probe_correlation), decimals(run.selected and run.selected.target))
+            text = short((run.selected and run.selected.text) or "(none re-tokenises)", 40)
+            lines.append((visible(name), str(run.problems), *numbers, *map(interval, run.shares), text))
         counts = f"{self.searched} of {self.problems} problems were searched"
-        return f"{aligned(lines, left=(0, 6))}\n\n{counts}; rates on test questions"
+        counts += f" (missing: {'; '.join(f'{kind} {n}' for kind, n in self.missing.items())})" * bool(self.missing)
+        return f"{aligned(lines, left=(0, 6))}\n\n{counts}; rates on test questions with 95 % intervals"
 
     def plot(self) -> Figure:
         """Rates on test questions without a prompt and with the prompt of every run, from the summaries alone."""
         rows = []
         for name, run in self.runs.items():
-            if run.baseline is not None:
-                rows.append(RateRow(f"{name}: no prompt", "control", BareShare(run.baseline)))
-            if run.selected is not None:
-                rows.append(RateRow(f"{name}: {run.selected.text}", "prompt", BareShare(run.selected.rate)))
+            before, after = run.shares
+            rows.append(RateRow(f"{name}: no prompt", "control", before))
+            rows.append(RateRow(f"{name}: {run.selected.text if run.selected else ''}", "prompt", after))
         return drawn(rate_plot(rows))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from jaxsteer.display import ends, percent
+from jaxsteer.display import interval, percent
 from jaxsteer.evals.rates import Interval, Rate
 from jaxsteer.files.records import Record
 from jaxsteer.statistics import wilson
@@ -138,9 +138,7 @@ class Sweep(Result):
         if any(row.letter_collapse for row in rows):
             lines.append("! one letter wins whatever is asked: the rate is no evidence")
         base, chosen = self.baseline, self.chosen
-        lines.append(
-            f"\nunsteered: rate {percent(base.validation.rate)}, perplexity of neutral text {base.perplexity:.2f}"
-        )
+        lines.append(f"\nunsteered: rate {interval(base.validation)}, perplexity of neutral text {base.perplexity:.2f}")
         if chosen is None:
             return "\n".join([*lines, f"no setting keeps KL below {self.max_kl:g} without a letter collapse"])
         lines.append(
@@ -148,10 +146,9 @@ class Sweep(Result):
             f"{chosen.coefficient:+g} (KL {chosen.kl:.3f}, perplexity {chosen.perplexity:.2f}, A-rate "
             f"{percent(chosen.a_rate)})"
         )
-        controls = "; ".join(f"{name} {percent(rate.rate)}" for name, rate in chosen.test_controls.items())
+        controls = "; ".join(f"{name} {interval(rate)}" for name, rate in chosen.test_controls.items())
         lines.append(
-            f"test questions: {percent(chosen.test_baseline.rate)} -> {percent(chosen.test.rate)} (95 %: "
-            f"{ends(chosen.test.ci95)}, n = {chosen.test.n} questions)"
+            f"{chosen.test.n} test questions (95 %): {interval(chosen.test_baseline)} -> {interval(chosen.test)}"
             + (f"; controls of equal norm: {controls}" * bool(controls))
         )
         return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxsteer.evals.attribution import Attribution
@@ -119,6 +119,16 @@ class TableRow(Record):
     def members(self) -> tuple[TableRow, ...]:
         """``each``, or the row itself."""
         return self.each or (self,)
+
+
+def not_complete(missing: Sequence[Mapping[str, Any]], done: int) -> str:
+    """A sentence on the cells that a table does not have, by model and persona."""
+    places: dict[str, list[str]] = {}
+    for cell in missing:
+        method = str(cell.get("method")) + ("" if cell.get("value") is None else f" = {cell['value']}")
+        places.setdefault(f"{cell.get('model')}, {cell.get('persona')}", []).append(method)
+    listed = ". ".join(f"{place}: {'; '.join(methods)}" for place, methods in places.items())
+    return f"Not complete: {len(missing)} of {len(missing) + done} cells are missing. {listed}."
 
 
 def rate_fields(rate: Rate) -> dict[str, Any]:

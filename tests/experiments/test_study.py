@@ -15,6 +15,7 @@ from experiments import ablations, main_table, running
 from experiments.main_table import CONTROLS, RESGA, SAEGA, blocks_of, methods_of, verdicts
 from experiments.tables import COLUMNS, latex, markdown, table_csv, write_study
 from jaxsteer.evals.rates import Difference
+from jaxsteer.report import read_study, write_report
 from jaxsteer.study import cell_runs
 from jaxsteer.study.cells import Method, Table
 from jaxsteer.study.table_row import ShownPrompt, TableRow
@@ -61,8 +62,21 @@ def test_verdicts_need_every_control_the_oracle_and_the_text():
     assert far["beats"]["holds"] and not far["near"]["holds"] and not far["cell"]["holds"]
     rows = [dataclasses.replace(r, selected=dataclasses.replace(r.selected, perplexity_ratio=3.5)) for r in table()]
     assert [v["holds"] for v in verdicts(rows) if v["claim"] == "fluent"] == [False, False]
-    # A control that is missing has not been beaten.
-    assert not verdicts([r for r in table() if r.method != "zero-shot"])[0]["holds"]
+
+
+@pytest.mark.parametrize("absent", [*CONTROLS, "oracle cue", RESGA])
+def test_a_cell_that_is_missing_is_no_failure(absent: str):
+    """Neither of the cell, nor of what needs it; what else is there is judged."""
+    kept = [r for r in table() if r.method != absent]
+    missing = [{"model": "organism:llama", "persona": "myopic", "method": absent, "value": None}]
+    found = [v for v in verdicts(kept, missing) if v["method"] == RESGA]
+    assert [v["claim"] for v in found] == ["beats", "near", "fluent", "cell"]
+    assert {v["holds"] for v in found} == {None} and all("no verdict, because" in v["text"] for v in found)
+    assert absent in found[-1]["text"] and "fail" not in found[-1]["text"]
+    others = [v["holds"] for v in verdicts(kept, missing) if v["method"] == SAEGA]
+    assert set(others) == ({True} if absent == RESGA else {None})
+    if absent in CONTROLS:  # nor where nobody says that it is missing
+        assert verdicts(kept)[0]["holds"] is None
 
 
 def test_the_sum_wants_seven_of_nine():
@@ -161,6 +175,38 @@ def test_both_commands_write_their_tables(tmp_path: Path, asked: list[str], caps
         ("base", None), ("layer", 0), ("layer", 2), ("contexts", 1), ("contexts", 2), ("contexts", 8)
     ]  # fmt: skip
     assert rows[4]["same_as"] == "base" and len(asked[before:]) == 5
+
+
+def test_a_study_that_is_cut_off_says_what_is_missing(
+    tmp_path: Path, asked: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    argv = ["--quick", "--model", "organism:llama", "--personas", "myopic", "--out", str(tmp_path)]
+    whole = cell_runs.compute_row
+
+    def until(block: Any, method: Method) -> TableRow:
+        if method.name == "random updates":
+            raise KeyboardInterrupt
+        return whole(block, method)
+
+    monkeypatch.setattr(cell_runs, "compute_row", until)
+    with pytest.raises(KeyboardInterrupt):
+        main_table.main(argv)
+    table = json.loads((tmp_path / "results.json").read_text())
+    count, absent = len(table["rows"]), [cell["method"] for cell in table["missing"]]
+    assert count == len(asked) == 2 and "random updates" in absent and count + len(absent) == 18
+    assert table["verdicts"] and {verdict["holds"] for verdict in table["verdicts"]} == {None}
+    study = read_study(tmp_path)
+    told = f"Not complete: {len(absent)} of 18 cells are missing. organism:llama, myopic: "
+    assert not study.complete and study.warnings[0].startswith(told) and "random updates" in study.warnings[0]
+    page = write_report(tmp_path).read_text()
+    assert told in page and "<b>fails</b>" not in page and "persona reduced" not in page
+    assert told in (tmp_path / "table.md").read_text()
+    old = {key: value for key, value in table.items() if key != "missing"}
+    (tmp_path / "results.json").write_text(json.dumps(old))  # of an earlier version, whose verdicts may be wrong
+    assert read_study(tmp_path).verdicts == () and "no verdict" in read_study(tmp_path).warnings[-1]
+    monkeypatch.setattr(cell_runs, "compute_row", whole)
+    assert main_table.main(argv) == 0 and len(asked) == 18
+    assert read_study(tmp_path).complete and "<b>holds</b>" in write_report(tmp_path).read_text()
 
 
 def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture):

@@ -211,6 +211,7 @@ def write_table(path: Path, *, places: int = 2) -> Path:
     table = {
         "format": "jaxsteer.study/1",
         "experiment": "main_table",
+        "missing": [],
         "title": "Main table",
         "quick": True,
         "rows": rows,

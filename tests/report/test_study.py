@@ -56,6 +56,18 @@ def test_many_searches_on_one_page(many: Path):
     assert [row["rate"] for row in data["rows"] if row["kind"] == "search"] == [0.06, 0.06]
 
 
+def test_many_searches_that_were_cut_off_say_so(tmp_path: Path):
+    path = write_many(tmp_path / "many", seeds=2, personas=("myopic",))
+    found = json.loads((path / "metrics.json").read_text())
+    cut = found | {"searched": 2, "problems": 5, "interrupted": True, "missing": {"sycophancy, resga": 3}}
+    (path / "metrics.json").write_text(json.dumps(cut))
+    told = "Interrupted: 2 of 5 problems were searched. Missing: sycophancy, resga (3)."
+    words = words_of(Page(write_report(path).read_text(encoding="utf-8")))
+    assert told in words and "persona reduced" not in words and told in read_study(path).table()
+    (path / "metrics.json").unlink()  # killed
+    assert read_study(path).warnings[0].startswith("Cut off: ") and not read_study(path).complete
+
+
 def test_every_problem_has_its_own_curve(many: Path):
     study = read_study(many)
     assert len(study.curves) == len(study.frontiers) == 6
@@ -186,6 +198,11 @@ def test_warnings_are_said_once(tmp_path: Path):
 
 def test_what_is_no_study(tmp_path: Path):
     assert not is_study(tmp_path) and not is_study(tmp_path / "nowhere")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "metrics.json").write_text('{"kind": "sweep", "rows": [], "persona": "p"}')
+    with pytest.raises(UserError, match="not of a search but of sweep.*heatmap.png"):
+        write_report(tmp_path / "sweep")
+    assert not (tmp_path / "sweep" / "report.html").exists()
     for read in (read_study, run_folders):
         with pytest.raises(UserError, match="holds n.* run"):
             read(tmp_path)

@@ -32,7 +32,7 @@ def test_cells_are_computed_once_and_other_settings_are_refused(tmp_path: Path, 
     assert asked == ["shared", "zero-shot", "RESGA, decision"]
     assert list(cell_runs.compute_all([block])) == first and len(asked) == 3
     block.path(methods[1]).unlink()
-    cell_runs.compute(block)
+    list(cell_runs.compute(block))
     assert asked[3:] == ["shared", "RESGA, decision"]
     cell_runs.open_table(table)
     with pytest.raises(UserError, match="steps: 3 there, 4 now"):
@@ -57,7 +57,7 @@ def test_cells_that_differ_in_the_search_alone_share_an_objective(
     methods = tuple(Method(name=f"m{i}", about="", options=change) for i, change in enumerate(changes))
     random = Method(name="random", about="", options={}, random=True, populations=2)
     block = Block(table=table, model="tiny", sae=None, persona=str(persona_file), methods=(*methods, random))
-    rows = cell_runs.compute(block, lambda _: None)
+    rows = list(cell_runs.compute(block, lambda _: None))
     assert len(probed) == 2
     for row in rows:
         assert [each.seed for each in row.each] == [0, 1] and row.ci95[0] <= row.rate <= row.ci95[1]
