@@ -39,9 +39,9 @@ class Demo:
 
     def run(self) -> int:
         """Search a prompt against every persona, telling what happens."""
-        from jaxsteer.checkpoints.loading import load
         from jaxsteer.report import write_report
         from jaxsteer.study import SearchOptions, run
+        from jaxsteer.study.bars import load, say
         from jaxsteer.study.results import SearchRun, summary_table
 
         print(f"Loading {self.model}")
@@ -64,7 +64,7 @@ class Demo:
                     quiet=self.quiet,
                 ),
                 model=model,
-                say=print,
+                say=say,
             )
             reports.append(write_report(self.out / persona))
             assert isinstance(found, SearchRun)

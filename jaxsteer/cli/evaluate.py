@@ -61,9 +61,9 @@ class Eval(Steering):
 
     def run(self) -> int:
         """Evaluate and print."""
-        from jaxsteer.checkpoints.loading import load
         from jaxsteer.prompts import Placement
         from jaxsteer.prompts.soft import load_soft, with_soft
+        from jaxsteer.study.bars import load
         from jaxsteer.study.measure import MeasureOptions, Unfinished, measure, questions_of
         from jaxsteer.writers.endpoint import Endpoint
 

@@ -52,16 +52,17 @@ class Generate(Steering):
         if not asked:
             raise UserError("no prompt was given: write one after the command, or use --file")
         prompts = [self._prompt(prompt) for prompt in asked]
-        from jaxsteer.checkpoints.loading import load
         from jaxsteer.prompts.generate import generate
         from jaxsteer.prompts.soft import load_soft, placed, with_soft
+        from jaxsteer.study.bars import load, progress_bar
 
         model = load(self.model, dtype=self.dtype)
         edits = self.edits(model)
         if self.soft is not None:
             model, text = with_soft(model, load_soft(self.soft), any_weights=self.any_weights)
             prompts = [placed(prompt, text) for prompt in prompts]
-        made = generate(model, prompts, self.decoding, samples=self.samples, batch=self.batch, edits=edits)
+        with progress_bar("generating"):
+            made = generate(model, prompts, self.decoding, samples=self.samples, batch=self.batch, edits=edits)
         for row, text in enumerate(made.texts):
             prompt = asked[row // self.samples]
             if self.json:

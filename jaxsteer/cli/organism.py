@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tqdm.auto import tqdm
 from tyro.conf import subcommand
 
 from jaxsteer.errors import UserError
@@ -29,6 +28,7 @@ class Train:
         """Train with a progress bar; an unfinished run goes on."""
         from jaxsteer.organisms.architectures import RECIPES
         from jaxsteer.organisms.train import STATE_FILE, steps_at_most, train_organism
+        from jaxsteer.study.bars import progress_bar
 
         if (
             self.out.exists()
@@ -37,12 +37,11 @@ class Train:
         ):
             raise UserError(f"--out {self.out} exists already: give a new directory")
         recipe = RECIPES[self.architecture]
-        with tqdm(total=steps_at_most(recipe), desc="train", unit="step") as bar:
+        with progress_bar("train", steps_at_most(recipe), unit="step") as advance:
 
             def report(state: dict[str, Any]) -> None:
-                bar.update(state["step"] - bar.n)
                 letters = {name: f"{loss:.2f}" for name, loss in state["letters"].items()}
-                bar.set_postfix({"phase": state["phase"], "loss": f"{state['loss']:.3f}", **letters})
+                advance(state["step"], phase=state["phase"], loss=f"{state['loss']:.3f}", **letters)
 
             train_organism(self.out, seed=self.seed, recipe=recipe, progress=report)
         print(f"Wrote {self.out}. Check it: jaxsteer organism check --model {self.out}")
@@ -70,8 +69,8 @@ class Check:
 
     def run(self) -> int:
         """Measure and print."""
-        from jaxsteer.checkpoints.loading import load
         from jaxsteer.evals.organism_gates import failed, gates_table, organism_gates, to_json
+        from jaxsteer.study.bars import load
 
         model = load(self.model)
         gates = organism_gates(

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm.auto import tqdm
 from tyro.conf import Positional
 
 
@@ -31,6 +30,7 @@ class Report:
             write_plots,
             write_report,
         )
+        from jaxsteer.study.bars import progress_bar
 
         several = is_study(self.directory)
         if self.attribute:
@@ -38,8 +38,10 @@ class Report:
         if several:
             runs = read_study(self.directory).runs
             missing = [self.directory / run for run in runs if not (self.directory / run / "report.html").is_file()]
-            for folder in tqdm(missing, desc="pages of runs", leave=False):
-                write_report(folder)
+            with progress_bar("pages of runs", len(missing), unit="page") as advance:
+                for number, folder in enumerate(missing):
+                    advance(number)
+                    write_report(folder)
         page = write_report(self.directory)
         print(read_study(self.directory).table() if several else read_run(self.directory).result.table())
         print(f"\nReport: {page}")
@@ -51,13 +53,13 @@ class Report:
 
 def _attribute(folders: Sequence[Path]) -> None:
     """Attribute the runs that have not been, and make their pages again."""
-    from jaxsteer.checkpoints.loading import load
     from jaxsteer.models.model import Model
     from jaxsteer.report import read_run, write_report
     from jaxsteer.study.attribution import attribute_run
+    from jaxsteer.study.bars import load
 
     models: dict[tuple[str, str | None], Model] = {}
-    for folder in tqdm(folders, desc="attribution", leave=False, disable=len(folders) == 1):
+    for folder in folders:
         found = read_run(folder)
         if len(folders) > 1 and (found.result.attribution is not None or found.result.best is None):
             continue

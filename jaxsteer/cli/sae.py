@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tqdm.auto import tqdm
 from tyro.conf import arg, subcommand
 
 from jaxsteer.errors import UserError
@@ -66,10 +65,10 @@ class Train(_Reading):
     def run(self) -> int:
         """Train with a progress bar, evaluate and print."""
         from jaxsteer.checkpoints.inspect import describe
-        from jaxsteer.checkpoints.loading import load
         from jaxsteer.models.sites import parse_site
         from jaxsteer.sae.texts import documents_of
         from jaxsteer.sae.training import train_sae
+        from jaxsteer.study.bars import load, progress_bar
 
         recipe = self.recipe
         recipe.check()
@@ -78,12 +77,11 @@ class Train(_Reading):
         model = load(self.model, dtype=self.dtype, mesh=self.mesh(), layers=layers)
         documents = documents_of(model, self.data, seed=recipe.seed)
         data = [[path.name, path.stat().st_size] for path in self.data]
-        total, quiet = recipe.steps * recipe.batch, not is_first()
-        with tqdm(total=total, desc="train", unit="tok", unit_scale=True, disable=quiet) as bar:
+        with progress_bar("train", recipe.steps * recipe.batch, unit="tok") as advance:
 
             def report(line: dict[str, Any]) -> None:
-                bar.update(line["tokens"] - bar.n)
-                bar.set_postfix({"fvu": f"{line['fvu']:.4f}", "l0": f"{line['l0']:.1f}", "dead": f"{line['dead']:.1%}"})
+                shown = {"fvu": f"{line['fvu']:.4f}", "l0": f"{line['l0']:.1f}", "dead": f"{line['dead']:.1%}"}
+                advance(line["tokens"], **shown)
 
             sae = train_sae(
                 model, documents, recipe, self.out,
@@ -97,7 +95,9 @@ class Train(_Reading):
 
             whole = model if layers == config.n_layers else load(self.model, dtype=self.dtype, mesh=model.mesh)
             held_out = _held_out(whole, self.data)
-            found = evaluate_sae(sae, whole, held_out, sample=Sample(tokens=self.evaluate, context=recipe.context))
+            sample = Sample(tokens=self.evaluate, context=recipe.context)
+            with progress_bar("evaluate", self.evaluate, unit="tok") as advance:
+                found = evaluate_sae(sae, whole, held_out, sample=sample, progress=advance)
             if is_first():
                 write_text(self.out / "evaluation.json", document(dataclasses.asdict(found)))
             print(f"\n{evaluation_table(found)}")
@@ -133,8 +133,8 @@ class _OnSae(_Reading):
 
     def load(self) -> tuple[SAE, Model, Documents]:
         """All three."""
-        from jaxsteer.checkpoints.loading import load
         from jaxsteer.sae import load_sae
+        from jaxsteer.study.bars import load
 
         mesh = self.mesh()
         sae = load_sae(self.sae, mesh=mesh, site=self.site, k=self.k, norm_scaling_factor=self.norm_scaling_factor)
@@ -149,14 +149,13 @@ class Eval(_OnSae):
     def run(self) -> int:
         """Measure and print."""
         from jaxsteer.sae.evaluation import evaluate_sae
+        from jaxsteer.study.bars import progress_bar
 
         sae, model, documents = self.load()
-        with tqdm(
-            total=self.tokens, desc="evaluate", unit="tok", unit_scale=True, disable=self.json or not is_first()
-        ) as bar:
+        with progress_bar("evaluate", self.tokens, unit="tok", quiet=self.json) as advance:
             found = evaluate_sae(
                 sae, model, documents, sample=self.sample(),
-                progress=lambda done: _advance(bar, done),
+                progress=advance,
             )  # fmt: skip
         print(document(dataclasses.asdict(found)) if self.json else evaluation_table(found))
         return 0
@@ -181,17 +180,16 @@ class Explore(_OnSae):
         """Look and print."""
         from jaxsteer.report.latents import latents_text, write_latents
         from jaxsteer.sae.exploration import Detail, explore
+        from jaxsteer.study.bars import progress_bar
 
         if self.html is not None and not self.html.parent.is_dir():
             raise UserError(f"--html {self.html}: the folder {self.html.parent} does not exist")
         sae, model, documents = self.load()
-        with tqdm(
-            total=self.tokens, desc="explore", unit="tok", unit_scale=True, disable=self.json or not is_first()
-        ) as bar:
+        with progress_bar("explore", self.tokens, unit="tok", quiet=self.json) as advance:
             found = explore(
                 sae, model, documents, self.latents, sample=self.sample(),
                 detail=Detail(snippets=self.snippets, around=self.around, top=self.top),
-                progress=lambda done: _advance(bar, done),
+                progress=advance,
             )  # fmt: skip
         found = dataclasses.replace(found, sae=self.sae)
         print(document(dataclasses.asdict(found)) if self.json else latents_text(found))
@@ -237,7 +235,3 @@ def _held_out(model: Model, data: tuple[Path, ...]) -> Documents:
     from jaxsteer.sae.texts import documents_of
 
     return documents_of(model, data, seed=_HELD_OUT)
-
-
-def _advance(bar: Any, done: int) -> None:
-    bar.update(done - bar.n)

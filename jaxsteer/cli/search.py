@@ -38,13 +38,14 @@ class Search:
         from jaxsteer.cli.cores import use_cores
         from jaxsteer.processes import is_first
         from jaxsteer.report import write_report
+        from jaxsteer.study.bars import say
         from jaxsteer.study.object_store import working_directory
         from jaxsteer.study.study_result import Study
 
         options, out = self.options, str(self.options.run.out).rstrip("/")
         use_cores(number_of_searches(options), options.model)
-        with working_directory(options.run.out, say=print) as folder:
-            found = run_search(options.at(folder), say=print)
+        with working_directory(options.run.out, say=say) as folder:
+            found = run_search(options.at(folder), say=say)
             runs = found.runs if isinstance(found, Study) else None
             if is_first():
                 for name in runs or ():

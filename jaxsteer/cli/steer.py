@@ -19,10 +19,11 @@ class Sweep(SweepOptions):
     def run(self) -> int:
         """Do the sweep, draw it and print its table."""
         from jaxsteer.display import write_figure
+        from jaxsteer.study.bars import say
         from jaxsteer.study.sweep import TABLE_FILE, sweep
 
         options = SweepOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SweepOptions)})
-        found = sweep(options, say=print)
+        found = sweep(options, say=say)
         drawn = write_figure(self.out / "heatmap.png", found.plot())
         print(f"\n{found.table()}\n\nHeat maps: {drawn}\nTable: {self.out / TABLE_FILE}")
         return 0
@@ -45,9 +46,9 @@ class Norms:
 
     def run(self) -> int:
         """Measure and print."""
-        from jaxsteer.checkpoints.loading import load
         from jaxsteer.display import aligned
         from jaxsteer.prompts import Placement
+        from jaxsteer.study.bars import load
         from jaxsteer.study.sweep import stream_norms
 
         norms = stream_norms(load(self.model, dtype=self.dtype), self.texts, placement=Placement(style=self.style))

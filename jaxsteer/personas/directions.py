@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,24 +57,34 @@ class Direction:
         return self.delta[site] / np.float32(norm)
 
 
-def mean_difference(model: Model, pairs: Pairs, sites: str | Sequence[str], *, batch_size: int = BATCH) -> Direction:
+def mean_difference(
+    model: Model,
+    pairs: Pairs,
+    sites: str | Sequence[str],
+    *,
+    batch_size: int = BATCH,
+    progress: Callable[[int, int], None] | None = None,
+) -> Direction:
     """Mean of good minus bad streams at each pair's read position, at any number of sites in one pass.
 
     Streams over batches of ``batch_size`` rows; sums are float64, so the result does not depend on it. The diagnostics
     hold ``norm``, ``split_half_cosine`` (between two halves of the questions; NaN for a single one) and
-    ``letter_cosine`` (with mean "(A)" minus mean "(B)", where rows end in answers). Raises ``UserError`` for sites of
-    another width than D or beyond the last layer.
+    ``letter_cosine`` (with mean "(A)" minus mean "(B)", where rows end in answers). ``progress(done, total)`` counts
+    texts. Raises ``UserError`` for sites of another width than D or beyond the last layer.
     """
     parsed = direction_sites(model, sites)
     weights = _weights(pairs)
     n = len(pairs)
     sums = np.zeros((len(parsed), len(weights), model.config.d_model))
-    norms = np.zeros(len(parsed))
+    norms, done = np.zeros(len(parsed)), 0
     rows, reads = (*pairs.good, *pairs.bad), np.concatenate([pairs.good_read, pairs.bad_read])
     for chunk, states in read_rows(model, rows, reads, parsed, batch_size=batch_size):
         wide = states.astype(np.float64)
         sums += np.einsum("kb,sbd->skd", weights[:, chunk], wide)
         norms += np.linalg.norm(wide, axis=-1).sum(-1)
+        done += len(chunk)
+        if progress is not None:
+            progress(done, len(rows))
     if not np.isfinite(sums).all():
         raise UserError("the model gives NaN or infinite activations on these pairs: check its weights and dtype")
     names = [site.name for site in parsed]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxsteer.checkpoints.loading import load
 from jaxsteer.errors import UserError
 from jaxsteer.evals.attribution import Attribution, attribute
 from jaxsteer.files import read_json
@@ -12,6 +11,7 @@ from jaxsteer.models.model import Model
 from jaxsteer.personas import load_persona, split
 from jaxsteer.prompts import Placement
 from jaxsteer.study import files
+from jaxsteer.study.bars import load, progress_bar
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.setting import context_items, token_mask
 
@@ -39,6 +39,8 @@ def attribute_run(run_dir: Path, *, model: Model | None = None) -> Attribution:
         ) from error
     model = load(config["model"], dtype=config["dtype"]) if model is None else model
     items = context_items(split(persona, seed=seed).validation, QUESTIONS)
-    found = attribute(model, items, best.ids, allowed=token_mask(model, tokens), placement=placement)
+    allowed = token_mask(model, tokens)
+    with progress_bar("attribution", unit="row") as advance:
+        found = attribute(model, items, best.ids, allowed=allowed, placement=placement, progress=advance)
     files.write_json(run_dir / files.METRICS, {**metrics, "attribution": found.to_json()})
     return found

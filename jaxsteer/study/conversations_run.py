@@ -47,7 +47,8 @@ def run_conversations(options: SearchOptions, path: Path, *, model: Model | None
             return SearchRun.from_json(folder.finished, str(folder.path / files.METRICS))
         timing: dict[str, float] = {}
         with timed(timing, "load_s"):
-            model = model or load_model(options.model, parallel=options.algorithm.restarts > 1)
+            several = options.algorithm.restarts > 1
+            model = model or load_model(options.model, parallel=several, quiet=options.run.quiet)
             read = "slot_last" if options.contexts.read_position == "published" else "input_last"
             texts = [(conversation, read) for conversation in conversations]
             setting = open_slots(options.contexts, options.scoring, options.prompt, model, texts, named)

@@ -102,7 +102,7 @@ def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> Study:
             return Study.from_json(folder.finished, str(folder.path / files.METRICS))
         timing: dict[str, float] = {}
         with timed(timing, "load_s"):
-            model = model or load_model(options.model, parallel=True)
+            model = model or load_model(options.model, parallel=True, quiet=options.run.quiet)
             settings = _settings(options, rows, personas, model)
             folder.begin()
         with timed(timing, "probe_s"):

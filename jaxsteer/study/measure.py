@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import jax
 import numpy as np
 
-from jaxsteer.checkpoints.loading import ORGANISM, cache_dir, load
+from jaxsteer.checkpoints.loading import ORGANISM, cache_dir
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, compared, distinct, rate
 from jaxsteer.evals.fluency import prompt_perplexity
@@ -32,6 +32,7 @@ from jaxsteer.personas import Dataset, Item, OpenQuestion, Persona, load_dataset
 from jaxsteer.personas.sources import find_source
 from jaxsteer.processes import is_first
 from jaxsteer.prompts import Placement, Turns
+from jaxsteer.study.bars import load, progress_bar
 from jaxsteer.study.files import write_json
 from jaxsteer.study.measurement import Measured, Measurement, PromptEffects
 from jaxsteer.study.run_folder import opened
@@ -266,7 +267,9 @@ def _measured(
         rows = [dataclasses.replace(row, truthful=found) for row, found in zip(rows, rates, strict=True)]
         keep(found(rows))
     if options.side_effects:
-        rows = [dataclasses.replace(row, side_effects=e) for row, e in zip(rows, bench.side_effects(), strict=True)]
+        with progress_bar("side effects"):
+            effects = bench.side_effects()
+        rows = [dataclasses.replace(row, side_effects=e) for row, e in zip(rows, effects, strict=True)]
         keep(found(rows))
     if options.generate or options.judge is not None:
         rows = bench.with_answers(rows, scored)
@@ -295,33 +298,39 @@ class _Bench:
     edits: Intervention | None
     options: MeasureOptions
 
-    def beside(self, evaluate: Callable[[Sequence[str], Intervention | None], list[Result]]) -> list[Result]:
-        """``evaluate`` of no prompt without the edit, then of all texts with it."""
-        return [*evaluate([""], None), *(evaluate(self.texts, self.edits) if self.texts else [])]
+    def beside(self, what: str, evaluate: Callable[..., list[Result]]) -> list[Result]:
+        """``evaluate(texts, edits, progress)`` of no prompt without the edit, then of all texts with it."""
+        with progress_bar(what, unit="row") as advance:
+            alone = evaluate([""], None, advance)
+            return [*alone, *(evaluate(self.texts, self.edits, advance) if self.texts else [])]
 
     def choices(self) -> list[ChoiceResult]:
         """Log-probabilities of two answers."""
         found = self.beside(
-            lambda texts, edits: choice_eval(
+            "answers",
+            lambda texts, edits, progress: choice_eval(
                 self.model,
                 self.asked.items,
                 texts,
                 variants=() if edits is None else [edits],
                 placement=self.options.placement,
-            )
+                progress=progress,
+            ),
         )
         return [compared(result, per_token=self.options.per_token) for result in found]
 
     def truths(self) -> list[Any]:
         """Log-probabilities of many answers."""
         return self.beside(
-            lambda texts, edits: truthful_eval(
+            "many answers",
+            lambda texts, edits, progress: truthful_eval(
                 self.model,
                 self.asked.many,
                 texts,
                 variants=() if edits is None else [edits],
                 placement=self.options.placement,
-            )
+                progress=progress,
+            ),
         )
 
     def with_answers(self, rows: Sequence[Measured], scored: Sequence[ChoiceResult]) -> list[Measured]:
@@ -329,9 +338,10 @@ class _Bench:
         model, placement, asked = self.model, self.options.placement, self.asked
         if asked.items:
             written = self.beside(
-                lambda texts, edits: written_eval(
+                "free answers",
+                lambda texts, edits, _: written_eval(
                     model, asked.items, texts, reasons=asked.reasons, edits=edits, placement=placement
-                )
+                ),
             )
             rates = [written_rates(w, s, _against(written, w)) for w, s in zip(written, scored, strict=True)]
             rows = [
@@ -340,9 +350,10 @@ class _Bench:
             ]
         else:
             answers = self.beside(
-                lambda texts, edits: ask(
+                "free answers",
+                lambda texts, edits, _: ask(
                     model, asked.texts, texts, max_new_tokens=OPEN_TOKENS, edits=edits, placement=placement
-                )
+                ),
             )
             rows = [dataclasses.replace(row, answers=given) for row, given in zip(rows, answers, strict=True)]
         return list(rows)
@@ -367,7 +378,11 @@ class _Bench:
         effects = [reply_effects(model, neutral, some, edits=edits, placement=placement) for some, edits in parts]
         lookups: list[Lookups | None] = [None] * (1 + len(self.texts))
         if model.name.startswith(ORGANISM):
-            lookups = [*self.beside(lambda texts, e: lookup_accuracy(model, texts, edits=e, placement=placement))]
+            lookups = [
+                *self.beside(
+                    "look-ups", lambda texts, e, _: lookup_accuracy(model, texts, edits=e, placement=placement)
+                )
+            ]
         questions = self.asked.texts[:FLUENCY_QUESTIONS]
         perplexity = prompt_perplexity(model, ["", *self.texts], questions, placement=placement)
         kl = [float(value) for effect in effects for value in effect.kl]

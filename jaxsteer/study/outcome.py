@@ -11,18 +11,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
 from jaxsteer import __version__
 from jaxsteer.evals.choice import choice_eval, distinct, rate
 from jaxsteer.models.model import Model
 from jaxsteer.objectives import Objective, needs
 from jaxsteer.personas import instructions
-from jaxsteer.processes import is_first
 from jaxsteer.prompt_search import ScoredPrompt, SearchResult
 from jaxsteer.prompt_search.rescore import Rescored, rescore
 from jaxsteer.prompts import prompt_text, random_rows, retokenises_many
 from jaxsteer.study import files
+from jaxsteer.study.bars import progress_bar
 from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.options import ReportOptions, RunOptions
 from jaxsteer.study.results import Prompt
@@ -99,14 +98,8 @@ def evaluate(
     records = {}
     for name in ("validation", "test"):
         items = distinct(getattr(setting.splits, name))
-        total = 2 * len(items) * len(measured)
-        bar = tqdm(total=total, desc=name, disable=run.quiet or not is_first(), leave=False)
-
-        def advance(done: int, total: int, bar: tqdm = bar) -> None:
-            bar.update(done - bar.n)
-
         texts = [prompt.text for prompt in measured]
-        with bar:
+        with progress_bar(f"{name} questions", unit="row", quiet=run.quiet) as advance:
             results = choice_eval(model, items, texts, progress=advance, placement=setting.placement)
         rates = [rate(results[0]), *(rate(result, results[0]) for result in results[1:])]
         measured = [prompt.with_rate(name, found) for prompt, found in zip(measured, rates, strict=True)]

@@ -20,9 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
-from jaxsteer.checkpoints.loading import load
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import make_mesh
@@ -47,6 +45,7 @@ from jaxsteer.prompt_search.constraints import text_filter
 from jaxsteer.sae import load_sae
 from jaxsteer.study import files
 from jaxsteer.study.algorithm import AlgorithmOptions
+from jaxsteer.study.bars import load, progress_bar
 from jaxsteer.study.initial_prompts import spread
 from jaxsteer.study.latent_explanation import explain_latents
 from jaxsteer.study.named_objectives import named_objective
@@ -104,12 +103,12 @@ def restarts(algorithm: AlgorithmOptions) -> tuple[Population, ...]:
     return tuple(Population(fluency=algorithm.fluency, seed=algorithm.seed, restart=i) for i in populations)
 
 
-def load_model(options: ModelOptions, *, parallel: bool) -> Model:
+def load_model(options: ModelOptions, *, parallel: bool, quiet: bool = False) -> Model:
     """The model. Several problems are spread over the devices that there are, and so are weights that are split; else
     it stays on one."""
     spread = options.mesh_model > 1 or (parallel and jax.device_count() > 1)
     mesh = make_mesh(model=options.mesh_model) if spread else None
-    return load(options.model, dtype=options.dtype, mesh=mesh)
+    return load(options.model, quiet=quiet, dtype=options.dtype, mesh=mesh)
 
 
 def persona_setting(
@@ -122,7 +121,7 @@ def persona_setting(
     objective = options.objective
     named = named_objective(objective.objective, objective.target)
     persona = persona or load_persona(options.contexts.persona)
-    model = model or load_model(options.model, parallel=options.algorithm.restarts > 1)
+    model = model or load_model(options.model, parallel=options.algorithm.restarts > 1, quiet=options.run.quiet)
     if named is None:
         check_site(objective.site, model)
     sae = load_sae(objective.sae, mesh=model.mesh) if objective.sae else None
@@ -142,7 +141,7 @@ def load_draft(options: SearchOptions, setting: PersonaSetting, say: Say) -> tup
         return None
     if setting.sae is not None:
         raise UserError("--draft has no sparse autoencoder to read: use it with --method resga or with --objective")
-    model = load(name, dtype=options.model.dtype, mesh=setting.model.mesh)
+    model = load(name, quiet=options.run.quiet, dtype=options.model.dtype, mesh=setting.model.mesh)
     lengths = f"{setting.least}:{setting.slots.length}"
     prompt = dataclasses.replace(options.prompt, prompt_length=lengths, init=None, init_from=None)
     beside = prepare(options.contexts, options.scoring, prompt, model, setting.persona, setting.named)
@@ -172,7 +171,8 @@ def search(
     """
     task = task_of(setting, ascents[0].objective)
     distinct = {id(ascent.objective): ascent.objective for ascent in ascents}
-    units = {number: in_units(setting, task, raw, algorithm) for number, raw in distinct.items()}
+    with progress_bar("units of the objective", quiet=run.quiet):
+        units = {number: in_units(setting, task, raw, algorithm) for number, raw in distinct.items()}
     scaled = [units[id(ascent.objective)] for ascent in ascents]
     raised = [objective for objective, _ in scaled]
     if draft is not None:
@@ -262,7 +262,7 @@ def progress_of(run: RunOptions, steps: int, group: int | None) -> Iterator[Call
     path, first = Path(run.out) / files.PROGRESS, True
     named = {} if group is None else {"group": group}
     what = "search" if group is None else f"group {group}"
-    with tqdm(total=steps, desc=what, unit="step", disable=run.quiet or not is_first(), leave=False) as bar:
+    with progress_bar(what, steps, unit="step", quiet=run.quiet) as advance:
 
         def report(progress: Progress) -> None:
             nonlocal first
@@ -270,8 +270,7 @@ def progress_of(run: RunOptions, steps: int, group: int | None) -> Iterator[Call
                 files.write_lines(path, [row for row in files.read_lines(path) if stays(row, progress)])
             first = False
             files.append_line(path, {**named, **dataclasses.asdict(progress)})
-            bar.update(progress.step - bar.n)
-            bar.set_postfix(best=f"{float(np.max(progress.best_target)):.2f}", refresh=False)
+            advance(progress.step, best=f"{float(np.max(progress.best_target)):.2f}")
 
         def stays(row: dict[str, Any], progress: Progress) -> bool:
             return row.get("group") != group or (run.resume and row["candidates"] < progress.candidates)
@@ -308,9 +307,11 @@ def conclude(
         if setting.sae is not None and chosen.signature is not None:
             best = None if selected is None else rates.prompts[selected]
             text, ids = (None, ()) if best is None else (best.text, best.ids)
-            signature = explain_latents(setting, setting.sae, chosen.signature, text, ids)
+            with progress_bar("latents", quiet=options.run.quiet):
+                signature = explain_latents(setting, setting.sae, chosen.signature, text, ids)
         if options.algorithm.algorithm == "soft":
-            soft = finish_soft(setting, found.result.kept, folder.path)
+            with progress_bar("soft prompts", quiet=options.run.quiet):
+                soft = finish_soft(setting, found.result.kept, folder.path)
         return {
             "persona": setting.persona.name,
             "sign": row.sign,
@@ -341,7 +342,8 @@ def write_results(
     """Score the frontier from its text, and write it with the fields of the result that ``measure`` gives."""
     model, result = setting.model, found.result
     started = time.perf_counter()
-    prompts = finals(setting, found.objective, result)
+    with progress_bar("scoring what was found", quiet=options.run.quiet):
+        prompts = finals(setting, found.objective, result)
     files.write_lines(folder.path / files.PARETO, (prompt.to_json() for prompt in prompts))
     measured = measure(prompts)
     run = SearchRun(

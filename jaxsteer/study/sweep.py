@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from jaxsteer.checkpoints.loading import load
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import choice_eval, distinct, rate
 from jaxsteer.evals.neutral_texts import neutral_texts
@@ -39,6 +37,7 @@ from jaxsteer.personas import (
 from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
 from jaxsteer.steer import Edit, add, mean_norms
 from jaxsteer.study import files
+from jaxsteer.study.bars import load, progress_bar
 from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.probing import DIRECTION_ITEMS
@@ -129,35 +128,39 @@ def _measure(
     say: Say,
 ) -> Sweep:
     started = time.perf_counter()
-    model = model or load(options.model, dtype=options.dtype)
+    model = model or load(options.model, quiet=options.quiet, dtype=options.dtype)
     n_layers = model.config.n_layers
     layers = options.layers or tuple(range(n_layers))
     if not all(0 <= layer < n_layers for layer in layers):
         raise UserError(f"--layers {' '.join(map(str, layers))}: {model.name} has layers 0 to {n_layers - 1}.")
     neutral = _encode(model, texts or neutral_texts(model), Placement(style=options.style))
     splits = split(persona, seed=options.split_seed)
-    directions = _directions(options, model, persona, splits.train, layers)
+    with progress_bar("directions", quiet=options.quiet):
+        directions = _directions(options, model, persona, splits.train, layers)
     folder.begin()
     save_direction(directions[PERSONA], options.out / files.DIRECTION)
 
     items = context_items(distinct(splits.validation), options.questions)
-    (baseline,) = choice_eval(model, items, [""], placement=Placement(style=options.style))
+    with progress_bar("without steering", quiet=options.quiet) as advance:
+        (baseline,) = choice_eval(model, items, [""], placement=Placement(style=options.style), progress=advance)
     rows = _known_rows(options.out / ROWS_FILE)
     say(
         f"Sweep: {len(layers)} layers x {len(options.coefficients)} coefficients x {len(directions)} directions on "
         f"{len(items)} questions in both choice orders and {len(neutral)} neutral texts"
     )
     files.write_lines(options.out / ROWS_FILE, map(_line, rows.items()))  # without a line that was cut
-    bar = tqdm(total=len(layers), initial=len(rows), desc="sweep", unit="layer", disable=options.quiet, leave=False)
-    with bar:
+    with progress_bar("sweep", len(layers), unit="layer", quiet=options.quiet) as advance:
+        advance(len(rows))
         for layer in layers:
             if layer in rows:
                 continue
             rows[layer] = _layer_rows(options, model, directions, layer, items, neutral, baseline)
             append_text(options.out / ROWS_FILE, files.line(_line((layer, rows[layer]))))
-            bar.update()
+            advance(len(rows))
     table = tuple(row for layer in layers for row in rows[layer])
     chosen = choose(table, options.max_kl)
+    with progress_bar("test questions", quiet=options.quiet):
+        tested = None if chosen is None else _on_test(options, model, directions, chosen, splits.test)
     return Sweep(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -165,7 +168,7 @@ def _measure(
         direction=directions[PERSONA].metadata,
         baseline=Unsteered(validation=rate(baseline), perplexity=table[0].baseline_perplexity),
         rows=table,
-        chosen=None if chosen is None else _on_test(options, model, directions, chosen, splits.test),
+        chosen=tested,
         max_kl=options.max_kl,
         neutral_tokens=sum(map(len, neutral)),
         timing=Timing(sweep_s=time.perf_counter() - started),
