@@ -66,7 +66,7 @@ THRESHOLD = 0.9
 
 def setting_of(args: argparse.Namespace, persona: str) -> tuple[Setting, Any, Any]:
     """Contexts, task and standardised objective of one persona: those of ``jaxsteer search --persona``."""
-    options = SearchOptions.of(out="unused", model=args.model, persona=persona).resolved()
+    options = SearchOptions.of(out="unused", model=args.model, persona=persona, probe=240).resolved()
     setting = persona_setting(options)
     raw = choose_objective(setting, options.objective, seed=options.algorithm.seed).objective
     task = task_of(setting, raw)

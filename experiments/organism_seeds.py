@@ -86,6 +86,7 @@ def options_of(args: argparse.Namespace, persona: str, variant: str, seed: int) 
         read_position=position,
         seed=seed,
         steps=STEPS,
+        probe=240,
         report_prompts=4,
         quiet=True,
     )

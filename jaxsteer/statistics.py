@@ -111,6 +111,17 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(stats.spearmanr(a, b).statistic)
 
 
+def spearman_interval(r: float, n: int) -> tuple[float, float]:
+    """95 % interval of a Spearman correlation of n pairs: Fisher's z with the variance (1 + r^2/2) / (n - 3) of Bonett
+    and Wright (2000). With 3 pairs or fewer nothing is known and the interval is (-1, 1).
+    """
+    if n <= 3:
+        return -1.0, 1.0
+    centre = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r)))
+    spread = Z95 * math.sqrt((1 + r * r / 2) / (n - 3))
+    return math.tanh(centre - spread), math.tanh(centre + spread)
+
+
 def bootstrap(
     statistic: Callable[[np.ndarray], float],
     groups: Sequence[str],

@@ -24,8 +24,6 @@ REASON = "Many parameters: "  # begins the sentence of a docstring that says why
 KNOWN = {
     "jaxsteer.evals.scoring._score",
     "jaxsteer.models.config.llama_config",
-    "jaxsteer.study.probe.probe",
-    "jaxsteer.study.probing.probe_positions",
 }
 
 

@@ -16,6 +16,7 @@ from jaxsteer.statistics import (
     principal,
     rate_interval,
     spearman,
+    spearman_interval,
     wilson,
 )
 
@@ -83,6 +84,16 @@ def test_auroc_counts_pairs() -> None:
     assert auroc(score, positive) == pytest.approx(np.mean((np.sign(pairs) + 1) / 2))
     assert auroc(score + 100, positive) == auroc(score, positive)  # a constant bias changes nothing
     assert auroc(score, np.ones(50, bool)) is None
+
+
+@pytest.mark.parametrize(("rho", "n"), [(0.0, 31), (0.6, 31), (0.9, 63)])
+def test_the_interval_of_a_spearman_correlation_holds_what_it_says(rho: float, n: int) -> None:
+    rng = np.random.default_rng(0)
+    true = 6 / np.pi * np.arcsin(rho / 2)  # of normal pairs with correlation rho
+    pairs = rng.multivariate_normal([0, 0], [[1, rho], [rho, 1]], size=(1000, n))
+    ends = np.asarray([spearman_interval(spearman(x, y), n) for x, y in pairs.transpose(0, 2, 1)])
+    assert np.mean((ends[:, 0] <= true) & (true <= ends[:, 1])) == pytest.approx(0.95, abs=0.02)
+    assert spearman_interval(0.9, 3) == (-1.0, 1.0) and spearman_interval(1.0, 30)[1] <= 1.0
 
 
 def test_spearman_of_a_constant_is_no_evidence() -> None:

@@ -42,7 +42,7 @@ def target(quick: bool) -> list[dict[str, Any]]:
     stands before the prompt. Compilation and the peer's warm-up are left out.
     """
     model = load("organism:llama")
-    options = SearchOptions.of(out="unused", persona="sycophancy", site=SITE).resolved()
+    options = SearchOptions.of(out="unused", persona="sycophancy", site=SITE, probe=240).resolved()
     setting = persona_setting(options, model=model)
     chosen = choose_objective(setting, options.objective, seed=options.algorithm.seed)
     bos = slots_of(0, model.config.vocab_size)

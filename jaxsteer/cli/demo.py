@@ -61,6 +61,7 @@ class Demo:
                     persona=persona,
                     seed=self.seed,
                     steps=self.steps,
+                    probe=240,
                     quiet=self.quiet,
                 ),
                 model=model,

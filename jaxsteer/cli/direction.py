@@ -42,7 +42,7 @@ class Probe:
         """Probe and print."""
         from jaxsteer.cli.tables import probe_table
         from jaxsteer.prompts import Placement
-        from jaxsteer.study.probe import choose
+        from jaxsteer.study.probe import Extent, choose
         from jaxsteer.study.probing import probe_positions
 
         probe = probe_positions(
@@ -52,9 +52,8 @@ class Probe:
             placement=Placement(style=self.style, slot=self.slot),
             length=self.prompt_length,
             tokens=self.tokens,
-            n=self.prompts,
-            seed=self.seed,
             split_seed=self.split_seed,
+            extent=Extent(prompts=self.prompts, seed=self.seed),
         )
         chosen = choose(probe.rows)
         if self.json:

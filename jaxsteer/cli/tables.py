@@ -11,10 +11,11 @@ from jaxsteer.study.probe import PASSES, WARNS, Probe, ProbeRow
 
 def probe_table(probe: Probe, chosen: ProbeRow) -> str:
     """Rows sorted by correlation; the chosen one is marked."""
-    table = [("", "site", "read position", "sign", "rank correlation")]
+    table = [("", "site", "read position", "sign", "rank correlation", "95 % interval")]
     for row in probe.rows:
         mark = "*" if row == chosen else ""
-        table.append((mark, row.site, row.read_position, "+" if row.sign > 0 else "-", f"{row.correlation:.3f}"))
+        sign, between = "+" if row.sign > 0 else "-", "{:.2f} to {:.2f}".format(*row.ci95 or (-1, 1))
+        table.append((mark, row.site, row.read_position, sign, f"{row.correlation:.3f}", between))
     verdict = f"chosen: {chosen.site}, {chosen.read_position}: " + (
         f"the earliest site at {PASSES} or above"
         if chosen.correlation >= PASSES

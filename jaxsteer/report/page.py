@@ -56,7 +56,7 @@ def render_page(run: RunFiles) -> str:
         selected_by=RULES.get(result.selected_by, result.selected_by),
         unit=visible(result.target_units),
         controls=result.controls,
-        probe=() if result.probe is None else result.probe.rows[:12],
+        probe=result.probe,
         site=result.site,
         signature=_signature(result.signature),
         attribution=_attribution(result.attribution),
@@ -97,7 +97,9 @@ def _tiles(result: SearchRun) -> list[tuple[str, str, str]]:
         tiles.append(("answers (A)", percent(rate.a_rate), f"without a prompt {percent(before)}"))
         tiles.append(("same when swapped", percent(rate.swapped_rate), "choices exchanged, content kept"))
     if result.probe_correlation is not None:
-        tiles.append(("probe correlation", decimals(result.probe_correlation), "objective against behaviour"))
+        ci95, probe = result.probe_ci95, result.probe
+        known = "" if ci95 is None or probe is None else f"95 %: {ci95[0]:.2f}–{ci95[1]:.2f}, {probe.prompts} prompts, "
+        tiles.append(("probe correlation", decimals(result.probe_correlation), f"{known}objective against behaviour"))
     if result.timing.candidates_per_s is not None:
         tiles.append(("candidates per second", f"{result.timing.candidates_per_s:,.0f}", "scored in the search"))
     return tiles

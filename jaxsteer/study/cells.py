@@ -27,6 +27,7 @@ from jaxsteer.study.baselines import FLUENCY_ITEMS, Bench, run_baselines
 from jaxsteer.study.named_objectives import named_objective
 from jaxsteer.study.objective_stage import ChosenObjective, choose_objective
 from jaxsteer.study.options import ContextOptions, ObjectiveOptions, SearchOptions
+from jaxsteer.study.probe import PROMPTS
 from jaxsteer.study.setting import PersonaSetting, prepare
 from jaxsteer.study.table_row import TableRow
 from jaxsteer.writers.endpoint import Endpoint
@@ -104,7 +105,8 @@ class Block:
 
     def options(self, method: Method) -> SearchOptions:
         """The options of a method's search."""
-        changed = {"slot": "suffix", **self.table.options, **(method.options or {})}
+        # The probe of the published tables, whatever a search measures by default.
+        changed = {"slot": "suffix", "probe": PROMPTS, **self.table.options, **(method.options or {})}
         return SearchOptions.of(
             out=self.run(method),
             model=self.model,

@@ -17,7 +17,7 @@ from jaxsteer.study.objective_stage import Say, choose_objective
 from jaxsteer.study.options import SearchOptions
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.run_folder import opened
-from jaxsteer.study.stages import Ascent, conclude, load_draft, persona_setting, restarts, search, timed
+from jaxsteer.study.stages import Ascent, conclude, load_draft, persona_setting, restarts, rows_scored, search, timed
 from jaxsteer.study.study_result import Study
 
 log = logging.getLogger(__name__)
@@ -49,9 +49,10 @@ def run_one(options: SearchOptions, *, model: Model | None, say: Say) -> SearchR
         timing: dict[str, float] = {}
         with timed(timing, "load_s"):
             setting = persona_setting(options, persona=persona, model=model)
-            folder.begin()
+            folder.begin(resume=options.run.resume)
         with timed(timing, "probe_s"):
-            chosen = choose_objective(setting, options.objective, seed=options.algorithm.seed, say=say)
+            seed, budget = options.algorithm.seed, rows_scored(options, setting.slots, options.algorithm.restarts)
+            chosen = choose_objective(setting, options.objective, seed=seed, say=say, run=options.run, budget=budget)
         draft = load_draft(options, setting, say)
         ascent = Ascent(objective=chosen.objective, populations=restarts(options.algorithm))
         (found,) = search(setting, [ascent], options.algorithm, options.run, draft=draft, say=say)

@@ -14,8 +14,8 @@ from jaxsteer.processes import is_first
 CONFIG, PROGRESS = "config.json", "progress.jsonl"
 DIRECTION, SIGNATURE, SOFT = "direction.safetensors", "signature.safetensors", "soft.safetensors"
 PARETO, METRICS, CHOICES, REPORT = "pareto.jsonl", "metrics.json", "choices.json", "report.html"
-STATE = "search-state"
-"""Directory of what a search that is cut off needs to go on."""
+STATE, PROBED = "search-state", "probe-state"
+"""Directories of what a search and a probe that are cut off need to go on."""
 FORMAT = "jaxsteer.run/1"
 
 RunDir = str | Path

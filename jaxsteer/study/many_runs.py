@@ -35,7 +35,7 @@ from jaxsteer.study.problem_table import COLUMNS, rows_of
 from jaxsteer.study.results import SearchRun, Timing
 from jaxsteer.study.run_folder import opened
 from jaxsteer.study.setting import PersonaSetting, prepare
-from jaxsteer.study.stages import Ascent, Population, Searched, conclude, load_model, search, timed
+from jaxsteer.study.stages import Ascent, Population, Searched, conclude, load_model, rows_scored, search, timed
 from jaxsteer.study.study_result import RunSummary, Study
 
 PROBLEMS, FRONTIERS = "problems.csv", "frontiers.jsonl"
@@ -104,7 +104,7 @@ def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> Study:
         with timed(timing, "load_s"):
             model = model or load_model(options.model, parallel=True, quiet=options.run.quiet)
             settings = _settings(options, rows, personas, model)
-            folder.begin()
+            folder.begin(resume=options.run.resume)
         with timed(timing, "probe_s"):
             groups = _grouped(rows, settings, options, say)
         say(f"{len(rows)} problems in {len(groups)} programs, with {sum(map(len, groups))} objectives")
@@ -192,7 +192,8 @@ def _grouped(
     groups: dict[tuple[Key, str], list[Pool]] = {}
     for (key, objective), sites in wanted.items():
         setting = settings[key]
-        found = choose_objectives(setting, objective, list(sites), seed=options.algorithm.seed, say=say)
+        seed, budget = options.algorithm.seed, rows_scored(options, setting.slots, sum(map(len, sites.values())))
+        found = choose_objectives(setting, objective, list(sites), seed=seed, say=say, run=options.run, budget=budget)
         for problems, chosen in zip(sites.values(), found, strict=True):
             mine = _pooled(rows[problems[0]].options, options, setting, len(problems))
             folder = Path(options.run.out) / _folder(mine, chosen, sum(map(len, groups.values())))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +31,26 @@ from jaxsteer.processes import to_host
 from jaxsteer.prompt_search import Combination, Task, TokenMask, check_objective, make_task, score
 from jaxsteer.prompts import Slots, first_allowed
 from jaxsteer.sae import SAE, latents_objective
-from jaxsteer.study.options import ObjectiveOptions
-from jaxsteer.study.probe import WARNS, Probe, ProbeRow, Scorer, blocks_before, choose, probe, scorer, stream_sites
+from jaxsteer.study.bars import progress_bar
+from jaxsteer.study.options import ObjectiveOptions, RunOptions
+from jaxsteer.study.probe import (
+    ROUNDS,
+    WARNS,
+    Extent,
+    Probe,
+    ProbeRow,
+    Scorer,
+    blocks_before,
+    choose,
+    probe,
+    rows_per_prompt,
+    scorer,
+    stream_sites,
+)
 from jaxsteer.study.probing import DIRECTION_ITEMS, PROBE_ITEMS
 from jaxsteer.study.setting import PersonaSetting, Setting, context_items
 
 log = logging.getLogger(__name__)
-
-PROBE_PROMPTS = 240
-"""Random prompts of the probe."""
 
 RANDOM = "random:"
 """What ``--direction`` begins with for a random one."""
@@ -52,36 +65,70 @@ class ChosenObjective:
     objective: Objective
     row: ProbeRow
     """Of the probe: site, sign and correlation of the objective."""
-    probe: Probe
+    probe: Probe | None
+    """``None`` where it was left out: the sign is as given, and the correlation NaN."""
     direction: Direction | None = None
     signature: Signature | None = None
     """With the weights that the objective has: turned where the probe turned the sign."""
 
 
 def choose_objective(
-    setting: PersonaSetting, options: ObjectiveOptions, *, seed: int, say: Say = log.info
+    setting: PersonaSetting,
+    options: ObjectiveOptions,
+    *,
+    seed: int,
+    say: Say = log.info,
+    run: RunOptions | None = None,
+    budget: int | None = None,
 ) -> ChosenObjective:
     """Make the direction or the signature from train questions, and let the probe choose site and sign.
 
-    ``seed`` is that of the probe's random prompts.
+    ``seed`` is that of the probe's random prompts. What it measures is kept in the directory of ``run``. With
+    ``--probe auto`` it ends when it knows enough, and after its first round takes no more rows than ``budget``, those
+    that the search will score.
     """
-    return choose_objectives(setting, options, [options.site], seed=seed, say=say)[0]
+    sites = [options.site]
+    return choose_objectives(setting, options, sites, seed=seed, say=say, run=run, budget=budget)[0]
 
 
 def choose_objectives(
-    setting: PersonaSetting, options: ObjectiveOptions, sites: Sequence[str], *, seed: int, say: Say
+    setting: PersonaSetting,
+    options: ObjectiveOptions,
+    sites: Sequence[str],
+    *,
+    seed: int,
+    say: Say,
+    run: RunOptions | None = None,
+    budget: int | None = None,
 ) -> list[ChosenObjective]:
     """``choose_objective`` at several sites, from one direction and one probe."""
+    extent = Extent(seed=seed, say=say, quiet=run is None or run.quiet, folder=None if run is None else Path(run.out))
+    if isinstance(options.probe, int):
+        extent = dataclasses.replace(extent, prompts=options.probe)
+    elif budget is not None:
+        most = budget // rows_per_prompt(context_items(setting.splits.validation, PROBE_ITEMS))
+        extent = dataclasses.replace(extent, prompts=max([ROUNDS[0], *(n for n in ROUNDS if n <= most)]))
     if setting.named is not None:
-        found = [_named(setting, setting.named.name, seed)] * len(sites)
+        found = [_named(setting, options, setting.named.name, extent)] * len(sites)
     elif setting.sae is not None:
-        found = [_saega(setting, options, setting.sae, seed, say)] * len(sites)
+        found = [_saega(setting, options, setting.sae, extent)] * len(sites)
     else:
-        found = _resga(setting, options, sites, seed, say)
-    for chosen in {one.row.site: one.row for one in found}.values():
+        found = _resga(setting, options, sites, extent)
+    for chosen in {one.row.site: one for one in found}.values():
+        _tell(setting, chosen, say)
+    return found
+
+
+def _tell(setting: PersonaSetting, objective: ChosenObjective, say: Say) -> None:
+    """What the probe said of an objective, and a warning where it is little."""
+    chosen, table = objective.row, objective.probe
+    if table is None:
+        say(f"Probe: none (--probe off). Whether the objective at {chosen.site} ranks prompts by behaviour is unknown")
+    else:
+        low, high = chosen.ci95 or (-1, 1)
         say(
-            f"Probe: objective and behaviour rank {found[0].probe.prompts} random prompts alike to "
-            f"{chosen.correlation:.2f} at {chosen.site}{' (sign turned)' if chosen.sign < 0 else ''}"
+            f"Probe: objective and behaviour rank {table.prompts} random prompts alike to {chosen.correlation:.2f} "
+            f"(95 % interval {low:.2f} to {high:.2f}) at {chosen.site}{' (sign turned)' if chosen.sign < 0 else ''}"
         )
         if chosen.correlation < WARNS:
             log.warning(
@@ -89,7 +136,6 @@ def choose_objectives(
                 "what the search finds may not change it. `jaxsteer direction probe` compares sites and positions",
                 chosen.site, setting.read_position, chosen.correlation, WARNS,
             )  # fmt: skip
-    return found
 
 
 def check_site(site: str, model: Model) -> None:
@@ -135,45 +181,67 @@ def _pairs(setting: PersonaSetting) -> Pairs:
     )
 
 
-def _probe(setting: PersonaSetting, judge: Scorer, seed: int) -> Probe:
-    return probe(
+def _probe(
+    setting: PersonaSetting,
+    options: ObjectiveOptions,
+    judge: Scorer,
+    extent: Extent,
+    searched: Callable[[Sequence[ProbeRow]], Sequence[ProbeRow]],
+) -> tuple[Probe | None, Sequence[ProbeRow]]:
+    """The probe that ``options`` ask for, and of its rows those that will be ``searched``, which must be known."""
+    if options.probe == "off":
+        return None, ()
+    if options.probe == "auto":
+        extent = dataclasses.replace(extent, enough=lambda rows: all(row.known for row in searched(rows)))
+    table = probe(
         setting.model,
         setting.persona,
         context_items(setting.splits.validation, PROBE_ITEMS),
         {setting.read_position: judge},
         allowed=setting.allowed,
         length=setting.slots.length,
-        n=PROBE_PROMPTS,
-        seed=seed,
         placement=setting.placement,
+        extent=extent,
     )
+    return table, searched(table.rows)
+
+
+def _unprobed(setting: PersonaSetting, site: str) -> ProbeRow:
+    """The row of a site that nothing is known about."""
+    layer = blocks_before(site, setting.model.config.n_layers) if site.startswith("blocks.") else 0
+    return ProbeRow(site=site, read_position=setting.read_position, sign=1, correlation=math.nan, layer=layer)
 
 
 def _resga(
-    setting: PersonaSetting, options: ObjectiveOptions, sites: Sequence[str], seed: int, say: Say
+    setting: PersonaSetting, options: ObjectiveOptions, sites: Sequence[str], extent: Extent
 ) -> list[ChosenObjective]:
     model = setting.model
     named = [site if site == "auto" else parse_site(site, model.config.n_layers).name for site in sites]
-    direction = _direction(setting, options.direction, [site for site in named if site != "auto"], say)
-    table = _probe(setting, scorer(model, direction), seed)
+    direction = _direction(setting, options.direction, [site for site in named if site != "auto"], extent)
+
+    def searched(rows: Sequence[ProbeRow]) -> list[ProbeRow]:
+        return [choose(rows) if site == "auto" else _as_defined(rows, site) for site in named]
+
+    table, rows = _probe(setting, options, scorer(model, direction), extent, searched)
     found = []
-    for site in named:
-        chosen = choose(table.rows) if site == "auto" else _as_defined(table, site)
+    for chosen in rows or [_unprobed(setting, site) for site in named]:
         delta = jnp.asarray(chosen.sign * direction.delta[chosen.site])
         objective = Projection(delta=delta, site=chosen.site, norm=options.objective_norm)
         found.append(ChosenObjective(objective=objective, row=chosen, probe=table, direction=direction))
     return found
 
 
-def _direction(setting: PersonaSetting, wanted: str | None, sites: Sequence[str], say: Say) -> Direction:
+def _direction(setting: PersonaSetting, wanted: str | None, sites: Sequence[str], extent: Extent) -> Direction:
     """The direction that was asked for, at these sites at least."""
-    model = setting.model
+    model, say = setting.model, extent.say
     if wanted is not None and not wanted.startswith(RANDOM):
         direction = direction_of_file(model, wanted, sites)
         say(f"Direction: {wanted}, read at {setting.read_position}")
         return direction
     pairs = _pairs(setting)
-    direction = mean_difference(model, pairs, list(dict.fromkeys([*stream_sites(model.config.n_layers), *sites])))
+    every = list(dict.fromkeys([*stream_sites(model.config.n_layers), *sites]))
+    with progress_bar("direction", unit="text", quiet=extent.quiet) as advance:
+        direction = mean_difference(model, pairs, every, progress=advance)
     if wanted is None:
         say(f"Direction: difference of means over {len(pairs)} pairs of texts, read at {setting.read_position}")
         return direction
@@ -198,16 +266,18 @@ def direction_of_file(model: Model, file: str, sites: Sequence[str]) -> Directio
     return direction
 
 
-def _saega(setting: PersonaSetting, options: ObjectiveOptions, sae: SAE, seed: int, say: Say) -> ChosenObjective:
+def _saega(setting: PersonaSetting, options: ObjectiveOptions, sae: SAE, extent: Extent) -> ChosenObjective:
     pairs = _pairs(setting)
-    signature = sae_signature(setting.model, sae, pairs, latents=options.latents)
-    say(
+    with progress_bar("signature", quiet=extent.quiet):
+        signature = sae_signature(setting.model, sae, pairs, latents=options.latents)
+    extent.say(
         f"Signature: {len(signature.indices)} of {sae.n_latents} latents, by their means over {len(pairs)} pairs of "
         f"texts, read at {setting.read_position}; {signature.l0_bad:.1f} latents are active there"
     )
     raw = latents_objective(sae, signature.indices, signature.weights, signature.site)
-    table = _probe(setting, _judge(setting, lambda slots: (raw, slots), signature.site), seed)
-    chosen = choose(table.rows)
+    judge = _judge(setting, lambda slots: (raw, slots), signature.site)
+    table, rows = _probe(setting, options, judge, extent, lambda rows: [choose(rows)])
+    chosen = rows[0] if rows else _unprobed(setting, signature.site)
     signature = dataclasses.replace(signature, weights=chosen.sign * signature.weights)
     return ChosenObjective(
         objective=latents_objective(
@@ -219,26 +289,28 @@ def _saega(setting: PersonaSetting, options: ObjectiveOptions, sae: SAE, seed: i
     )
 
 
-def _named(setting: PersonaSetting, name: str, seed: int) -> ChosenObjective:
+def _named(setting: PersonaSetting, options: ObjectiveOptions, name: str, extent: Extent) -> ChosenObjective:
     objective, _ = setting.named_in(setting.slots)
-    table = _probe(setting, _judge(setting, setting.named_in, name), seed)
-    return ChosenObjective(objective=objective, row=_as_defined(table, name), probe=table)
+    judge = _judge(setting, setting.named_in, name)
+    table, rows = _probe(setting, options, judge, extent, lambda rows: [_as_defined(rows, name)])
+    return ChosenObjective(objective=objective, row=rows[0] if rows else _unprobed(setting, name), probe=table)
 
 
-def _as_defined(table: Probe, site: str) -> ProbeRow:
+def _as_defined(rows: Sequence[ProbeRow], site: str) -> ProbeRow:
     """The row of a site that was asked for, with its sign as it is."""
-    row = next(row for row in table.rows if row.site == site)
-    return dataclasses.replace(row, sign=1, correlation=row.sign * row.correlation)
+    row = next(row for row in rows if row.site == site)
+    low, high = sorted(row.sign * end for end in row.ci95 or (-1.0, 1.0))
+    return dataclasses.replace(row, sign=1, correlation=row.sign * row.correlation, ci95=(low, high))
 
 
 def _judge(setting: Setting, place: Callable[[Slots], tuple[Objective, Slots]], name: str) -> Scorer:
     """The scorer of one objective, made for the contexts that it meets, under ``name``."""
 
-    def judge(slots: Slots, ids: np.ndarray) -> dict[str, np.ndarray]:
+    def judge(slots: Slots) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
         objective, slots = place(slots)
         task = task_of(setting, objective, slots)
         task = dataclasses.replace(task, combine=Combination())  # as behaviour is averaged
-        f, _ = jax.jit(score)(setting.model.params, task, as_pytree(objective), ids)
-        return {name: to_host(f)}
+        scored = jax.jit(score)
+        return lambda ids: {name: to_host(scored(setting.model.params, task, as_pytree(objective), ids)[0])}
 
     return judge

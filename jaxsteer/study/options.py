@@ -93,6 +93,10 @@ class ObjectiveOptions:
     """Text of an answer whose log-probability is the objective, or is read by the objective of a file."""
     objective_norm: Literal["raw", "cosine", "zscore"] = "raw"
     """Of resga: the projection in stream units, as a cosine, or of the stream standardised over its width."""
+    probe: int | Literal["auto", "off"] = "auto"
+    """Random prompts on which the objective is compared with behaviour before the search. auto: 31, 63, 127 or 240, as
+    few as tell whether the site serves. off: none; site and sign are then as given, with --site, --objective or
+    --method saega."""
     surrogate: Literal["none", "preact"] = "none"
     """Of saega: preact lets gradients reach latents that are off, through their pre-activations. Scores are exact."""
 
@@ -204,7 +208,9 @@ class RunOptions:
     """No progress bars."""
 
 
-OF_A_PERSONA = ("persona", "style", "slot", "contexts", "select", "draft", "method")
+LEAST_PROBED = 8
+"""Fewer random prompts tell nothing."""
+OF_A_PERSONA = ("persona", "style", "slot", "contexts", "select", "draft", "method", "probe")
 """Options that mean nothing for conversations of the user's own."""
 
 
@@ -291,6 +297,7 @@ def _check(options: SearchOptions) -> None:
         if flat[name] is not None and flat[name] < 1:
             raise UserError(f"{flag(name)} must be at least 1, got {flat[name]}")
     algorithm.make_search()
+    several = options.problems.several
     saega, named = objective.method == "saega", bool(objective.objective or objective.target)
     if objective.direction is not None and saega:
         raise UserError("--direction is an option of --method resga")
@@ -301,6 +308,11 @@ def _check(options: SearchOptions) -> None:
     for name, usual in (("surrogate", "none"), ("latents", None)):
         if flat[name] != usual and not saega:
             raise UserError(f"{flag(name)} is an option of --method saega")
+    probe = objective.probe
+    if probe == "off" and not (saega or named or several or objective.site != "auto"):
+        raise UserError("--probe off leaves nobody to choose the site: give it with --site, or let --probe auto choose")
+    if isinstance(probe, int) and probe < LEAST_PROBED:
+        raise UserError(f"--probe must be auto, off, or at least {LEAST_PROBED} prompts, got {probe}")
     combine, temperature = options.scoring.combine, options.scoring.combine_temperature
     if not temperature > 0 or (combine != "soft-min" and temperature != 1):
         raise UserError(
@@ -309,7 +321,7 @@ def _check(options: SearchOptions) -> None:
         )
     if options.run.memory_gib is not None and not options.run.memory_gib > 0:
         raise UserError(f"--memory-gib must be above 0, got {options.run.memory_gib}")
-    several, own = options.problems.several, options.contexts.conversations is not None
+    own = options.contexts.conversations is not None
     if several and (algorithm.draft is not None or own):
         name = "--draft serves" if algorithm.draft is not None else "--conversations serve"
         raise UserError(f"{name} one search: leave out --vary and --problems")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from jaxsteer.checkpoints.loading import load
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Persona, contrast_pairs, load_persona, mean_difference, split
 from jaxsteer.prompts import Placement
-from jaxsteer.study.probe import Probe, Scorer, probe, scorer, stream_sites
+from jaxsteer.study.bars import load, progress_bar
+from jaxsteer.study.probe import Extent, Probe, Scorer, probe, scorer, stream_sites
 from jaxsteer.study.setting import context_items, token_mask
 
 log = logging.getLogger(__name__)
@@ -29,9 +29,8 @@ def probe_positions(
     placement: Placement = Placement(),
     length: int = 8,
     tokens: str = "words",
-    n: int = 240,
-    seed: int = 0,
     split_seed: int = 0,
+    extent: Extent = Extent(),
 ) -> Probe:
     """Probe every read position of ``positions`` at every layer's residual stream.
 
@@ -49,8 +48,10 @@ def probe_positions(
             continue
         items = context_items(splits.train, DIRECTION_ITEMS)
         pairs = contrast_pairs(model, persona, items, position, placement=placement, split_seed=split_seed)
-        scorers[position] = scorer(model, mean_difference(model, pairs, stream_sites(model.config.n_layers)))
+        with progress_bar(f"direction, {position}", unit="text", quiet=extent.quiet) as advance:
+            direction = mean_difference(model, pairs, stream_sites(model.config.n_layers), progress=advance)
+        scorers[position] = scorer(model, direction)
     if not scorers:
         raise UserError("no read position to probe: give published, matched or decision")
     items = context_items(splits.validation, PROBE_ITEMS)
-    return probe(model, persona, items, scorers, allowed=allowed, length=length, placement=placement, n=n, seed=seed)
+    return probe(model, persona, items, scorers, allowed=allowed, length=length, placement=placement, extent=extent)

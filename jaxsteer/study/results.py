@@ -166,8 +166,10 @@ class SearchRun(Result):
     """-1 where the probe turned the direction or signature."""
     probe_correlation: float | None = None
     """Rank correlation of objective and behaviour over random prompts, at the site."""
+    probe_ci95: tuple[float, float] | None = None
+    """Its 95 % interval over prompts."""
     probe: Probe | None = None
-    """The same at all sites."""
+    """The same at all sites. ``None`` where ``--probe off`` left it out."""
     splits: Mapping[str, int] | None = None
     """Questions in train, validation and test."""
     conversations: int | None = None
@@ -205,9 +207,17 @@ class SearchRun(Result):
         if self.interrupted:
             found.append("The search was interrupted before its last step; what it had found until then is reported.")
         if self.probe_correlation is not None and self.probe_correlation < WARNS:
+            low, high = self.probe_ci95 or (None, None)
+            prompts = "" if self.probe is None else f" over {self.probe.prompts} random prompts"
+            between = "" if low is None else f", 95 % interval {low:.2f} to {high:.2f}{prompts}"
             found.append(
-                f"The probe correlation is {self.probe_correlation:.2f} (below {WARNS}): at this site and read "
-                "position the objective hardly ranks prompts as behaviour does."
+                f"The probe correlation is {self.probe_correlation:.2f} (below {WARNS}{between}): at this site and "
+                "read position the objective hardly ranks prompts as behaviour does."
+            )
+        if self.probe_correlation is None and self.splits is not None:
+            found.append(
+                "The probe was left out (--probe off): it is unknown whether the objective ranks prompts as behaviour "
+                "does at this site, and whether its sign is right."
             )
         if self.best is not None:
             if self.best.retokenises is False:

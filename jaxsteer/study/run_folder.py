@@ -28,15 +28,18 @@ class RunFolder:
     finished: dict[str, Any] | None
     """What metrics.json holds, if the same run is done already."""
 
-    def begin(self) -> None:
-        """Write config.json: from here on the directory is this run's."""
+    def begin(self, *, resume: bool = False) -> None:
+        """Write config.json: from here on the directory is this run's. Without ``resume`` nothing is taken up of a
+        probe that was cut off."""
         files.write_json(self.path / files.CONFIG, self.config)
+        if is_first() and not resume:
+            shutil.rmtree(self.path / files.PROBED, ignore_errors=True)
 
     def finish(self, result: Record) -> None:
         """Write metrics.json and remove what the search would have needed to go on."""
         files.write_json(self.path / files.METRICS, result.to_json())
-        if is_first():
-            shutil.rmtree(self.path / files.STATE, ignore_errors=True)
+        for name in (files.STATE, files.PROBED) if is_first() else ():
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
 
 @contextlib.contextmanager

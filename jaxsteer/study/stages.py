@@ -42,6 +42,7 @@ from jaxsteer.prompt_search import (
 )
 from jaxsteer.prompt_search.algorithms.probe_sampling import Draft, PairedObjective, with_draft
 from jaxsteer.prompt_search.constraints import text_filter
+from jaxsteer.prompts import Slots
 from jaxsteer.sae import load_sae
 from jaxsteer.study import files
 from jaxsteer.study.algorithm import AlgorithmOptions
@@ -150,8 +151,16 @@ def load_draft(options: SearchOptions, setting: PersonaSetting, say: Say) -> tup
     )
     if not same:
         raise UserError(f"--draft {name} has another tokenizer than {options.model.model}: give a model that shares it")
-    anywhere = dataclasses.replace(options.objective, site="auto")
-    return beside, choose_objective(beside, anywhere, seed=seed, say=say).objective
+    probe = options.objective.probe
+    anywhere = dataclasses.replace(options.objective, site="auto", probe="auto" if probe == "off" else probe)
+    budget = rows_scored(options, setting.slots, options.algorithm.restarts)
+    return beside, choose_objective(beside, anywhere, seed=seed, say=say, run=options.run, budget=budget).objective
+
+
+def rows_scored(options: SearchOptions, contexts: Slots, populations: int) -> int:
+    """Rows that a search scores: every candidate in every context."""
+    algorithm = options.algorithm
+    return (algorithm.steps or 0) * algorithm.make_search().candidates * populations * len(contexts)
 
 
 def search(
@@ -315,7 +324,8 @@ def conclude(
         return {
             "persona": setting.persona.name,
             "sign": row.sign,
-            "probe_correlation": row.correlation,
+            "probe_correlation": None if chosen.probe is None else row.correlation,
+            "probe_ci95": row.ci95,
             "probe": chosen.probe,
             "splits": {name: len(getattr(setting.splits, name)) for name in ("train", "validation", "test")},
             "baseline": rates.baseline,

@@ -1,5 +1,7 @@
 """The probe: its objective against the public capture, its prompts, and its choice."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,19 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.run import capture
 from jaxsteer.personas import Direction, Persona, search_conversations
 from jaxsteer.prompts import allowed_tokens, build_slots, encode, prompt_text, retokenises_many
-from jaxsteer.study.probe import ProbeRow, blocks_before, choose, cue_words, probe, probe_prompts, project, scorer
+from jaxsteer.study import probe as room
+from jaxsteer.study.probe import (
+    Extent,
+    Probe,
+    ProbeRow,
+    blocks_before,
+    choose,
+    cue_words,
+    probe,
+    probe_prompts,
+    projector,
+    scorer,
+)
 from tests.evals.test_choice import items
 from tests.helpers.tiny import tiny_model
 
@@ -47,7 +61,7 @@ def test_the_objective_is_the_mean_projection_of_what_capture_reads(position: st
     slots = build_slots(tiny.tokenizer, [c for c, _ in pairs], 3, read=[r for _, r in pairs])
     allowed = allowed_tokens(tiny.tokenizer, tiny.config.vocab_size, word_initial=True)
     ids = probe_prompts(tiny.tokenizer, slots, allowed, [], n=9, seed=0)[:5]
-    found = project(tiny.params, tiny.config, slots, direction(), ids)
+    found = projector(tiny.params, tiny.config, slots, direction())(ids)
     for m, row in enumerate(ids):
         text = prompt_text(tiny.tokenizer, row)
         expected = dict.fromkeys(SITES, 0.0)
@@ -84,13 +98,58 @@ def test_the_sign_is_found_and_rows_are_sorted() -> None:
     flipped = Direction(
         delta={site: -d for site, d in true.delta.items()}, mean_resid_norm={}, n=1, read_position="", metadata={}
     )
-    common = {"allowed": allowed, "length": 3, "n": 24}
+    common = {"allowed": allowed, "length": 3, "extent": Extent(prompts=24)}
     first = probe(tiny, persona(), items()[:2], {"decision": scorer(tiny, true)}, **common)
     second = probe(tiny, persona(), items()[:2], {"decision": scorer(tiny, flipped)}, **common)
     assert [row.correlation for row in first.rows] == sorted((row.correlation for row in first.rows), reverse=True)
     signs = {row.site: row.sign for row in first.rows if row.correlation > 0.01}
     assert all(row.sign == -signs[row.site] for row in second.rows if row.correlation > 0.01)
     assert first.prompts == 24 and len(first.rows) == 3 and first.shift.min <= first.shift.max
+
+
+def probed(**extent: object) -> Probe:
+    tiny = model()
+    allowed = allowed_tokens(tiny.tokenizer, tiny.config.vocab_size, word_initial=True)
+    how = Extent(**extent)  # type: ignore[arg-type]
+    scorers = {"decision": scorer(tiny, direction())}
+    return probe(tiny, persona(), items()[:2], scorers, allowed=allowed, length=3, extent=how)
+
+
+def test_a_probe_ends_after_a_round_that_is_enough_as_if_so_many_prompts_had_been_asked_for() -> None:
+    seen, said = [], []
+    early = probed(enough=lambda rows: len(seen.append(rows) or seen) == 2, say=said.append)  # type: ignore[func-returns-value]
+    assert early.prompts == 63 and early == probed(prompts=63)
+    assert [line.split(":")[0] for line in said] == ["Probe"] and "at most 240 random prompts on 2 questions" in said[0]
+    for row, first in zip(early.rows, sorted(seen[0], key=lambda row: row.site)):
+        assert row.ci95[0] < row.correlation < row.ci95[1] and first.ci95[1] - first.ci95[0] > row.ci95[1] - row.ci95[0]
+
+
+def test_a_probe_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, asked, measure = probed(prompts=70), [], room.choice_eval
+
+    def cut(*args: object, **how: object) -> object:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(args[2][0])  # type: ignore[index]
+        return measure(*args, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(room, "choice_eval", cut)
+    with pytest.raises(KeyboardInterrupt):
+        probed(prompts=70, folder=tmp_path)
+    asked.pop()
+    said: list[str] = []
+    assert probed(prompts=70, folder=tmp_path, say=said.append) == whole
+    assert len(asked) == 2 and "63 random prompts have been measured before" in said[0]  # the third pass alone was new
+    assert probed(prompts=70, folder=tmp_path) == whole  # nothing is measured again
+
+
+@pytest.mark.parametrize(
+    ("ci95", "known"),
+    [((0.6, 0.69), True), ((0.8, 0.95), True), ((0.1, 0.49), True), ((0.79, 0.95), False), ((0.4, 0.51), False)],
+)
+def test_an_interval_that_is_narrow_or_decides_is_enough(ci95: tuple[float, float], known: bool) -> None:
+    row = ProbeRow(site="s", read_position="decision", sign=1, correlation=sum(ci95) / 2, layer=1, ci95=ci95)
+    assert row.known is known
 
 
 def test_the_earliest_passing_site_is_chosen_else_the_best() -> None:
