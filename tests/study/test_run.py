@@ -90,6 +90,33 @@ def test_the_same_seed_gives_the_same_prompts_after_a_cut_off_run(options: Make)
     assert first.probe_correlation == second.probe_correlation
 
 
+def test_the_probe_takes_no_more_than_the_search_and_is_taken_up_again(
+    options: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import jaxsteer.study.dispatch as module
+
+    monkeypatch.setattr(module, "search", lambda *_, **__: pytest.fail("the probe is done"))
+    with pytest.raises(pytest.fail.Exception, match="the probe is done"):
+        run(options(), model=model())
+    monkeypatch.undo()
+    said: list[str] = []
+    kept = run(options(resume=True), model=model(), say=said.append)
+    assert any("31 random prompts have been measured before" in line for line in said)
+    assert kept.probe.prompts == 31  # the search scores 24 prompts in 4 rows each
+    assert kept.probe_ci95 in [row.ci95 for row in kept.probe.rows]
+    assert not (options().run.out / "probe-state").exists()
+
+
+def test_without_a_probe_the_site_is_as_given_and_the_run_says_what_is_unknown(options: Make) -> None:
+    said: list[str] = []
+    metrics = run(options(probe="off", site="layers.1"), model=model(), say=said.append)
+    assert (metrics.site, metrics.sign) == ("blocks.1.hook_resid_post", 1) and any("--probe off" in s for s in said)
+    assert (metrics.probe, metrics.probe_correlation, metrics.probe_ci95) == (None, None, None)
+    assert [doubt for doubt in metrics.doubts if "it is unknown whether the objective ranks prompts" in doubt]
+    written = json.loads((options().run.out / "metrics.json").read_text())
+    assert SearchRun.from_json(written) == metrics
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("read_position", ["published"])
 def test_another_read_position_and_a_given_site(options: Make, read_position: str) -> None:
@@ -132,6 +159,8 @@ def test_a_custom_objective_from_a_file(options: Make, tmp_path) -> None:  # noq
         ({"combine_temperature": 0.5}, "belongs to --combine soft-min"),
         ({"allow": ("frank",)}, "fewer than 2 tokens can stand first"),
         ({"steps": 0}, "--steps must be at least 1"),
+        ({"probe": "off"}, "leaves nobody to choose the site"),
+        ({"probe": 7}, "at least 8 prompts, got 7"),
         ({"persona": "kindness"}, "unknown persona 'kindness'"),
     ],
 )
