@@ -306,8 +306,7 @@ class _Behaviour:
         self.model, self.items, self.texts, self.placement = model, items, texts, placement
         self.size = min(choice.PROMPTS, bucket(len(texts), 2))
         self.total = len(texts) * rows_per_prompt(items)
-        asked = [(item.question, item.matching, item.not_matching) for item in items]
-        what = [model.fingerprint, str(model.params.embed.dtype), placement, asked, list(texts)]
+        what = [model.fingerprint, str(model.params.embed.dtype), placement, list(items), list(texts)]
         name = f"{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.json"
         self.file = None if extent.folder is None else extent.folder / files.PROBED / name
         self.probability: list[float] = []
