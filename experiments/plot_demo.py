@@ -68,8 +68,9 @@ def draw(runs: list[SearchRun], out: Path) -> Path:
         axis.text(
             0, 1.05, quoted, transform=axis.transAxes, va="bottom", color=ACCENT, fontsize=8.5, family="monospace"
         )
-    n = bars(runs[0])[0][1].n
-    figure.supxlabel(f"answers that match the persona on {n} held-out test questions (%), 95 % intervals", fontsize=9)
+    counts = sorted({rate.n for run in runs for _, rate, _ in bars(run)})
+    n = " to ".join(map(str, counts if len(counts) < 3 else (counts[0], counts[-1])))
+    figure.supxlabel(f"answers that match the persona on {n} held-out questions (%), 95 % intervals", fontsize=9)
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=160, metadata={"Software": None})

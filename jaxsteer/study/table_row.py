@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxsteer.evals.attribution import Attribution
-from jaxsteer.evals.rates import Difference, Flips, Interval, Rate, by_question, counts_rows
+from jaxsteer.evals.rates import Difference, Flips, Interval, Rate, Sides, by_question, counts_rows
 from jaxsteer.files.records import Record
 
 
@@ -77,6 +77,7 @@ class TableRow(Record):
     difference: Difference | None = None
     margin_difference: Difference | None = None
     flips: Flips | None = None
+    sides: Sides | None = None
     tried: int | None = None
     """Candidates that were compared to find it."""
     details: Mapping[str, Any] | None = None

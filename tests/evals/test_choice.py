@@ -22,6 +22,7 @@ from jaxsteer.models.taps import Intervention, Tap, Where
 from jaxsteer.personas import Item, swap
 from jaxsteer.prompts import Placement, encode_texts, join_answer, question_conversation, render
 from jaxsteer.steer import add, stack_rows
+from tests.helpers.rates import made_choices as made_up
 from tests.helpers.tiny import KINDS, tiny_model
 
 QUESTIONS = [
@@ -190,23 +191,6 @@ def test_too_long_a_text_is_refused() -> None:
     model = tiny_model()
     with pytest.raises(UserError, match="256 positions"):
         choice_eval(model, items()[:1], [" past the mill" * 100])
-
-
-def made_up(d: list[float], d_swapped: list[float], matching_first: list[bool]) -> ChoiceResult:
-    rows = np.array([x for pair in zip(d, d_swapped, strict=True) for x in pair])
-    first = [y for m in matching_first for y in (m, not m)]
-    names = tuple(str(i) for i in range(len(d)) for _ in range(2))
-    return ChoiceResult(
-        prompt="p",
-        placement=Placement(),
-        ids=names,
-        groups=names,
-        both_orders=True,
-        log_probs=np.stack([rows - 1, np.full(len(rows), -1.0)], axis=1),
-        tokens=np.ones((len(rows), 2), int),
-        persona_first=np.array(first),
-        joined=np.zeros(len(rows), int),
-    )
 
 
 def test_rate_and_controls_by_hand() -> None:

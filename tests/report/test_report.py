@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from experiments.tables import COLUMNS, markdown
+from jaxsteer.cli.demo import told
 from jaxsteer.errors import UserError
-from jaxsteer.report import read_run, write_plots, write_report
+from jaxsteer.evals.choice import rate as rate_of
+from jaxsteer.report import read_run, read_study, write_plots, write_report
+from jaxsteer.study.measurement import Measured, Measurement
 from jaxsteer.study.results import SearchRun, summary_table
+from jaxsteer.study.table_row import TableRow, rate_fields
+from tests.helpers.rates import made_choices
 from tests.report.pages import Page
 from tests.report.synthetic import HOSTILE, metrics, rate, write_run
 
@@ -31,6 +37,43 @@ def test_page_shows_the_result_and_loads_nothing(tmp_path: Path):
     assert page.seen.count("script") == 1 and "img" not in page.seen
     assert not [note for note in read_run(tmp_path / "run").warnings]
     assert list((tmp_path / "run").glob(".report*")) == []
+
+
+def test_one_interval_is_shown_wherever_a_rate_is(tmp_path: Path):
+    """103 and 0 of 120 questions, each answered alike in both orders: Wilson's interval on 120, and not on 240."""
+    base, found = (
+        rate_of(made_choices([1.0] * k + [-1.0] * (120 - k), [-1.0] * k + [1.0] * (120 - k), [True] * 120))
+        for k in (103, 0)
+    )
+    prompts = [metrics()["prompts"][0] | {"test": found.to_json()}]
+    numbers = metrics(baseline={"test": base.to_json()}, prompts=prompts, controls={})
+    write_run(tmp_path / "study" / "a", numbers)
+    write_run(tmp_path / "study" / "b", numbers | {"persona": "myopic"})
+    run = read_run(tmp_path / "study" / "a").result
+    measured = [Measured(prompt="", steered=False, rate=base), Measured(prompt=" be kind", steered=False, rate=found)]
+    row = TableRow(model="m", persona="p", method="x", prompt=None, **rate_fields(found))
+    write_plots(tmp_path / "study" / "a")
+    with (tmp_path / "study" / "a" / "plots" / "rates.csv").open(newline="") as file:
+        drawn = [(line["low"], line["high"], line["n"]) for line in csv.DictReader(file) if line["split"] == "test"]
+    assert [(f"{float(low):.3f}", f"{float(high):.3f}", n) for low, high, n in drawn] == [
+        ("0.785", "0.910", "120"), ("0.000", "0.031", "120")
+    ]  # fmt: skip
+    shown = {
+        "page": write_report(tmp_path / "study" / "a").read_text(encoding="utf-8"),
+        "page of a study": write_report(tmp_path / "study").read_text(encoding="utf-8"),
+        "table": run.table(),
+        "summary": summary_table([run]),
+        "table of a study": read_study(tmp_path / "study").table(),
+        "eval": Measurement(
+            model="m", persona="p", split="test", style="chat", slot="suffix", questions=120, baseline=measured[0],
+            prompts=(measured[1],),
+        ).table(),
+        "demo": told(run),
+        "experiment": markdown([row], COLUMNS).replace(" to ", "–"),
+    }  # fmt: skip
+    assert [name for name, text in shown.items() if "0.0–3.1" not in text] == []
+    assert [name for name, text in shown.items() if "78.5–91.0" not in text] == ["experiment"]
+    assert "95 %: 0.0–3.1, n = 120 questions, test" in shown["page"] and "240" not in shown["eval"] + shown["demo"]
 
 
 def test_numbers_are_embedded_as_json(tmp_path: Path):
