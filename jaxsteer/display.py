@@ -38,9 +38,18 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def visible(text: Any) -> str:
     """``text`` with everything that does not print (newlines, escapes, direction marks) written as an escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+
+
+def escaped(text: str) -> str:
+    """``text`` of several lines with what a terminal would obey (escapes, direction marks) and halves of characters
+    written as in JSON; JSON stays JSON."""
+    return _OBEYED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def short(text: Any, width: int = 60) -> str:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from jaxsteer.errors import UserError
 
 CHECK_FAILED = 1
 USAGE_ERROR = 2
-INTERRUPTED = 130
 CRASHED = 70
+INTERRUPTED = 130
+TERMINATED = 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,30 +31,94 @@ def main(argv: Sequence[str] | None = None) -> int:
 def status_of(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """The exit status of ``command(arguments)``.
 
-    0: done. 1: a check failed. 2: bad input, with one message on stderr. 130: interrupted. One of several processes
-    (``jaxsteer.processes``) that fails does not return when it is alone in that: it ends, and the others with
-    it.
+    0: done. 1: a check failed. 2: bad input, or a place that cannot be read or written. 70: a bug. 130: interrupted.
+    143: ended by SIGTERM or SIGHUP. What is not 0 or 1 comes with one message on stderr, and with a traceback only
+    where ``--debug`` is among the arguments. One of several processes (``jaxsteer.processes``) that fails does not
+    return when it is alone in that: it ends, and the others with it.
     """
     try:
-        status = command(arguments)
-    except UserError as error:
-        print(f"jaxsteer: error: {error}", file=sys.stderr)
-        status = USAGE_ERROR
-    except SystemExit as stop:  # the parser's: help, or arguments that it has explained already
-        status = stop.code if isinstance(stop.code, int) else USAGE_ERROR
-    except KeyboardInterrupt:
-        print("jaxsteer: interrupted", file=sys.stderr)
-        status = INTERRUPTED
-    except Exception:
-        if not _several():
-            raise
-        traceback.print_exc()
-        status = CRASHED
+        with _signals():
+            status = command([argument for argument in arguments if argument != "--debug"])
+            sys.stdout.flush()
+    except BaseException as error:
+        status, said = _told(error)
+        if "--debug" in arguments:
+            traceback.print_exc()
+        if said:
+            from jaxsteer.display import escaped
+
+            print(escaped(f"jaxsteer: {said}"), file=sys.stderr)
     if status not in (0, CHECK_FAILED) and _several():
         from jaxsteer.processes import leave
 
         leave(status)
     return status
+
+
+def _told(error: BaseException) -> tuple[int, str]:
+    """The exit status for an exception, and what is said about it; nothing where the parser has said all."""
+    if isinstance(error, UserError):
+        return USAGE_ERROR, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, _with_notes("interrupted", error)
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else USAGE_ERROR
+        return status, _with_notes("ended by a signal", error) if status == TERMINATED else ""
+    if isinstance(error, OSError):
+        if error.filename is None:
+            _no_output()
+        return USAGE_ERROR, f"error: {error.filename or 'the output'}: {error.strerror or error}"
+    return CRASHED, _bug(error)
+
+
+def _with_notes(what: str, error: BaseException) -> str:
+    """What was kept, as those say whom the exception passed."""
+    texts = error.args if isinstance(error, KeyboardInterrupt) else ()
+    return "; ".join([what, *map(str, texts), *getattr(error, "__notes__", ())])
+
+
+def _bug(error: BaseException) -> str:
+    """One line for what nobody foresaw: what, where, and how to report it."""
+    from jaxsteer.errors import first_line
+
+    steps = traceback.extract_tb(error.__traceback__)
+    ours = [step for step in steps if {"jaxsteer", "checkpoints_convert"} & set(step.filename.split(os.sep))] or steps
+    what = f"{type(error).__name__}: {first_line(error)[:300]}"
+    place = f"{os.sep.join(ours[-1].filename.split(os.sep)[-3:])}:{ours[-1].lineno}, {ours[-1].name}"
+    return (
+        f"bug: {what} ({place}). Please report it to the authors of jaxsteer, with the command and what it prints with "
+        "--debug"
+    )
+
+
+def _no_output() -> None:
+    """Write nothing more to an output that is closed or full: Python would try again when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM ends the command as an exception, so that it can clean up and say what it kept; SIGHUP is SIGTERM."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    def forward(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)  # also where a search or JAX listens for it
+
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in ((signal.SIGTERM, end), (signal.SIGHUP, forward)):
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _command(arguments: list[str]) -> int:
@@ -63,7 +132,7 @@ def _command(arguments: list[str]) -> int:
     from jaxsteer.cli.commands import parse
 
     command = parse(arguments)
-    with _quiet_unless_first():
+    with _quiet_unless_first(), _escaping():
         return command.run()
 
 
@@ -73,8 +142,17 @@ def _settings() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
     keep_programs()
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        from jaxsteer.display import escaped
+
+        return escaped(super().format(record))
 
 
 def keep_programs() -> None:
@@ -109,6 +187,8 @@ def join_processes(arguments: list[str]) -> list[str]:
 
 def _several() -> bool:
     """Whether this is one of several processes, without waking a device that no command has asked for."""
+    if "jax" not in sys.modules:
+        return False
     import jax
 
     return jax.distributed.is_initialized() and jax.process_count() > 1
@@ -126,4 +206,32 @@ def _quiet_unless_first() -> Iterator[None]:
         yield
         return
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+class _Escaping(io.TextIOBase):
+    """An output that shows control characters, which files and models may hold, instead of obeying them."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def write(self, text: str) -> int:
+        from jaxsteer.display import escaped
+
+        self.inner.write(escaped(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self.inner.flush()
+
+    def isatty(self) -> bool:
+        return self.inner.isatty()
+
+    def fileno(self) -> int:
+        return self.inner.fileno()
+
+
+@contextlib.contextmanager
+def _escaping() -> Iterator[None]:
+    with contextlib.redirect_stdout(_Escaping(sys.stdout)):  # type: ignore[type-var]
         yield

@@ -55,5 +55,5 @@ def parse(arguments: Sequence[str]) -> Any:
         prog="jaxsteer",
         description="Find where a persona lives in a language model, and prompts that remove it. Every command also "
         "runs in several processes: by itself on TPU pods, Slurm and Kubernetes, elsewhere with --coordinator "
-        "HOST:PORT --num-processes N --process-id I (docs/pods.md).",
+        "HOST:PORT --num-processes N --process-id I (docs/pods.md). With --debug a failure shows where it happened.",
     )

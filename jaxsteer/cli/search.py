@@ -18,6 +18,7 @@ from jaxsteer.study.config_file import config_text, help_of, read_config
 from jaxsteer.study.files import REPORT
 from jaxsteer.study.options import KINDS, OPTIONS, from_flat
 from jaxsteer.study.problem_table import number_of_searches
+from jaxsteer.study.run_folder import GO_ON
 
 SHORT = ("model", "persona", "out", "method", "sae", "algorithm", "prompt_length", "steps", "vary", "resume")
 """The options that ``--help`` shows."""
@@ -55,6 +56,8 @@ class Search:
         if is_first():
             page = "none: no run was finished" if runs is not None and not runs else f"{out}/{REPORT}"
             print(f"\n{found.table()}\n\nReport: {page}" + ("" if runs is None else "; all problems: problems.csv"))
+        if found.interrupted:
+            raise KeyboardInterrupt(f"what was found until then is reported in {out}: {GO_ON}")
         return 0
 
 

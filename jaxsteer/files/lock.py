@@ -23,7 +23,7 @@ from typing import Any
 from jaxsteer.errors import UserError
 from jaxsteer.files.json_files import decoded, parse_json
 from jaxsteer.files.whole import make_directory, writing
-from jaxsteer.processes import from_first
+from jaxsteer.processes import from_first, is_first
 
 STALE_S = 60
 """An owner that gave no sign for so long is taken for dead."""
@@ -66,13 +66,26 @@ def hold_lock(path: Path, waiting: Callable[[], object] | None = None) -> Iterat
 
 
 @contextlib.contextmanager
-def in_use(out: Path) -> Iterator[None]:
+def in_use(out: Path, go_on: str = "the same command goes on") -> Iterator[None]:
     """Make the directory ``out`` of a command and keep other commands from working there; of several processes the
-    first holds its lock, ``.lock``. Raises ``UserError`` where another one works, and for what is no directory in which
-    one may write."""
-    with contextlib.ExitStack() as held:
-        from_first(lambda: _use(out, held))
-        yield
+    first holds its lock, ``.lock``.
+
+    A directory that was made and is still empty goes again when the block fails; otherwise Ctrl-C and SIGTERM get a
+    note that says what is kept and, by ``go_on``, how to go on. Raises ``UserError`` where another command works, and
+    for what is no directory in which one may write.
+    """
+    made = not out.exists()
+    try:
+        with contextlib.ExitStack() as held:
+            from_first(lambda: _use(out, held))
+            yield
+    except BaseException as error:
+        if made and is_first():
+            with contextlib.suppress(OSError):  # something was written
+                out.rmdir()
+        if isinstance(error, KeyboardInterrupt | SystemExit) and out.is_dir():
+            error.add_note(f"what was saved is kept in {out}: {go_on}")
+        raise
 
 
 def _use(out: Path, held: contextlib.ExitStack) -> None:

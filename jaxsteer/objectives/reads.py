@@ -236,7 +236,7 @@ def needs(objective: Objective, config: ModelConfig) -> Needs:
         out = jax.eval_shape(lambda: objective(recorder))
     except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"the objective failed when it was traced with {rows} rows: {type(error).__name__}: {error}. It must be a "
             "pure function of its reads in jax.numpy, without `if` or `while` on their values"

@@ -108,7 +108,7 @@ def run_search(
     """Run ``steps`` steps of ``search`` on every problem, as many problems together as the devices hold.
 
     A problem's prompts depend neither on the problems beside it nor on the number of devices nor on memory.
-    KeyboardInterrupt ends the search and keeps what was found, except where several processes search.
+    KeyboardInterrupt ends the search, saves it, and keeps what was found, except where several processes search.
 
     Args:
         params: The model's parameters.
@@ -239,6 +239,7 @@ def _search_wave(job: _Job, number: int, wave: Wave) -> WaveResult:
         if several():  # they may have got it after different steps
             raise
         interrupted = True
+        _keep(job, number, wave, point, wait=True)
     keep = job.hooks.keep
     result = WaveResult(
         archive=wave.host(point.states.archive),
@@ -288,18 +289,25 @@ def _save(job: _Job, number: int, wave: Wave, point: _Point, told: Callable[[], 
         return
     ending = told() or preempted()
     if ending or job.store.due():
-        notes = Notes(
-            wave=number,
-            step=point.step,
-            where=f"step {point.step} of problems {wave.first} to {wave.first + wave.count - 1}",
-            rejected=to_json(point.rejected),
-            seconds=job.clock(),
-        )
-        job.store.save(number * job.steps + point.step, wave.host(point.states), notes, wait=ending)
+        _keep(job, number, wave, point, wait=ending)
     if ending:
         message = "SIGTERM: the search is saved at step %d of %d; the same command with --resume goes on"
         log.warning(message, point.step, job.steps)
         raise SystemExit(PREEMPTED)
+
+
+def _keep(job: _Job, number: int, wave: Wave, point: _Point, *, wait: bool) -> None:
+    """Write a checkpoint, if there is a store."""
+    if job.store is None:
+        return
+    notes = Notes(
+        wave=number,
+        step=point.step,
+        where=f"step {point.step} of problems {wave.first} to {wave.first + wave.count - 1}",
+        rejected=to_json(point.rejected),
+        seconds=job.clock(),
+    )
+    job.store.save(number * job.steps + point.step, wave.host(point.states), notes, wait=wait)
 
 
 class _Pace:

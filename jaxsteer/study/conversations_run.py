@@ -42,7 +42,7 @@ def run_conversations(options: SearchOptions, path: Path, *, model: Model | None
     named = _without_persona(options.objective)
     conversations = load_conversations(path)
     digest = hashlib.sha256(repr(conversations).encode()).hexdigest()
-    with opened(options.run.out, {"data_hash": digest, **options.record()}, say) as folder:
+    with opened(options.run.out, {"data_hash": digest, **options.record()}, say, resume=options.run.resume) as folder:
         if folder.finished is not None:
             return SearchRun.from_json(folder.finished, str(folder.path / files.METRICS))
         timing: dict[str, float] = {}

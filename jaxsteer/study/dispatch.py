@@ -43,7 +43,9 @@ def run(options: SearchOptions, *, model: Model | None = None, say: Say = log.in
 def run_one(options: SearchOptions, *, model: Model | None, say: Say) -> SearchRun:
     """One search against a persona, with as many restarts as were asked for."""
     persona = load_persona(options.contexts.persona)
-    with opened(options.run.out, {"data_hash": persona.data_hash, **options.record()}, say) as folder:
+    with opened(
+        options.run.out, {"data_hash": persona.data_hash, **options.record()}, say, resume=options.run.resume
+    ) as folder:
         if folder.finished is not None:
             return SearchRun.from_json(folder.finished, str(folder.path / METRICS))
         timing: dict[str, float] = {}

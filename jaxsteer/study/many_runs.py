@@ -97,7 +97,7 @@ def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> Study:
     hashes = {name: persona.data_hash for name, persona in personas.items()}
     listed = hashlib.sha256(repr([row.columns() for row in rows]).encode()).hexdigest()[:16]
     config = {"data_hash": hashes, **options.record(), "problems": listed}
-    with opened(options.run.out, config, say) as folder:
+    with opened(options.run.out, config, say, resume=options.run.resume) as folder:
         if folder.finished is not None:
             return Study.from_json(folder.finished, str(folder.path / files.METRICS))
         timing: dict[str, float] = {}
@@ -267,7 +267,7 @@ def _conclude(
     """Measure a pool and write its run, unless that is done; returns what the whole run's metrics say about it."""
     options, problems = pool.options, len(pool.problems)
     config = {"data_hash": hashes[options.contexts.persona], **options.record(), "pooled": problems}
-    with opened(pool.folder, config, lambda _: None) as folder:
+    with opened(pool.folder, config, lambda _: None, resume=options.run.resume) as folder:
         if folder.finished is not None:
             run = SearchRun.from_json(folder.finished, str(folder.path / files.METRICS))
         else:

@@ -184,7 +184,7 @@ def load_objective(reference: str) -> Objective:
     sys.modules[spec.name] = module  # so that dataclasses and pickling in the file find their module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--objective {reference!r}: running {file} failed: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if found is None:

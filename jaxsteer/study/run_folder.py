@@ -17,6 +17,8 @@ from jaxsteer.files.records import Record
 from jaxsteer.processes import from_first, is_first
 from jaxsteer.study import files
 
+GO_ON = "the same command with --resume goes on"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFolder:
@@ -36,34 +38,33 @@ class RunFolder:
             shutil.rmtree(self.path / files.PROBED, ignore_errors=True)
 
     def finish(self, result: Record) -> None:
-        """Write metrics.json and remove what the search would have needed to go on."""
+        """Write metrics.json, and remove what the search would have needed to go on unless it was interrupted."""
         files.write_json(self.path / files.METRICS, result.to_json())
-        for name in (files.STATE, files.PROBED) if is_first() else ():
+        again = getattr(result, "interrupted", False)
+        for name in () if again or not is_first() else (files.STATE, files.PROBED):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def opened(out: files.RunDir, config: dict[str, Any], say: Callable[[str], None]) -> Iterator[RunFolder]:
+def opened(
+    out: files.RunDir, config: dict[str, Any], say: Callable[[str], None], *, resume: bool | None = None
+) -> Iterator[RunFolder]:
     """The directory of the run with this ``config`` (and format and version beside it). Whoever finds it ``finished``
     has nothing to do.
 
-    A run of the same config that was cut off is done again. A directory that was made for a run that is refused goes
-    again. Raises ``UserError`` as ``open_run`` does.
+    A run of the same config that was cut off is done again; with ``resume``, also one that Ctrl-C ended and that is
+    reported as far as it went. ``resume`` is None for commands that have no such option, and go on always. A directory
+    that was made for a run that is refused goes again. Raises ``UserError`` as ``open_run`` and ``in_use`` do.
     """
     path = Path(out)
     config = {"format": files.FORMAT, "version": __version__, **config}
-    made = not path.exists()
-    try:
-        with in_use(path):
-            finished = from_first(lambda: open_run(path, config))
-            if finished is not None:
-                say(f"{path} already holds this run: nothing to do")
-            yield RunFolder(path=path, config=config, finished=finished)
-    except BaseException:
-        if made and is_first():
-            with contextlib.suppress(OSError):  # something was written
-                path.rmdir()
-        raise
+    with in_use(path, "the same command goes on" if resume is None else GO_ON):
+        finished = from_first(lambda: open_run(path, config))
+        if resume and finished is not None and finished.get("interrupted"):
+            finished = None
+        if finished is not None:
+            say(f"{path} already holds this run: nothing to do")
+        yield RunFolder(path=path, config=config, finished=finished)
 
 
 def open_run(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:

@@ -165,17 +165,6 @@ def test_organism_check_fails_on_an_untrained_model(model_dir: Path, capsys: pyt
     assert json.loads(capsys.readouterr().out)["passed"] is False
 
 
-def test_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from jaxsteer.cli import commands
-
-    def stop(_: object) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(commands.Demo, "run", stop)
-    assert main(["demo"]) == 130
-    assert "interrupted" in capsys.readouterr().err
-
-
 def test_the_demo_tells_rates_and_triggers() -> None:
     both = {"test": made_rate(0.05, ci95=(0.02, 0.1))}
     run = SearchRun(

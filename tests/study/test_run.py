@@ -206,6 +206,11 @@ def test_ctrl_c_keeps_and_evaluates_what_was_found(options: Make, monkeypatch: p
     assert metrics.interrupted and metrics.prompts and metrics.selected == 0
     assert any("Interrupted" in line for line in said)
     assert (options().run.out / "metrics.json").is_file()
+    monkeypatch.undo()
+    assert run(options(), model=model(), say=said.append).interrupted, "it is reported as far as it went"
+    whole = run(options(resume=True), model=model(), say=said.append)
+    assert not whole.interrupted and whole.timing.steps == options().algorithm.steps
+    assert not (options().run.out / "search-state").exists()
 
 
 def test_saega_searches_latents_and_names_them(options: Make, tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""How commands end: one line on stderr whatever happened, and the exit status that says what."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from jaxsteer.cli import commands, main, status_of
+
+
+def interrupted() -> None:
+    error = KeyboardInterrupt()
+    error.add_note("what was saved is kept in run: the same command goes on")
+    raise error
+
+
+def raising(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("run", "status", "says"),
+    [
+        (
+            lambda: [][1],
+            70,
+            r"bug: IndexError: list index out of range \(jaxsteer/cli/__init__.py:\d+, _command\). Please report",
+        ),
+        (lambda: raising(RecursionError("too\ndeep")), 70, r"bug: RecursionError: too \("),
+        (
+            lambda: raising(OSError(errno.ENOSPC, "No space left", "a\x1b[2Jb")),
+            2,
+            r"error: a\\u001b\[2Jb: No space left$",
+        ),
+        (lambda: os.mkdir("/dev/null/x"), 2, "error: /dev/null/x: Not a directory$"),
+        (interrupted, 130, "interrupted; what was saved is kept in run: the same command goes on$"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9), 143, "ended by a signal$"),
+        (lambda: os.kill(os.getpid(), signal.SIGHUP) or time.sleep(9), 143, "ended by a signal$"),
+    ],
+)
+def test_one_line_and_a_status(
+    run: Callable[[], object],
+    status: int,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(commands.Demo, "run", lambda _: run())
+    assert main(["demo"]) == status
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("jaxsteer: ")
+    assert re.search(says, error.rstrip()), error
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    assert main(["demo", "--debug"]) == status
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_what_a_terminal_would_obey_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands.Demo, "run", lambda _: print("a\x1b]0;b\x07\u202e\ud800\x9bé\n\tc") or 0)
+    assert main(["demo"]) == 0
+    assert capsys.readouterr().out == "a\\u001b]0;b\\u0007\\u202e\\ud800\\u009bé\n\tc\n"
+
+
+@pytest.mark.parametrize(("to", "says"), [("/dev/full", "No space left on device"), (None, "Broken pipe")])
+def test_an_output_that_takes_nothing(to: str | None, says: str) -> None:
+    code = "import sys; from jaxsteer.cli import status_of; sys.exit(status_of(lambda _: print('x' * 10**6) or 0, []))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(to or os.devnull, "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=full if to else writing, stderr=subprocess.PIPE, text=True
+        )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (2, f"jaxsteer: error: the output: {says}\n")
+
+
+def test_status_of_what_ends_well() -> None:
+    assert status_of(lambda arguments: len(arguments), ["--debug"]) == 0
