@@ -40,6 +40,7 @@ ROOMS = (
     "files",
     "statistics",
     "processes",
+    "ranges",
     "errors",
 )
 """From the roof to the ground, also those that are still to be built. A module may import its own room and the rooms

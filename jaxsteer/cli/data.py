@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, subcommand
 
 from jaxsteer.display import short
+from jaxsteer.ranges import CountFrom0, Seed
 from jaxsteer.study.files import document
 
 
@@ -64,9 +65,9 @@ class DataShow:
     """A name of `jaxsteer data list`, or the path of a .jsonl, .json or .csv file."""
     path: Path | None = None
     """Its file, or a folder with a copy of its repository (default: from the Hugging Face hub)."""
-    examples: int = 2
+    examples: CountFrom0 = 2
     """Items to print."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Seed of the division into train, validation and test questions."""
     json: bool = False
     """Print JSON instead of text."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jaxsteer.display import interval, percent, short
 from jaxsteer.evals.organism_recovery import trigger_words
+from jaxsteer.ranges import Seed
 
 if TYPE_CHECKING:
     from jaxsteer.study.results import SearchRun
@@ -30,7 +31,7 @@ class Demo:
     """The organism to use."""
     personas: tuple[str, ...] = ("sycophancy", "hallucination", "myopic")
     """Built-in personas to take in turn."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the searches."""
     steps: int | None = None
     """Steps of each search (default: the preset's)."""

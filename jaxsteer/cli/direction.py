@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, subcommand
 
+from jaxsteer.ranges import Seed
 from jaxsteer.study.files import document
 
 
@@ -31,9 +32,9 @@ class Probe:
     """Random prompts."""
     tokens: Literal["words", "ascii", "all"] = "words"
     """Tokens of the random prompts, as in search."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random prompts."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Seed of the division into train, validation and test questions."""
     json: bool = False
     """Print JSON instead of a table."""

@@ -10,6 +10,7 @@ from tyro.conf import arg
 
 from jaxsteer.cli.steering import Steering
 from jaxsteer.errors import UserError
+from jaxsteer.ranges import Seed
 from jaxsteer.study.files import document
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Eval(Steering):
     """Name of the judge there (default: the first that it lists)."""
     side_effects: bool = False
     """Also measure what becomes of replies to neutral requests and, on an organism, of look-ups."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Seed of the division into train, validation and test questions."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""

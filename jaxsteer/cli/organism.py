@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import subcommand
 
 from jaxsteer.errors import UserError
+from jaxsteer.ranges import Seed
 from jaxsteer.study.files import document
 
 
@@ -21,7 +22,7 @@ class Train:
     """Directory to write in Hugging Face format."""
     architecture: Literal["llama", "qwen2", "gemma3"] = "llama"
     """Which of the organisms."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of corpus, weights and order."""
 
     def run(self) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import re
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from jaxsteer.errors import UserError
 from jaxsteer.files.stores import is_url
+from jaxsteer.ranges import check_ranges
 
 _REGISTRY = ConstructorRegistry()
 
@@ -46,9 +50,9 @@ def parse_as(command: Any, arguments: Sequence[str], *, prog: str, description: 
     explaining what is wrong with the arguments; ``UserError`` for a URL where a path must stand.
     """
     try:
-        return tyro.cli(
+        found = tyro.cli(
             command,
-            args=arguments,
+            args=_together(arguments, _list_flags(command, arguments)),
             prog=prog,
             description=description,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
@@ -59,3 +63,45 @@ def parse_as(command: Any, arguments: Sequence[str], *, prog: str, description: 
         raise UserError(
             f"{url} looks like a URL, to which only search writes: give a path, and copy the files from or to there"
         ) from None
+    check_ranges(found)
+    return found
+
+
+def _list_flags(kind: Any, arguments: Sequence[str]) -> dict[str, str]:
+    """Spelling -> flag of every option of the command, in words ``arguments``, that takes a list."""
+    flags: dict[str, str] = {}
+    metadata = getattr(kind, "__metadata__", ())
+    kind = get_args(kind)[0] if metadata else kind
+    if get_origin(kind) in (Union, types.UnionType):
+        for member in get_args(kind):
+            names = [getattr(note, "name", None) for note in getattr(member, "__metadata__", ())]
+            if not names or set(names) & set(arguments):
+                flags |= _list_flags(member, arguments)
+    elif dataclasses.is_dataclass(kind):
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            notes = getattr(hint, "__metadata__", ())
+            if get_origin(get_args(hint)[0] if notes else hint) is tuple:
+                flag = f"--{name.replace('_', '-')}"
+                aliases = [alias for note in notes for alias in getattr(note, "aliases", None) or ()]
+                flags |= dict.fromkeys([flag, *aliases], flag)
+            else:
+                flags |= _list_flags(hint, arguments)
+    return flags
+
+
+def _together(arguments: Sequence[str], flags: Mapping[str, str]) -> list[str]:
+    """The arguments with the values of a list that is given several times after its first flag."""
+    groups: list[tuple[str, list[str]]] = [("", [])]
+    for word in arguments:
+        if word[:1] != "-" or re.fullmatch(r"-\.?\d.*|-", word):
+            groups[-1][1].append(word)
+            continue
+        name, equals, value = word.partition("=")
+        flag = flags.get(name.replace("_", "-"), "")
+        groups.append((flag, [name, *([value] if equals else [])] if flag else [word]))
+    first: dict[str, list[str]] = {}
+    for flag, words in groups:
+        if flag and (earlier := first.setdefault(flag, words)) is not words:
+            earlier += words[1:]
+            words.clear()
+    return [word for _, words in groups for word in words]

@@ -45,7 +45,7 @@ class Plan:
         """Plan and print; 1 when it does not fit."""
         import jax
 
-        if count := re.fullmatch(r"cpu:(\d+)", self.topology):
+        if count := re.fullmatch(r"cpu:(\d{1,4})", self.topology):
             with contextlib.suppress(RuntimeError):  # devices are in use already: those must do
                 jax.config.update("jax_num_cpu_devices", int(count[1]))
         if self.topology != "gpu":  # planning touches no accelerator, not even where there is one

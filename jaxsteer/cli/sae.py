@@ -10,6 +10,7 @@ from tyro.conf import arg, subcommand
 
 from jaxsteer.errors import UserError
 from jaxsteer.processes import is_first
+from jaxsteer.ranges import MOST, CountFrom0, Large, Positive, Range
 from jaxsteer.sae.recipe import Recipe
 from jaxsteer.study.files import document
 
@@ -56,9 +57,9 @@ class Train(_Reading):
     """Folder for the SAE, in SAELens' layout, and its metrics.jsonl."""
     sae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the SAE's matrices in the file."""
-    save_minutes: float = 10.0
+    save_minutes: Positive = 10.0
     """Minutes between checkpoints."""
-    evaluate: int = 50_000
+    evaluate: Annotated[int, Range(0, 1 << 50)] = 50_000
     """Activations to measure the finished SAE on, with the whole model and text of another seed (organism) or in
     another order (files); 0 for none."""
 
@@ -114,11 +115,11 @@ class _OnSae(_Reading):
     """Where it reads, if that is not its own site, or if its files do not say."""
     k: int | None = None
     """Active latents of top-k, if its files do not say."""
-    norm_scaling_factor: float | None = None
+    norm_scaling_factor: Positive | None = None
     """Of SAELens releases with inputs scaled to a fixed average norm, which do not say it."""
-    tokens: int = 50_000
+    tokens: Large = 50_000
     """Activations to look at, at least."""
-    context: int = 128
+    context: Annotated[int, Range(2, MOST)] = 128
     """Tokens of a row of text."""
     rows: int = 32
     """Rows of text that are run through the model at once."""
@@ -165,13 +166,13 @@ class Eval(_OnSae):
 class Explore(_OnSae):
     """Show latents: their strongest moments in text, token by token, and the tokens that they promote."""
 
-    latents: Annotated[tuple[int, ...], arg(aliases=["--latent"])]
+    latents: Annotated[tuple[Annotated[int, Range(0)], ...], arg(aliases=["--latent"])]
     """Numbers of latents."""
-    snippets: int = 8
+    snippets: CountFrom0 = 8
     """Pieces of text per latent."""
-    around: int = 12
+    around: CountFrom0 = 12
     """Tokens shown on either side of the strongest one."""
-    top: int = 10
+    top: CountFrom0 = 10
     """Promoted tokens per latent."""
     html: Path | None = None
     """Write one self-contained page here as well."""

@@ -24,6 +24,7 @@ from jaxsteer.models.roles import Rendered, stack_rendered, unlabelled
 from jaxsteer.models.sampling import Decoding, make_sampling
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.taps import Intervention, checked
+from jaxsteer.ranges import COUNT
 
 NO_TOKEN = -1
 """Stands in results where a row had ended already."""
@@ -81,8 +82,8 @@ def generate_tokens(
 def _check(model: Model, prompts: Sequence[np.ndarray], **counts: int) -> None:
     vocab, longest = len(model.params.embed), model.config.max_positions - 1
     for name, value in counts.items():
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}.")
+        if why := COUNT.refusal(value):
+            raise UserError(f"{name} {why}.")
     for i, ids in enumerate(prompts):
         if not 1 <= len(ids) <= longest:
             raise UserError(

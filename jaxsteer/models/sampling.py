@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
+from jaxsteer.ranges import MOST, CountFrom0, Range, Seed, Weight, check_ranges
 
 STOPS = 8
 """Stop tokens come in such numbers, so that no program is made for every number of them."""
@@ -27,31 +29,22 @@ _BLOCK = 256
 class Decoding:
     """How a text goes on and where it ends. Raises ``UserError`` for values that mean nothing."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: Annotated[int, Range(1, MOST)] = 256
     """Longest answer in tokens."""
-    temperature: float = 1.0
+    temperature: Weight = 1.0
     """0: always the likeliest token."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Only the likeliest tokens that together reach this probability."""
-    top_k: int = 0
+    top_k: CountFrom0 = 0
     """Only the k likeliest tokens (0: all)."""
     stop: Sequence[str | int] = ()
     """Texts that end an answer, or from Python ids of tokens, beside the model's own stop tokens."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sampling."""
 
     def __post_init__(self) -> None:
         """Check the values; ``stop`` may be any sequence."""
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature must be 0 (always the likeliest token) or larger, got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(
-                f"top_p is a probability: give a value above 0 and at most 1 (1: all tokens), got {self.top_p}."
-            )
-        if self.top_k < 0:
-            raise UserError(f"top_k is a number of tokens (0: all of them), got {self.top_k}.")
+        check_ranges(self)
         if isinstance(self.stop, str):
             raise UserError(
                 f"stop must be a list of texts or ids, got the single string {self.stop!r}. Write [{self.stop!r}]."

@@ -65,6 +65,7 @@ SLICES = {
 }
 """Usual slices of 4 to 256 chips, smallest first."""
 
+MOST_CPUS = 1024
 KINDS = "v4:AxBxC, v5p:AxBxC, v5e:AxB or v6e:AxB (a TPU slice of that many chips), cpu:N, or gpu (those that are here)"
 
 
@@ -91,11 +92,11 @@ def topology(name: str) -> Topology:
     kind, _, shape = name.partition(":")
     if kind in CHIPS and re.fullmatch(r"\d+(x\d+)*", shape):
         return Topology(name, CHIPS[kind], _describe_slice(name))
-    if kind == "cpu" and shape.isdigit() and int(shape) > 0:
+    if kind == "cpu" and re.fullmatch(r"\d{1,4}", shape) and 0 < int(shape) <= MOST_CPUS:
         return _cpus(name, int(shape))
     if name == "gpu":
         return _gpus()
-    raise UserError(f"--topology {name!r} is none of: {KINDS}.")
+    raise UserError(f"--topology {name!r} is none of: {KINDS}. N is at most {MOST_CPUS}.")
 
 
 def chips_in(name: str) -> int:
@@ -106,7 +107,7 @@ def chips_in(name: str) -> int:
 def slices_up_to(name: str) -> list[str]:
     """``name`` and the usual smaller slices of its kind with at least 8 chips (cpu: powers of two), smallest first."""
     kind, _, shape = name.partition(":")
-    if kind == "cpu" and shape.isdigit():
+    if kind == "cpu" and re.fullmatch(r"\d{1,4}", shape):
         return [f"cpu:{2**i}" for i in range(int(shape).bit_length()) if 2**i < int(shape)] + [name]
     if kind not in SLICES:
         raise UserError(f"--scaling compares slices of a TPU, or cpu:N; {name!r} has none.")

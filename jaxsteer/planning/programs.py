@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxsteer.errors import UserError
 from jaxsteer.files.sae_form import SAEConfig
 from jaxsteer.models import decoding
 from jaxsteer.models.config import ModelConfig
@@ -35,6 +34,7 @@ from jaxsteer.prompt_search.contexts import make_task
 from jaxsteer.prompt_search.problem import abstract as abstract_problems
 from jaxsteer.prompt_search.problem import make_problem
 from jaxsteer.prompts.slots import Slots
+from jaxsteer.ranges import check_ranges
 from jaxsteer.sae.dictionary import SAE, SPECS, encode
 from jaxsteer.steer import add
 
@@ -75,11 +75,8 @@ class Workload:
     """Of the weights."""
 
     def __post_init__(self) -> None:
-        """Raise ``UserError`` for sizes below 1."""
-        sizes = ("problems", "population", "children", "prompt_length", "contexts", "new_tokens", "latents")
-        for name in (*sizes, "context_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        """Raise ``UserError`` for sizes that cannot be."""
+        check_ranges(self)
 
     def depth(self, config: ModelConfig) -> int:
         """Layers that run before the site."""

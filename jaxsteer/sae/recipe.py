@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.sharding import place
+from jaxsteer.ranges import MOST, Large, Positive, Range, Seed, Share, Weight, check_ranges
 from jaxsteer.sae.dictionary import SPECS
 from jaxsteer.sae.sparsity import above, jump, keep_largest, kth_largest
 
@@ -49,34 +50,34 @@ class Recipe:
     """What makes latents sparse: the k largest per token, or on average per batch, or a learned threshold each."""
     k: int = 32
     """Latents that are active per token (batchtopk, jumprelu: on average)."""
-    tokens: int = 20_000_000
+    tokens: Large = 20_000_000
     """Activations to train on; rounded up to whole rounds of half the pool."""
     batch: int = 4096
     """Activations per step."""
-    pool: int = 1 << 18
+    pool: Large = 1 << 18
     """Activations that are kept on the devices and drawn from in random order; half of them are replaced each round."""
-    context: int = 128
+    context: Annotated[int, Range(2, MOST)] = 128
     """Tokens of a row of text."""
     rows: int = 128
     """Rows of text that are run through the model at once."""
-    rate: float | None = None
+    rate: Positive | None = None
     """Adam's learning rate (default: 2e-4 * sqrt(2^14 / F); that it falls so with F is from 2406.04093)."""
-    warmup: float = 0.02
+    warmup: Share = 0.02
     """Share of the steps over which the rate rises from zero."""
-    decay: float = 0.2
+    decay: Share = 0.2
     """Share of the steps, at the end, over which it falls to zero."""
-    aux_weight: float = 1 / 32
+    aux_weight: Weight = 1 / 32
     """Weight of the auxiliary loss of dead latents; 0 for none."""
     aux_k: int | None = None
     """Dead latents that take part in it per token (default: D / 2)."""
-    dead_after: int | None = None
+    dead_after: Large | None = None
     """Activations without firing after which a latent is dead (default: 10 million, at most 1/20 of all)."""
-    l0_weight: float = 1.0
+    l0_weight: Weight = 1.0
     """Of jumprelu: weight of the penalty that holds the mean number of active latents at k."""
-    bandwidth: float = 0.03
+    bandwidth: Positive = 0.03
     """Of jumprelu: width of the window in which thresholds feel a gradient, in mean norms of the activations
     (2407.14435 has 0.001, for billions of activations)."""
-    seed: int = 0
+    seed: Seed = 0
     """Of initial weights, texts and order."""
 
     @property
@@ -114,14 +115,11 @@ class Recipe:
 
     def check(self) -> None:
         """Raise ``UserError`` for numbers that cannot work."""
+        check_ranges(self)
         if self.pool % (2 * self.batch) or self.pool < 2 * self.batch:
             raise UserError(f"pool={self.pool} must be a multiple of twice the batch (2 x {self.batch}).")
         if not 1 <= self.k <= self.latents:
             raise UserError(f"k={self.k} active latents do not go with {self.latents} latents.")
-        if self.context < 2 or self.rows < 1:
-            raise UserError(f"rows={self.rows} of context={self.context} tokens hold nothing to train on.")
-        if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1):
-            raise UserError("warmup and decay are shares of the steps, from 0 to 1.")
 
 
 @struct.dataclass

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from jaxsteer.errors import UserError
 from jaxsteer.prompt_search import ALGORITHMS, Search
 from jaxsteer.prompt_search.algorithms.probe_sampling import ProbeSampling
+from jaxsteer.ranges import CountFrom0, Seed
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "default": {
@@ -53,7 +54,7 @@ class AlgorithmOptions:
     """Objective in the stream's own units, not in standard deviations over random prompts (default no, paper yes)."""
     restarts: int = 1
     """Independent populations, searched side by side."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the search."""
     population: int | None = None
     """Prompts per population, one fluency weight each (epo and mutation: default 8, paper 16)."""
@@ -65,7 +66,7 @@ class AlgorithmOptions:
     """Of epo and mutation: steps between restarts from the best member (default 25, paper 50)."""
     search_width: int | None = None
     """Of gcg: children per step (default 128, paper 512)."""
-    buffer: int | None = None
+    buffer: CountFrom0 | None = None
     """Of gcg: prompts kept; with 0 the best child goes on even if it is worse (default 0)."""
     replace: int | None = None
     """Of gcg and mutation: tokens replaced in every child (default 1)."""

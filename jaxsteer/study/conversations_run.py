@@ -25,8 +25,8 @@ from jaxsteer.prompt_search.rescore import rescore
 from jaxsteer.prompts import load_conversations
 from jaxsteer.study import files
 from jaxsteer.study.named_objectives import NamedObjective, named_objective
-from jaxsteer.study.objective_stage import RANDOM, Say, direction_of_file, task_of
-from jaxsteer.study.options import ObjectiveOptions, SearchOptions
+from jaxsteer.study.objective_stage import Say, direction_of_file, task_of
+from jaxsteer.study.options import RANDOM, ObjectiveOptions, SearchOptions
 from jaxsteer.study.outcome import random_prompt, select
 from jaxsteer.study.results import Prompt, SearchRun
 from jaxsteer.study.run_folder import opened

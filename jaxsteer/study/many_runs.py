@@ -28,8 +28,8 @@ from jaxsteer.prompts import prompt_text
 from jaxsteer.sae import load_sae
 from jaxsteer.study import files
 from jaxsteer.study.named_objectives import named_objective
-from jaxsteer.study.objective_stage import RANDOM, ChosenObjective, Say, choose_objectives, try_objective
-from jaxsteer.study.options import ContextOptions, ObjectiveOptions, SearchOptions, from_flat
+from jaxsteer.study.objective_stage import ChosenObjective, Say, choose_objectives, try_objective
+from jaxsteer.study.options import RANDOM, ContextOptions, ObjectiveOptions, SearchOptions, from_flat
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.problem_table import COLUMNS, rows_of
 from jaxsteer.study.results import SearchRun, Timing

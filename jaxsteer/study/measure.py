@@ -32,6 +32,7 @@ from jaxsteer.personas import Dataset, Item, OpenQuestion, Persona, load_dataset
 from jaxsteer.personas.sources import find_source
 from jaxsteer.processes import is_first
 from jaxsteer.prompts import Placement, Turns
+from jaxsteer.ranges import Seed, check_ranges
 from jaxsteer.study.bars import load, progress_bar
 from jaxsteer.study.files import write_json
 from jaxsteer.study.measurement import Measured, Measurement, PromptEffects
@@ -70,7 +71,7 @@ class MeasureOptions:
     """Which questions."""
     questions: int | None = None
     """At most this many of them (default: all)."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Seed of the division into train, validation and test questions."""
     per_token: bool | None = None
     """Compare answers by their log-probability per token, which matters where they differ in length (default: where
@@ -110,8 +111,7 @@ class Questions:
 
 def questions_of(persona: str | Persona | Dataset, options: MeasureOptions) -> Questions:
     """The questions that ``options`` ask for. Raises ``UserError`` where there is nothing to do with them."""
-    if options.questions is not None and options.questions < 1:
-        raise UserError(f"--questions must be at least 1, got {options.questions}")
+    check_ranges(options)
     if isinstance(persona, str):
         source = find_source(persona) or find_source(persona.partition(":")[0])
         persona = load_dataset(persona) if source is not None and source.kind == "open" else load_persona(persona)

@@ -32,7 +32,7 @@ from jaxsteer.prompt_search import Combination, Task, TokenMask, check_objective
 from jaxsteer.prompts import Slots, first_allowed
 from jaxsteer.sae import SAE, latents_objective
 from jaxsteer.study.bars import progress_bar
-from jaxsteer.study.options import ObjectiveOptions, RunOptions
+from jaxsteer.study.options import RANDOM, ObjectiveOptions, RunOptions
 from jaxsteer.study.probe import (
     ROUNDS,
     WARNS,
@@ -52,8 +52,6 @@ from jaxsteer.study.setting import PersonaSetting, Setting, context_items
 
 log = logging.getLogger(__name__)
 
-RANDOM = "random:"
-"""What ``--direction`` begins with for a random one."""
 
 Say = Callable[[str], None]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -15,6 +16,7 @@ from typing import Any, Literal, get_type_hints
 from jaxsteer.errors import UserError
 from jaxsteer.prompt_search import Combination
 from jaxsteer.prompts import Placement
+from jaxsteer.ranges import Positive, Seed, Weight, check_ranges
 from jaxsteer.study.algorithm import SIZES, AlgorithmOptions, flag
 from jaxsteer.study.files import RunDir
 from jaxsteer.study.initial_prompts import listed_texts, texts_of
@@ -59,7 +61,7 @@ class ContextOptions:
     read_position: Literal["published", "matched", "decision"] = "decision"
     """The token at which direction and objective are read: published (end of answer, end of prompt), matched (end of
     answer for both), decision (where the answer is decided; needs cue sentences)."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Seed of the division into train, validation and test questions."""
 
     @property
@@ -110,7 +112,7 @@ class ScoringOptions:
     combine: Literal["mean", "worst", "soft-min"] = "mean"
     """What a search raises of the objective's values in its contexts: their mean, the worst of them, or their soft
     minimum, which lies between the two."""
-    combine_temperature: float = 1.0
+    combine_temperature: Positive = 1.0
     """Of soft-min: contexts that differ by much less count alike, by much more the worst counts; in the objective's
     units."""
     batch: int | None = None
@@ -197,10 +199,10 @@ class RunOptions:
     out: RunDir
     """Directory of the run's files, or its URL in an object store: gs://BUCKET/run, s3://BUCKET/run (docs/pods.md).
     Must not hold another run's; a finished run of the same options is kept."""
-    memory_gib: float | None = None
+    memory_gib: Positive | None = None
     """Memory that the search may use per device (default: nine tenths of an accelerator's, half of what is free on
     CPU)."""
-    save_every: float = 60.0
+    save_every: Weight = 60.0
     """Seconds between two checkpoints of the search."""
     resume: bool = False
     """Go on where an earlier search in this directory was cut off, if there is one."""
@@ -210,6 +212,8 @@ class RunOptions:
 
 LEAST_PROBED = 8
 """Fewer random prompts tell nothing."""
+RANDOM = "random:"
+"""What ``--direction`` begins with for a random one."""
 OF_A_PERSONA = ("persona", "style", "slot", "contexts", "select", "draft", "method", "probe")
 """Options that mean nothing for conversations of the user's own."""
 
@@ -281,23 +285,22 @@ KINDS: dict[str, Any] = {name: kind for options in STAGES.values() for name, kin
 """Name of an option -> its type."""
 
 
-AT_LEAST_1 = """population children steps top_k restart_every contexts restarts report_prompts batch
-    latents""".split()
-
-
 def _check(options: SearchOptions) -> None:
     """Raise ``UserError`` for values that make no search, and for options that contradict each other."""
+    check_ranges(options)
     flat, algorithm, objective, prompt = options.flat(), options.algorithm, options.objective, options.prompt
     if prompt.varies and (algorithm.algorithm not in ("epo", "mutation") or (algorithm.replace or 1) > 1):
         raise UserError(
             f"--prompt-length {prompt.prompt_length} inserts and deletes single tokens, which --algorithm epo and "
             "mutation do (without --replace): give one length, or one of these"
         )
-    for name in AT_LEAST_1:
-        if flat[name] is not None and flat[name] < 1:
-            raise UserError(f"{flag(name)} must be at least 1, got {flat[name]}")
     algorithm.make_search()
     several = options.problems.several
+    if "" in prompt.ban:
+        raise UserError("--ban names an empty text, which every prompt holds: give the texts that none may hold")
+    direction = objective.direction or ""
+    if direction.startswith(RANDOM) and not re.fullmatch(r"\d{1,18}", direction.removeprefix(RANDOM)):
+        raise UserError(f"--direction random:N takes a whole number N, got {direction!r}")
     saega, named = objective.method == "saega", bool(objective.objective or objective.target)
     if objective.direction is not None and saega:
         raise UserError("--direction is an option of --method resga")
@@ -319,8 +322,6 @@ def _check(options: SearchOptions) -> None:
             f"--combine-temperature must be above 0 and belongs to --combine soft-min, got {temperature} with "
             f"--combine {combine}"
         )
-    if options.run.memory_gib is not None and not options.run.memory_gib > 0:
-        raise UserError(f"--memory-gib must be above 0, got {options.run.memory_gib}")
     own = options.contexts.conversations is not None
     if several and (algorithm.draft is not None or own):
         name = "--draft serves" if algorithm.draft is not None else "--conversations serve"

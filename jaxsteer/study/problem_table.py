@@ -71,16 +71,16 @@ def _product(vary: Sequence[str]) -> list[dict[str, Any]]:
 def _values(name: str, text: str, entry: str) -> list[Any]:
     if name not in NUMBERS:
         return [text.strip()]
+    low, colon, high = text.partition(":")
     try:
-        if ":" in text:
-            low, high = text.split(":")
-            found = list(range(int(low), int(high)))
-            if not found:
-                raise ValueError
-            return found
-        return [int(text)]
+        first, end = int(low), int(high if colon else low) + (not colon)
     except ValueError:
-        raise UserError(f"--vary {entry}: {text!r} is neither a number nor a range A:B with A below B") from None
+        first, end = 0, 0
+    if first >= end:
+        raise UserError(f"--vary {entry}: {text!r} is neither a number nor a range A:B with A below B")
+    if end - first > MOST:
+        raise UserError(f"--vary {entry} makes {end - first} searches; at most {MOST} are possible")
+    return list(range(first, end))
 
 
 def _read(path: Path) -> list[dict[Any, Any]]:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from jaxsteer.personas import (
     split,
 )
 from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
+from jaxsteer.ranges import CountFrom0, Positive, Range, Seed, check_ranges
 from jaxsteer.steer import Edit, add, mean_norms
 from jaxsteer.study import files
 from jaxsteer.study.bars import load, progress_bar
@@ -67,13 +68,13 @@ class SweepOptions:
     difference of means over train questions is made here."""
     read_position: Literal["published", "matched", "decision"] = "decision"
     """Where such a direction is read (decision needs cue sentences)."""
-    layers: tuple[int, ...] = ()
+    layers: tuple[Annotated[int, Range(0)], ...] = ()
     """Blocks after which to steer, counted from 0 (default: every block)."""
     coefficients: tuple[float, ...] = (-1.0, -0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 1.0)
     """In units of the mean norm of the stream at the site. Positive leads away from the persona."""
     positions: Literal["all", "prompt", "last", "response", "last_and_response"] = "all"
     """Tokens to steer: all but the first, the prompt's, its last one, the response's, or the last two together."""
-    controls: int = 1
+    controls: CountFrom0 = 1
     """Random directions of the same norms, as a control."""
     style: Literal["chat", "plain"] = "chat"
     """Chat template of the model, or plain text."""
@@ -82,11 +83,11 @@ class SweepOptions:
     neutral: Path | None = None
     """Text file, one request per line, to measure side effects on (default: 32 everyday requests; on an organism,
     sentences of its own world)."""
-    max_kl: float = 0.5
+    max_kl: Positive = 0.5
     """A setting is only chosen if its divergence on neutral text stays below this, in nats per token."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the control directions."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Seed of the division into train, validation and test questions."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights; by default float32 on CPU and the checkpoint's own elsewhere."""
@@ -177,13 +178,9 @@ def _measure(
 
 
 def _check(options: SweepOptions) -> None:
-    for name in ("questions", "max_kl"):
-        if not getattr(options, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(options, name)}")
-    if options.controls < 0:
-        raise UserError(f"--controls must be 0 or more, got {options.controls}")
-    if not options.coefficients or not np.isfinite(options.coefficients).all():
-        raise UserError(f"--coefficients must be finite numbers, got {options.coefficients}")
+    check_ranges(options)
+    if not options.coefficients:
+        raise UserError("--coefficients names no value: give at least one")
     for name in ("coefficients", "layers"):
         values = getattr(options, name)
         if len(set(values)) < len(values):
@@ -299,7 +296,7 @@ def _known_rows(path: Path) -> dict[int, tuple[SweepRow, ...]]:
     return {layer: rows for layer, rows in known.items() if all(row.n is not None for row in rows)}
 
 
-def choose(rows: Sequence[SweepRow], max_kl: float) -> SweepRow | None:
+def choose(rows: Sequence[SweepRow], max_kl: Positive) -> SweepRow | None:
     """The best setting of the persona's direction by ``lowest_rate``, equal rates settled by the lower KL.
 
     None if all are too disturbing or a letter collapse.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxsteer.cli import main
+from jaxsteer.cli.commands import parse
 
 
 @pytest.fixture
@@ -111,11 +112,40 @@ def test_output_directory_of_another_run(fails, model_dir: Path, tmp_path: Path)
         (("convert", "nowhere", "out"), "nowhere"),
         (("convert", "nowhere", "gs://bucket/out"), "only search writes"),
         (("sae", "train", "--site", "x", "--latents", "8", "--out", "s3://bucket/out"), "only search writes"),
+        (("generate", "x", "--samples", "100000000000"), "--samples must be at most 1048576"),
+        (("generate", "x", "--seed", "9223372036854775808"), "--seed must be at most 9223372036854775807"),
+        (("generate", "x", "--seed", "-1"), "--seed must be at least 0"),
+        (("generate", "x", "--top-p", "0"), "--top-p must be above 0"),
+        (("chat", "--temperature", "nan"), "--temperature must be a finite number, got nan"),
+        (("eval", "-p", "x", "--coefficient", "inf"), "--coefficient must be a finite number"),
+        (("steer", "sweep", "--out", "x", "--coefficients", "1", "nan"), "--coefficients must be a finite number"),
+        (("sae", "train", "--site", "x", "--latents", "8", "--out", "x", "--rate", "-1"), "--rate must be above 0"),
+        (("sae", "eval", "--sae", "x", "--rows", "-2"), "--rows must be at least 1"),
+        (("sae", "explore", "--sae", "x", "--latents", "1", "-3"), "--latents must be at least 0"),
+        (("data", "show", "x", "--examples", "-1"), "--examples must be at least 0"),
+        (("direction", "probe", "--split-seed", "-5"), "--split-seed must be at least 0"),
+        (("plan", "--model", "x", "--topology", "v5e:2x2", "--problems", "0"), "--problems must be at least 1"),
+        (("plan", "--model", "organism:llama", "--topology", "cpu:99999999"), "N is at most 1024"),
+        (("search", "--mesh-model", "0"), "--mesh-model must be at least 1"),
+        (("search", "--children", "100000000000"), "--children must be at most"),
+        (("search", "--ban", ""), "--ban names an empty text"),
+        (("search", "--direction", "random:x", "--site", "blocks.1.hook_resid_post"), "random:N takes a whole number"),
+        (("search", "--vary", "seed=0:1000000000000"), "makes 1000000000000 searches"),
+        (("search", "--vary", "seed=9223372036854775808"), "--seed must be at most"),
     ],
 )
 def test_other_refusals(fails, tmp_path: Path, argv: tuple[str, ...], message: str) -> None:  # noqa: ANN001
     extra = ("--out", tmp_path / "run") if argv[0] == "search" else ()
     assert message in fails(*argv, *extra)
+
+
+def test_lists_that_are_given_several_times_are_one() -> None:
+    found = parse(["eval", "-p", "A", "--split", "all", "--prompts=B", "C", "-p", "D", "--steer_sites", "x"])
+    assert found.prompts == ("A", "B", "C", "D") and found.split == "all" and found.steer_sites == ("x",)
+    sweep = parse(["steer", "sweep", "--out", "x", "--layers", "1", "--coefficients", "-1", "--layers", "2"]).action
+    assert sweep.layers == (1, 2) and sweep.coefficients == (-1.0,)
+    assert parse(["sae", "explore", "--sae", "x", "--latent", "3", "--latents", "5"]).action.latents == (3, 5)
+    assert parse(["search", "--out", "x", "--ban", "a", "--ban", "b"]).options.prompt.ban == ("a", "b")
 
 
 @pytest.mark.parametrize("argv", [("search",), ("bogus",), ("search", "--out", "x", "--fluency", "purple"), ()])

@@ -247,10 +247,10 @@ def test_what_does_not_fit_is_refused_before_any_work() -> None:
         run(model, [np.zeros(0, np.int32)])
     with pytest.raises(jaxsteer.UserError, match="lie in 0 ... 66"):
         run(model, [np.asarray([67], np.int32)])
-    with pytest.raises(jaxsteer.UserError, match="max_new_tokens must be at least 1, got 0"):
+    with pytest.raises(jaxsteer.UserError, match="--max-new-tokens must be at least 1, got 0"):
         run(model, new=0)
     with pytest.raises(jaxsteer.UserError, match="made for 3 rows; 4 prompts x 1 samples are 4"):
         run(model, edits=push(1, response_only=False, rows=3))
     for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.2}, {"top_k": -1}):
-        with pytest.raises(jaxsteer.UserError, match=next(iter(bad))):
+        with pytest.raises(jaxsteer.UserError, match=next(iter(bad)).replace("_", "-")):
             Decoding(**bad)

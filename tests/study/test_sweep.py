@@ -129,10 +129,10 @@ def test_the_choice_keeps_the_limits() -> None:
     [
         ({"layers": (5,)}, "layers 0 to"),
         ({"layers": (1, 1)}, "twice"),
-        ({"coefficients": ()}, "finite"),
+        ({"coefficients": ()}, "no value"),
         ({"coefficients": (float("nan"),)}, "finite"),
-        ({"max_kl": 0.0}, "greater than 0"),
-        ({"controls": -1}, "0 or more"),
+        ({"max_kl": 0.0}, "above 0"),
+        ({"controls": -1}, "at least 0"),
         ({"neutral": Path("/nonexistent.txt")}, "cannot be read"),
     ],
 )

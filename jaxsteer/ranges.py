@@ -1,0 +1,67 @@
+"""Ranges of numbers in options: part of a field's type, checked by one function for all commands.
+
+``seed: Seed = 0`` or ``share: Annotated[float, Range(0, 1)] = 0.5``. A whole number without a range is a count, a float
+without one is finite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Annotated, Any, get_args, get_type_hints
+
+from jaxsteer.errors import UserError
+
+MOST = 1 << 20
+"""Of things that are counted one by one: more are no use, and no machine holds them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``, both included, or ``above`` the lower one."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def refusal(self, value: float) -> str:
+        """What is wrong with a number, or ""."""
+        if self.low <= value <= self.high and math.isfinite(value) and not (self.above and value == self.low):
+            return ""
+        if not math.isfinite(value):
+            return f"must be a finite number, got {value}"
+        bound = f"at most {self.high}" if value > self.high else f"{'above' if self.above else 'at least'} {self.low}"
+        return f"must be {bound}, got {value}"
+
+
+COUNT, FINITE = Range(1, MOST), Range()
+Seed = Annotated[int, Range(0, (1 << 63) - 1)]
+CountFrom0 = Annotated[int, Range(0, MOST)]
+"""A count that may be 0."""
+Large = Annotated[int, Range(1, 1 << 50)]
+"""A number of tokens or bytes, of which there may be any."""
+Positive = Annotated[float, Range(0, above=True)]
+Weight = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+
+
+def check_ranges(options: Any) -> None:
+    """Raise ``UserError`` for the first number of an options dataclass that is out of its range; also in those that it
+    holds."""
+    hints = get_type_hints(type(options), include_extras=True)
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            allowed = _range(hints[field.name]) or (COUNT if isinstance(number, int) else FINITE)
+            if why := allowed.refusal(number):
+                raise UserError(f"--{field.name.replace('_', '-')} {why}")
+
+
+def _range(hint: Any) -> Range | None:
+    """The range that stands in a type, also inside of a union or a tuple."""
+    inner = (*getattr(hint, "__metadata__", ()), *map(_range, get_args(hint)))
+    return next((part for part in inner if isinstance(part, Range)), None)
