@@ -80,6 +80,11 @@ def finish(
             more = {"missing": absent, "quick": args.quick, "command": command}
             found = document(experiment, title, table, ordered, judge(ordered, absent), **more)
             text = write_study(table.out, found, ordered, columns)
+    except KeyboardInterrupt:
+        print(
+            f"Interrupted. What is done stands in {table.out}; the same command goes on with the rest.", file=sys.stderr
+        )
+        return 130
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

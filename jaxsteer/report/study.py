@@ -282,9 +282,10 @@ def _cut_off(path: Path, table: Mapping[str, Any], study: Study | None) -> str |
         missing = "; ".join(f"{kind} ({count})" for kind, count in study.missing.items())
         text = f"Interrupted: {study.searched} of {study.problems} problems were searched."
         return text + (f" Missing: {missing}." if missing else "")
-    if study is None and not table and (path / "config.json").is_file():
+    if study is None and not table and ((path / "config.json").is_file() or (path / "cells").is_dir()):
         return (
-            "Cut off: there is no metrics.json, only the runs that were finished. Run the search again with --resume."
+            "Cut off: there is neither metrics.json nor results.json, only the runs that were finished. Run the same "
+            "command again (jaxsteer search with --resume)."
         )
     return None
 

@@ -266,7 +266,7 @@ def _effects_table(rows: Sequence[tuple[str, PromptEffects]]) -> str:
                 f"{found.kl:.3f}",
                 f"{found.reply_perplexity:.2f}",
                 "–" if prompt is None else f"{prompt:.3g}",
-                *((percent(asked.accuracy), _p(asked)) if asked else ()),
+                *((f"{percent(asked.accuracy)} ({ends(asked.ci95)})", _p(asked)) if asked else ()),
             )
         )
     note = (
