@@ -197,7 +197,8 @@ def score_texts(
     out = np.full((n_variants, len(groups), per_group, n_answers), np.nan, np.float32)
     shards = 1 if mesh is None else mesh.shape["prompts"]
     size = max(1, rows // per_group)
-    size = min(-(-size // shards), -(-len(groups) // shards)) * shards
+    size = -(-len(groups) // -(-len(groups) // size))  # equal batches: 24 groups in two of 12, not 16 and 8 padded
+    size = -(-size // shards) * shards
     starts = [_shared_start(group) for group in groups]
     rows_of = [[_pack(text, start) for text in group] for group, start in zip(groups, starts, strict=True)]
     widest = _widths(starts, [row for packed in rows_of for row in packed])

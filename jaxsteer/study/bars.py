@@ -37,8 +37,8 @@ def progress_bar(what: str, total: float | None = None, *, unit: str = "it", qui
         yield lambda done, total=None, **shown: None
         return
     drawn = sys.stderr.isatty() or "ipykernel" in sys.modules
-    bar = tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "tok", leave=False, disable=not drawn)
-    bar.bar_format = None if total else UNKNOWN
+    shape: Any = {"unit": unit, "unit_scale": unit == "tok", "bar_format": None if total else UNKNOWN}
+    bar = tqdm(total=total, desc=what, leave=False, disable=not drawn, **shape)
     begun, done, ended = time.monotonic(), 0.0, threading.Event()
 
     def advance(now: float, total: float | None = None, **shown: Any) -> None:

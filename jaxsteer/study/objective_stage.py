@@ -104,7 +104,8 @@ def choose_objectives(
     if isinstance(options.probe, int):
         extent = dataclasses.replace(extent, prompts=options.probe)
     elif budget is not None:
-        most = budget // rows_per_prompt(context_items(setting.splits.validation, PROBE_ITEMS))
+        # A row for behaviour, and about one for the objective.
+        most = budget // (2 * rows_per_prompt(context_items(setting.splits.validation, PROBE_ITEMS)))
         extent = dataclasses.replace(extent, prompts=max([ROUNDS[0], *(n for n in ROUNDS if n <= most)]))
     if setting.named is not None:
         found = [_named(setting, options, setting.named.name, extent)] * len(sites)
