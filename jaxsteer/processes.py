@@ -10,13 +10,21 @@ One process is the special case in which nothing here does anything.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import logging
 import os
+import select
+import socket
 import sys
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -28,10 +36,14 @@ log = logging.getLogger(__name__)
 
 PREEMPTED = 143
 """Exit status of processes that were told to end and can go on later, as a shell has it for SIGTERM."""
-HEARTBEAT_S = 60
+HEARTBEAT_S = 25
 """A process that was not heard of for so long is taken for dead, and all others end."""
-_JOIN_S = 300
+JOIN_S = 300
+"""Processes that have not found each other after so long end."""
+LOST = 70
+"""Exit status of processes that end because another one has."""
 _GRACE_S = 5
+_HELLO_S = 10
 _barriers, _looks = itertools.count(), itertools.count()
 
 
@@ -71,8 +83,10 @@ def coordinates_of(flags: Coordinates, environment: Mapping[str, str] = os.envir
     if not 0 <= process < number:  # type: ignore[operator]
         raise UserError(f"--process-id must be 0 to {number - 1} of --num-processes {number}, got {process}")  # type: ignore[operator]
     host, _, port = str(coordinates.coordinator).rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"--coordinator expects HOST:PORT of process 0, got {coordinates.coordinator!r}")
+    if not host or not (port.isascii() and port.isdigit() and 0 < int(port[:9]) < 1 << 16):
+        raise UserError(
+            f"--coordinator expects HOST:PORT of process 0, the port from 1 to 65535, got {coordinates.coordinator!r}"
+        )
     return coordinates
 
 
@@ -92,19 +106,24 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
     return slurm or kubernetes or tpu
 
 
-def join(coordinates: Coordinates | None, *, heartbeat_s: int = HEARTBEAT_S) -> None:
+def join(coordinates: Coordinates | None, arguments: Sequence[str] = (), *, seconds: float = JOIN_S) -> None:
     """Find the other processes (``jax.distributed``). To be called before anything asks JAX for a device.
 
-    Raises ``UserError`` when they cannot be found within five minutes.
+    ``arguments`` are those of the command, which must be the same in all processes, with equal contents of the files
+    that they name. From here on a process that ends without the others ends them too: where process 0 has an address,
+    at once and with one line, otherwise when JAX misses its heartbeat. Raises ``UserError`` in all processes when they
+    differ, and when they cannot be found within ``seconds``.
     """
     if coordinates is None:
         return
+    same = _digest(arguments)
+    peers = {} if coordinates == Coordinates() else _meet(coordinates, same, seconds)
     try:
         jax.distributed.initialize(
             *coordinates,
-            initialization_timeout=_JOIN_S,
-            heartbeat_timeout_seconds=heartbeat_s,
-            shutdown_timeout_seconds=_JOIN_S,
+            initialization_timeout=JOIN_S,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=JOIN_S,
         )
     except (RuntimeError, ValueError) as error:
         # On a TPU VM of which no cluster is known:
@@ -118,6 +137,152 @@ def join(coordinates: Coordinates | None, *, heartbeat_s: int = HEARTBEAT_S) -> 
             f"the processes could not find each other ({where}: {reason}). Start the same command on all hosts, let "
             "them reach process 0 at --coordinator HOST:PORT, or use --num-processes 1 to run alone"
         ) from error
+    if peers:
+        _end_with(peers)
+    else:
+        try:
+            wait_for_all(f"same-{same}", seconds=HEARTBEAT_S)
+        except Exception as error:
+            raise UserError(_DIFFERENT.format(which="the processes")) from error
+
+
+_DIFFERENT = "{which} were started with other options, files or versions: start the same command on all hosts"
+
+
+def _digest(arguments: Sequence[str]) -> str:
+    """A hash of what must be the same in all processes: options, contents of small files among them, versions."""
+    from jaxsteer import __version__
+
+    known: list[Any] = [__version__, jax.__version__]
+    for argument in arguments:
+        known.append(argument)
+        with contextlib.suppress(OSError, ValueError):  # most are no files
+            path = Path(argument.rpartition("=")[2])
+            if path.is_file() and path.stat().st_size < 1 << 20:
+                known.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+# Processes that meet at the address of process 0 before JAX does, whose own waiting ends in a crash of the process
+
+
+def _meet(coordinates: Coordinates, same: str, seconds: float) -> dict[int, socket.socket]:
+    """Connections to the others: of process 0 to all, of all to process 0. Raises ``UserError``."""
+    address, count, number = coordinates
+    assert address is not None and count is not None and number is not None
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + seconds
+    if number:
+        return {0: _greet(host.strip("[]"), int(port), {"process": number, "of": count, "same": same}, until, seconds)}
+    peers: dict[int, socket.socket] = {}
+    try:
+        _gather(int(port), count, same, peers, until, seconds)
+        verdict = ""
+    except UserError as error:
+        verdict = str(error)
+    for peer in peers.values():
+        with contextlib.suppress(OSError):
+            peer.sendall(json.dumps({"error": verdict}).encode() + b"\n")
+    if verdict:
+        raise UserError(verdict)
+    return peers
+
+
+def _gather(port: int, count: int, same: str, peers: dict[int, socket.socket], until: float, seconds: float) -> None:
+    """Wait in process 0 for all others, which are added to ``peers``."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        server = socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=min(count, 1024))
+    except OSError as error:
+        raise UserError(
+            f"process 0 cannot listen at port {port} ({error.strerror}): give all processes another --coordinator "
+            "HOST:PORT, with a port that no other program of this host uses"
+        ) from None
+    different: set[int] = set()
+    with server:
+        while missing := sorted(set(range(1, count)) - set(peers)):
+            server.settimeout(max(until - time.monotonic(), 0.001))
+            try:
+                peer, _ = server.accept()
+                peer.settimeout(_HELLO_S)
+                hello = json.loads(peer.makefile("rb").readline(1 << 10))
+                number = int(hello["process"])
+            except TimeoutError:
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"of {count} processes these were not heard of within {seconds:g} s: "
+                        f"{', '.join(map(str, missing[:8]))}. Start the same command on all hosts, with the same "
+                        "--coordinator, or use --num-processes 1 to run alone"
+                    ) from None
+                continue
+            except (OSError, ValueError, LookupError, TypeError):  # somebody else
+                continue
+            if number in missing:
+                peers[number] = peer
+            if number not in missing or hello.get("same") != same or hello.get("of") != count:
+                different.add(number)
+    if different:
+        which = f"processes {', '.join(map(str, sorted(different)))} and process 0"
+        raise UserError(_DIFFERENT.format(which=which))
+
+
+def _greet(host: str, port: int, hello: dict[str, Any], until: float, seconds: float) -> socket.socket:
+    """The connection to process 0, which has heard of everybody."""
+    reason = "no answer"
+    while (left := until - time.monotonic()) > 0:
+        try:
+            peer = socket.create_connection((host, port), timeout=min(left, _HELLO_S))
+            peer.sendall(json.dumps(hello).encode() + b"\n")
+            peer.settimeout(max(until + _HELLO_S - time.monotonic(), 1))  # process 0 may have begun later
+            answer = json.loads(peer.makefile("rb").readline(1 << 16))
+            if answer["error"]:
+                raise UserError(answer["error"])
+            return peer
+        except UserError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            reason = str(error) or type(error).__name__
+            time.sleep(0.2)
+    raise UserError(
+        f"process 0 was not found at {host}:{port} within {seconds:g} s ({reason}). Start the same command on all "
+        "hosts, let them reach process 0 at --coordinator HOST:PORT, or use --num-processes 1 to run alone"
+    )
+
+
+def _end_with(peers: Mapping[int, socket.socket]) -> None:
+    """End this process when the connection to another one breaks before that says that it ends well."""
+    for peer in peers.values():
+        peer.settimeout(None)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2)):  # a host may be lost
+            if hasattr(socket, name):
+                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def watch() -> None:
+        left = dict(peers)
+        while left:
+            ready = select.select(list(left.values()), [], [])[0]
+            for number in [number for number, peer in left.items() if peer in ready]:
+                word = b""
+                with contextlib.suppress(OSError):
+                    word = left[number].recv(8)
+                if word != _WELL:
+                    text = f"jaxsteer: error: process {number} has ended, and this one with it: start the same command"
+                    print(f"{text} again on all hosts", file=sys.stderr, flush=True)
+                    os._exit(LOST)
+                del left[number]
+
+    def say_well() -> None:
+        for peer in peers.values():
+            with contextlib.suppress(OSError):
+                peer.sendall(_WELL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    atexit.register(say_well)
+
+
+_WELL = b"well"
 
 
 def leave(status: int) -> None:

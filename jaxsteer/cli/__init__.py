@@ -181,7 +181,7 @@ def join_processes(arguments: list[str]) -> list[str]:
 
     from jaxsteer.processes import Coordinates, coordinates_of, join
 
-    join(coordinates_of(Coordinates(given.coordinator, given.num_processes, given.process_id)))
+    join(coordinates_of(Coordinates(given.coordinator, given.num_processes, given.process_id)), rest)
     return rest
 
 

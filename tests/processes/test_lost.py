@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from jaxsteer.processes import HEARTBEAT_S, PREEMPTED
+from jaxsteer.processes import LOST, PREEMPTED
 from tests.helpers.several import Group, results
 from tests.processes.test_together import same
 
 pytestmark = pytest.mark.slow
 
 COMMAND = [sys.executable, "-m", "tests.helpers.several"]
-IN_TIME = HEARTBEAT_S + 30
-"""Until the last one has ended: the heartbeat, and some for machines that are busy."""
+IN_TIME = 30
+"""Seconds until the last one has ended."""
 
 
 def step(out: Path) -> int:
@@ -27,26 +27,23 @@ def step(out: Path) -> int:
     return int(text) if text else 0
 
 
-def cut_off(out: Path, number: int, kind: signal.Signals) -> tuple[list[int], list[str], float]:
-    """Statuses, words and seconds of two processes of which one got a signal in the midst of its search."""
+def cut_off(out: Path, number: int, kind: signal.Signals) -> tuple[list[int], list[str]]:
+    """Statuses and words of two processes of which one got a signal in the midst of its search."""
     with Group([*COMMAND, str(out), "long"], 2, out=out, devices=2) as group:
         until = time.monotonic() + 300
         while step(out) < 60 and time.monotonic() < until and not any(p.poll() for p in group.processes):
             time.sleep(0.05)
-        began = time.monotonic()
         group.processes[number].send_signal(kind)
         statuses = group.wait(IN_TIME)
-        took = time.monotonic() - began
-    return statuses, [group.said(i) for i in range(2)], took
+    return statuses, [group.said(i) for i in range(2)]
 
 
 def test_killed_and_told_to_end_and_resumed(tmp_path: Path) -> None:
     alone = results(["long"], 1, tmp_path / "whole", devices=4, seconds=500)["long"][0]
 
     out = tmp_path / "killed"
-    statuses, said, _ = cut_off(out, 1, signal.SIGKILL)
-    assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, None)
-    assert "another task died" in said[0] or "Gloo" in said[0], said[0]
+    statuses, said = cut_off(out, 1, signal.SIGKILL)
+    assert statuses == [LOST, -signal.SIGKILL] and "process 1 has ended, and this one with it" in said[0], said[0]
     assert 0 < step(out) < 400, "it was cut off in the midst"
     shutil.copytree(out, tmp_path / "copy")
     # The same number goes on, and, from the same files, one process.
@@ -54,15 +51,52 @@ def test_killed_and_told_to_end_and_resumed(tmp_path: Path) -> None:
         same(found, alone)
     same(results(["long"], 1, tmp_path / "copy", devices=1, seconds=500)["long"][0], alone)
 
-    # Of the first process the others know at once that it has died.
-    statuses, said, took = cut_off(tmp_path / "first", 0, signal.SIGKILL)
-    assert statuses[0] == -signal.SIGKILL and statuses[1] not in (0, None)
-    assert took < 30, said[1]
+    statuses, said = cut_off(tmp_path / "first", 0, signal.SIGKILL)
+    assert statuses == [-signal.SIGKILL, LOST], said[1]
 
     out = tmp_path / "told"
-    statuses, said, _ = cut_off(out, 1, signal.SIGTERM)
+    statuses, said = cut_off(out, 1, signal.SIGTERM)
     assert statuses == [PREEMPTED, PREEMPTED], "\n".join(said)
     saved = step(out)
     assert 0 < saved < 400 and f"saved at step {saved}" in said[0]
     for found in results(["long"], 2, out, devices=1, seconds=500)["long"]:
         same(found, alone)
+
+
+ENDINGS = """
+import os, sys, time
+from jaxsteer.cli import join_processes, status_of
+from jaxsteer.errors import UserError
+from jaxsteer.processes import is_first, wait_for_all
+
+def main(arguments):
+    (what,) = join_processes(arguments)
+    if what == "all fail" or what == "one fails" and not is_first():
+        raise UserError("this is no model")
+    if what == "a bug in the first" and is_first():
+        raise TypeError("of a kind")
+    if what != "all is well":
+        time.sleep(100)
+    wait_for_all()
+    return 0
+
+sys.exit(status_of(main, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "statuses", "says"),
+    [
+        ("all is well", [0, 0], ["", ""]),
+        ("all fail", [2, 2], ["jaxsteer: error: this is no model", "jaxsteer: error: this is no model"]),
+        ("one fails", [LOST, 2], ["jaxsteer: error: process 1 has ended", "jaxsteer: error: this is no model"]),
+        ("a bug in the first", [70, LOST], ["jaxsteer: bug: TypeError: of a kind", "error: process 0 has ended"]),
+    ],
+)
+def test_all_processes_end_with_one_message_each(
+    what: str, statuses: list[int], says: list[str], tmp_path: Path
+) -> None:
+    with Group([sys.executable, "-c", ENDINGS, what], 2, out=tmp_path) as group:
+        assert group.wait(60 if "well" in what else IN_TIME + 15) == statuses
+        for i, word in enumerate(says):
+            assert word in group.said(i) and group.said(i).count("jaxsteer:") == bool(word), group.said(i)
