@@ -254,25 +254,28 @@ def probe(
     first of which begins with the empty one, so that a prompt's numbers do not depend on when the probe ends. Raises
     ``UserError`` when nothing can be tokenised.
     """
-    slots = {}
-    for position in scorers:
-        conversations = search_conversations(items, position, placement=placement)
-        slots[position] = build_slots(
-            model.tokenizer,
-            [c for c, _ in conversations],
-            length,
-            read=[r for _, r in conversations],  # type: ignore[misc]
-            max_positions=model.config.max_positions,
+    with progress_bar("probe", unit="row", quiet=extent.quiet) as advance:
+        slots = {}
+        for position in scorers:
+            conversations = search_conversations(items, position, placement=placement)
+            slots[position] = build_slots(
+                model.tokenizer,
+                [c for c, _ in conversations],
+                length,
+                read=[r for _, r in conversations],  # type: ignore[misc]
+                max_positions=model.config.max_positions,
+            )
+        reference = slots["decision"] if "decision" in slots else next(iter(slots.values()))
+        n = max(extent.prompts, PROMPTS)
+        ids = probe_prompts(model.tokenizer, reference, allowed, cue_words(persona), n=n, seed=extent.seed)
+        ids = ids[: extent.prompts]
+        behaviour = _Behaviour(
+            model, items, ["", *(prompt_text(model.tokenizer, row) for row in ids)], placement, extent
         )
-    reference = slots["decision"] if "decision" in slots else next(iter(slots.values()))
-    n = max(extent.prompts, PROMPTS)
-    ids = probe_prompts(model.tokenizer, reference, allowed, cue_words(persona), n=n, seed=extent.seed)
-    ids = ids[: extent.prompts]
-    behaviour = _Behaviour(model, items, ["", *(prompt_text(model.tokenizer, row) for row in ids)], placement, extent)
-    objectives = {position: score(slots[position]) for position, score in scorers.items()}
-    found: dict[tuple[str, str], list[float]] = {}
-    told = False
-    with progress_bar("probe", behaviour.total, unit="row", quiet=extent.quiet) as advance:
+        objectives = {position: score(slots[position]) for position, score in scorers.items()}
+        found: dict[tuple[str, str], list[float]] = {}
+        told = False
+        advance(0, behaviour.total)
         for begin in range(0, len(ids) + 1, behaviour.size):
             begun, new = time.perf_counter(), behaviour.measure(begin, advance)
             part = ids[max(0, begin - 1) : begin + behaviour.size - 1]
