@@ -104,18 +104,16 @@ def build_slots(
         raise UserError(
             f"read must be 'slot_last' or 'input_last', once or per conversation ({len(conversations)}), got {read!r}"
         )
-    surroundings = tuple(_surroundings(tokenizer, c) for c in conversations)
-    before, closing = [], []
-    found: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}  # copies that differ in their read need one search
+    located: list[tuple[Surroundings, np.ndarray, np.ndarray]] = []
+    found: dict[tuple, tuple[Surroundings, np.ndarray, np.ndarray]] = {}  # copies that differ in their read: one search
     fillers = list(_words(tokenizer, spaced=True))
-    heads = fillers if all(s.first != "strip" for s in surroundings) else list(_words(tokenizer, spaced=False))
-    for conversation, around in zip(conversations, surroundings, strict=True):
+    for conversation in conversations:
+        around = _surroundings(tokenizer, conversation)
         key = (around, conversation.alternatives)
         if key not in found:
-            words = heads if around.first == "strip" else fillers
-            found[key] = _locate(tokenizer, conversation, words, fillers, length)
-        before.append(found[key][0])
-        closing.append(found[key][1])
+            found[key] = _located(tokenizer, conversation, around, fillers, length)
+        located.append(found[key])
+    surroundings, before, closing = map(list, zip(*located, strict=True))
     slots = Slots(
         before=before,
         after=[c[:0] if r == "slot_last" else c for c, r in zip(closing, reads, strict=True)],
@@ -125,7 +123,7 @@ def build_slots(
         closing=closing,
         conversations=tuple(conversations),
         length=length,
-        surroundings=surroundings,
+        surroundings=tuple(surroundings),
     )
     if max_positions is not None:
         longest = max(len(b) + length + len(a) for b, a in zip(slots.before, slots.after, strict=True))
@@ -256,13 +254,35 @@ def _words(tokenizer: PreTrainedTokenizerBase, *, spaced: bool) -> Iterator[int]
     yield from spare  # tiny vocabularies have few words
 
 
+def _located(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    around: Surroundings,
+    fillers: Sequence[int],
+    length: int,
+) -> tuple[Surroundings, np.ndarray, np.ndarray]:
+    """The surroundings with the ids before and after the slot. Raises ``UserError`` where it cannot be located."""
+    ids = None if around.first == "strip" else _locate(tokenizer, conversation, fillers, fillers, length)
+    if ids is None and around.first != "space":
+        # Also where the template leaves the space and the tokenizer's decoder does not: that of Llama 2.
+        around = dataclasses.replace(around, first="strip")
+        ids = _locate(tokenizer, conversation, list(_words(tokenizer, spaced=False)), fillers, length)
+    if ids is None:
+        where = str(conversation.text or conversation.messages)[-120:]
+        raise UserError(
+            f"the slot cannot be located in token space: {SENTINELS} one-token words were tried, and none stayed one "
+            f"token in place. Put a space or a line break around {{prompt}}. The text ends: {where!r}"
+        )
+    return around, *ids
+
+
 def _locate(
     tokenizer: PreTrainedTokenizerBase,
     conversation: Conversation,
     words: Sequence[int],
     fillers: Sequence[int],
     length: int,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray] | None:
     """(before, closing) ids around the slot, confirmed by a prompt of ``length`` tokens that comes back unchanged."""
     for a, b in itertools.combinations(words, 2):
         rows = [encode(tokenizer, conversation, prompt_text(tokenizer, [word])) for word in (a, b)]
@@ -279,8 +299,4 @@ def _locate(
             got = encode(tokenizer, conversation, prompt_text(tokenizer, ids))
             if np.array_equal(got, np.concatenate([before, ids, closing])):
                 return before, closing
-    where = str(conversation.text or conversation.messages)[-120:]
-    raise UserError(
-        f"the slot cannot be located in token space: {len(words)} one-token words were tried, and none stayed one "
-        f"token in place. Put a space or a line break around {{prompt}}. The text ends: {where!r}"
-    )
+    return None

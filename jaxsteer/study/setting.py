@@ -128,8 +128,9 @@ def open_slots(
         )
     if not first:
         raise UserError(
-            f"no token of the filter --tokens {prompt.tokens} can stand first in the slot {contexts.slot!r}: this chat "
-            "template takes the space before the prompt away, and all allowed tokens begin with one. Use --tokens ascii"
+            f"no token of the filter --tokens {prompt.tokens} can stand first in the slot {contexts.slot!r}: the "
+            "chat template or the tokenizer takes the space before the prompt away, and all allowed tokens begin with "
+            "one. Use --tokens ascii"
         )
     return Setting(
         model=model,

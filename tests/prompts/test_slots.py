@@ -1,9 +1,13 @@
 """Slots in token space: located for every template, and prompts that do not survive as text are found out."""
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from jaxsteer.errors import UserError
 from jaxsteer.prompts import (
@@ -21,7 +25,7 @@ from jaxsteer.prompts import (
     retokenises,
     retokenises_many,
 )
-from tests.helpers.tiny import KINDS, tiny_tokenizer
+from tests.helpers.tiny import CORPUS, KINDS, tiny_tokenizer
 
 QUESTIONS = (
     "Which do you prefer?\n (A) A small reward now\n (B) A large reward later",
@@ -216,3 +220,35 @@ def test_random_rows_draw_allowed_tokens_and_then_first_ones():
     np.testing.assert_array_equal(ids[:, 1:], rng.choice(np.arange(0, 20, 2), (6, 3))[:, 1:])
     assert (ids[:, 0] == 4).all() and ids.dtype == np.int32
     assert set(random_rows(rng, allowed, 50, 3, first & ~allowed)[:, 0]) <= set(range(0, 20, 2))
+
+
+@functools.cache
+def llama2_tokenizer():
+    """SentencePiece's habits in tokenizer.json: a space is put before a text, and taken away when it is decoded."""
+    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    strip = decoders.Strip(" ", 1, 0)
+    core.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
+    core.train_from_iterator([word for line in CORPUS for word in line.split()] * 20, trainer)
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(("style", "slot"), PLACES)
+def test_a_slot_is_located_where_the_tokenizer_loses_the_space_of_a_text(style, slot):
+    tokenizer = llama2_tokenizer()
+    slots = build_slots(tokenizer, [question_conversation(QUESTIONS[0], Placement(style=style, slot=slot))], LENGTH)
+    allowed = allowed_tokens(tokenizer, len(tokenizer), ascii_only=True)
+    first = first_allowed(tokenizer, slots, allowed)
+    rows = random_rows(np.random.default_rng(0), allowed, 200, LENGTH, first)
+    good = rows[retokenises_many(tokenizer, slots, rows)]
+    assert len(good) > 40
+    for ids in good[:5]:
+        got = encode(tokenizer, slots.conversations[0], prompt_text(tokenizer, ids))
+        assert np.array_equal(got, np.concatenate([slots.before[0], ids, slots.closing[0]]))
