@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,17 @@ def test_what_was_cut_off_goes_on(options: Make, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(module, "search", once)
     with pytest.raises(MemoryError):
         run(options(vary=vary), model=model())
+    monkeypatch.undo()
+
+    def ended(*args: object, **more: object) -> object:  # as by Ctrl-C
+        found = searched(*args, **more)
+        stopped = dataclasses.replace(found[0].result, interrupted=True)
+        return [dataclasses.replace(found[0], result=stopped), *found[1:]]
+
+    monkeypatch.setattr(module, "search", ended)
+    part = run(options(out=tmp_path / "part", vary=vary), model=model())
+    assert part.interrupted and sum(part.missing.values()) == part.problems - part.searched == 2
+    assert "2 of 4 problems were searched (missing: " in part.table() and not whole.missing
     monkeypatch.undo()
     metrics = run(options(vary=vary, resume=True), model=model())
     assert metrics.runs.keys() == whole.runs.keys()
