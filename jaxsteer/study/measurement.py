@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxsteer.display import aligned, decimals, ends, percent, points, short, visible
+from jaxsteer.display import aligned, decimals, ends, number, percent, points, short, visible
 from jaxsteer.evals.free_answers import WrittenRates
 from jaxsteer.evals.organism_lookups import Lookups
 from jaxsteer.evals.rates import Flips, Rate, by_question, counts_rows
@@ -82,7 +82,7 @@ class Measured(Record):
         written, judged, effects = self.written, self.judged, self.side_effects
         orders = 1 if self.rate is None or self.rate.swapped_rate is None else 2
         if written is not None:
-            unread = round(written.n * (1 - (written.read or 0.0)))
+            unread = round(written.n * (1 - min(1.0, max(0.0, number(written.read) or 0.0))))
             written = by_question(written, {}, orders=orders, unread=unread)
         if judged is not None:
             judged = by_question(judged, {}, orders=orders, unread=judged.unread)
