@@ -41,8 +41,8 @@ class Eval(Steering):
     """Chat template of the model, or plain text."""
     slot: Literal["suffix", "prefix", "system", "system-suffix"] = "suffix"
     """Where the prompt stands."""
-    per_token: bool | None = None
-    """Compare answers by their log-probability per token (default: where they are replies of several words)."""
+    per_token: bool = False
+    """Compare answers by their log-probability per token, as replies of several words always are."""
     generate: bool = False
     """Also let the model answer freely, and read by rules what it chooses and argues for."""
     judge: str | None = None
@@ -65,7 +65,8 @@ class Eval(Steering):
         from jaxsteer.prompts import Placement
         from jaxsteer.prompts.soft import load_soft, with_soft
         from jaxsteer.study.bars import load
-        from jaxsteer.study.measure import MeasureOptions, Unfinished, measure, questions_of
+        from jaxsteer.study.measure import Unfinished, measure
+        from jaxsteer.study.questions import MeasureOptions, questions_of
         from jaxsteer.writers.endpoint import Endpoint
 
         asked = self._from_run() if self.from_run is not None else self
@@ -76,6 +77,7 @@ class Eval(Steering):
         options = MeasureOptions(
             placement=Placement(style=asked.style, slot=asked.slot),
             judge=None if asked.judge is None else Endpoint(url=asked.judge, model=asked.judge_model),
+            per_token=asked.per_token or None,
             **{name: getattr(asked, name) for name in SHARED},
         )
         questions = questions_of(asked.persona, options)  # refused before a model is loaded
@@ -112,5 +114,5 @@ def _shown(found: Measurement, as_json: bool) -> str:
     return document(found.to_json()) if as_json else found.table()
 
 
-SHARED = ("split", "questions", "split_seed", "per_token", "generate", "side_effects", "dtype")
+SHARED = ("split", "questions", "split_seed", "generate", "side_effects", "dtype")
 """Options that ``measure`` has under the same name."""

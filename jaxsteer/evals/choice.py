@@ -194,6 +194,12 @@ def compared(result: ChoiceResult, *, per_token: bool | None) -> ChoiceResult:
     return result if per_token is None else dataclasses.replace(result, per_token=per_token)
 
 
+def first_rows(result: ChoiceResult, n: int) -> ChoiceResult:
+    """The result of the first ``n`` rows alone."""
+    names = ("ids", "groups", "log_probs", "tokens", "persona_first", "joined", "yardstick")
+    return dataclasses.replace(result, **{k: v[:n] for k in names if (v := getattr(result, k)) is not None})
+
+
 def distinct(items: Sequence[Item]) -> tuple[Item, ...]:
     """Items without the swapped copies that a dataset may hold: both orders are asked anyway."""
     kept: dict[str, Item] = {}
@@ -265,7 +271,8 @@ def rate(result: ChoiceResult, baseline: ChoiceResult | None = None, *, draws: i
         rate_by_label=(_mean(persona[first]), _mean(persona[~first])),
         margin=float(result.margin.mean()),
         probability=float(result.probability.mean()),
-        letter_collapse=letter_collapse(a_rate, None if baseline is None else _a_rate(baseline)),
+        letter_collapse=not result.per_token  # which of two replies comes first means nothing
+        and letter_collapse(a_rate, None if baseline is None else _a_rate(baseline)),
     )
     if result.both_orders:
         original, swapped, y = d[::2], d[1::2], np.where(first[::2], 1, -1)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxsteer.evals.choice import ChoiceResult
-from jaxsteer.evals.rates import Flips, Interval
+from jaxsteer.evals.rates import Difference, Flips, Interval, Rate
+from jaxsteer.evals.word_odds import WordOdds
 from jaxsteer.files.records import Record
 from jaxsteer.personas import Item, orders, parse_choices
 from jaxsteer.personas.items import normal
@@ -30,6 +31,8 @@ MAX_NEW_TOKENS = 32
 PERSONA, OTHER, UNREAD = "persona", "other", ""
 """Whose choice, or whose argument, a text holds."""
 Reasons = tuple[Sequence[str], Sequence[str]]
+ILLUSION = "the rate moved, the replies did not"
+"""What is said of a prompt that changes which reply is likelier, but not what the model writes."""
 _LEADING = re.compile(r"\W*(?:answer|choice|option|i (?:choose|pick|prefer|take))?\W*([AB])(?![\w'])")
 _BRACKETED = re.compile(r"\(([AB])\)")
 
@@ -88,7 +91,7 @@ def written_eval(
     items: Sequence[Item],
     prompts: Sequence[str],
     *,
-    reasons: Reasons = ((), ()),
+    read_by: Reasons | WordOdds = ((), ()),
     placement: Placement = Placement(),
     max_new_tokens: int = MAX_NEW_TOKENS,
     edits: Intervention | None = None,
@@ -96,8 +99,8 @@ def written_eval(
 ) -> list[WrittenResult]:
     """Let the model answer every item, in both orders of its choices, under every prompt ("" is zero-shot).
 
-    ``reasons`` are sentences that are known to argue for the persona's answer and for the other one; without them, the
-    rest of an answer argues for the choice whose text it repeats.
+    ``read_by`` are sentences that are known to argue for the persona's answer and for the other one (without them, the
+    rest of an answer argues for the choice whose text it repeats), or the odds of words that tell whose reply it is.
     """
     asked = [copy for item in items for copy in orders(item)]
     answers = ask(
@@ -106,7 +109,11 @@ def written_eval(
     )  # fmt: skip
     results = []
     for prompt, texts in zip(prompts, answers, strict=True):
-        found = [_read(text, item, reasons) for text, item in zip(texts, asked, strict=True)]
+        if isinstance(read_by, WordOdds):
+            shown = [read_by.shows(text, prompt) for text in texts]
+            found = [(UNREAD if one is None else PERSONA if one else OTHER, UNREAD) for one in shown]
+        else:
+            found = [_read(text, item, read_by) for text, item in zip(texts, asked, strict=True)]
         results.append(
             WrittenResult(
                 prompt=prompt,
@@ -216,6 +223,9 @@ class WrittenRates(Record):
     """Share of read answers with the choice that log-probabilities prefer."""
     flips: Flips | None = None
     """Against the baseline, over answers read in both."""
+    agreement_ci95: Interval | None = None
+    difference: Difference | None = None
+    """Of the rate, against the baseline, over answers read in both."""
 
 
 def written_rates(
@@ -228,17 +238,21 @@ def written_rates(
     chose, argues = np.asarray(result.chose), np.asarray(result.argues)
     read, argued = chose != UNREAD, argues != UNREAD
     persona, groups = chose == PERSONA, np.asarray(result.groups)
-    agreement = flips = None
+    agreement = agreement_ci95 = flips = difference = None
     if scored is not None:
         if scored.ids != result.ids:
             raise ValueError("the scores belong to other items: agreement is counted row by row")
-        agreement = _share((np.where(scored.margin > 0, PERSONA, OTHER) == chose)[read])
+        agrees = (np.where(scored.margin > 0, PERSONA, OTHER) == chose)[read]
+        agreement, agreement_ci95 = _share(agrees), rate_interval(agrees, groups[read])
     if baseline is not None:
         if baseline.ids != result.ids:
             raise ValueError("the baseline answered other items: answers can only be paired on the same rows")
         before = np.asarray(baseline.chose)
         both = read & (before != UNREAD)
         flips = Flips.of(both * (persona.astype(int) - (before == PERSONA)), result.groups)
+        if both.any():
+            now, was = persona[both].astype(float), (before == PERSONA)[both].astype(float)
+            difference = Difference.of_rates(now, was, list(groups[both]))
     return WrittenRates(
         n=len(set(result.groups)),
         read=_share(read),
@@ -251,7 +265,23 @@ def written_rates(
         copied=_mean([_copied(text, result.prompt) for text in result.texts]),
         agreement=agreement,
         flips=flips,
+        agreement_ci95=agreement_ci95,
+        difference=difference,
     )
+
+
+def is_illusion(rate: Rate | None, written: WrittenRates | None) -> bool:
+    """Whether a rate moved against the baseline, beyond its interval, and the rate of free replies did not with it."""
+    if rate is None or written is None or rate.difference is None or written.difference is None:
+        return False
+    moved, followed = (_direction(difference.ci95) for difference in (rate.difference, written.difference))
+    return moved != 0 and followed != moved
+
+
+def _direction(ci95: Interval | None) -> int:
+    """Which side of zero an interval lies on; 0 where it holds zero."""
+    low, high = ci95 or (0.0, 0.0)
+    return int(low > 0) - int(high < 0)
 
 
 def _share(flags: np.ndarray) -> float | None:

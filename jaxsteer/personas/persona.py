@@ -72,6 +72,16 @@ class Persona:
         return cls.from_pairs(rows, name=name, **fields)
 
     @property
+    def sign(self) -> int:
+        """Of a direction away from the persona, what the goal asks for: 1 to reduce, -1 to elicit."""
+        return 1 if self.goal == "reduce" else -1
+
+    def answers(self, item: Item) -> tuple[str, str]:
+        """The answer that the goal asks for, and the other."""
+        shown, other = item.matching, item.not_matching
+        return (other, shown) if self.goal == "reduce" else (shown, other)
+
+    @property
     def sentences(self) -> dict[str, tuple[str, ...]]:
         """The cue sentences by what they are for: "reduce" and "elicit"."""
         return {"reduce": self.counter_cues, "elicit": self.pro_cues}

@@ -8,15 +8,22 @@ from jaxsteer.errors import UserError
 from jaxsteer.evals.attribution import Attribution, attribute
 from jaxsteer.files import read_json
 from jaxsteer.models.model import Model
-from jaxsteer.personas import load_persona, split
+from jaxsteer.personas import Persona, load_persona, split
 from jaxsteer.prompts import Placement
 from jaxsteer.study import files
 from jaxsteer.study.bars import load, progress_bar
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.setting import context_items, token_mask
+from jaxsteer.study.written_persona import PERSONA
 
 QUESTIONS = 24
 """Validation questions, each in both choice orders."""
+
+
+def _persona(run_dir: Path, name: str) -> Persona:
+    """The run's persona, with the replies that its model wrote where it is in words."""
+    kept = run_dir / PERSONA
+    return load_persona(kept if kept.is_file() else name)
 
 
 def attribute_run(run_dir: Path, *, model: Model | None = None) -> Attribution:
@@ -32,7 +39,7 @@ def attribute_run(run_dir: Path, *, model: Model | None = None) -> Attribution:
         if config.get("conversations"):
             raise UserError("it searched conversations of no persona, so that there is no behaviour to attribute")
         placement = Placement(style=config["style"], slot=config["slot"])
-        persona, seed, tokens = load_persona(config["persona"]), config["split_seed"], config["tokens"]
+        persona, seed, tokens = _persona(run_dir, config["persona"]), config["split_seed"], config["tokens"]
     except (UserError, KeyError) as error:
         raise UserError(
             f"{run_dir} holds no finished search with a prompt to attribute ({error}): give the directory of one"

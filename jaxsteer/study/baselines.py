@@ -35,7 +35,7 @@ from jaxsteer.prompts import (
 )
 from jaxsteer.statistics import rate_interval
 from jaxsteer.steer import add
-from jaxsteer.study.selection import lowest_rate
+from jaxsteer.study.selection import best_rate
 from jaxsteer.study.setting import token_mask
 from jaxsteer.study.table_row import TableRow, rate_fields
 from jaxsteer.writers.writer import Writer
@@ -227,7 +227,7 @@ def choose(
     (baseline,) = choice_eval(bench.model, bench.validation, [""], placement=bench.placement)
     results = choice_eval(bench.model, bench.validation, prompts, variants=variants, placement=bench.placement)
     found = [rate(result, baseline, draws=1) for result in results]
-    best = lowest_rate(found, [row.probability for row in found] if ties is None else ties)
+    best = best_rate(found, [row.probability for row in found] if ties is None else ties)
     return best, [row.rate for row in found]
 
 

@@ -30,7 +30,7 @@ from jaxsteer.study.objective_stage import ChosenObjective
 from jaxsteer.study.options import SearchOptions
 from jaxsteer.study.results import Prompt
 from jaxsteer.study.run_folder import opened
-from jaxsteer.study.selection import lowest_rate
+from jaxsteer.study.selection import best_rate
 from jaxsteer.study.setting import PersonaSetting
 from jaxsteer.study.stages import Ascent, Population, Searched, conclude, search
 from jaxsteer.study.table_row import TableRow, shown
@@ -140,7 +140,7 @@ def _compared(shared: Shared, placement: Placement, found: Sequence[Searched]) -
 
     def best_of(prompts: Sequence[Prompt]) -> int:
         ties = [prompt.cross_entropy for prompt in prompts]
-        return lowest_rate([rates[prompt.text] for prompt in prompts], ties, tolerance=TOLERANCE)
+        return best_rate([rates[prompt.text] for prompt in prompts], ties, tolerance=TOLERANCE)
 
     best, first = [prompts[best_of(prompts)] for prompts in seeds], [prompts[0] for prompts in seeds]
     texts = list(dict.fromkeys(prompt.text for prompt in (*best, *first)))

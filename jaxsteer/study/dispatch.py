@@ -50,7 +50,7 @@ def run_one(options: SearchOptions, *, model: Model | None, say: Say) -> SearchR
             return SearchRun.from_json(folder.finished, str(folder.path / METRICS))
         timing: dict[str, float] = {}
         with timed(timing, "load_s"):
-            setting = persona_setting(options, persona=persona, model=model)
+            setting = persona_setting(options, persona=persona, model=model, say=say)
             folder.begin(resume=options.run.resume)
         with timed(timing, "probe_s"):
             seed, budget = options.algorithm.seed, rows_scored(options, setting.slots, options.algorithm.restarts)

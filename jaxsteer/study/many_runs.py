@@ -37,6 +37,7 @@ from jaxsteer.study.run_folder import opened
 from jaxsteer.study.setting import PersonaSetting, prepare
 from jaxsteer.study.stages import Ascent, Population, Searched, conclude, load_model, rows_scored, search, timed
 from jaxsteer.study.study_result import RunSummary, Study
+from jaxsteer.study.written_persona import ready
 
 PROBLEMS, FRONTIERS = "problems.csv", "frontiers.jsonl"
 
@@ -103,7 +104,7 @@ def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> Study:
         timing: dict[str, float] = {}
         with timed(timing, "load_s"):
             model = model or load_model(options.model, parallel=True, quiet=options.run.quiet)
-            settings = _settings(options, rows, personas, model)
+            settings = _settings(options, rows, personas, model, say)
             folder.begin(resume=options.run.resume)
         with timed(timing, "probe_s"):
             groups = _grouped(rows, settings, options, say)
@@ -148,7 +149,7 @@ def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> Study:
 
 
 def _settings(
-    options: SearchOptions, rows: Sequence[Row], personas: Mapping[str, Persona], model: Model
+    options: SearchOptions, rows: Sequence[Row], personas: Mapping[str, Persona], model: Model, say: Say
 ) -> dict[Key, PersonaSetting]:
     """The settings of all problems; an objective by name is tried in each."""
     named = named_objective(options.objective.objective, options.objective.target)
@@ -156,7 +157,7 @@ def _settings(
     saes = {name: load_sae(name, mesh=model.mesh) if name else None for _, name in dict.fromkeys(keys)}
     found: dict[Key, PersonaSetting] = {}
     for contexts, sae in keys:
-        persona = personas[contexts.persona]
+        persona = ready(model, personas[contexts.persona], contexts.goal, None, say, quiet=options.run.quiet)
         found[contexts, sae] = prepare(contexts, options.scoring, options.prompt, model, persona, named, saes[sae])
     for setting in found.values():
         try_objective(setting)

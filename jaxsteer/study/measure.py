@@ -7,39 +7,46 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from jaxsteer.checkpoints.loading import ORGANISM, cache_dir
 from jaxsteer.errors import UserError
-from jaxsteer.evals.choice import ChoiceResult, choice_eval, compared, distinct, rate
+from jaxsteer.evals.choice import ChoiceResult, choice_eval, compared, rate
 from jaxsteer.evals.fluency import prompt_perplexity
-from jaxsteer.evals.free_answers import ask, written_eval, written_rates
+from jaxsteer.evals.free_answers import MAX_NEW_TOKENS, ask, written_eval, written_rates
 from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.organism_lookups import Lookups, lookup_accuracy
 from jaxsteer.evals.side_effects import reply_effects
 from jaxsteer.evals.truthful import truthful_eval, truthful_rates
 from jaxsteer.models.model import Model
 from jaxsteer.models.taps import Intervention
-from jaxsteer.personas import Dataset, Item, OpenQuestion, Persona, load_dataset, load_persona, orders, split
-from jaxsteer.personas.sources import find_source
+from jaxsteer.personas import (
+    Dataset,
+    Item,
+    OpenQuestion,
+    Persona,
+    orders,
+    with_replies,
+)
+from jaxsteer.personas.replies import REPLY_TOKENS
 from jaxsteer.processes import is_first
-from jaxsteer.prompts import Placement, Turns
-from jaxsteer.ranges import Seed, check_ranges
 from jaxsteer.study.bars import load, progress_bar
 from jaxsteer.study.files import write_json
+from jaxsteer.study.free_replies import FreeReplies, free_replies
 from jaxsteer.study.measurement import Measured, Measurement, PromptEffects
+from jaxsteer.study.questions import MeasureOptions, Questions, questions_of
 from jaxsteer.study.run_folder import opened
 from jaxsteer.writers.endpoint import Endpoint
-from jaxsteer.writers.judge import BEHAVIOUR, Judged, Rubric, judge
-from jaxsteer.writers.writer import Writer
+from jaxsteer.writers.judge import Judged, judge
 
 OPEN_TOKENS = 128
 """Longest free answer to a question without choices."""
@@ -59,81 +66,6 @@ class Unfinished(UserError):
         """As the message says."""
         super().__init__(message)
         self.measurement = measurement
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeasureOptions:
-    """What is measured, and on which questions."""
-
-    placement: Placement = Placement()
-    """How questions are asked and where the prompt stands."""
-    split: Literal["train", "validation", "test", "all"] = "test"
-    """Which questions."""
-    questions: int | None = None
-    """At most this many of them (default: all)."""
-    split_seed: Seed = 0
-    """Seed of the division into train, validation and test questions."""
-    per_token: bool | None = None
-    """Compare answers by their log-probability per token, which matters where they differ in length (default: where
-    they are replies of several words)."""
-    generate: bool = False
-    """Also let the model answer freely, and read by rules what it chooses and argues for."""
-    judge: Writer | None = None
-    """Also let it score the free answers: an ``Endpoint``, a ``ModelWriter``, a ``Rule``."""
-    rubric: Rubric = BEHAVIOUR
-    """What the judge is asked; facts: behaviour, question, answer."""
-    side_effects: bool = False
-    """Also measure what becomes of replies to neutral requests and, on an organism, of look-ups."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the weights of models that are named (default: their own)."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Questions:
-    """The questions of one measurement: items with two answers, or questions that are answered freely."""
-
-    name: str
-    behaviour: str
-    split: str
-    items: tuple[Item, ...] = ()
-    many: tuple[OpenQuestion, ...] = ()
-    """Of the same groups, those with several right and wrong answers."""
-    open: tuple[OpenQuestion, ...] = ()
-    """Questions without answers."""
-    reasons: tuple[Sequence[str], Sequence[str]] = ((), ())
-    """Sentences that are known to argue for the persona's answer, and for the other."""
-
-    @property
-    def texts(self) -> list[str | Turns]:
-        """One per question."""
-        return [item.asked for item in self.items] or [question.question for question in self.open]
-
-
-def questions_of(persona: str | Persona | Dataset, options: MeasureOptions) -> Questions:
-    """The questions that ``options`` ask for. Raises ``UserError`` where there is nothing to do with them."""
-    check_ranges(options)
-    if isinstance(persona, str):
-        source = find_source(persona) or find_source(persona.partition(":")[0])
-        persona = load_dataset(persona) if source is not None and source.kind == "open" else load_persona(persona)
-    if isinstance(persona, Dataset):
-        if options.judge is None:
-            raise UserError(
-                f"{persona.name} has questions without answers: give --judge URL (in Python judge=...) to score free "
-                "answers"
-            )
-        behaviour = persona.source.behaviour if persona.source else persona.name
-        return Questions(name=persona.name, behaviour=behaviour, split="all", open=persona.questions)
-    part = persona.items if options.split == "all" else getattr(split(persona, seed=options.split_seed), options.split)
-    items = distinct(part)[: options.questions]
-    groups = {item.group for item in items}
-    return Questions(
-        name=persona.name,
-        behaviour=persona.behaviour or persona.name,
-        split=options.split,
-        items=items,
-        many=tuple(question for question in persona.questions if question.group in groups),
-        reasons=persona.reasons,
-    )
 
 
 def measure(
@@ -239,6 +171,8 @@ def _measured(
     """Everything that was asked for, on one model; ``keep`` gets what is there after every stage, the judge's last.
 
     Raises ``Unfinished`` when the judge gives no answer."""
+    if asked.bare is not None:
+        asked = questions_of(with_replies(model, asked.bare), options)
     texts = tuple(prompts) if edits is None else ("", *prompts)
     rows = [Measured(prompt="", steered=False), *(Measured(prompt=t, steered=edits is not None) for t in texts)]
     bench = _Bench(model=model, asked=asked, texts=texts, edits=edits, options=options)
@@ -271,7 +205,7 @@ def _measured(
             effects = bench.side_effects()
         rows = [dataclasses.replace(row, side_effects=e) for row, e in zip(rows, effects, strict=True)]
         keep(found(rows))
-    if options.generate or options.judge is not None:
+    if options.generate or options.judge is not None or bench.replies is not None:
         rows = bench.with_answers(rows, scored)
         keep(found(rows))
     for i, row in enumerate(rows if options.judge is not None else ()):
@@ -304,6 +238,11 @@ class _Bench:
             alone = evaluate([""], None, advance)
             return [*alone, *(evaluate(self.texts, self.edits, advance) if self.texts else [])]
 
+    @functools.cached_property
+    def replies(self) -> FreeReplies | None:
+        """How replies are measured, where answers are replies."""
+        return free_replies(self.model, self.asked.train, self.asked.held_out)
+
     def choices(self) -> list[ChoiceResult]:
         """Log-probabilities of two answers."""
         found = self.beside(
@@ -315,6 +254,7 @@ class _Bench:
                 variants=() if edits is None else [edits],
                 placement=self.options.placement,
                 progress=progress,
+                yardsticks=() if self.replies is None else self.replies.yardsticks(len(self.asked.items)),
             ),
         )
         return [compared(result, per_token=self.options.per_token) for result in found]
@@ -337,12 +277,15 @@ class _Bench:
         """The rows with what the model writes, read by rules."""
         model, placement, asked = self.model, self.options.placement, self.asked
         if asked.items:
+            words = self.replies and self.replies.words
+            most = REPLY_TOKENS if words else MAX_NEW_TOKENS
             written = self.beside(
                 "free answers",
                 lambda texts, edits, _: written_eval(
-                    model, asked.items, texts, reasons=asked.reasons, edits=edits, placement=placement
+                    model, asked.items, texts, read_by=words or asked.reasons, edits=edits, placement=placement,
+                    max_new_tokens=most,
                 ),
-            )
+            )  # fmt: skip
             rates = [written_rates(w, s, _against(written, w)) for w, s in zip(written, scored, strict=True)]
             rows = [
                 dataclasses.replace(row, written=found, answers=result.texts)

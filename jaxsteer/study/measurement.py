@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxsteer.display import aligned, decimals, ends, number, percent, points, short, visible
-from jaxsteer.evals.free_answers import WrittenRates
+from jaxsteer.evals.free_answers import ILLUSION, WrittenRates, is_illusion
 from jaxsteer.evals.organism_lookups import Lookups
-from jaxsteer.evals.rates import Flips, Rate, by_question, counts_rows
+from jaxsteer.evals.rates import Difference, Flips, Rate, Sides, by_question, counts_rows
 from jaxsteer.evals.truthful import Metric, TruthfulRates
 from jaxsteer.files.records import Record
 from jaxsteer.prompts import Placement
 from jaxsteer.study.figures import RateRow, rate_plot
 from jaxsteer.study.results import Result, drawn
-from jaxsteer.study.selection import lowest_rate
+from jaxsteer.study.selection import best_rate
 from jaxsteer.study.table_row import rate_fields
 from jaxsteer.writers.judge import Judged
 
@@ -92,6 +92,11 @@ class Measured(Record):
         return dataclasses.replace(self, written=written, judged=judged, side_effects=effects)
 
     @property
+    def note(self) -> str:
+        """What has to be said with the rate of a persona in words."""
+        return ILLUSION if self.rate and self.rate.sides and is_illusion(self.rate, self.written) else ""
+
+    @property
     def name(self) -> str:
         """The row's label."""
         return ("steered: " if self.steered else "") + (short(self.prompt) or "(no prompt)")
@@ -124,10 +129,10 @@ class Measurement(Result):
 
     @property
     def best(self) -> Measured | None:
-        """The prompt with the lowest rate on these questions (``study.selection.lowest_rate``)."""
+        """The prompt with the lowest rate on these questions (``study.selection.best_rate``)."""
         rated = {i: row.rate for i, row in enumerate(self.prompts) if row.rate is not None}
         ties = [rate.probability for rate in rated.values()]
-        return self.prompts[list(rated)[lowest_rate(list(rated.values()), ties)]] if rated else None
+        return self.prompts[list(rated)[best_rate(list(rated.values()), ties)]] if rated else None
 
     def to_rows(self) -> list[dict[str, Any]]:
         """One row per model and prompt, with the numbers of the rate."""
@@ -150,6 +155,9 @@ class Measurement(Result):
         for name, table in TABLES.items():
             if shown := [(row.name, part) for row in rows if (part := getattr(row, name)) is not None]:
                 parts.append(table(shown))
+        if self.baseline.rate is not None and self.baseline.rate.sides is not None:
+            parts.insert(2, _sides_table([(row.name, row.rate.sides) for row in rows if row.rate and row.rate.sides]))
+            parts += [f"{row.name}: {row.note}" for row in rows if row.note]
         return "\n\n".join([*parts, *(part.table() for part in self.transfer)])
 
     def plot(self) -> Figure:
@@ -197,6 +205,32 @@ def _rate_table(rows: Sequence[tuple[str, Rate]]) -> str:
     if any(rate.letter_collapse for _, rate in rows):
         note += "\n!  one letter wins whatever is asked, or far more often than without prompt: the rate is no evidence"
     return f"{aligned(table)}\n\n{note}"
+
+
+def _sides_table(rows: Sequence[tuple[str, Sides]]) -> str:
+    """Which of two replies a prompt moved, per token."""
+    table: list[tuple[str, ...]] = [
+        ("nats per token", "persona's", "change", "other's", "change", "neutral", "change", "relative rate")
+    ]
+    for name, sides in rows:
+        cells = [name]
+        for side in (sides.persona, sides.other, sides.yardstick):
+            cells += ["", ""] if side is None else [decimals(side.log_prob), _nats(side.change)]
+        table.append((*cells, _rated(sides)))
+    return (
+        f"{aligned(table)}\n\nneutral: replies to something else, which a prompt moves that makes everything unlikely; "
+        "relative rate: if a reply gains\nonly what it rises beyond them, and nothing by the other's fall"
+    )
+
+
+def _rated(sides: Sides) -> str:
+    return "" if sides.relative_rate is None else f"{percent(sides.relative_rate)} ({ends(sides.relative_ci95)})"
+
+
+def _nats(change: Difference | None) -> str:
+    if change is None or change.ci95 is None:
+        return ""
+    return f"{change.value:+.2f} ({change.ci95[0]:+.2f} to {change.ci95[1]:+.2f})"
 
 
 def _truthful_table(rows: Sequence[tuple[str, TruthfulRates]]) -> str:

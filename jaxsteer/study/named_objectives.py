@@ -39,8 +39,9 @@ class Contexts:
 
     model: Model
     slots: Slots
-    items: Sequence[Item]
-    """Of every context, the item that it asks; empty where the contexts are of no persona."""
+    answers: Sequence[tuple[str, str]]
+    """Of every context, the answer that is wanted of its item, and the other; empty where the contexts are of no
+    persona."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class NamedObjective:
     target: str | None = None
     """Text of the answer whose probability is read."""
     own_answer: bool = False
-    """Whether instead it is, in every context, the item's answer that does not show the persona."""
+    """Whether instead it is, in every context, the answer that is wanted of the item."""
     of_persona: bool = False
     """Whether it is made of the answers of a persona's items."""
 
@@ -63,9 +64,10 @@ class NamedObjective:
 
         Raises ``UserError`` when the objective does not fit the contexts or the model.
         """
-        contexts = Contexts(model=model, slots=slots, items=_items(persona, slots, placement))
+        given = [] if persona is None else [persona.answers(item) for item in _items(persona, slots, placement)]
+        contexts = Contexts(model=model, slots=slots, answers=given)
         objective = self.make(contexts)
-        answers = [item.not_matching for item in contexts.items] if self.own_answer else self.target
+        answers = [wanted for wanted, _ in given] if self.own_answer else self.target
         if answers is not None:
             slots = with_target(model.tokenizer, slots, answers, max_positions=model.config.max_positions)
         return objective, slots
@@ -78,7 +80,8 @@ def named_objective(objective: str | None, target: str | None = None) -> NamedOb
     ``file.py:function``       a function of the reads, or any objective, from a file that is run as Python code
     ``target``                 log-probability of the text ``--target`` as the answer (the default with --target)
     ``target-mean``            the same per token
-    ``answer``                 log-probability of every question's answer that does not show the persona
+    ``answer``                 log-probability of every question's wanted answer: that which does not show the
+                               persona, or to elicit it, that which does
     ``answer-diff``            logit of that answer's first token minus that of the persona's
     ``logit-diff:yes|no``      logit of one text's first token minus the other's
     ``neuron:SITE[17]``        one entry of a site, e.g. ``blocks.2.mlp.hook_post[17]``
@@ -124,9 +127,9 @@ def _named(name: str, make: Callable[[Contexts], Objective], target: str | None 
 
 
 def _answer_difference(contexts: Contexts) -> LogitDifference:
-    """Of every context's item, the answer that does not show the persona minus the one that does."""
-    items = contexts.items
-    return _difference(contexts, [item.not_matching for item in items], [item.matching for item in items])
+    """Of every context's item, the answer that is wanted minus the other."""
+    wanted, other = zip(*contexts.answers, strict=True)
+    return _difference(contexts, wanted, other)
 
 
 def _difference(contexts: Contexts, plus: str | Sequence[str], minus: str | Sequence[str]) -> LogitDifference:
@@ -150,11 +153,8 @@ def _difference(contexts: Contexts, plus: str | Sequence[str], minus: str | Sequ
     return LogitDifference(plus=jnp.asarray(first[0], jnp.int32), minus=jnp.asarray(first[1], jnp.int32))
 
 
-def _items(persona: Persona | None, slots: Slots, placement: Placement) -> list[Item]:
-    """The item of every context, by its turns: copies with exchanged choices have questions of their own. None where
-    the contexts are conversations of no persona."""
-    if persona is None:
-        return []
+def _items(persona: Persona, slots: Slots, placement: Placement) -> list[Item]:
+    """The item of every context, by its turns: copies with exchanged choices have questions of their own."""
     asked = {_turns(question_conversation(item.asked, placement)): item for _, item in both_orders(persona.items)}
     missing = [c for c in slots.conversations if _turns(c) not in asked]
     if missing:

@@ -221,10 +221,13 @@ def _resga(
     def searched(rows: Sequence[ProbeRow]) -> list[ProbeRow]:
         return [choose(rows) if site == "auto" else _as_defined(rows, site) for site in named]
 
-    table, rows = _probe(setting, options, scorer(model, direction), extent, searched)
+    wanted = {site: setting.persona.sign * delta for site, delta in direction.delta.items()}
+    table, rows = _probe(
+        setting, options, scorer(model, dataclasses.replace(direction, delta=wanted)), extent, searched
+    )
     found = []
     for chosen in rows or [_unprobed(setting, site) for site in named]:
-        delta = jnp.asarray(chosen.sign * direction.delta[chosen.site])
+        delta = jnp.asarray(chosen.sign * wanted[chosen.site])
         objective = Projection(delta=delta, site=chosen.site, norm=options.objective_norm)
         found.append(ChosenObjective(objective=objective, row=chosen, probe=table, direction=direction))
     return found
@@ -273,6 +276,7 @@ def _saega(setting: PersonaSetting, options: ObjectiveOptions, sae: SAE, extent:
         f"Signature: {len(signature.indices)} of {sae.n_latents} latents, by their means over {len(pairs)} pairs of "
         f"texts, read at {setting.read_position}; {signature.l0_bad:.1f} latents are active there"
     )
+    signature = dataclasses.replace(signature, weights=setting.persona.sign * signature.weights)
     raw = latents_objective(sae, signature.indices, signature.weights, signature.site)
     judge = _judge(setting, lambda slots: (raw, slots), signature.site)
     table, rows = _probe(setting, options, judge, extent, lambda rows: [choose(rows)])

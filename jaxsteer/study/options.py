@@ -63,6 +63,9 @@ class ContextOptions:
     answer for both), decision (where the answer is decided; needs cue sentences)."""
     split_seed: Seed = 0
     """Seed of the division into train, validation and test questions."""
+    goal: Literal["reduce", "elicit"] | None = None
+    """What is wanted: less of the persona or more (default: what the persona says; reduce for datasets). Characters are
+    reduced while their role stands in the system message."""
 
     @property
     def placement(self) -> Placement:
@@ -214,7 +217,7 @@ LEAST_PROBED = 8
 """Fewer random prompts tell nothing."""
 RANDOM = "random:"
 """What ``--direction`` begins with for a random one."""
-OF_A_PERSONA = ("persona", "style", "slot", "contexts", "select", "draft", "method", "probe")
+OF_A_PERSONA = ("persona", "style", "slot", "goal", "contexts", "select", "draft", "method", "probe")
 """Options that mean nothing for conversations of the user's own."""
 
 

@@ -13,19 +13,22 @@ import jax
 import numpy as np
 
 from jaxsteer import __version__
-from jaxsteer.evals.choice import choice_eval, distinct, rate
+from jaxsteer.evals.choice import choice_eval, distinct, first_rows, rate
+from jaxsteer.evals.free_answers import written_eval, written_rates
 from jaxsteer.models.model import Model
 from jaxsteer.objectives import Objective, needs
-from jaxsteer.personas import instructions
+from jaxsteer.personas import instructions, invitations
+from jaxsteer.personas.replies import REPLY_TOKENS
 from jaxsteer.prompt_search import ScoredPrompt, SearchResult
 from jaxsteer.prompt_search.rescore import Rescored, rescore
 from jaxsteer.prompts import prompt_text, random_rows, retokenises_many
 from jaxsteer.study import files
 from jaxsteer.study.bars import progress_bar
+from jaxsteer.study.free_replies import TEST_REPLIES, VALIDATION_REPLIES, free_replies
 from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.options import ReportOptions, RunOptions
 from jaxsteer.study.results import Prompt
-from jaxsteer.study.selection import lowest_rate
+from jaxsteer.study.selection import Candidate, best_rate
 from jaxsteer.study.setting import PersonaSetting, Setting
 
 MARKED = 4
@@ -70,6 +73,8 @@ class Evaluation:
     controls: dict[str, Prompt]
     prompts: tuple[Prompt, ...]
     """Those that are reported."""
+    reply_reader: float | None
+    """Of replies, the share of given ones that the rule reads right which reads free ones."""
 
 
 def evaluate(
@@ -83,28 +88,47 @@ def evaluate(
 ) -> Evaluation:
     """Rates of the reported prompts, the baseline and the controls on validation and test questions.
 
-    Writes the item-level results to choices.json.
+    Writes the item-level results to choices.json, and where answers are replies the free ones to replies.json.
     """
-    model = setting.model
+    model, persona = setting.model, setting.persona
     good = [prompt for prompt in prompts if prompt.retokenises][: report.report_prompts]
     reported = good + [prompt for prompt in prompts if not prompt.retokenises]
     controls = {"random": Prompt(text=random_prompt(setting, seed))}
-    if setting.persona.counter_cues:
-        cue = setting.persona.counter_cues[0]
+    if cues := persona.sentences[persona.goal]:
+        cue = cues[0]
         # Public data brings no cue that is known to work: a plain sentence stands in its place, under its own name.
-        known = cue not in instructions(setting.persona.behaviour)
+        known = not persona.role and cue not in (*instructions(persona.behaviour), *invitations(persona.behaviour))
         controls = {"oracle" if known else "instruction": Prompt(text=cue), **controls}
     measured = [Prompt(), *controls.values(), *reported]
-    records = {}
-    for name in ("validation", "test"):
+    records, answers = {}, {}
+    given = free_replies(model, setting.splits.train, setting.splits.validation)
+    for name, most in (("validation", VALIDATION_REPLIES), ("test", TEST_REPLIES)):
         items = distinct(getattr(setting.splits, name))
         texts = [prompt.text for prompt in measured]
         with progress_bar(f"{name} questions", unit="row", quiet=run.quiet) as advance:
-            results = choice_eval(model, items, texts, progress=advance, placement=setting.placement)
+            results = choice_eval(
+                model,
+                items,
+                texts,
+                progress=advance,
+                placement=setting.placement,
+                yardsticks=() if given is None else given.yardsticks(len(items)),
+            )
         rates = [rate(results[0]), *(rate(result, results[0]) for result in results[1:])]
         measured = [prompt.with_rate(name, found) for prompt, found in zip(measured, rates, strict=True)]
         records[name] = [result.to_json() for result in results]
+        if given is not None:
+            few, scored = items[:most], [first_rows(result, most) for result in results]
+            said = written_eval(
+                model, few, texts, read_by=given.words or ((), ()), placement=setting.placement,
+                max_new_tokens=REPLY_TOKENS,
+            )  # fmt: skip
+            free = [written_rates(one, s, None if one is said[0] else said[0]) for one, s in zip(said, scored)]
+            measured = [prompt.with_replies(name, found) for prompt, found in zip(measured, free, strict=True)]
+            answers[name] = {"questions": [item.question for item in few], "prompts": [one.to_json() for one in said]}
     files.write_json(Path(run.out) / files.CHOICES, _compact(records))
+    if answers:
+        files.write_json(Path(run.out) / files.REPLIES, answers)
     baseline, *others = measured
     assert baseline.test is not None
     say(f"Evaluation: {len(measured)} prompts on {baseline.test.n} test rows (both choice orders)")
@@ -112,14 +136,16 @@ def evaluate(
         baseline=baseline,
         controls=dict(zip(controls, others)),
         prompts=tuple(others[len(controls) :]),
+        reply_reader=None if given is None else given.accuracy,
     )
 
 
-def select(prompts: Sequence[Prompt], by: str) -> int | None:
+def select(prompts: Sequence[Prompt], by: str, goal: str = "reduce") -> int | None:
     """Index of the prompt to report among those that re-tokenise; None where none does.
 
-    By "objective" the one with the largest target, by "validation" the one with the lowest rate (``lowest_rate``);
-    equal rates are settled by the lower mean probability of the persona's answer, then by the target.
+    By "objective" the one with the largest target, by "validation" the one with the best rate for the goal
+    (``best_rate``): of free replies where there are some, else of choices. Equal rates are settled by the better mean
+    probability of the persona's answer, then by the target.
     """
     usable = [i for i, prompt in enumerate(prompts) if prompt.retokenises]
     if not usable:
@@ -128,8 +154,11 @@ def select(prompts: Sequence[Prompt], by: str) -> int | None:
     if by == "objective":
         return max(usable, key=lambda i: (targets[i], -i))
     rates = {i: rate for i in usable if (rate := prompts[i].validation) is not None}
-    ties = [(rate.probability, -targets[i]) for i, rate in rates.items()]
-    return list(rates)[lowest_rate(list(rates.values()), ties)]
+    sign = 1 if goal == "reduce" else -1
+    ties = [(sign * rate.probability, -targets[i]) for i, rate in rates.items()]
+    free = {i: written.rate for i in rates if (written := prompts[i].validation_replies) and written.rate is not None}
+    found = [Candidate(free[i]) if len(free) == len(rates) else rate for i, rate in rates.items()]
+    return list(rates)[best_rate(found, ties, goal=goal)]
 
 
 def random_prompt(setting: Setting, seed: int) -> str:

@@ -288,7 +288,7 @@ def probe(
                 told = True
                 extent.say(behaviour.plan(begin, time.perf_counter() - begun, most=extent.enough is not None))
             if done == len(ids) or (extent.enough is not None and done in ROUNDS):
-                shift = behaviour.probability[0] - np.asarray(behaviour.probability[1 : 1 + done])
+                shift = persona.sign * (behaviour.probability[0] - np.asarray(behaviour.probability[1 : 1 + done]))
                 rows = _rows(found, shift, model.config.n_layers)
                 if extent.enough is not None and extent.enough(rows):
                     break

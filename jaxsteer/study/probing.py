@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
-from jaxsteer.personas import Persona, contrast_pairs, load_persona, mean_difference, split
+from jaxsteer.personas import Persona, contrast_pairs, load_persona, mean_difference, split, with_replies
 from jaxsteer.prompts import Placement
 from jaxsteer.study.bars import load, progress_bar
 from jaxsteer.study.probe import Extent, Probe, Scorer, probe, scorer, stream_sites
@@ -39,6 +39,7 @@ def probe_positions(
     """
     persona = load_persona(persona) if isinstance(persona, str) else persona
     model = load(model) if isinstance(model, str) else model
+    persona = with_replies(model, persona)
     splits = split(persona, seed=split_seed)
     allowed = token_mask(model, tokens)
     scorers: dict[str, Scorer] = {}

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from jaxsteer.display import Plot, aligned, decimals, interval, percent, short, visible
 from jaxsteer.errors import UserError
 from jaxsteer.evals.attribution import Attribution
-from jaxsteer.evals.rates import Rate
+from jaxsteer.evals.free_answers import ILLUSION, WrittenRates, is_illusion
+from jaxsteer.evals.rates import Rate, Side
 from jaxsteer.files.records import Record
 from jaxsteer.prompt_search.compiling import MemoryPlan
 from jaxsteer.study.figures import RateRow, rate_plot
@@ -72,6 +73,11 @@ class Prompt(Record):
     """Whether the text gives the ids back. One that does not is never selected."""
     validation: Rate | None = None
     test: Rate | None = None
+    validation_replies: WrittenRates | None = None
+    """Of a persona in words, what the model wrote freely."""
+    test_replies: WrittenRates | None = None
+    note: str | None = None
+    """What has to be said with the rate on test questions."""
 
     @property
     def perplexity(self) -> float | None:
@@ -88,6 +94,12 @@ class Prompt(Record):
         changed: dict[str, Any] = {split: rate}
         return dataclasses.replace(self, **changed)
 
+    def with_replies(self, split: str, found: WrittenRates) -> Prompt:
+        """The prompt with its free replies to the validation or the test questions."""
+        note = {"note": ILLUSION} if split == "test" and is_illusion(self.test, found) else {}
+        changed: dict[str, Any] = {f"{split}_replies": found, **note}
+        return dataclasses.replace(self, **changed)
+
     def row(self) -> dict[str, Any]:
         """Its numbers as one flat row."""
         names = ("text", "target", "cross_entropy", "step", "population", "retokenises")
@@ -95,6 +107,10 @@ class Prompt(Record):
         for split, rate in (("validation", self.validation), ("test", self.test)):
             low, high = (None, None) if rate is None else rate.ci95
             flat |= {f"{split}_rate": rate and rate.rate, f"{split}_low": low, f"{split}_high": high}
+        free = self.test_replies or self.validation_replies
+        if free is not None:
+            low, high = free.ci95
+            flat |= {"replies_rate": free.rate, "replies_low": low, "replies_high": high, "note": self.note}
         measured = {name: self.rate and getattr(self.rate, name) for name in ("n", "a_rate", "swapped_rate")}
         return flat | measured | {"letter_collapse": self.rate and self.rate.letter_collapse}
 
@@ -131,6 +147,7 @@ class Units(Record):
 
 
 HEAD = ("", "prompt", "target", "x-ent", "validation", "test", "A-rate", "swapped")
+REPLIES_HEAD = (*HEAD[:6], "free replies", "agree", "persona's", "other's", "neutral", "relative")
 RULES = {
     "objective": "the largest objective",
     "validation": "the lowest rate on validation questions (a prompt under which a letter wins comes last)",
@@ -184,6 +201,10 @@ class SearchRun(Result):
     """Index of the reported prompt, if there is one."""
     selected_by: str = "objective"
     """How it was chosen (``RULES``)."""
+    goal: str | None = None
+    """What was wanted: less of the persona ("reduce", where nothing is said), or more ("elicit")."""
+    reply_reader: float | None = None
+    """Of a persona in words, the share of given replies that the rule reads right which reads free ones."""
     signature: LatentExplanation | None = None
     """Of saega, what the latents have to do with the reported prompt."""
     soft: Prompt | None = None
@@ -227,6 +248,8 @@ class SearchRun(Result):
                     f"With the selected prompt the model answers (A) in {percent(self.best.rate.a_rate)} of cases: the "
                     "rate may measure a preferred letter instead of the persona."
                 )
+            if self.best.note:
+                found.append(f"With the selected prompt {self.best.note}.")
         return tuple(found)
 
     def table(self, *, limit: int = 10, width: int = 48) -> str:
@@ -239,20 +262,23 @@ class SearchRun(Result):
         shown = list(enumerate(self.prompts[:limit]))
         if self.selected is not None and self.selected >= limit:
             shown.append((self.selected, self.prompts[self.selected]))
-        lines = [_line("", "(no prompt)", self.baseline or Prompt(), width)]
+        words = self.baseline is not None and self.baseline.test_replies is not None
+        line, head = (_replies_line, REPLIES_HEAD) if words else (_line, HEAD)
+        lines = [line("", "(no prompt)", self.baseline or Prompt(), width)]
         for index, prompt in shown:
             mark = ("*" if index == self.selected else "") + ("!" if prompt.retokenises is False else "")
-            lines.append(_line(mark, prompt.text, prompt, width))
+            lines.append(line(mark, prompt.text, prompt, width))
         for name, control in self.controls.items():
-            lines.append(_line("", f"[{name}] {control.text}".rstrip(), control, width))
-        parts = [self._title(), "", aligned([HEAD, *lines], left=(0, 1))]
+            lines.append(line("", f"[{name}] {control.text}".rstrip(), control, width))
+        parts = [self._title(), "", aligned([head, *lines], left=(0, 1))]
         if len(self.prompts) > len(shown):
             parts.append(f"... and {len(self.prompts) - len(shown)} more")
         parts += [
             "",
             f"persona rate with 95 % interval over questions; target in {visible(self.target_units)}; * selected by "
-            f"{RULES.get(self.selected_by, visible(self.selected_by))}; ! re-tokenises differently",
+            f"{rule_of(self)}; ! re-tokenises differently",
         ]
+        parts += [REPLIES_NOTE.format(right=percent(self.reply_reader), illusion=ILLUSION)] if words else []
         return "\n".join([*parts, *(f"warning: {visible(note)}" for note in self.doubts)])
 
     def _title(self) -> str:
@@ -302,6 +328,38 @@ def _line(mark: str, text: str, prompt: Prompt, width: int) -> tuple[str, ...]:
         percent(rate and rate.a_rate),
         percent(rate and rate.swapped_rate),
     )
+
+
+def _replies_line(mark: str, text: str, prompt: Prompt, width: int) -> tuple[str, ...]:
+    """The row of a prompt where answers are replies: what was written freely, and which side moved."""
+    sides, free = prompt.rate and prompt.rate.sides, prompt.test_replies
+    mark += "~" if prompt.note else ""
+    return (
+        *_line(mark, text, prompt, width)[:6],
+        interval(free),
+        percent(free and free.agreement),
+        *(_side(getattr(sides, name, None)) for name in ("persona", "other", "yardstick")),
+        percent(sides and sides.relative_rate),
+    )
+
+
+def _side(side: Side | None) -> str:
+    """A log-probability per token, and its change against no prompt."""
+    if side is None:
+        return ""
+    return decimals(side.log_prob) + ("" if side.change is None else f" ({side.change.value:+.2f})")
+
+
+REPLIES_NOTE = """replies are compared per token. free replies: share of what the model writes freely that is the
+persona's, by its words (the rule reads {right} of given validation replies right); agree: questions on which both say
+the same; persona's, other's, neutral: nats per token of these replies (change), neutral ones are replies to something
+else; relative: the rate if a reply gains only what it rises beyond the neutral ones; ~ {illusion}"""
+
+
+def rule_of(run: SearchRun) -> str:
+    """How a run chose its prompt, in words."""
+    rule = RULES.get(run.selected_by, visible(run.selected_by))
+    return rule.replace("lowest", "highest") if run.goal == "elicit" else rule
 
 
 def summary_table(runs: Sequence[SearchRun], *, width: int = 60) -> str:

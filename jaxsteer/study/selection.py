@@ -1,23 +1,34 @@
 """The best of several candidates: one rule for every table, by validation questions.
 
 A candidate under which one letter wins whatever is asked comes after all others. Of the rest the one with the lowest
-persona rate is the best; where rates are equal, the one that its table says (the likelier text, the gentler edit, the
-lower probability of the persona's answer). Test questions have no part in it.
+persona rate is the best, or with the highest where the goal is to elicit the persona; where rates are equal, the one
+that its table says (the likelier text, the gentler edit, the lower probability of the persona's answer). Test questions
+have no part in it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 
-def lowest_rate(candidates: Sequence[Any], ties: Sequence[Any], *, tolerance: float = 0.0) -> int:
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A rate that was not measured by letters."""
+
+    rate: float
+    letter_collapse: bool = False
+
+
+def best_rate(candidates: Sequence[Any], ties: Sequence[Any], *, goal: str = "reduce", tolerance: float = 0.0) -> int:
     """The index of the best candidate by its ``rate`` on validation questions, and its ``letter_collapse``.
 
-    Rates within ``tolerance`` of the lowest count as equal and are settled by the smallest of ``ties``, then by the
+    Rates within ``tolerance`` of the best count as equal and are settled by the smallest of ``ties``, then by the
     order of the candidates. Raises ``ValueError`` for no candidates.
     """
     sound = [i for i, one in enumerate(candidates) if not one.letter_collapse] or list(range(len(candidates)))
-    lowest = min(candidates[i].rate for i in sound)
-    near = [i for i in sound if candidates[i].rate <= lowest + tolerance]
+    cost = [one.rate if goal == "reduce" else -one.rate for one in candidates]
+    best = min(cost[i] for i in sound)
+    near = [i for i in sound if cost[i] <= best + tolerance]
     return min(near, key=lambda i: (ties[i], i))

@@ -64,6 +64,7 @@ from jaxsteer.study.results import Prompt, SearchRun, Timing, Units
 from jaxsteer.study.run_folder import RunFolder
 from jaxsteer.study.setting import PersonaSetting, Setting, prepare
 from jaxsteer.study.soft_outcome import KEEP, finish_soft
+from jaxsteer.study.written_persona import ready
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def load_model(options: ModelOptions, *, parallel: bool, quiet: bool = False) ->
 
 
 def persona_setting(
-    options: SearchOptions, *, persona: Persona | None = None, model: Model | None = None
+    options: SearchOptions, *, persona: Persona | None = None, model: Model | None = None, say: Say = log.info
 ) -> PersonaSetting:
     """The first two stages: the model, and the persona's questions as contexts. ``options`` are resolved.
 
@@ -123,6 +124,7 @@ def persona_setting(
     named = named_objective(objective.objective, objective.target)
     persona = persona or load_persona(options.contexts.persona)
     model = model or load_model(options.model, parallel=options.algorithm.restarts > 1, quiet=options.run.quiet)
+    persona = ready(model, persona, options.contexts.goal, Path(options.run.out), say, quiet=options.run.quiet)
     if named is None:
         check_site(objective.site, model)
     sae = load_sae(objective.sae, mesh=model.mesh) if objective.sae else None
@@ -311,7 +313,7 @@ def conclude(
 
     def measure(prompts: Sequence[Prompt]) -> dict[str, Any]:
         rates = evaluate(setting, prompts, options.report, options.run, seed=options.algorithm.seed, say=say)
-        selected = select(rates.prompts, options.report.select)
+        selected = select(rates.prompts, options.report.select, setting.persona.goal)
         signature = soft = None
         if setting.sae is not None and chosen.signature is not None:
             best = None if selected is None else rates.prompts[selected]
@@ -333,6 +335,8 @@ def conclude(
             "prompts": rates.prompts,
             "selected": selected,
             "selected_by": options.report.select,
+            "goal": None if setting.persona.goal == "reduce" else setting.persona.goal,
+            "reply_reader": rates.reply_reader,
             "signature": signature,
             "soft": soft,
         }

@@ -44,9 +44,10 @@ from jaxsteer.study.outcome import environment
 from jaxsteer.study.probing import DIRECTION_ITEMS
 from jaxsteer.study.results import Timing
 from jaxsteer.study.run_folder import RunFolder, opened
-from jaxsteer.study.selection import lowest_rate
+from jaxsteer.study.selection import best_rate
 from jaxsteer.study.setting import context_items
 from jaxsteer.study.sweep_result import PERSONA, ChosenSetting, Sweep, SweepRow, Unsteered
+from jaxsteer.study.written_persona import ready
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ def _measure(
 ) -> Sweep:
     started = time.perf_counter()
     model = model or load(options.model, quiet=options.quiet, dtype=options.dtype)
+    persona = ready(model, persona, None, folder.path, say, quiet=options.quiet)
     n_layers = model.config.n_layers
     layers = options.layers or tuple(range(n_layers))
     if not all(0 <= layer < n_layers for layer in layers):
@@ -297,12 +299,12 @@ def _known_rows(path: Path) -> dict[int, tuple[SweepRow, ...]]:
 
 
 def choose(rows: Sequence[SweepRow], max_kl: Positive) -> SweepRow | None:
-    """The best setting of the persona's direction by ``lowest_rate``, equal rates settled by the lower KL.
+    """The best setting of the persona's direction by ``best_rate``, equal rates settled by the lower KL.
 
     None if all are too disturbing or a letter collapse.
     """
     usable = [row for row in rows if row.direction == PERSONA and row.kl <= max_kl and not row.letter_collapse]
-    return usable[lowest_rate(usable, [row.kl for row in usable])] if usable else None
+    return usable[best_rate(usable, [row.kl for row in usable])] if usable else None
 
 
 def _on_test(

@@ -9,12 +9,13 @@ from jaxsteer.models.model import Model
 from jaxsteer.personas import Goal, Persona, load_persona, save_persona, with_replies
 from jaxsteer.personas.replies import recipe_of
 from jaxsteer.processes import is_first
+from jaxsteer.study.bars import progress_bar
 from jaxsteer.study.objective_stage import Say
 
 PERSONA = "persona.json"
 
 
-def ready(model: Model, persona: Persona, goal: Goal | None, folder: Path | None, say: Say) -> Persona:
+def ready(model: Model, persona: Persona, goal: Goal | None, folder: Path | None, say: Say, *, quiet: bool) -> Persona:
     """The persona with this ``goal`` (by default its own), and with the model's replies where it has none.
 
     They are kept in persona.json of ``folder`` and taken from there where the same model wrote them to the same
@@ -29,7 +30,8 @@ def ready(model: Model, persona: Persona, goal: Goal | None, folder: Path | None
         if (kept.recipe, kept.ask, kept.role) == (recipe_of(model, persona.goal), persona.ask, persona.role):
             return kept
     say(f"Replies: {model.name} answers {len(persona.ask)} questions, in the role of {persona.name} and as it is")
-    written = with_replies(model, persona)
+    with progress_bar("replies", unit="reply", quiet=quiet) as advance:
+        written = with_replies(model, persona, progress=advance)
     if file is not None and is_first():
         save_persona(written, file)
     return written

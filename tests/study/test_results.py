@@ -11,7 +11,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.evals.rates import Rate, letter_collapse
 from jaxsteer.statistics import wilson
 from jaxsteer.study.results import Prompt, SearchRun
-from jaxsteer.study.selection import lowest_rate
+from jaxsteer.study.selection import best_rate
 from jaxsteer.study.study_result import RunSummary, Study
 from jaxsteer.study.table_row import TableRow
 from tests.helpers.rates import made_rate
@@ -108,7 +108,7 @@ def test_a_study_says_what_its_runs_found() -> None:
 
 def test_the_lowest_rate_wins_unless_a_letter_does() -> None:
     rates = [made_rate(0.3), made_rate(0.1, a_rate=0.95), made_rate(0.31), made_rate(0.9)]
-    assert lowest_rate(rates, [1, 0, 0, 0]) == 0
-    assert lowest_rate(rates, [1, 0, 0, 0], tolerance=0.02) == 2
-    assert lowest_rate(rates[1:2], [0]) == 0  # when it is the only one
+    assert best_rate(rates, [1, 0, 0, 0]) == 0
+    assert best_rate(rates, [1, 0, 0, 0], tolerance=0.02) == 2
+    assert best_rate(rates[1:2], [0]) == 0  # when it is the only one
     assert letter_collapse(0.5, 0.8) and letter_collapse(0.05) and not letter_collapse(0.6, 0.5)

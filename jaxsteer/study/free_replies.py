@@ -1,0 +1,54 @@
+"""What is measured of a persona in words beside the preference between two replies: which side moved, free replies."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Sequence
+
+from jaxsteer.errors import UserError
+from jaxsteer.evals.free_answers import ask
+from jaxsteer.evals.neutral_texts import neutral_texts
+from jaxsteer.evals.word_odds import WordOdds, accuracy, learn_words
+from jaxsteer.models.model import Model
+from jaxsteer.personas import Item
+from jaxsteer.personas.replies import REPLY_TOKENS
+
+log = logging.getLogger(__name__)
+
+TEST_REPLIES, VALIDATION_REPLIES = 60, 24
+"""Questions, at most, that the model answers freely under every prompt."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreeReplies:
+    """How free replies are read, and what the likelihood of given replies is measured beside."""
+
+    words: WordOdds | None
+    """Learned from train replies; None where they cannot be told apart by their words."""
+    accuracy: float | None
+    """Share of validation replies that it reads right."""
+    neutral: tuple[str, ...]
+    """The model's own replies to requests that have nothing to do with the persona."""
+
+    def yardsticks(self, n: int) -> tuple[str, ...]:
+        """One neutral reply for each of ``n`` questions."""
+        return tuple(itertools.islice(itertools.cycle(self.neutral), n))
+
+
+def free_replies(model: Model, train: Sequence[Item], held_out: Sequence[Item]) -> FreeReplies | None:
+    """What a persona's replies are measured by; ``None`` where its answers are no replies."""
+    if not train or not all(item.replies for item in train):
+        return None
+    try:
+        words = learn_words(train)
+    except UserError as error:
+        log.warning("free replies cannot be read by their words: %s", error)
+        words = None
+    (neutral,) = ask(model, neutral_texts(model), [""], max_new_tokens=REPLY_TOKENS)
+    return FreeReplies(
+        words=words,
+        accuracy=accuracy(words, held_out) if words and held_out else None,
+        neutral=tuple(text.strip() for text in neutral if text.strip()),
+    )
