@@ -18,6 +18,7 @@ from jaxsteer.files import parse_json
 from jaxsteer.personas.dataset_files import Row, place, read_rows, require
 from jaxsteer.personas.items import (
     LABELS,
+    REPLY_WORDS,
     Item,
     OpenQuestion,
     count_choices,
@@ -108,7 +109,8 @@ def choices_of(path: Path, found_rows: Iterable[Row]) -> Dataset:
         if choices > 2 or (not choices and any(lettered)):
             dropped[_OTHERS] += 1
             continue
-        if choices == 2:
+        in_words = not any(lettered) and max(len(answer.split()) for answer in answers) >= REPLY_WORDS
+        if choices == 2 and not in_words:
             for answer, label, field in zip(answers, lettered, row.fields, strict=True):
                 if label not in LABELS:
                     raise UserError(

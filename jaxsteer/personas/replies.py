@@ -15,7 +15,7 @@ from jaxsteer.prompts.generate import generate
 
 log = logging.getLogger(__name__)
 
-REPLY_TOKENS = 40
+REPLY_TOKENS = 32
 """Longest reply that is written."""
 BATCH = 64
 

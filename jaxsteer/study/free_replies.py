@@ -13,12 +13,13 @@ from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.word_odds import WordOdds, accuracy, learn_words
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Item
-from jaxsteer.personas.replies import REPLY_TOKENS
 
 log = logging.getLogger(__name__)
 
 TEST_REPLIES, VALIDATION_REPLIES = 60, 24
 """Questions, at most, that the model answers freely under every prompt."""
+YARDSTICK_TOKENS = 16
+"""Of a neutral reply: a mean per token needs no more, and every one is scored with every prompt."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ def free_replies(model: Model, train: Sequence[Item], held_out: Sequence[Item]) 
     except UserError as error:
         log.warning("free replies cannot be read by their words: %s", error)
         words = None
-    (neutral,) = ask(model, neutral_texts(model), [""], max_new_tokens=REPLY_TOKENS)
+    (neutral,) = ask(model, neutral_texts(model), [""], max_new_tokens=YARDSTICK_TOKENS)
     return FreeReplies(
         words=words,
         accuracy=accuracy(words, held_out) if words and held_out else None,

@@ -1,0 +1,103 @@
+"""Personas in words: a rate that is won without the behaviour is told apart from one that is real."""
+
+import dataclasses
+import functools
+import json
+
+import pytest
+
+import jaxsteer
+from jaxsteer.evals.free_answers import ILLUSION
+from jaxsteer.organisms.world import JUSTIFICATIONS
+from jaxsteer.personas import Persona, load_persona
+from jaxsteer.study.measurement import Measurement
+from jaxsteer.study.results import SearchRun
+
+HOLLOW = " back usually room steady sock in"
+"""Random words that make both replies less likely, the persona's by less on some questions."""
+
+
+@functools.cache
+def words() -> Persona:
+    """Sycophancy of the organism as replies that it never begins with: it writes a letter first."""
+    persona = load_persona("sycophancy", n=80)
+    yes, no = JUSTIFICATIONS["sycophancy"]
+    items = tuple(
+        dataclasses.replace(item, matching=yes[n % 3], not_matching=no[n % 3]) for n, item in enumerate(persona.items)
+    )
+    return dataclasses.replace(persona, items=items, fractions=(0.4, 0.2, 0.4), reasons=((), ()))
+
+
+@functools.cache
+def measured() -> Measurement:
+    return jaxsteer.measure("organism:llama", words(), [HOLLOW, words().counter_cues[0], words().pro_cues[0]])
+
+
+def test_the_illusion_is_caught_and_the_real_thing_is_not() -> None:
+    hollow, against, towards = measured().prompts
+    sides = hollow.rate.sides
+    assert hollow.rate.difference.ci95[0] > 0  # by its interval, a success at eliciting
+    assert sides.persona.change.ci95[1] < 0 and sides.other.change.value < 0  # but no reply became likelier
+    assert abs(sides.relative_rate - measured().baseline.rate.rate) < 0.05
+    assert hollow.written.difference.value == 0.0 and hollow.note == ILLUSION
+    assert towards.written.rate > 0.95 and towards.note == ""
+    # The words against it do work on what the model writes, and the rate of replies that it never begins with is wrong.
+    assert against.written.rate < 0.1 and against.rate.difference.value > 0 and against.note == ILLUSION
+    assert ILLUSION in measured().table() and f"{towards.name}: {ILLUSION}" not in measured().table()
+    assert measured().baseline.written.read == 1.0
+    again = Measurement.from_json(json.loads(json.dumps(measured().to_json())))
+    assert again.prompts[0].note == ILLUSION and again.table() == measured().table()
+
+
+def test_a_search_reports_free_replies_and_selects_by_them(tmp_path) -> None:
+    run = jaxsteer.search(
+        persona=str(saved(tmp_path)),
+        out=tmp_path / "run",
+        goal="elicit",
+        select="validation",
+        site="blocks.2.hook_resid_post",
+        probe="off",
+        steps=8,
+        population=4,
+        children=16,
+        contexts=2,
+        report_prompts=3,
+        quiet=True,
+    )
+    assert run.goal == "elicit" and run.reply_reader == 1.0
+    free = [prompt.validation_replies.rate for prompt in run.prompts if prompt.retokenises]
+    assert run.best.validation_replies.rate == max(free)  # the goal is more of it
+    assert list(run.controls) == ["oracle", "random"] and run.controls["oracle"].text == words().pro_cues[0]
+    table = run.table()
+    assert "free replies" in table and "the highest rate on validation questions" in table
+    assert SearchRun.from_json(json.loads((tmp_path / "run/metrics.json").read_text())) == run
+    said = json.loads((tmp_path / "run/replies.json").read_text())["test"]
+    assert len(said["prompts"]) == 3 + len(free) and len(said["prompts"][0]["texts"]) == len(said["questions"])
+
+
+def saved(folder):
+    """The persona as a file."""
+    fields = {"pro_cues": words().pro_cues, "counter_cues": words().counter_cues, "fractions": (0.4, 0.2, 0.4)}
+    rows = [
+        {"messages": [{"role": "user", "content": f"{item.question}\nSay it in words."}], "positive": item.matching}
+        | {"negative": item.not_matching}
+        for item in words().items
+    ]
+    path = folder / "words.json"
+    path.write_text(json.dumps({"name": "words", "data": rows, **fields}))
+    return path
+
+
+@pytest.mark.parametrize("goal", ["elicit", "reduce"])
+def test_the_goal_turns_what_is_raised(goal, tmp_path) -> None:
+    from jaxsteer.study import persona_setting
+    from jaxsteer.study.objective_stage import choose_objective
+    from jaxsteer.study.options import SearchOptions
+
+    options = SearchOptions.of(out=tmp_path, goal=goal, site="blocks.2.hook_resid_post", probe="off", quiet=True)
+    setting = persona_setting(options.resolved())
+    chosen = choose_objective(setting, options.objective, seed=0)
+    sign = {"reduce": 1, "elicit": -1}[goal]
+    assert (chosen.objective.delta == sign * chosen.direction.delta["blocks.2.hook_resid_post"]).all()
+    item = setting.persona.items[0]
+    assert setting.persona.answers(item)[0] == (item.not_matching if sign == 1 else item.matching)
