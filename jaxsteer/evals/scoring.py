@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.layers import prefill, run_layers
-from jaxsteer.models.log_probs import label_log_probs
+from jaxsteer.models.log_probs import LOGITS_NOT_FINITE, label_log_probs
 from jaxsteer.models.padding import bucket, pad_rows
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import put
@@ -218,6 +218,12 @@ def score_texts(
         else:
             scores = to_host(_score_edits(params, config, tuple(arrays), stacked))
         scores = scores.reshape(n_variants, size, per_group, -1).astype(np.float64)
+        if not all(
+            np.isfinite(scores[:, i, p, : len(row.answer)]).all()
+            for i, group in enumerate(packed)
+            for p, row in enumerate(group)
+        ):
+            raise UserError(LOGITS_NOT_FINITE)
         for i, (g, group_rows) in enumerate(zip(chosen, packed, strict=False)):
             for p, row in enumerate(group_rows):
                 kept = scores[:, i, p, : len(row.answer)]

@@ -31,6 +31,8 @@ from jaxsteer.models.sharding import place
 from jaxsteer.models.taps import Intervention, make_where, of_one_token, tap_of
 from jaxsteer.models.transformer import embed, make_context, positions_of, unembed
 
+NOT_FINITE = -2
+"""Stands in the place of a row's tokens where the logits after its prompt are NaN or infinite."""
 CACHE_SPEC = P(None, "prompts", "model", None, None)
 """How keys and values [L, B, K, H, M] lie on a mesh."""
 
@@ -134,7 +136,10 @@ def _begun(
         done=batch.limit <= 0,
         sampling=of_rows(sampling, batch.rows),
     )
-    return _append(state, logits)
+    state = _append(state, logits)
+    broken = ~jnp.isfinite(logits).all(-1)
+    tokens = jnp.where(broken[:, None], NOT_FINITE, state.tokens)
+    return dataclasses.replace(state, tokens=tokens, done=state.done | broken)
 
 
 def _append(state: State, logits: Float[Array, "B V"]) -> State:

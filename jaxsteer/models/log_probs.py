@@ -14,6 +14,10 @@ from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import unembed, unembed_normed
 
+LOGITS_NOT_FINITE = (
+    "The model's logits are NaN or infinite, so that no result could be right. Its weights are finite, as loading "
+    "checked: something on the way overflows. Try --dtype float32, or steer with a smaller coefficient."
+)
 VOCABULARY_BLOCK = 2**24
 """Logits held at once, in floats: 64 MiB. What needs logits of many rows takes as many rows at a time as fit."""
 

@@ -12,6 +12,7 @@ import pytest
 from flax import struct
 
 import jaxsteer
+from jaxsteer.evals.scoring import Text, score_texts
 from jaxsteer.models import generation
 from jaxsteer.models.decoding import Batch
 from jaxsteer.models.generation import NO_TOKEN, generate_tokens
@@ -254,3 +255,15 @@ def test_what_does_not_fit_is_refused_before_any_work() -> None:
     for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.2}, {"top_k": -1}):
         with pytest.raises(jaxsteer.UserError, match=next(iter(bad)).replace("_", "-")):
             Decoding(**bad)
+
+
+def test_logits_that_are_not_finite_are_an_error_and_no_text() -> None:
+    model = gemma()
+    broken = dataclasses.replace(
+        model, params=dataclasses.replace(model.params, final_norm=model.params.final_norm * jnp.nan)
+    )
+    with pytest.raises(jaxsteer.UserError, match="logits are NaN or infinite"):
+        run(broken)
+    texts = [[Text(context=PROMPTS[0], answers=(np.asarray([1]), np.asarray([2])))]]
+    with pytest.raises(jaxsteer.UserError, match="logits are NaN or infinite"):
+        score_texts(broken.params, broken.config, texts)
