@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from jaxsteer.display import number
+from jaxsteer.errors import UserError
+from jaxsteer.files import read_text
 from jaxsteer.report.run_files import read_lines
 from jaxsteer.study.study_result import Study
 
@@ -19,12 +22,18 @@ GROUPED = ("persona", "method", "direction", "site", "fluency")
 
 
 def read_problems(path: Path) -> list[dict[str, str]]:
-    """The lines of problems.csv; none where there is no such file."""
+    """The lines of problems.csv; none where there is no such file. Raises ``UserError`` for what is no table."""
     found = path / "problems.csv"
     if not found.exists():
         return []
-    with found.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row.get("run") and row.get("problem")]
+    lines = csv.DictReader(io.StringIO(read_text(found), newline=""))
+    try:
+        rows = [row for row in lines if row.get("run") and row.get("problem")]
+        for row in rows:
+            float(row.get("target") or 0)
+        return rows
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{found}, line {lines.line_num}: {error}") from None
 
 
 def summarised(problems: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.report import is_study, read_study, run_folders, write_plots, write_report
+from jaxsteer.report.problems import read_problems
 from jaxsteer.report.reproduce import command_of
 from jaxsteer.report.study import envelope
 from jaxsteer.report.table_rows import rows_of_runs
@@ -194,6 +195,15 @@ def test_warnings_are_said_once(tmp_path: Path):
     assert (
         len(notes) == 1 and notes[0].startswith("0: The probe correlation is 0.1") and "2 other runs of 3" in notes[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("data", "says"), [(b"run,problem\n\xff,1\n", "not UTF-8"), (b"run,problem,target\na,1,x\n", "line 2")]
+)
+def test_a_damaged_table_of_problems_is_named(tmp_path: Path, data: bytes, says: str):
+    (tmp_path / "problems.csv").write_bytes(data)
+    with pytest.raises(UserError, match=f"problems.csv, .*{says}"):
+        read_problems(tmp_path)
 
 
 def test_what_is_no_study(tmp_path: Path):
