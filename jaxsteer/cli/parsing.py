@@ -13,6 +13,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from jaxsteer.errors import UserError
+from jaxsteer.files.paths import user_path
 from jaxsteer.files.stores import is_url
 from jaxsteer.ranges import check_ranges
 
@@ -21,6 +22,10 @@ _REGISTRY = ConstructorRegistry()
 
 class _Url(Exception):
     """A URL where a path must stand; no ``ValueError``, which tyro would explain itself."""
+
+
+class _NoPath(Exception):
+    """A name that no path can have; its cause says why."""
 
 
 @_REGISTRY.primitive_rule
@@ -32,7 +37,10 @@ def _paths(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
     def path(words: list[str]) -> Path:
         if is_url(words[0]):
             raise _Url(words[0])
-        return Path(words[0])
+        try:
+            return user_path(words[0])
+        except UserError as error:
+            raise _NoPath from error
 
     return PrimitiveConstructorSpec(
         nargs=1,
@@ -59,6 +67,8 @@ def parse_as(command: Any, arguments: Sequence[str], *, prog: str, description: 
             registry=_REGISTRY,
             **({} if default is None else {"default": default}),
         )
+    except _NoPath as error:
+        raise UserError(str(error.__cause__)) from None
     except _Url as url:
         raise UserError(
             f"{url} looks like a URL, to which only search writes: give a path, and copy the files from or to there"

@@ -23,6 +23,7 @@ from pathlib import Path
 from jaxsteer.checkpoints.loading import cache_dir
 from jaxsteer.errors import UserError
 from jaxsteer.files import write_bytes
+from jaxsteer.files.paths import user_path
 from jaxsteer.files.stores import PATIENCE_S, Bucket, is_url
 from jaxsteer.processes import PREEMPTED, from_first, is_first
 from jaxsteer.study.files import CONFIG, FORMAT, METRICS
@@ -51,7 +52,7 @@ def working_directory(out: str | Path, say: Callable[[str], None] = log.info) ->
     finished run cannot be copied; it stays in the working copy then, and the same command copies it.
     """
     if not is_url(str(out)):
-        yield Path(out)
+        yield user_path(out)
         return
     copy = _Copy(str(out))
     from_first(copy.fill)

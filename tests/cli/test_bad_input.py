@@ -110,6 +110,10 @@ def test_output_directory_of_another_run(fails, model_dir: Path, tmp_path: Path)
         (("eval", "--from-run", "nowhere"), "nowhere"),
         (("direction", "show", "nowhere.safetensors"), "no direction file"),
         (("convert", "nowhere", "out"), "nowhere"),
+        (("vector", "show", "~nouser/x"), "names the home of a user who is not known here"),
+        (("search", "--out", "~nouser/x"), "names the home of a user who is not known here"),
+        (("eval", "--soft", "x" * 5000), "cannot be read: File name too long"),
+        (("report", "a\0b"), "is not the name of a file"),
         (("convert", "nowhere", "gs://bucket/out"), "only search writes"),
         (("sae", "train", "--site", "x", "--latents", "8", "--out", "s3://bucket/out"), "only search writes"),
         (("generate", "x", "--samples", "100000000000"), "--samples must be at most 1048576"),
@@ -135,7 +139,7 @@ def test_output_directory_of_another_run(fails, model_dir: Path, tmp_path: Path)
     ],
 )
 def test_other_refusals(fails, tmp_path: Path, argv: tuple[str, ...], message: str) -> None:  # noqa: ANN001
-    extra = ("--out", tmp_path / "run") if argv[0] == "search" else ()
+    extra = ("--out", tmp_path / "run") if argv[0] == "search" and "--out" not in argv else ()
     assert message in fails(*argv, *extra)
 
 
