@@ -61,7 +61,7 @@ def test_bad_input_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["generate", "a", "--plain", "--system", "b"], "no system message"),
         (["generate", "--file", str(broken)], "line 2: expected a text"),
         (["generate", "--file", str(tmp_path / "absent.txt")], "cannot be read"),
-        (["generate", "a", "--top-p", "2"], "top_p is a probability"),
+        (["generate", "a", "--top-p", "2"], "--top-p must be at most 1"),
     ]
     for arguments, message in cases:
         assert main(arguments) == 2
