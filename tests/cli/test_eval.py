@@ -100,7 +100,7 @@ def test_questions_with_many_answers_and_with_none(
     monkeypatch.setattr("jaxsteer.study.measure.ask", write)
     with endpoint(lambda body: "no idea") as (url, asked):
         out = out_of(capsys, "--model", model_dir, "--persona", name, "-p", " be patient", "--judge", url)
-    assert len(asked) == 4 and out["baseline"]["judged"]["unread"] == 2 and out["split"] == "all"
+    assert len(asked) == 2 and out["baseline"]["judged"]["unread"] == 2 and out["split"] == "all"
     assert "rate" not in out["baseline"] and out["baseline"]["judged"]["rate"] is None
 
 
