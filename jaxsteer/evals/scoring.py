@@ -132,7 +132,10 @@ def _score(
     prompt_length: Int[Array, " B"],
     edit: Intervention | None = None,
 ) -> Float[Array, "B K"]:
-    """Log-probability of every target at the position that predicts it, float32. ``edit`` needs B = C."""
+    """Log-probability of every target at the position that predicts it, float32. ``edit`` needs B = C.
+
+    Many parameters: arrays of a packed batch, in the order of ``_arrays``.
+    """
     shared_mask = jnp.arange(shared.shape[1]) < shared_length[:, None]
     before = behind = final = NO_TAP
     if edit is not None:

@@ -148,7 +148,10 @@ def llama_config(
     tied_embeddings: bool = False,
     rope: Rope | None = None,
 ) -> ModelConfig:
-    """A Llama-shaped config from its sizes, for models that are made here (organisms, benchmarks, tests)."""
+    """A Llama-shaped config from its sizes, for models that are made here (organisms, benchmarks, tests).
+
+    Many parameters: each is a size of the model.
+    """
     d_head = d_head or d_model // n_heads
     return ModelConfig(
         family="llama",
