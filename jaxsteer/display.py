@@ -107,6 +107,14 @@ def points(found: Any) -> str:
     )
 
 
+def signed(found: Any) -> str:
+    """A change of another number, which has a ``value`` and an interval ``ci95``: "+0.34 (+0.10 to +0.58)"."""
+    change = None if found is None else number(found.value)
+    if change is None:
+        return "–"
+    return f"{change:+.2f}" + (f" ({found.ci95[0]:+.2f} to {found.ci95[1]:+.2f})" if found.ci95 else "")
+
+
 def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
     """Columns padded to their widest cell, those of ``left`` starting at the left; a rule below row 0."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -38,7 +38,7 @@ _BRACKETED = re.compile(r"\(([AB])\)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WrittenResult:
+class WrittenResult(Record):
     """What a model wrote under one prompt; rows are those of ``choice_eval`` on the same items."""
 
     prompt: str
@@ -50,10 +50,6 @@ class WrittenResult:
     """Per row: ``PERSONA``, ``OTHER``, or ``UNREAD`` where no choice was found."""
     argues: tuple[str, ...]
     """Per row: the side that the text argues for."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Item-level record."""
-        return {name: value if name == "prompt" else list(value) for name, value in dataclasses.asdict(self).items()}
 
 
 def ask(

@@ -11,6 +11,7 @@ from jaxsteer.display import decimals, ends, percent, visible
 from jaxsteer.evals.attribution import Attribution
 from jaxsteer.files import make_directory, write_text
 from jaxsteer.report.plots import run_plots
+from jaxsteer.report.replies import in_words
 from jaxsteer.report.reproduce import command_of
 from jaxsteer.report.run_files import RunFiles, read_run
 from jaxsteer.report.study import is_study, read_study
@@ -18,7 +19,7 @@ from jaxsteer.report.study_page import render_study
 from jaxsteer.report.study_plots import study_plots
 from jaxsteer.report.templates import embedded, flat, shaded, template
 from jaxsteer.study.latent_explanation import LatentExplanation
-from jaxsteer.study.results import RULES, Prompt, SearchRun
+from jaxsteer.study.results import Prompt, SearchRun, rule_of
 
 
 def write_report(directory: str | Path) -> Path:
@@ -53,7 +54,8 @@ def render_page(run: RunFiles) -> str:
         tiles=_tiles(result),
         warnings=run.warnings,
         rows=result.prompts,
-        selected_by=RULES.get(result.selected_by, result.selected_by),
+        words=in_words(run),
+        selected_by=rule_of(result),
         unit=visible(result.target_units),
         controls=result.controls,
         probe=result.probe,
@@ -87,21 +89,43 @@ def _what(result: SearchRun) -> str:
 def _tiles(result: SearchRun) -> list[tuple[str, str, str]]:
     """(label, number, small print) of the headline."""
     base = result.baseline or Prompt()
-    tiles = []
-    for label, entry in (("without a prompt", base), ("with the prompt", result.best)):
-        if entry is not None and (rate := entry.rate) is not None:
-            split = "test" if entry.test is not None else "validation"
-            tiles.append((label, percent(rate.rate), f"95 %: {ends(rate.ci95)}, n = {rate.n} questions, {split}"))
-    if result.best is not None and (rate := result.best.rate) is not None:
-        before = None if base.rate is None else base.rate.a_rate
-        tiles.append(("answers (A)", percent(rate.a_rate), f"without a prompt {percent(before)}"))
-        tiles.append(("same when swapped", percent(rate.swapped_rate), "choices exchanged, content kept"))
+    tiles = _reply_tiles(result) if result.in_words else _rate_tiles(base, result.best)
     if result.probe_correlation is not None:
         ci95, probe = result.probe_ci95, result.probe
         known = "" if ci95 is None or probe is None else f"95 %: {ci95[0]:.2f}–{ci95[1]:.2f}, {probe.prompts} prompts, "
         tiles.append(("probe correlation", decimals(result.probe_correlation), f"{known}objective against behaviour"))
     if result.timing.candidates_per_s is not None:
         tiles.append(("candidates per second", f"{result.timing.candidates_per_s:,.0f}", "scored in the search"))
+    return tiles
+
+
+def _rate_tiles(base: Prompt, best: Prompt | None) -> list[tuple[str, str, str]]:
+    tiles = []
+    for label, entry in (("without a prompt", base), ("with the prompt", best)):
+        if entry is not None and (rate := entry.rate) is not None:
+            split = "test" if entry.test is not None else "validation"
+            tiles.append((label, percent(rate.rate), f"95 %: {ends(rate.ci95)}, n = {rate.n} questions, {split}"))
+    if best is not None and (rate := best.rate) is not None:
+        before = None if base.rate is None else base.rate.a_rate
+        tiles.append(("answers (A)", percent(rate.a_rate), f"without a prompt {percent(before)}"))
+        tiles.append(("same when swapped", percent(rate.swapped_rate), "choices exchanged, content kept"))
+    return tiles
+
+
+def _reply_tiles(result: SearchRun) -> list[tuple[str, str, str]]:
+    tiles = []
+    for label, entry in (("without a prompt", result.baseline), ("with the prompt", result.best)):
+        if entry is not None and (free := entry.replies) is not None:
+            split = "test" if entry.test_replies is not None else "validation"
+            tiles.append((label, percent(free.rate), f"95 %: {ends(free.ci95)}, n = {free.n} questions, {split}"))
+    best, base = result.best or Prompt(), result.baseline or Prompt()
+    if best.rate is not None and best.replies is not None:
+        before = f"without a prompt {percent(base.rate and base.rate.rate)}"
+        tiles.append(("preference", percent(best.rate.rate), f"95 %: {ends(best.rate.ci95)}, {before}"))
+        note = f"95 %: {ends(best.replies.agreement_ci95)}, preference and free replies"
+        tiles.append(("agreement", percent(best.replies.agreement), note))
+    if result.reply_reader is not None:
+        tiles.append(("replies read right", percent(result.reply_reader), "given ones, by their words"))
     return tiles
 
 

@@ -12,6 +12,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import read_json, read_log
 from jaxsteer.files.paths import user_path
 from jaxsteer.study import files
+from jaxsteer.study.free_replies import SaidFreely
 from jaxsteer.study.results import Prompt, SearchRun
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ class RunFiles:
     """pareto.jsonl: the whole frontier."""
     progress: list[dict[str, Any]]
     """Rows of progress.jsonl."""
+    said: SaidFreely | None = None
+    """replies.json: of a persona in words, the free replies to the test questions."""
     warnings: tuple[str, ...]
     """What a reader must know before believing the numbers, in words."""
 
@@ -60,6 +63,7 @@ def read_run(directory: str | Path) -> RunFiles:
     pareto = [Prompt.from_json(row, f"{path / files.PARETO}, row {i}") for i, row in enumerate(rows)]
     pooled = config is not None and "pooled" in config  # the progress of many searches stands beside all of their runs
     progress = [] if pooled else read_lines(path / files.PROGRESS, notes)
+    said = _said(path / files.REPLIES, notes) if result.in_words else None
     for note in notes:
         logger.warning("%s: %s", path, note)
     return RunFiles(
@@ -68,6 +72,7 @@ def read_run(directory: str | Path) -> RunFiles:
         config=config or {},
         pareto=tuple(pareto),
         progress=progress,
+        said=said,
         warnings=(*result.doubts, *notes),
     )
 
@@ -75,6 +80,22 @@ def read_run(directory: str | Path) -> RunFiles:
 def read_result(path: Path) -> SearchRun:
     """What the metrics.json of a run's directory holds."""
     return SearchRun.from_json(read_json(path / files.METRICS, nan=True), str(path / files.METRICS))
+
+
+def _said(path: Path, notes: list[str]) -> SaidFreely | None:
+    """The free replies to the test questions. Raises ``UserError`` where texts and questions do not go together."""
+    whole = read_object(path)
+    if whole is None:
+        notes.append(f"{path.name} is missing: what the model wrote freely is not shown")
+        return None
+    said = SaidFreely.from_json(whole.get("test"), f"{path}.test")
+    for at, one in enumerate(said.prompts):
+        if {len(one.texts), len(one.chose)} != {len(said.questions)}:
+            raise UserError(
+                f"{path}.test.prompts[{at}] holds {len(one.texts)} texts and {len(one.chose)} choices, expected one "
+                f"for each of {len(said.questions)} questions"
+            )
+    return said
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

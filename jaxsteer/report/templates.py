@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from jaxsteer.display import compact, decimals, interval, percent, points, visible
+from jaxsteer.display import compact, decimals, ends, escaped, interval, percent, points, signed, visible
 
 
 @functools.cache
@@ -24,7 +24,7 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (visible, percent, points, decimals, compact, interval)
+    filters = (visible, escaped, percent, points, signed, decimals, compact, ends, interval)
     environment.filters |= {function.__name__: function for function in filters}
     return environment.get_template(f"{name}.html.jinja")
 

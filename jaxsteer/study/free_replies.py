@@ -8,9 +8,10 @@ import logging
 from collections.abc import Sequence
 
 from jaxsteer.errors import UserError
-from jaxsteer.evals.free_answers import ask
+from jaxsteer.evals.free_answers import WrittenResult, ask
 from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.word_odds import WordOdds, accuracy, learn_words
+from jaxsteer.files.records import Record
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Item
 
@@ -20,6 +21,15 @@ TEST_REPLIES, VALIDATION_REPLIES = 60, 24
 """Questions, at most, that the model answers freely under every prompt."""
 YARDSTICK_TOKENS = 16
 """Of a neutral reply: a mean per token needs no more, and every one is scored with every prompt."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SaidFreely(Record):
+    """What a model wrote freely, word by word: of replies.json the validation or the test questions."""
+
+    questions: tuple[str, ...]
+    prompts: tuple[WrittenResult, ...]
+    """The baseline, the controls and the reported prompts, in this order; the rows of each are the questions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

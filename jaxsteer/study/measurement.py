@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxsteer.display import aligned, decimals, ends, number, percent, points, short, visible
+from jaxsteer.display import aligned, decimals, ends, number, percent, points, short, signed, visible
 from jaxsteer.evals.free_answers import ILLUSION, WrittenRates, is_illusion
 from jaxsteer.evals.organism_lookups import Lookups
-from jaxsteer.evals.rates import Difference, Flips, Rate, Sides, by_question, counts_rows
+from jaxsteer.evals.rates import Flips, Rate, Sides, by_question, counts_rows
 from jaxsteer.evals.truthful import Metric, TruthfulRates
 from jaxsteer.files.records import Record
 from jaxsteer.prompts import Placement
@@ -162,9 +162,13 @@ class Measurement(Result):
 
     def plot(self) -> Figure:
         """Persona rates with 95 % intervals. Raises ``UserError`` where no rates were measured."""
-        rows = [RateRow("no prompt", "baseline", self.baseline.rate)]
-        rows += [RateRow(row.name, "prompt", row.rate, chosen=row is self.best) for row in self.prompts]
-        return drawn(rate_plot(rows))
+        words = self.baseline.rate is not None and self.baseline.rate.sides is not None
+        rows = [
+            RateRow(row.name, "prompt", row.rate, chosen=row is self.best, replies=row.written if words else None)
+            for row in self.prompts
+        ]
+        first = RateRow("no prompt", "baseline", self.baseline.rate, replies=self.baseline.written if words else None)
+        return drawn(rate_plot([first, *rows]))
 
 
 def _interval(ci95: Sequence[float], share: float | None = 0.0) -> str:
@@ -215,7 +219,11 @@ def _sides_table(rows: Sequence[tuple[str, Sides]]) -> str:
     for name, sides in rows:
         cells = [name]
         for side in (sides.persona, sides.other, sides.yardstick):
-            cells += ["", ""] if side is None else [decimals(side.log_prob), _nats(side.change)]
+            cells += (
+                ["", ""]
+                if side is None
+                else [decimals(side.log_prob), "" if side.change is None else signed(side.change)]
+            )
         table.append((*cells, _rated(sides)))
     return (
         f"{aligned(table)}\n\nneutral: replies to something else, which a prompt moves that makes everything unlikely; "
@@ -225,12 +233,6 @@ def _sides_table(rows: Sequence[tuple[str, Sides]]) -> str:
 
 def _rated(sides: Sides) -> str:
     return "" if sides.relative_rate is None else f"{percent(sides.relative_rate)} ({ends(sides.relative_ci95)})"
-
-
-def _nats(change: Difference | None) -> str:
-    if change is None or change.ci95 is None:
-        return ""
-    return f"{change.value:+.2f} ({change.ci95[0]:+.2f} to {change.ci95[1]:+.2f})"
 
 
 def _truthful_table(rows: Sequence[tuple[str, TruthfulRates]]) -> str:

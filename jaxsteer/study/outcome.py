@@ -24,7 +24,7 @@ from jaxsteer.prompt_search.rescore import Rescored, rescore
 from jaxsteer.prompts import prompt_text, random_rows, retokenises_many
 from jaxsteer.study import files
 from jaxsteer.study.bars import progress_bar
-from jaxsteer.study.free_replies import TEST_REPLIES, VALIDATION_REPLIES, free_replies
+from jaxsteer.study.free_replies import TEST_REPLIES, VALIDATION_REPLIES, SaidFreely, free_replies
 from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.options import ReportOptions, RunOptions
 from jaxsteer.study.results import Prompt
@@ -125,7 +125,7 @@ def evaluate(
             )  # fmt: skip
             free = [written_rates(one, s, None if one is said[0] else said[0]) for one, s in zip(said, scored)]
             measured = [prompt.with_replies(name, found) for prompt, found in zip(measured, free, strict=True)]
-            answers[name] = {"questions": [item.question for item in few], "prompts": [one.to_json() for one in said]}
+            answers[name] = SaidFreely(questions=tuple(item.question for item in few), prompts=tuple(said)).to_json()
     files.write_json(Path(run.out) / files.CHOICES, _compact(records))
     if answers:
         files.write_json(Path(run.out) / files.REPLIES, answers)

@@ -89,6 +89,11 @@ class Prompt(Record):
         """On test questions, or on validation questions where no test was run."""
         return self.test or self.validation
 
+    @property
+    def replies(self) -> WrittenRates | None:
+        """What is written freely, by the same questions."""
+        return self.test_replies or self.validation_replies
+
     def with_rate(self, split: str, rate: Rate) -> Prompt:
         """The prompt with its rate on the validation or the test questions."""
         changed: dict[str, Any] = {split: rate}
@@ -107,8 +112,7 @@ class Prompt(Record):
         for split, rate in (("validation", self.validation), ("test", self.test)):
             low, high = (None, None) if rate is None else rate.ci95
             flat |= {f"{split}_rate": rate and rate.rate, f"{split}_low": low, f"{split}_high": high}
-        free = self.test_replies or self.validation_replies
-        if free is not None:
+        if (free := self.replies) is not None:
             low, high = free.ci95
             flat |= {"replies_rate": free.rate, "replies_low": low, "replies_high": high, "note": self.note}
         measured = {name: self.rate and getattr(self.rate, name) for name in ("n", "a_rate", "swapped_rate")}
@@ -151,8 +155,9 @@ REPLIES_HEAD = (*HEAD[:6], "free replies", "agree", "persona's", "other's", "neu
 RULES = {
     "objective": "the largest objective",
     "validation": "the lowest rate on validation questions (a prompt under which a letter wins comes last)",
+    "replies": "the lowest rate of free replies to validation questions",
 }
-"""What ``selected_by`` says, in words."""
+"""What ``selected_by`` says, in words; by "validation" a persona in words is selected by free replies."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,6 +227,11 @@ class SearchRun(Result):
         return self.prompts[self.selected or 0] if found else None
 
     @property
+    def in_words(self) -> bool:
+        """Whether answers are replies, of which what the model writes freely is the result."""
+        return self.baseline is not None and self.baseline.replies is not None
+
+    @property
     def doubts(self) -> tuple[str, ...]:
         """Reasons not to take the numbers at face value, in words."""
         found = []
@@ -262,8 +272,7 @@ class SearchRun(Result):
         shown = list(enumerate(self.prompts[:limit]))
         if self.selected is not None and self.selected >= limit:
             shown.append((self.selected, self.prompts[self.selected]))
-        words = self.baseline is not None and self.baseline.test_replies is not None
-        line, head = (_replies_line, REPLIES_HEAD) if words else (_line, HEAD)
+        line, head = (_replies_line, REPLIES_HEAD) if self.in_words else (_line, HEAD)
         lines = [line("", "(no prompt)", self.baseline or Prompt(), width)]
         for index, prompt in shown:
             mark = ("*" if index == self.selected else "") + ("!" if prompt.retokenises is False else "")
@@ -278,7 +287,7 @@ class SearchRun(Result):
             f"persona rate with 95 % interval over questions; target in {visible(self.target_units)}; * selected by "
             f"{rule_of(self)}; ! re-tokenises differently",
         ]
-        parts += [REPLIES_NOTE.format(right=percent(self.reply_reader), illusion=ILLUSION)] if words else []
+        parts += [REPLIES_NOTE.format(right=percent(self.reply_reader), illusion=ILLUSION)] if self.in_words else []
         return "\n".join([*parts, *(f"warning: {visible(note)}" for note in self.doubts)])
 
     def _title(self) -> str:
@@ -299,16 +308,12 @@ class SearchRun(Result):
 
     def rate_rows(self, limit: int = 24) -> list[RateRow]:
         """What ``plot`` shows: the baseline, at most ``limit`` prompts, and the controls."""
-        rows = (
-            [RateRow("no prompt", "baseline", self.baseline.test, self.baseline.validation)]
-            if self.baseline is not None
-            else []
-        )
-        for prompt in self.prompts[:limit]:
-            rows.append(RateRow(prompt.text, "prompt", prompt.test, prompt.validation, chosen=prompt is self.best))
-        return rows + [
-            RateRow(f"[{name}] {control.text}".rstrip(), "control", control.test, control.validation)
-            for name, control in self.controls.items()
+        named = [] if self.baseline is None else [("no prompt", "baseline", self.baseline)]
+        named += [(prompt.text, "prompt", prompt) for prompt in self.prompts[:limit]]
+        named += [(f"[{name}] {control.text}".rstrip(), "control", control) for name, control in self.controls.items()]
+        return [
+            RateRow(label, kind, p.test, p.validation, p is self.best, p.test_replies, p.validation_replies)
+            for label, kind, p in named
         ]
 
     def plot(self) -> Figure:
@@ -332,7 +337,7 @@ def _line(mark: str, text: str, prompt: Prompt, width: int) -> tuple[str, ...]:
 
 def _replies_line(mark: str, text: str, prompt: Prompt, width: int) -> tuple[str, ...]:
     """The row of a prompt where answers are replies: what was written freely, and which side moved."""
-    sides, free = prompt.rate and prompt.rate.sides, prompt.test_replies
+    sides, free = prompt.rate and prompt.rate.sides, prompt.replies
     mark += "~" if prompt.note else ""
     return (
         *_line(mark, text, prompt, width)[:6],
@@ -358,27 +363,32 @@ else; relative: the rate if a reply gains only what it rises beyond the neutral 
 
 def rule_of(run: SearchRun) -> str:
     """How a run chose its prompt, in words."""
-    rule = RULES.get(run.selected_by, visible(run.selected_by))
+    key = "replies" if run.in_words and run.selected_by == "validation" else run.selected_by
+    rule = RULES.get(key, visible(key))
     return rule.replace("lowest", "highest") if run.goal == "elicit" else rule
 
 
 def summary_table(runs: Sequence[SearchRun], *, width: int = 60) -> str:
-    """One line per run: persona, baseline, and the selected prompt with its test rate."""
-    lines: list[tuple[str, ...]] = [("persona", "baseline", "with prompt", "A-rate", "probe", "prompt")]
+    """One line per run: persona, baseline, and the selected prompt with its test rate; of personas in words, the rates
+    are those of free replies."""
+    lettered = not all(run.in_words for run in runs)
+    lines: list[tuple[str, ...]] = [
+        ("persona", "baseline", "with prompt", *(("A-rate",) if lettered else ()), "probe", "prompt")
+    ]
     for run in runs:
-        before, after = run.baseline and run.baseline.test, run.best and run.best.test
-        text = "(none found)" if run.best is None else run.best.text
+        before, after = (p and (p.replies if run.in_words else p.test) for p in (run.baseline, run.best))
+        words = f" (free replies, {run.goal or 'reduce'})" if run.in_words else ""
         lines.append(
             (
-                visible(run.persona),
+                visible(run.persona) + words,
                 interval(before),
                 interval(after),
-                percent(after and after.a_rate),
+                *((percent(getattr(after, "a_rate", None)),) if lettered else ()),
                 decimals(run.probe_correlation),
-                short(text, width),
+                short("(none found)" if run.best is None else run.best.text, width),
             )
         )
-    return aligned(lines, left=(0, 5))
+    return aligned(lines, left=(0, len(lines[0]) - 1))
 
 
 def drawn(plot: Plot | None) -> Figure:

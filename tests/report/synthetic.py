@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from jaxsteer.evals.free_answers import ILLUSION
 from tests.helpers.rates import made_rate
 
 HOSTILE = '<script>alert("x")</script> & <img src="http://example.org/a.png">\u202e\x1b[31m\n end'
@@ -223,4 +224,44 @@ def write_table(path: Path, *, places: int = 2) -> Path:
         "environment": {"jax": "x"},
     }
     (path / "results.json").write_text(json.dumps(table))
+    return path
+
+
+def write_words(path: Path, **changes: Any) -> Path:
+    """The run of a persona in words: the rate moved, the replies did not; the instruction moved both."""
+
+    def measured(text: str, preferred: float, free: float, change: float | None = None, **more: Any) -> dict[str, Any]:
+        def moved(value: float) -> dict[str, Any]:
+            change_of = {"value": value, "ci95": [value - 0.1, value + 0.1]}
+            return {"log_prob": -1.5 + value} | ({} if change is None else {"change": change_of})
+
+        sides = {"persona": moved(-0.2), "other": moved(-0.5), "yardstick": moved(-0.6), "relative_rate": 0.15}
+        written = {"n": 60, "read": 1.0, "rate": free, "ci95": [free - 0.05, free + 0.05], "argued": 0.0}
+        written |= {"accords": None, "argued_rate": None, "distinct_3": 0.9, "copied": 0.1, "agreement": 0.7}
+        if change is not None:
+            written["difference"] = {"value": change, "ci95": [change - 0.06, change + 0.06]}
+        both = {"test": {**rate(preferred, 60), "sides": sides}, "test_replies": written, "validation_replies": written}
+        return {"text": text, **both, **more}
+
+    selected = {"note": ILLUSION, "target": 4.2, "cross_entropy": 7.5, "retokenises": True, "ids": [5]}
+    numbers = metrics(
+        persona="pirate",
+        goal="elicit",
+        selected_by="validation",
+        reply_reader=0.97,
+        baseline=measured("", 0.15, 0.1),
+        controls={"instruction": measured("Speak like a pirate.", 0.8, 0.9, 0.8)},
+        prompts=[measured(HOSTILE, 0.7, 0.12, 0.02, **selected)],
+        attribution=None,
+        **changes,
+    )
+    texts = {"": "I can help.", "Speak like a pirate.": "Arr, matey!", HOSTILE: f"I can {HOSTILE}"}
+    said = [
+        {"prompt": prompt, "ids": ["a"] * 12, "groups": ["a"] * 12, "texts": [text] * 12, "argues": [""] * 12}
+        | {"chose": ["persona" if "Arr" in text else "other"] * 11 + [""]}
+        for prompt, text in texts.items()
+    ]
+    questions = [f"Question {number}? {HOSTILE}" for number in range(12)]
+    write_run(path, numbers)
+    (path / "replies.json").write_text(json.dumps({"test": {"questions": questions, "prompts": said}}))
     return path

@@ -69,7 +69,7 @@ def test_a_search_reports_free_replies_and_selects_by_them(tmp_path) -> None:
     assert run.best.validation_replies.rate == max(free)  # the goal is more of it
     assert list(run.controls) == ["oracle", "random"] and run.controls["oracle"].text == words().pro_cues[0]
     table = run.table()
-    assert "free replies" in table and "the highest rate on validation questions" in table
+    assert "free replies" in table and "the highest rate of free replies to validation questions" in table
     assert SearchRun.from_json(json.loads((tmp_path / "run/metrics.json").read_text())) == run
     said = json.loads((tmp_path / "run/replies.json").read_text())["test"]
     assert len(said["prompts"]) == 3 + len(free) and len(said["prompts"][0]["texts"]) == len(said["questions"])

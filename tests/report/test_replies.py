@@ -1,0 +1,74 @@
+"""Pages and tables of personas in words: the result is what the model writes freely."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxsteer.errors import UserError
+from jaxsteer.evals.free_answers import ILLUSION
+from jaxsteer.report import read_run, write_plots, write_report
+from jaxsteer.study.results import SearchRun, rule_of, summary_table
+from tests.report.pages import Page
+from tests.report.synthetic import metrics, write_words
+
+
+def test_the_page_says_what_was_wanted_and_found(tmp_path: Path):
+    page = Page(write_report(write_words(tmp_path)).read_text(encoding="utf-8"))
+    words = " ".join(" ".join(page.text).split())
+    assert (
+        "Wanted: more of the persona. Found: 12.0 % (7.0–17.0) of free replies in its character, against 10.0 % "
+        "(5.0–15.0) without a prompt; +2.0 (-4.0 to +8.0) points: the interval includes no change."
+    ) in words
+    assert words.count(ILLUSION) == 4  # beside the prompt, in two tables, among the doubts
+    assert "-1.70 -0.20 (-0.30 to -0.10)" in words and "97.0 % of given validation replies" in words
+    assert "Question 9?" in words and "Question 10?" not in words
+    assert words.count("instruction: in character Arr, matey!") == 10
+    assert words.count("selected prompt: not in character I can <script>") == 10
+    assert not any(text in words for text in ("A-rate", "answers (A)", "swapped"))
+    assert page.seen.count("script") == 1 and "img" not in page.seen
+
+
+@pytest.mark.parametrize(
+    ("goal", "change", "verdict"),
+    [("elicit", 0.5, "more of it, as was wanted"), ("reduce", 0.5, "more of it, the opposite"), ("reduce", -0.5, "as")],
+)
+def test_a_change_is_told_as_wanted_or_not(tmp_path: Path, goal: str, change: float, verdict: str):
+    run = write_words(tmp_path)
+    numbers = json.loads((run / "metrics.json").read_text()) | {"goal": goal}
+    numbers["prompts"][0]["test_replies"]["difference"] = {"value": change, "ci95": [change - 0.1, change + 0.1]}
+    (run / "metrics.json").write_text(json.dumps(numbers))
+    text = write_report(run).read_text(encoding="utf-8")
+    assert verdict in text and f"Wanted: {'more' if goal == 'elicit' else 'less'} of the persona" in text
+
+
+def test_plots_and_summaries_hold_free_replies(tmp_path: Path):
+    run = read_run(write_words(tmp_path)).result
+    write_plots(tmp_path)
+    with (tmp_path / "plots" / "rates.csv").open(newline="") as file:
+        drawn = [(row["measure"], row["rate"], row["low"]) for row in csv.DictReader(file) if row["selected"] == "True"]
+    assert [(measure, float(rate)) for measure, rate, _ in drawn] == [
+        ("replies", 0.12),
+        ("replies", 0.12),
+        ("rate", 0.7),
+    ]
+    assert float(drawn[0][2]) == pytest.approx(0.07)
+    lettered = SearchRun.from_json(metrics())
+    line = summary_table([run]).splitlines()[-1]
+    assert line.startswith("pirate (free replies, elicit)") and "10.0 % (5.0–15.0)" in line and "12.0 %" in line
+    assert "A-rate" not in summary_table([run]) and "50.0 %" in summary_table([run, lettered]).splitlines()[-1]
+    assert rule_of(run) == "the highest rate of free replies to validation questions"
+
+
+def test_replies_that_are_missing_or_do_not_fit(tmp_path: Path):
+    path = write_words(tmp_path) / "replies.json"
+    said = json.loads(path.read_text())
+    said["test"]["prompts"][1]["texts"].pop()
+    path.write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r"prompts\[1\] holds 11 texts and 12 choices, expected one for each of 12"):
+        write_report(tmp_path)
+    path.unlink()
+    assert "replies.json is missing" in write_report(tmp_path).read_text(encoding="utf-8")
