@@ -11,12 +11,13 @@ from typing import Any
 
 from jaxsteer.display import aligned, interval, number, short, visible
 from jaxsteer.errors import UserError
+from jaxsteer.evals.free_answers import ILLUSION
 from jaxsteer.files import read_text
 from jaxsteer.files.paths import user_path
 from jaxsteer.report.problems import problem_lines, read_problems
 from jaxsteer.report.run_files import is_run, read_lines, read_object, read_result
-from jaxsteer.report.table_rows import Place, rows_of_runs
-from jaxsteer.study.results import RULES, SearchRun
+from jaxsteer.report.table_rows import Place, persona_of, rows_of_runs
+from jaxsteer.study.results import SearchRun, rule_of
 from jaxsteer.study.study_result import Study
 from jaxsteer.study.table_row import TableRow, not_complete
 
@@ -86,9 +87,12 @@ class StudyFiles:
         for method in self.methods:
             cells = {(row.model, row.persona): row for row in self.rows if row.method == method}
             rows = [cells.get(place) for place in self.places]
-            lines.append([short(method, width), *(interval(r) + "!" * bool(r and r.letter_collapse) for r in rows)])
+            marks = ("!" * bool(r and r.letter_collapse) + "~" * bool(r and r.note) for r in rows)
+            lines.append([short(method, width), *(interval(r) + mark for r, mark in zip(rows, marks, strict=True))])
         parts = [visible(self.title), "", aligned(lines), ""]
         parts.append("persona rate with 95 % interval over questions; ! one letter wins whatever is asked")
+        if any(row.goal for row in self.rows):
+            parts.append(f"of personas in words, marked (reduce) or (elicit), free replies in character; ~ {ILLUSION}")
         parts += [f"prompts selected by {visible(self.selected_by)}"] * bool(self.selected_by)
         return "\n".join([*parts, *(f"warning: {visible(note)}" for note in self.warnings)])
 
@@ -128,7 +132,7 @@ def read_study(directory: str | Path) -> StudyFiles:
     names = list(dict.fromkeys(_folders(path)))
     runs = {name: read_result(path / name) for name in names}
     configs = {name: read_object(path / name / "config.json") or {} for name in names}
-    places = {name: (visible(run.model), visible(run.persona)) for name, run in runs.items()}
+    places = {name: (visible(run.model), visible(persona_of(run))) for name, run in runs.items()}
     table, study = _table(path) or {}, _study(path)
     rows = _rows_of_table(table, runs, path) if table else rows_of_runs(runs, configs)
     problems = read_problems(path)
@@ -147,7 +151,7 @@ def read_study(directory: str | Path) -> StudyFiles:
         for lines in found
     )
     cut = _cut_off(path, table, study)
-    rules = () if table else dict.fromkeys(run.selected_by for run in runs.values())
+    rules = () if table else dict.fromkeys(rule_of(run) for run in runs.values())
     units = {run.target_units for run in runs.values()}
     environments = [one.environment for one in (study, *runs.values()) if one is not None]
     return StudyFiles(
@@ -166,7 +170,7 @@ def read_study(directory: str | Path) -> StudyFiles:
         environment=table.get("environment") or (environments[0] if environments else {}),
         unit=units.pop() if len(units) == 1 else "the units of each search",
         intervals="" if table else "their interval reaches from the lowest to the highest end of theirs",
-        selected_by=str(table.get("selected_by") or "; ".join(RULES.get(rule, rule) for rule in rules)),
+        selected_by=str(table.get("selected_by") or "; ".join(rules)),
         warnings=(*(() if cut is None else (cut,)), *_warnings(table, runs, notes)),
     )
 

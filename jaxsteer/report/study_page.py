@@ -43,6 +43,8 @@ def render_study(study: StudyFiles) -> str:
         places=study.places,
         table=_table(study),
         by_place={place: study.of(place) for place in study.places},
+        words=any(row.goal for row in study.rows),
+        letters=not all(row.goal for row in study.rows),
         several=any(row.each for row in study.rows),
         intervals=study.intervals,
         selected_by=study.selected_by,
@@ -88,8 +90,11 @@ def _tiles(study: StudyFiles) -> list[tuple[str, str, str]]:
     known = [place for place in study.places if any(row.unprompted for row in study.of(place))]
     tiles = []
     if known and study.complete:
-        note = "some search's interval lies below that of the model without a prompt"
-        tiles.append(("persona reduced", f"{len(beaten)} of {len(known)}", note))
+        words = any(row.goal for row in study.rows)
+        note = f"some search's interval lies {'beyond' if words else 'below'} that of the model without a prompt"
+        tiles.append(
+            ("persona moved as wanted" if words else "persona reduced", f"{len(beaten)} of {len(known)}", note)
+        )
     tiles.append(("runs", f"{len(study.runs):,}", f"{len(study.methods)} rows in the main table"))
     if candidates is not None:
         note = "scored" if seconds is None else f"scored in {seconds:,.0f} s"
@@ -101,10 +106,13 @@ def _tiles(study: StudyFiles) -> list[tuple[str, str, str]]:
 
 
 def _beats(rows: Sequence[TableRow]) -> bool:
-    """Whether the interval of a search without letter collapse lies below that of the baseline."""
+    """Whether the interval of a search without letter collapse lies below that of the baseline, or above it where more
+    of the persona was wanted."""
     base = next((row.ci95 for row in rows if row.unprompted and row.ci95), None)
     searched = [row.ci95 for row in rows if row.kind == "search" and row.ci95 and not row.letter_collapse]
-    return base is not None and any(ci95[1] < base[0] for ci95 in searched)
+    return base is not None and any(
+        base[1] < ci95[0] if rows[0].goal == "elicit" else ci95[1] < base[0] for ci95 in searched
+    )
 
 
 def _table(study: StudyFiles) -> list[tuple[str, str, list[TableRow | None]]]:
@@ -139,6 +147,7 @@ def _prompt(path: Path, one: TableRow, row: TableRow) -> dict[str, Any]:
         "seed": one.seed if row.each else None,
         "rate": one,
         "collapse": bool(one.letter_collapse),
+        "note": one.note,
         "link": quote(f"{run}/report.html") if run and (path / run / "report.html").is_file() else None,
     }
 

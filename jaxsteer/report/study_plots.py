@@ -79,7 +79,9 @@ def rates_plot(study: StudyFiles, places: Sequence[Place], *, part: int = 0) -> 
         axis.set_title(visible(place[1]), fontsize=10, color=INK, loc="left")
         axis.set_xlim(-3, 103)
         axis.grid(visible=False, axis="y")
-        axis.set_xlabel("persona answers (%)")
+        axis.set_xlabel(
+            "free replies in character (%)" if any(r.goal for r in here.values()) else "persona answers (%)"
+        )
     axes[0].set_yticks(range(len(methods)), [short(name, LABEL) for name in methods], color=INK)
     axes[0].set_ylim(len(methods) - 0.4, -0.6)
     name = f"rates-{_slug(places[0][0])}" + (f"-{part + 1}" if part else "")

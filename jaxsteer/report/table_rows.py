@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ NOT_METHOD = frozenset(
 )
 """Keys of config.json that do not set one method of a study apart from another."""
 RANKS = {"baseline": 0, "control": 1, "search": 2}
-SHARED = "model persona kind method n prompt site read_position".split()
-AVERAGED = "rate a_rate swapped_rate auroc debiased_rate probe_correlation".split()
+SHARED = "model persona kind method n prompt site read_position goal".split()
+AVERAGED = "rate preference a_rate swapped_rate auroc debiased_rate probe_correlation".split()
 
 
 def rows_of_runs(runs: Mapping[str, SearchRun], configs: Mapping[str, Mapping[str, Any]]) -> list[TableRow]:
@@ -75,15 +76,34 @@ def _rows(name: str, run: SearchRun, method: str) -> Iterator[TableRow]:
         if prompt is not None and prompt.rate is not None:
             yield TableRow(
                 model=run.model,
-                persona=run.persona,
+                persona=persona_of(run),
                 kind=kind,
                 method=label,
                 prompt=prompt.text,
                 target=prompt.target,
                 cross_entropy=prompt.cross_entropy,
-                **rate_fields(prompt.rate),
+                **(_reply_fields(run, prompt) if run.in_words else rate_fields(prompt.rate)),
                 **more,
             )
+
+
+def persona_of(run: SearchRun) -> str:
+    """The name of its persona; of one in words with what was wanted."""
+    return f"{run.persona} ({run.goal or 'reduce'})" if run.in_words else run.persona
+
+
+def _reply_fields(run: SearchRun, prompt: Prompt) -> dict[str, Any]:
+    """What a row says of a persona in words, where the result is what the model writes freely."""
+    free, rate = prompt.replies, prompt.rate
+    known = {} if free is None else {"ci95": free.ci95, "n": free.n, "difference": free.difference, "flips": free.flips}
+    return {
+        "rate": math.nan if free is None or free.rate is None else free.rate,
+        **known,
+        "goal": run.goal or "reduce",
+        "preference": None if rate is None else rate.rate,
+        "note": prompt.note,
+        "sides": None if rate is None else rate.sides,
+    }
 
 
 def _merged(rows: Sequence[TableRow]) -> TableRow:
@@ -100,6 +120,7 @@ def _merged(rows: Sequence[TableRow]) -> TableRow:
         range=(min(row.rate for row in rows), max(row.rate for row in rows)),
         difference=None if change is None else Difference(value=change),
         letter_collapse=any(row.letter_collapse for row in rows),
+        note=next((row.note for row in rows if row.note), None),
         each=tuple(rows),
     )
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxsteer.display import aligned, decimals, interval, short, visible
-from jaxsteer.evals.rates import Interval
+from jaxsteer.evals.free_answers import WrittenRates
+from jaxsteer.evals.rates import Interval, Rate
 from jaxsteer.files.records import Record
 from jaxsteer.study.figures import BareShare, RateRow, rate_plot
-from jaxsteer.study.results import Result, SearchRun, Timing, drawn
+from jaxsteer.study.results import Prompt, Result, SearchRun, Timing, drawn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +27,8 @@ class SelectedPrompt(Record):
     """On test questions."""
     ci95: Interval | None = None
     """Over questions (None of files that do not say)."""
+    note: str | None = None
+    """What has to be said with the rate."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,14 +47,18 @@ class RunSummary(Record):
     n: int | None = None
     """Test questions."""
     selected: SelectedPrompt | None
+    goal: str = ""
+    """Of a persona in words "reduce" or "elicit"; its rates are those of free replies."""
 
     @classmethod
     def of(cls, run: SearchRun, *, problems: int) -> RunSummary:
         """The summary of a run to which so many problems were pooled."""
-        best, base = run.best, None if run.baseline is None else run.baseline.test
-        selected = None
-        if best is not None and best.test is not None and best.target is not None:
-            selected = SelectedPrompt(text=best.text, target=best.target, rate=best.test.rate, ci95=best.test.ci95)
+        base, after = (_measured(prompt, run.in_words) for prompt in (run.baseline, run.best))
+        selected, best = None, run.best
+        if best is not None and best.target is not None and after is not None and after.rate is not None:
+            selected = SelectedPrompt(
+                text=best.text, target=best.target, rate=after.rate, ci95=after.ci95, note=best.note
+            )
         return cls(
             problems=problems,
             persona=run.persona,
@@ -62,6 +69,7 @@ class RunSummary(Record):
             baseline_ci95=None if base is None else base.ci95,
             n=None if base is None else base.n,
             selected=selected,
+            goal=(run.goal or "reduce") if run.in_words else "",
         )
 
     @property
@@ -92,9 +100,10 @@ class Study(Result):
 
     @property
     def best(self) -> RunSummary | None:
-        """The run whose prompt has the lowest rate on test questions."""
-        done = [run for run in self.runs.values() if run.selected is not None]
-        return min(done, key=lambda run: run.selected.rate, default=None)  # type: ignore[union-attr]
+        """The run whose prompt has the lowest rate on test questions, or the highest where that was wanted."""
+        done = [(run, run.selected.rate) for run in self.runs.values() if run.selected is not None]
+        ranked = [(1 - rate if run.goal == "elicit" else rate, run) for run, rate in done]
+        return min(ranked, key=lambda pair: pair[0], default=(0.0, None))[1]
 
     def to_rows(self) -> list[dict[str, Any]]:
         """One row per run."""
@@ -110,6 +119,8 @@ class Study(Result):
         for name, run in self.runs.items():
             numbers = (decimals(run.probe_correlation), decimals(run.selected and run.selected.target))
             text = short((run.selected and run.selected.text) or "(none re-tokenises)", 40)
+            name = f"{name} ({run.goal}, free replies)" if run.goal else name
+            text += f" ({run.selected.note})" if run.selected and run.selected.note else ""
             lines.append((visible(name), str(run.problems), *numbers, *map(interval, run.shares), text))
         counts = f"{self.searched} of {self.problems} problems were searched"
         counts += f" (missing: {'; '.join(f'{kind} {n}' for kind, n in self.missing.items())})" * bool(self.missing)
@@ -123,3 +134,8 @@ class Study(Result):
             rows.append(RateRow(f"{name}: no prompt", "control", before))
             rows.append(RateRow(f"{name}: {run.selected.text if run.selected else ''}", "prompt", after))
         return drawn(rate_plot(rows))
+
+
+def _measured(prompt: Prompt | None, in_words: bool) -> Rate | WrittenRates | None:
+    """What a summary takes for the rate of a prompt on test questions."""
+    return None if prompt is None else prompt.test_replies if in_words else prompt.test

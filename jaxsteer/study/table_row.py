@@ -64,6 +64,12 @@ class TableRow(Record):
     range: Interval | None = None
     """The lowest and the highest rate of ``each``."""
     n: int | None = None
+    goal: str = ""
+    """Of a persona in words "reduce" or "elicit"; ``rate`` and its ``difference`` are those of free replies."""
+    preference: float | None = None
+    """And this is the share of questions on which its given reply is likelier than the other."""
+    note: str | None = None
+    """What has to be said with the rate."""
     a_rate: float | None = None
     swapped_rate: float | None = None
     auroc: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.evals.free_answers import ILLUSION
-from jaxsteer.report import read_run, write_plots, write_report
+from jaxsteer.report import read_run, read_study, write_plots, write_report
 from jaxsteer.study.results import SearchRun, rule_of, summary_table
+from jaxsteer.study.study_result import RunSummary, Study
 from tests.report.pages import Page
 from tests.report.synthetic import metrics, write_words
 
@@ -72,3 +74,22 @@ def test_replies_that_are_missing_or_do_not_fit(tmp_path: Path):
         write_report(tmp_path)
     path.unlink()
     assert "replies.json is missing" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_study_shows_free_replies_and_the_goal(tmp_path: Path):
+    write_words(tmp_path / "a")
+    write_words(tmp_path / "b", seed=1)
+    study = read_study(tmp_path)
+    (row,) = (row for row in study.rows if row.kind == "search")
+    assert (row.persona, row.rate, row.preference, row.note) == ("pirate (elicit)", 0.12, 0.7, ILLUSION)
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    words = " ".join(" ".join(page.text).split())
+    assert "RESGA 12.0 % (7.0–17.0) ~" in words and "0 of 1" in words and "A-rate" not in words
+    assert "12.0 % (7.0–17.0)~" in study.table() and ILLUSION in study.table()
+    numbers = read_run(tmp_path / "a").result
+    summary = RunSummary.of(numbers, problems=1)
+    assert summary.selected is not None and (summary.baseline, summary.selected.rate) == (0.1, 0.12)
+    lesser = dataclasses.replace(summary, selected=dataclasses.replace(summary.selected, rate=0.05))
+    both = Study(model="m", fingerprint="", problems=2, searched=2, interrupted=False, runs={"x": lesser, "y": summary})
+    assert both.best is summary and "y (elicit, free replies)" in both.table() and ILLUSION in both.table()
+    assert Study.from_json(json.loads(json.dumps(both.to_json()))) == both
