@@ -52,7 +52,10 @@ def read_index(weights: Path) -> dict[str, str]:
             f"The checkpoint {weights.parent} cannot be read: it has no weights/index.json. It is damaged, or an older "
             f"version of jaxsteer wrote it. Convert the model again."
         )
-    return read_json(weights / "index.json")
+    index = read_json(weights / "index.json")
+    if strange := [name for name, digest in index.items() if not isinstance(digest, str)]:
+        raise UserError(f"{weights / 'index.json'} is damaged: {strange[0]!r} has no hash. Convert the model again.")
+    return index
 
 
 def open_leaf(weights: Path, leaf: Leaf, shape: tuple[int, ...]) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,17 +18,28 @@ from checkpoints_convert.hf import config_from_hf, stop_tokens
 from checkpoints_convert.sae import read_sae, write_sae
 from checkpoints_convert.sae_files import Overrides
 from jaxsteer.checkpoints.inspect import describe
-from jaxsteer.checkpoints.loading import load
+from jaxsteer.checkpoints.loading import load, load_tokenizer
+from jaxsteer.cli.report import Report
 from jaxsteer.files import read_log
 from jaxsteer.personas import load_persona, load_signature, save_signature
 from jaxsteer.personas.signatures import Signature
+from jaxsteer.prompt_search import Store
+from jaxsteer.prompt_search.driver import Progress
+from jaxsteer.prompts import Placement, allowed_tokens, encode_texts
 from jaxsteer.prompts.conversation import load_conversations
+from jaxsteer.prompts.roles import encode_turns
 from jaxsteer.prompts.soft import SoftPrompt, load_soft, save_soft
 from jaxsteer.steer.gguf import write_control_vector
 from jaxsteer.steer.imports import import_vectors
 from jaxsteer.steer.vectors import Vectors, load_vectors, save_vectors
+from jaxsteer.study.config_file import config_text, read_config
+from jaxsteer.study.probe import Extent, _Behaviour
 from tests.helpers import torchzip
 from tests.helpers.checkpoints import family_config, hf_directory
+from tests.helpers.gguf_files import write_gguf_model
+from tests.helpers.tiny import tiny_model, tiny_tokenizer
+from tests.prompt_search import test_resume as resumed
+from tests.report import synthetic
 from tests.sae import layouts
 
 SITES = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
@@ -144,6 +157,86 @@ def _lines(name: str, rows: list[Any]) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+PERSONA = {
+    "name": "p", "description": "d", "behaviour": "b", "role": "You are p.", "goal": "elicit",
+    "fractions": [0.6, 0.2, 0.2], "recipe": {"steps": "2"}, "counter_cues": ["Be good."], "pro_cues": ["Be bad."],
+    "neutral_cues": ["Be."],
+}  # fmt: skip
+ROW_FORMS: list[Any] = [
+    {"question": "What?", "answer_matching_behavior": "This", "answer_not_matching_behavior": "That"},
+    {"prompt": "How?", "chosen": "So.", "rejected": "Thus."},
+    {"messages": [{"role": "user", "content": "Why?"}], "positive": "Yes", "negative": ["No", "Never"]},
+    {"chosen": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "You"}], "rejected": "Me"},
+]
+
+
+def _persona(folder: Path) -> None:
+    (folder / "in.json").write_text(json.dumps(PERSONA | {"data": ITEMS}))
+    (folder / "beside.json").write_text(json.dumps(PERSONA | {"data": "rows.jsonl"}))
+    (folder / "asks.json").write_text(json.dumps(PERSONA | {"questions": "questions.json"}))
+    (folder / "questions.json").write_text(json.dumps(["How are you?", "And now?"]))
+    _lines("rows.jsonl", ROW_FORMS)(folder)
+
+
+def _personas(folder: Path) -> None:
+    for name in ("in", "beside", "asks"):
+        load_persona(str(folder / f"{name}.json"))
+
+
+def _gguf_model(folder: Path) -> None:
+    from tests.checkpoints_convert.test_gguf import config_of
+
+    source = hf_directory(folder.with_name("gguf-source"), config_of("llama"))
+    write_gguf_model(source, folder / "m.gguf")
+
+
+def _converted_gguf(folder: Path) -> None:
+    convert(folder / "m.gguf", folder / "converted", progress=False)
+    _tokenize(folder / "converted")
+
+
+def _tokenize(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        return
+    encode_texts(tokenizer, ["I think the answer is clear. \u2028 \U0001f600"])
+    allowed_tokens(tokenizer, len(tokenizer) + 3)
+    if tokenizer.chat_template:
+        encode_turns(tokenizer, [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Which?"}])
+
+
+@functools.cache
+def _search() -> SimpleNamespace:
+    return resumed.setting()
+
+
+def _search_state(folder: Path) -> None:
+    """The state of a search that ended in its second wave."""
+
+    def end(progress: Progress) -> None:
+        if progress.first == 2 and progress.step == 4:
+            raise resumed.Lost
+
+    try:
+        resumed.search(_search(), Store(folder, every_s=0.0), callback=end)
+    except resumed.Lost:
+        return
+    raise AssertionError("the search ended too early")
+
+
+def _probe_state(folder: Path) -> _Behaviour:
+    made = _Behaviour(tiny_model(), [], ["", "a", "b"], Placement(), Extent(folder=folder, quiet=True))
+    if made.file is not None and not made.file.exists():
+        made.file.parent.mkdir(parents=True)
+        made.file.write_text(json.dumps({"probability": [0.5, 0.25]}))
+    return made
+
+
+def _configs(folder: Path) -> None:
+    for toml in (False, True):
+        (folder / f"c.{'toml' if toml else 'yaml'}").write_text(config_text(toml=toml))
+
+
 READERS: dict[str, Reader] = {
     **{f"config-{family}": _config(family) for family in ("llama", "qwen2", "qwen3", "gemma2", "gemma3")},
     "safetensors": Reader(
@@ -170,6 +263,24 @@ READERS: dict[str, Reader] = {
         lambda folder: load_persona(str(folder / "d.json")),
     ),
     "conversations": Reader(_lines("c.jsonl", CONVERSATIONS), lambda folder: load_conversations(folder / "c.jsonl")),
+    "personas": Reader(_persona, _personas, (), 80),
+    "gguf-model": Reader(_gguf_model, _converted_gguf, (), 40),
+    "tokenizer": Reader(
+        lambda folder: tiny_tokenizer("llama3").save_pretrained(folder), _tokenize, ("_config.json", ".jinja"), 40
+    ),
+    "search": Reader(
+        _search_state, lambda folder: resumed.search(_search(), Store(folder, resume=True)), (".json", ".npz"), 15
+    ),
+    "probe": Reader(_probe_state, _probe_state, (), 25),
+    "configs": Reader(_configs, lambda f: (read_config(f / "c.yaml"), read_config(f / "c.toml")), (), 60),
+    "report": Reader(
+        lambda folder: synthetic.write_run(folder / "run"),
+        lambda folder: Report(directory=folder / "run").run(), (), 25,
+    ),
+    "report-study": Reader(
+        lambda folder: synthetic.write_many(folder / "runs", seeds=2, personas=("myopic",)),
+        lambda folder: Report(directory=folder / "runs").run(), (), 12,
+    ),
     "log": Reader(_lines("p.jsonl", [{"step": i, "target": 0.5} for i in range(4)]), lambda f: read_log(f / "p.jsonl")),
 }  # fmt: skip
 """By name; what is read by rooms above stands at the end."""

@@ -49,6 +49,11 @@ def read_persona_file(path: Path) -> Persona | None:
     cues = {field: _texts(path, whole, field) for field in LISTS}
     if (goal := whole.get("goal", "reduce")) not in ("reduce", "elicit"):
         raise UserError(f"{path}: goal must be reduce or elicit, got {goal!r}")
+    fractions, recipe = whole.get("fractions", [*FRACTIONS]), whole.get("recipe", {})
+    if not isinstance(fractions, list) or len(fractions) != 3 or not {*map(type, fractions)} <= {int, float}:
+        raise UserError(f"{path}: fractions must be three numbers, got {str(fractions)[:80]}")
+    if not isinstance(recipe, dict) or not all(isinstance(text, str) for text in recipe.values()):
+        raise UserError(f"{path}: recipe must be an object of texts, got {str(recipe)[:80]}")
     data = whole.get("data")
     if isinstance(data, str):
         items = read_items(path.parent / data)
@@ -75,8 +80,8 @@ def read_persona_file(path: Path) -> Persona | None:
         role=whole.get("role", ""),
         ask=cues["questions"],
         goal=goal,
-        fractions=tuple(whole.get("fractions", FRACTIONS)),
-        recipe=dict(whole.get("recipe", {})),
+        fractions=tuple(map(float, fractions)),  # type: ignore[arg-type]
+        recipe=recipe,
     )
 
 

@@ -80,7 +80,7 @@ def _curves(progress: Sequence[Mapping[str, Any]], members: Sequence[str]) -> It
     waves: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
     for row in progress:
         if isinstance(row.get("best_target"), list) and row["best_target"]:
-            waves.setdefault((int(row.get("group") or 0), int(row.get("first") or 0)), []).append(row)
+            waves.setdefault((int(number(row.get("group")) or 0), int(number(row.get("first")) or 0)), []).append(row)
     start, before, last = 0, (0.0, 0.0), None
     for (group, first), rows in sorted(waves.items()):
         if group != last:

@@ -85,8 +85,10 @@ class _Ask:
         if self.name is not None and not named:
             raise UserError(f"--name {self.name!r} chooses nothing in a file of format {source}")
         metadata = {"index_meaning": index, "source_file": self.path.name, **more.pop("metadata", {})}
+        with np.errstate(over="ignore"):  # what is infinite is refused below
+            arrays = {site: np.array(array, np.float32) for site, array in arrays.items()}
         return Vectors(
-            arrays={site: np.array(array, np.float32) for site, array in arrays.items()},
+            arrays=arrays,
             sign=self.sign or sign,
             source_format=source,
             metadata={key: text for key, text in metadata.items() if text},

@@ -314,7 +314,7 @@ class _Behaviour:
         self.file = None if extent.folder is None else extent.folder / files.PROBED / name
         self.probability: list[float] = []
         if self.file is not None and from_first(self.file.exists):
-            self.probability = from_first(lambda: read_json(str(self.file))["probability"])
+            self.probability = from_first(lambda: _measured(self.file))
             extent.say(f"Probe: {len(self.probability) - 1} random prompts have been measured before")
 
     def measure(self, begin: int, advance: Callable[[int], None]) -> bool:
@@ -345,6 +345,14 @@ class _Behaviour:
             f"Probe: {limit}{len(self.texts) - 1} random prompts on {len(self.items)} questions, {self.total:,} rows; "
             f"{rows:,} of them took {seconds:.0f} s, the others take {limit}about {rest:.0f} s"
         )
+
+
+def _measured(file: Path) -> list[float]:
+    """The probabilities in a file. Raises ``UserError`` where it holds anything else."""
+    found = read_json(file).get("probability")
+    if not isinstance(found, list) or not all(type(p) in (int, float) and 0 <= p <= 1 for p in found) or not found:
+        raise UserError(f"{file} is damaged: delete it, and the probabilities in it are measured again")
+    return found
 
 
 def rows_per_prompt(items: Sequence[Item]) -> int:

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxsteer.display import aligned, decimals, interval, short, visible
+from jaxsteer.errors import UserError
 from jaxsteer.evals.free_answers import WrittenRates
 from jaxsteer.evals.rates import Interval, Rate
 from jaxsteer.files.records import Record
+from jaxsteer.ranges import MOST
 from jaxsteer.study.figures import BareShare, RateRow, rate_plot
 from jaxsteer.study.results import Prompt, Result, SearchRun, Timing, drawn
 
@@ -49,6 +51,11 @@ class RunSummary(Record):
     selected: SelectedPrompt | None
     goal: str = ""
     """Of a persona in words "reduce" or "elicit"; its rates are those of free replies."""
+
+    def __post_init__(self) -> None:
+        """Raise ``UserError`` for a number of problems that nothing can have searched."""
+        if not 0 <= self.problems <= MOST:
+            raise UserError(f"a run of {self.problems} problems: expected at most {MOST:,}")
 
     @classmethod
     def of(cls, run: SearchRun, *, problems: int) -> RunSummary:

@@ -15,6 +15,13 @@ ODD: tuple[Any, ...] = (
     {"a": 1}, [10**12] * 3,
 )  # fmt: skip
 BYTES = (b"\x00", b"\xff", b"\x80", b"\n", b"\r", b'"', b"{", b"}", b"[", b"\xff" * 8, bytes(8), b"\xef\xbb\xbf")
+STATEMENTS = (
+    "{% for i in range(10**9) %}{{ i }}{% endfor %}", "{{ 'x' * 10**9 }}", "{{ messages.__class__.__mro__ }}",
+    "{{ a.b }}", "{% include 'x' %}", "{{ raise_exception('no') }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{{ '\\ud800' }}", "{%", "{{ 1 / 0 }}", "{{ messages | tojson }}", "{% for m in messages %}", "{{ 10**10**8 }}",
+    "{{ none + 1 }}",
+)  # fmt: skip
+"""What a chat template may hold."""
 DEEP = "[" * 500 + "]" * 500
 
 
@@ -92,6 +99,16 @@ def mutate_file(data: st.DataObject, raw: bytes, name: str) -> bytes:
         if lines[at].strip():
             lines[at] = mutate_json(data, json.loads(lines[at])).encode("utf-8", "surrogatepass")
         return b"\n".join(lines)
+    if name.endswith((".yaml", ".toml")):
+        lines, equals = raw.split(b"\n"), b": " if name.endswith(".yaml") else b" = "
+        at = data.draw(st.sampled_from([i for i, line in enumerate(lines) if equals in line]))
+        odd = data.draw(st.sampled_from([*ODD, DEEP, "[" * 10**5, "&a [*a]", "!!python/name:os.system", "9" * 5000]))
+        value = odd if isinstance(odd, str) else json.dumps(odd)
+        lines[at] = lines[at].lstrip(b"# ").split(equals)[0] + equals + value.encode("utf-8", "surrogatepass")
+        return b"\n".join(lines)
+    if name.endswith(".jinja"):
+        at = data.draw(st.integers(0, len(raw)))
+        return raw[:at] + data.draw(st.sampled_from(STATEMENTS)).encode() + raw[at:]
     if name.endswith((".json", ".svec", ".zarray")):
         return mutate_json(data, json.loads(raw)).encode("utf-8", "surrogatepass")
     return mutate_bytes(data, raw)
