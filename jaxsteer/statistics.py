@@ -162,7 +162,11 @@ def bootstrap_mean(
 def bootstrap_auroc(
     score: np.ndarray, positive: np.ndarray, groups: Sequence[str], *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """``bootstrap`` for ``auroc``, over the draws in which both classes occur; ``None`` where one never does."""
+    """``bootstrap`` for ``auroc``, over the draws in which both classes occur; ``None`` where one never does.
+
+    Where all draws agree, as they do at 0 and 1, it is Wilson's interval at the number of groups: no draw can show what
+    was never seen.
+    """
     score, positive = np.asarray(score, np.float64), np.asarray(positive, bool)
     if positive.all() or not positive.any():
         return None
@@ -176,8 +180,8 @@ def bootstrap_auroc(
     both = all_pairs > 0
     if not both.any():
         return None
-    low, high = np.percentile(won[both] / all_pairs[both], [2.5, 97.5])
-    return float(low), float(high)
+    low, high = map(float, np.percentile(won[both] / all_pairs[both], [2.5, 97.5]))
+    return (low, high) if low < high else wilson(low * counts.shape[1], counts.shape[1])
 
 
 def _drawn_groups(groups: Sequence[str], draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -83,15 +83,10 @@ def test_changed_files_are_read_or_refused(examples: dict[str, Path], name: str)
         run(given(st.data())(lambda data: feed(reader, right, data, name)))()
         return
     end, rounds = time.monotonic() + SECONDS / len(READERS), int(time.time())
-
-    def feed_in_time(data: st.DataObject) -> None:
-        if time.monotonic() < end:
-            feed(reader, right, data, name)
-
     while time.monotonic() < end:
         rounds += 1
-        run = settings(max_examples=100, **quiet)
-        seed(rounds)(run(given(st.data())(feed_in_time)))()
+        run = settings(max_examples=25, **quiet)
+        seed(rounds)(run(given(st.data())(lambda data: feed(reader, right, data, name))))()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     counts = {what: COUNTS[f"{name}: {what}"] for what in ("read", "refused")}
     print(f"\n{name}: {sum(counts.values()):,} files, {counts}, 0 crashes; peak memory of the process {peak:,} MiB")

@@ -121,6 +121,8 @@ def test_bootstrap_of_an_auroc_equals_the_slow_one() -> None:
     slow = bootstrap(lambda rows: float(auroc((score + positive)[rows], positive[rows]) or 0.5), groups, draws=2000)
     assert quick == pytest.approx(slow, abs=0.02)
     assert bootstrap_auroc(score, np.ones(60, bool), groups) is None
+    apart = np.where(positive, 2.0, -2.0)  # nothing else can be drawn
+    assert bootstrap_auroc(apart, positive, groups) == wilson(len(set(groups)), len(set(groups)))
 
 
 def test_principal_axes_are_eigenvectors_of_the_covariance():

@@ -20,7 +20,7 @@ def use_cores(searches: int, options: ModelOptions) -> None:
     import jax
 
     from jaxsteer.checkpoints.inspect import describe, parameters
-    from jaxsteer.prompt_search.compiling import free_memory
+    from jaxsteer.models.sharding import free_memory
 
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if (

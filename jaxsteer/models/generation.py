@@ -23,7 +23,7 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.padding import bucket
 from jaxsteer.models.roles import Rendered, stack_rendered, unlabelled
 from jaxsteer.models.sampling import Decoding, make_sampling
-from jaxsteer.models.sharding import shard_rows
+from jaxsteer.models.sharding import require_memory, shard_rows
 from jaxsteer.models.taps import Intervention, checked
 from jaxsteer.ranges import COUNT
 
@@ -178,6 +178,14 @@ def _decode_batch(
         **{name: spread(array) for name, array in arrays.items()}, roles=jax.tree.map(spread, roles) if known else None
     )
     slots, sampling = min(_FIRST_SLOTS, bucket(most)), make_sampling(model, decoding)
+
+    def make_room(slots: int) -> None:
+        """Refuse rows whose keys and values, and their logits, do not fit."""
+        keys = 2 * config.n_layers * config.n_kv_heads * config.d_head * params.embed.dtype.itemsize
+        needed = rows.size * (slots * keys + 4 * config.vocab_size)
+        require_memory(f"Decoding {rows.size:,} rows at a time", needed, mesh, "choose a smaller batch.")
+
+    make_room(slots)
     prefix, state = start(params, config, placed, sampling, edits, slots=slots, mesh=mesh)
     state, progress = look(state)
     while not progress.done.all():
@@ -186,6 +194,7 @@ def _decode_batch(
         goal = int(progress.length.max()) + (every or most)
         while not progress.done.all() and (length := int(progress.length.max())) < goal:
             if length == state.tokens.shape[1]:
+                make_room(2 * length)
                 state = grow(state, slots=2 * length, mesh=mesh)
             state = decode(params, config, prefix, state, edits, np.int32(goal - length))
             state, progress = look(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import LAYER_SPECS, TOP_SPECS, Layers, Params, layer_shapes, top_shapes
 
 AXES = ("prompts", "model")
+GIB = 2**30
 _SPECS = TOP_SPECS | LAYER_SPECS
 IN_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "unembed": 1}
 """Matrices -> how many of their axes are inputs. Files hold them as [out, in], everything else flat or as it is."""
@@ -168,3 +170,28 @@ def put(array: jax.typing.ArrayLike, sharding: jax.sharding.Sharding) -> jax.Arr
         return jax.device_put(array, sharding)
     values = np.asarray(array)
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+def require_memory(what: str, needed: int, mesh: Mesh | None, advice: str) -> None:
+    """Raise ``UserError`` unless so many bytes, shared by the devices, can be allocated."""
+    devices = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
+    needed = needed // (1 if mesh is None else mesh.devices.size) * len(devices)  # on this machine
+    stats = [device.memory_stats() or {} for device in devices]
+    known = [each["bytes_limit"] - each.get("bytes_in_use", 0) for each in stats if "bytes_limit" in each]
+    free = sum(known) if known else free_memory()
+    if needed > free:
+        raise UserError(f"{what} needs {size_text(needed)} of memory, and {size_text(free)} are free: {advice}")
+
+
+def free_memory() -> int:
+    """Bytes that this machine could give to a new program, and a container's limit where it is known."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def size_text(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,12 +27,12 @@ from jaxtyping import Array, Int
 from jaxsteer.errors import UserError
 from jaxsteer.files.records import Record
 from jaxsteer.models.params import Params
+from jaxsteer.models.sharding import GIB, free_memory, size_text
 from jaxsteer.processes import as_first
 from jaxsteer.prompt_search.contexts import Task
 from jaxsteer.prompt_search.population import Search, Summary
 from jaxsteer.prompt_search.problem import Problem, abstract
 
-GIB = 2**30
 WAVE = 64
 _SHARE_OF_RAM, _SHARE_OF_DEVICE = 0.5, 0.9
 
@@ -153,8 +152,9 @@ class MemoryPlan(Record):
         """One line for people."""
         return (
             f"{self.problems} problem{'s' * (self.problems > 1)} and {self.batch} candidates at once; "
-            f"{_size(self.total)} of {_size(self.budget)} per device "
-            f"({_size(self.given)} model and problems, {_size(self.made)} states, {_size(self.temporary)} scratch)"
+            f"{size_text(self.total)} of {size_text(self.budget)} per device "
+            f"({size_text(self.given)} model and problems, {size_text(self.made)} states, "
+            f"{size_text(self.temporary)} scratch)"
         )
 
 
@@ -211,9 +211,9 @@ def plan_search(
         found, batch = attempt(1, batch), batch // 2
     if found.plan.total > budget:
         raise UserError(
-            f"a search of this model in {task.contexts} contexts needs {_size(found.plan.total)} on every device even "
-            f"with one problem and one candidate at a time, and the budget is {_size(budget)}: raise --memory-gib, or "
-            "use fewer or shorter contexts, a smaller population, bfloat16 weights, or more devices"
+            f"a search of this model in {task.contexts} contexts needs {size_text(found.plan.total)} on every device "
+            f"even with one problem and one candidate at a time, and the budget is {size_text(budget)}: raise "
+            "--memory-gib, or use fewer or shorter contexts, a smaller population, bfloat16 weights, or more devices"
         )
     # 4. As many problems as fit beside that batch.
     wider = attempt(min(most, 1 + (budget - found.plan.total) // each), found.plan.batch)
@@ -228,19 +228,6 @@ def default_budget(mesh: Mesh | None = None) -> int:
     if all(limits):
         return int(_SHARE_OF_DEVICE * min(limits))
     return int(_SHARE_OF_RAM * free_memory() / len(devices if mesh is not None else devices[:1]))
-
-
-def free_memory() -> int:
-    """Bytes that this machine could give to a new program, and a container's limit where it is known."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _size(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _problem_bytes(params: Params, task: Task, problem: Problem, search: Search) -> int:

@@ -314,7 +314,7 @@ class _Behaviour:
         self.file = None if extent.folder is None else extent.folder / files.PROBED / name
         self.probability: list[float] = []
         if self.file is not None and from_first(self.file.exists):
-            self.probability = from_first(lambda: _measured(self.file))
+            self.probability = from_first(lambda: _measured(str(self.file)))
             extent.say(f"Probe: {len(self.probability) - 1} random prompts have been measured before")
 
     def measure(self, begin: int, advance: Callable[[int], None]) -> bool:
@@ -347,7 +347,7 @@ class _Behaviour:
         )
 
 
-def _measured(file: Path) -> list[float]:
+def _measured(file: str) -> list[float]:
     """The probabilities in a file. Raises ``UserError`` where it holds anything else."""
     found = read_json(file).get("probability")
     if not isinstance(found, list) or not all(type(p) in (int, float) and 0 <= p <= 1 for p in found) or not found:

@@ -12,7 +12,7 @@ SCRIPT = """
 import json, os, sys
 import jax
 from jaxsteer.cli.cores import use_cores
-from jaxsteer.prompt_search import compiling
+from jaxsteer.models import sharding
 from jaxsteer.study import SearchOptions
 from jaxsteer.study.problem_table import number_of_searches
 
@@ -34,9 +34,9 @@ found = {
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 found["flags"] = devices(restarts=3)
 del os.environ["XLA_FLAGS"]
-compiling.free_memory = lambda: 8 * 3 * int(sys.argv[2])
+sharding.free_memory = lambda: 8 * 3 * int(sys.argv[2])
 found["memory for three"] = devices(restarts=4)
-compiling.free_memory = lambda: 8 * int(sys.argv[2])
+sharding.free_memory = lambda: 8 * int(sys.argv[2])
 found["memory for one"] = devices(restarts=4)
 jax.config.update("jax_num_cpu_devices", 2)
 use_cores(3, SearchOptions.of(out="unused", model=sys.argv[1]).model)

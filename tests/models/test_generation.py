@@ -252,6 +252,8 @@ def test_what_does_not_fit_is_refused_before_any_work() -> None:
         run(model, new=0)
     with pytest.raises(jaxsteer.UserError, match="made for 3 rows; 4 prompts x 1 samples are 4"):
         run(model, edits=push(1, response_only=False, rows=3))
+    with pytest.raises(jaxsteer.UserError, match="Decoding 1,048,576 rows at a time needs .* choose a smaller batch"):
+        run(model, PROMPTS[:1], samples=1 << 20, batch=1 << 20)
     for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.2}, {"top_k": -1}):
         with pytest.raises(jaxsteer.UserError, match=next(iter(bad)).replace("_", "-")):
             Decoding(**bad)
