@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -30,10 +31,14 @@ from jaxsteer.evals.word_odds import learn_words
 from jaxsteer.files import read_json, write_text
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Persona, load_persona, split
+from jaxsteer.report.study import FORMAT
+from jaxsteer.report.table_rows import merged
 from jaxsteer.study.files import document
 from jaxsteer.study.measurement import Measured, Measurement
+from jaxsteer.study.outcome import environment
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.selection import Candidate, best_rate
+from jaxsteer.study.table_row import TableRow
 from jaxsteer.study.written_persona import ready
 
 CHARACTERS = ("pirate", "ghost", "jester", "accountant")
@@ -167,6 +172,8 @@ def measured(model: Model, persona: Persona, chosen: dict[str, list[dict[str, An
     return {"questions": questions, "axis_site": site, "rows": rows}
 
 
+SIDE_BY_SIDE = ("none", "instruction", "RESGA, decision", "activation steering")
+"""Methods whose replies the page shows."""
 HEAD = (
     "method", "free replies", "position", "word odds", "answers the question", "distinct 3-grams", "rate",
     "relative rate", "KL", "nats per token", "prompt",
@@ -174,14 +181,59 @@ HEAD = (
 
 
 def write_results(args: argparse.Namespace, model: Model, blocks: Sequence[dict[str, Any]]) -> None:
-    """results.json and table.md."""
-    write_text(args.out / "results.json", document({"model": model.name, "site": args.site, "blocks": blocks}))
+    """results.json, of which ``jaxsteer report`` makes the page, and table.md."""
+    settings = {name: getattr(args, name) for name in ("characters", "goals", "seeds", "steps", "site", "read_at")}
+    head = {"format": FORMAT, "title": f"Characters of {model.name}", "quick": args.quick, "settings": settings}
+    shown = page(model.name, blocks) | {"environment": environment(model)}
+    whole = head | {"model": model.name, "site": args.site} | shown | {"blocks": blocks}
+    write_text(args.out / "results.json", document(whole))
     lines = [f"# Characters of {model.name}", ""]
     for block in blocks:
         lines += [f"## {block['character']}, {block['goal']} (n = {len(block['questions'])} test questions)", ""]
         lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
         lines += ["| " + " | ".join(cells(row)) + " |" for row in block["rows"]] + [""]
     write_text(args.out / "table.md", "\n".join(lines))
+
+
+def page(model: str, blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the page shows (docs/report.md): rates of free replies, the table, and replies side by side."""
+    rows, tables, replies = [], [], []
+    for block in blocks:
+        name, several = f"{block['character']} ({block['goal']})", dict[str, list[TableRow]]()
+        for row in block["rows"]:
+            several.setdefault(row["method"], []).append(table_row(model, name, block, row))
+        rows += [merged(alike).to_json() | {"run": alike[0].run} for alike in several.values()]
+        told = [[text.strip("`") for text in cells(row)] for row in block["rows"]]
+        tables.append({"title": f"{name}: replies measured in other ways", "head": HEAD, "rows": told})
+        first = {row["method"]: row for row in reversed(block["rows"])}
+        columns = [{"name": method, "texts": first[method]["answers"]} for method in SIDE_BY_SIDE if method in first]
+        replies.append({"title": f"{name}: what the model writes", "questions": block["questions"], "columns": columns})
+    return {"rows": rows, "tables": tables, "replies": replies}
+
+
+def table_row(model: str, persona: str, block: dict[str, Any], row: dict[str, Any]) -> TableRow:
+    """One prompt, by its free replies, as a row of the page's main table."""
+    one, bare, seed = Measured.from_json(row), row["method"] == "none", row.get("seed")
+    searched = "candidates" in row
+    free, folder = one.written, f"{row['method'].replace(', ', '-').replace(' ', '_')}-{seed}"
+    return TableRow(
+        model=model,
+        persona=persona,
+        goal=block["goal"],
+        method="zero-shot" if bare else row["method"],
+        kind="baseline" if bare else "search" if searched else "control",
+        seed=seed,
+        run=f"{block['character']}-{block['goal']}/{folder}" if searched else None,
+        prompt=None if one.steered else one.prompt,
+        steered=one.steered,
+        rate=math.nan if free is None or free.rate is None else free.rate,
+        ci95=None if free is None else free.ci95,
+        n=None if free is None else free.n,
+        difference=None if free is None else free.difference,
+        preference=None if one.rate is None else one.rate.rate,
+        perplexity=None if one.side_effects is None else one.side_effects.prompt_perplexity,
+        note=row["note"] or None,
+    )
 
 
 def cells(row: dict[str, Any]) -> list[str]:

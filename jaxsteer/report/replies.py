@@ -7,12 +7,11 @@ from typing import Any
 from jaxsteer.display import interval, points
 from jaxsteer.evals.free_answers import ILLUSION, OTHER, PERSONA, WrittenRates
 from jaxsteer.report.run_files import RunFiles
+from jaxsteer.report.said import Said, SideBySide
 from jaxsteer.study.results import SearchRun
 
-SHOWN = 10
-"""Test questions whose replies are shown side by side."""
-READ = {PERSONA: ("persona", "in character"), OTHER: ("other", "not in character")}
-"""Style and words of what the rule read; unread otherwise."""
+READ = {PERSONA: True, OTHER: False}
+"""Whether a choice is in character."""
 
 
 def in_words(run: RunFiles) -> dict[str, Any] | None:
@@ -54,24 +53,19 @@ def _verdict(after: WrittenRates, wanted: str) -> str:
     return f"{moved} of it, as was wanted" if moved == wanted else f"{moved} of it, the opposite of what was wanted"
 
 
-def side_by_side(run: RunFiles) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
-    """(question, [(prompt's name, style, whose character was read, text)]) of the first test questions: without a
-    prompt, with a sentence that asks for what is wanted, and with the selected prompt."""
+def side_by_side(run: RunFiles) -> SideBySide | None:
+    """What the model writes without a prompt, with a sentence that asks for what is wanted, and with the selected
+    prompt."""
     if run.said is None:
-        return []
+        return None
     result, written = run.result, {one.prompt: one for one in run.said.prompts}
-    asked = next((name for name in ("oracle", "instruction") if name in result.controls), None)
-    columns = [("no prompt", "")]
-    columns += [(asked, result.controls[asked].text)] if asked else []
-    columns += [("selected prompt", result.best.text)] if result.best else []
-    return [
-        (
-            question,
-            [
-                (name, *READ.get(written[text].chose[at], ("", "unread")), written[text].texts[at])
-                for name, text in columns
-                if text in written
-            ],
-        )
-        for at, question in enumerate(run.said.questions[:SHOWN])
-    ]
+    asked = [(name, result.controls[name]) for name in ("oracle", "instruction") if name in result.controls]
+    named = [("no prompt", result.baseline), *asked, ("selected prompt", result.best)]
+    return SideBySide(
+        questions=run.said.questions,
+        columns=tuple(
+            Said(name=name, texts=one.texts, in_character=tuple(READ.get(choice) for choice in one.chose))
+            for name, prompt in named
+            if prompt is not None and (one := written.get(prompt.text)) is not None
+        ),
+    )

@@ -16,6 +16,7 @@ from jaxsteer.files import read_text
 from jaxsteer.files.paths import user_path
 from jaxsteer.report.problems import problem_lines, read_problems
 from jaxsteer.report.run_files import is_run, read_lines, read_object, read_result
+from jaxsteer.report.said import ShownTable, SideBySide
 from jaxsteer.report.table_rows import Place, persona_of, rows_of_runs
 from jaxsteer.study.results import SearchRun, rule_of
 from jaxsteer.study.study_result import Study
@@ -64,6 +65,10 @@ class StudyFiles:
     """What the interval of a row of several searches is."""
     selected_by: str = ""
     """The rule that chose the prompts of searches, in words."""
+    tables: tuple[ShownTable, ...] = ()
+    """Further tables of results.json."""
+    replies: tuple[SideBySide, ...] = ()
+    """What the model wrote, of results.json."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -171,6 +176,8 @@ def read_study(directory: str | Path) -> StudyFiles:
         unit=units.pop() if len(units) == 1 else "the units of each search",
         intervals="" if table else "their interval reaches from the lowest to the highest end of theirs",
         selected_by=str(table.get("selected_by") or "; ".join(rules)),
+        tables=tuple(ShownTable.from_json(*one) for one in _listed(path, table, "tables")),
+        replies=tuple(SideBySide.from_json(*one) for one in _listed(path, table, "replies")),
         warnings=(*(() if cut is None else (cut,)), *_warnings(table, runs, notes)),
     )
 
@@ -237,6 +244,11 @@ def _rows_of_table(table: Mapping[str, Any], runs: Mapping[str, SearchRun], path
     order = {name: i for i, name in enumerate(table.get("methods") or ())}
     rows.sort(key=lambda row: order.get(row.method, order.get(row.method.partition(" = ")[0], len(order))))
     return rows
+
+
+def _listed(path: Path, table: Mapping[str, Any], key: str) -> list[tuple[Any, str]]:
+    """What results.json holds under a key, each with its place."""
+    return [(one, f"{path / 'results.json'}, {key} {at}") for at, one in enumerate(table.get(key) or ())]
 
 
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:

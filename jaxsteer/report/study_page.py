@@ -48,6 +48,8 @@ def render_study(study: StudyFiles) -> str:
         several=any(row.each for row in study.rows),
         intervals=study.intervals,
         selected_by=study.selected_by,
+        tables=study.tables,
+        replies=study.replies,
         ratios=any(row.perplexity_ratio is not None for row in study.rows),
         prompts=[(place, *_prompts(study, place)) for place in study.places[:PLACES]],
         untold=max(0, len(study.places) - PLACES),

@@ -40,7 +40,7 @@ def rows_of_runs(runs: Mapping[str, SearchRun], configs: Mapping[str, Mapping[st
             # runs share their baseline and their controls
             if row.kind == "search" or not any((one.prompt, one.rate) == (row.prompt, row.rate) for one in alike):
                 alike.append(row)
-    return sorted((_merged(rows) for rows in groups.values()), key=lambda row: RANKS[row.kind])
+    return sorted((merged(rows) for rows in groups.values()), key=lambda row: RANKS[row.kind])
 
 
 def _methods(runs: Mapping[str, SearchRun], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -106,7 +106,8 @@ def _reply_fields(run: SearchRun, prompt: Prompt) -> dict[str, Any]:
     }
 
 
-def _merged(rows: Sequence[TableRow]) -> TableRow:
+def merged(rows: Sequence[TableRow]) -> TableRow:
+    """Several searches as one row; they are its ``each``."""
     first = rows[0]
     if len(rows) == 1:
         return first

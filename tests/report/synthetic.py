@@ -227,21 +227,26 @@ def write_table(path: Path, *, places: int = 2) -> Path:
     return path
 
 
+def replied(preferred: float, free: float, change: float | None = None) -> dict[str, Any]:
+    """Rates of one prompt of a persona in words, as fields of a ``Prompt``."""
+
+    def moved(value: float) -> dict[str, Any]:
+        change_of = {"value": value, "ci95": [value - 0.1, value + 0.1]}
+        return {"log_prob": -1.5 + value} | ({} if change is None else {"change": change_of})
+
+    sides = {"persona": moved(-0.2), "other": moved(-0.5), "yardstick": moved(-0.6), "relative_rate": 0.15}
+    written = {"n": 60, "read": 1.0, "rate": free, "ci95": [free - 0.05, free + 0.05], "argued": 0.0}
+    written |= {"accords": None, "argued_rate": None, "distinct_3": 0.9, "copied": 0.1, "agreement": 0.7}
+    if change is not None:
+        written["difference"] = {"value": change, "ci95": [change - 0.06, change + 0.06]}
+    return {"test": {**rate(preferred, 60), "sides": sides}, "test_replies": written, "validation_replies": written}
+
+
 def write_words(path: Path, **changes: Any) -> Path:
     """The run of a persona in words: the rate moved, the replies did not; the instruction moved both."""
 
     def measured(text: str, preferred: float, free: float, change: float | None = None, **more: Any) -> dict[str, Any]:
-        def moved(value: float) -> dict[str, Any]:
-            change_of = {"value": value, "ci95": [value - 0.1, value + 0.1]}
-            return {"log_prob": -1.5 + value} | ({} if change is None else {"change": change_of})
-
-        sides = {"persona": moved(-0.2), "other": moved(-0.5), "yardstick": moved(-0.6), "relative_rate": 0.15}
-        written = {"n": 60, "read": 1.0, "rate": free, "ci95": [free - 0.05, free + 0.05], "argued": 0.0}
-        written |= {"accords": None, "argued_rate": None, "distinct_3": 0.9, "copied": 0.1, "agreement": 0.7}
-        if change is not None:
-            written["difference"] = {"value": change, "ci95": [change - 0.06, change + 0.06]}
-        both = {"test": {**rate(preferred, 60), "sides": sides}, "test_replies": written, "validation_replies": written}
-        return {"text": text, **both, **more}
+        return {"text": text, **replied(preferred, free, change), **more}
 
     selected = {"note": ILLUSION, "target": 4.2, "cross_entropy": 7.5, "retokenises": True, "ids": [5]}
     numbers = metrics(
