@@ -143,7 +143,7 @@ LAYOUTS = (
 
 REFUSED: tuple[tuple[str, Callable[[SAEFiles, set[str]], bool]], ...] = (
     ("a cross-layer transcoder", lambda f, k: any(key.startswith(("W_enc_", "W_dec_")) for key in k)),
-    ("a temporal SAE of SAELens, which attends to earlier codes", lambda f, k: any(".attn" in f".{x}" for x in k)),
+    ("a temporal SAE of SAELens, which attends to earlier tokens", lambda f, k: any(".attn" in f".{x}" for x in k)),
     ("an SAE of saex", lambda f, k: bool({"s_gate", "tgt_mean_norm", "mean_norm"} & k)),
     (
         "a transcoder of circuit-tracer (layer_{i}.safetensors, W_enc stored [F, D])",
@@ -259,10 +259,12 @@ def _saelens_tensors(d: Dictionary, dtype: np.dtype) -> dict[str, np.ndarray]:
         matrices["W_skip"] = Matrix(d.W_skip.stored, not d.W_skip.transposed, d.W_skip.columns, d.W_skip.rows)
     with np.errstate(over="ignore"):
         arrays = {name: matrix.read(dtype=dtype) for name, matrix in matrices.items()}
+        arrays |= {name: vector.astype(np.float32) for name, vector in vectors.items()}
     for name, array in arrays.items():
-        if not all_finite(array.reshape(-1).view(np.uint8).data, array.dtype):
+        # An infinite threshold is how a latent is switched off.
+        if name != "threshold" and not all_finite(array.reshape(-1).view(np.uint8).data, array.dtype):
             d.refuse(f"its {name} holds NaN or infinity as {array.dtype}")
-    return arrays | {name: vector.astype(np.float32) for name, vector in vectors.items()}
+    return arrays
 
 
 def write_sae(d: Dictionary, out: str | os.PathLike[str], *, dtype: str = "float32") -> list[str]:

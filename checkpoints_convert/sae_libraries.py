@@ -48,8 +48,12 @@ def saelens(found: SAEFiles) -> Dictionary:
         metadata = config
     architecture = found.said(config, "architecture", str, "standard")
     if architecture not in ARCHITECTURES:
-        reason = " (it attends to earlier codes)" if architecture == "temporal" else ""
-        found.refuse(f"its architecture is {architecture!r}{reason}; read are {', '.join(ARCHITECTURES)}")
+        if architecture == "temporal":
+            found.refuse(
+                "its architecture is 'temporal': it attends to earlier tokens: its latents are those of a whole text, "
+                "and here every state is encoded by itself. Take another SAE of this site"
+            )
+        found.refuse(f"its architecture is {architecture!r}; read are {', '.join(ARCHITECTURES)}")
     _check_activation(found, found.settings["cfg.json"], architecture)
     transcoder = architecture.endswith("transcoder")
     norm, scale = _saelens_norm(found, config)

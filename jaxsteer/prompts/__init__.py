@@ -25,12 +25,14 @@ from jaxsteer.prompts.slots import (
     resized,
     retokenises,
     retokenises_many,
+    with_first_tokens,
 )
 from jaxsteer.prompts.targets import with_target
 from jaxsteer.prompts.templates import apply_template, template_of
 from jaxsteer.prompts.tokens import allowed_tokens, listed_tokens
 
 __all__ = [
+    "with_first_tokens",
     "PAD",
     "Conversation",
     "Placement",

@@ -182,6 +182,19 @@ def first_allowed(
     return mask
 
 
+def with_first_tokens(
+    tokenizer: PreTrainedTokenizerBase, slots: Slots, allowed: Bool[np.ndarray, " V"]
+) -> Bool[np.ndarray, " V"]:
+    """The allowed tokens; and where none of them can stand first, as all begin with a space and the text has none
+    there, also those that are one of them without its space."""
+    if first_allowed(tokenizer, slots, allowed).any() or "space" in {s.first for s in slots.surroundings}:
+        return allowed
+    texts = np.asarray(decoded(tokenizer, range(min(len(allowed), len(tokenizer)))))
+    mask = allowed.copy()
+    mask[: len(texts)] |= np.isin(texts, [text.lstrip() for text in texts[allowed[: len(texts)]]])
+    return mask
+
+
 def random_rows(
     rng: np.random.Generator,
     allowed: Bool[np.ndarray, " V"],

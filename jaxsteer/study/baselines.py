@@ -32,6 +32,7 @@ from jaxsteer.prompts import (
     random_rows,
     render,
     retokenises_many,
+    with_first_tokens,
 )
 from jaxsteer.statistics import rate_interval
 from jaxsteer.steer import add
@@ -125,7 +126,7 @@ def random_prompts(bench: Bench) -> Found:
     model, tokenizer = bench.model, bench.model.tokenizer
     asked = [question_conversation(item.asked, bench.placement) for item in bench.splits.train[:4]]
     slots = build_slots(tokenizer, asked, bench.length, max_positions=model.config.max_positions)
-    allowed = token_mask(model, bench.tokens)
+    allowed = with_first_tokens(tokenizer, slots, token_mask(model, bench.tokens))
     first = first_allowed(tokenizer, slots, allowed)
     rng = np.random.default_rng([bench.seed, 20])
     kept: dict[str, None] = {}

@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import read_text
 from jaxsteer.study.option_values import choices_of
 from jaxsteer.study.options import KINDS, OPTIONS, STAGES, convert_values
@@ -31,8 +31,8 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.suffix == ".toml":
         try:
             values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise UserError(f"--config {path} is not TOML: {error}") from None
+        except (ValueError, RecursionError) as error:  # also numbers of too many digits
+            raise UserError(f"--config {path} is not TOML: {first_line(error)}") from None
     elif path.suffix in (".yaml", ".yml"):
         values = _yaml(text, path)
     else:
@@ -67,7 +67,7 @@ def _yaml(text: str, path: Path) -> dict[str, Any]:
 
     try:
         values = yaml.load(text, Texts)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict | None):
         raise UserError(f"--config {path} must name options and their values, as in `steps: 60`")

@@ -136,8 +136,8 @@ class PromptOptions:
     """Tokens of the prompt (default 8, or as many as what --init and --init-from begin with). 4:12 searches prompts of
     4 to 12 tokens, by inserting and deleting tokens too (epo and mutation)."""
     tokens: Literal["words", "ascii", "all"] | None = None
-    """Tokens a prompt may use: whole words after a space, printable ASCII, or every printable token
-    (default words, paper all)."""
+    """Tokens a prompt may use: whole words after a space (where none fits first, also without), printable
+    ASCII, or every printable token (default words, paper all)."""
     allow: tuple[str, ...] = ()
     """Texts of the only tokens that a prompt may use, with or without a space before them, or files of one text per
     line. They take the place of --tokens."""

@@ -23,6 +23,7 @@ from jaxsteer.prompts import (
     listed_tokens,
     question_conversation,
     render,
+    with_first_tokens,
 )
 from jaxsteer.sae import SAE, check_sae
 from jaxsteer.study.initial_prompts import first_prompts, listed_texts
@@ -120,6 +121,7 @@ def open_slots(
         objective, slots = named.in_contexts(model, persona, slots, placement=contexts.placement)
         needs(objective, model.config)
     allowed = token_mask(model, prompt.tokens or "words", prompt.ban, listed_texts(prompt.allow))
+    allowed = allowed if prompt.allow else with_first_tokens(tokenizer, slots, allowed)
     first = first_allowed(tokenizer, slots, allowed).sum()
     if prompt.allow and first < 2:
         raise UserError(

@@ -86,6 +86,8 @@ def test_personas_from_pairs_and_frames():
     [
         ({"role": 3, "questions": ["q"]}, "role must be a text"),
         ({"role": "r", "questions": ["q"], "goal": "more"}, "goal must be reduce or elicit"),
+        ({"role": "r", "questions": ["q"], "fractions": [0.6, "x"]}, "fractions must be three numbers"),
+        ({"role": "r", "questions": ["q"], "recipe": {"a": 1}}, "recipe must be an object of texts"),
         ({"questions": ["q"]}, 'expected "data"'),
         ({"data": [{"question": "q"}]}, "line 1: missing or empty answer_matching"),
         ({"data": 5}, 'expected "data"'),

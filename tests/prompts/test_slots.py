@@ -24,6 +24,7 @@ from jaxsteer.prompts import (
     render,
     retokenises,
     retokenises_many,
+    with_first_tokens,
 )
 from tests.helpers.tiny import CORPUS, KINDS, tiny_tokenizer
 
@@ -240,11 +241,13 @@ def llama2_tokenizer():
     return tokenizer
 
 
+@pytest.mark.parametrize("words", [False, True])
 @pytest.mark.parametrize(("style", "slot"), PLACES)
-def test_a_slot_is_located_where_the_tokenizer_loses_the_space_of_a_text(style, slot):
+def test_a_slot_is_located_where_the_tokenizer_loses_the_space_of_a_text(style, slot, words):
     tokenizer = llama2_tokenizer()
     slots = build_slots(tokenizer, [question_conversation(QUESTIONS[0], Placement(style=style, slot=slot))], LENGTH)
-    allowed = allowed_tokens(tokenizer, len(tokenizer), ascii_only=True)
+    allowed = allowed_tokens(tokenizer, len(tokenizer), ascii_only=True, word_initial=words)
+    allowed = with_first_tokens(tokenizer, slots, allowed)
     first = first_allowed(tokenizer, slots, allowed)
     rows = random_rows(np.random.default_rng(0), allowed, 200, LENGTH, first)
     good = rows[retokenises_many(tokenizer, slots, rows)]

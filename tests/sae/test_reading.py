@@ -127,7 +127,7 @@ def test_what_is_known_and_not_read_is_refused_by_name(tmp_path: Path):
         architecture = changes.pop("architecture", "standard")
         return folder(tmp_path / name, arrays, lens, {"cfg.json": saelens_cfg(architecture, **changes)})
 
-    _refused(saelens("temporal", FOUR, architecture="temporal"), r"'temporal' \(it attends to earlier codes\)")
+    _refused(saelens("temporal", FOUR, architecture="temporal"), "'temporal': it attends to earlier tokens")
     _refused(saelens("attends", FOUR | {"attn_layers.0.W": W["W_enc"]}), "temporal SAE of SAELens")
     _refused(saelens("white", FOUR, normalize_activations="covariance_whitening"), "covariance_whitening")
     _refused(saelens("new", FOUR, architecture="brandnew"), "'brandnew'; read are standard")

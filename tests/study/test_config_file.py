@@ -59,6 +59,9 @@ def test_texts_are_read_as_the_options_types(tmp_path: Path) -> None:
         ("a.toml", "steps = true", "steps is True, but must be a whole number"),
         ("a.toml", "ban = [1]", "ban is [1], but must be a list of texts"),
         ("a.toml", "steps", "is not TOML"),
+        ("a.toml", f"steps = {'9' * 5000}", "is not TOML"),
+        ("a.toml", f"steps = {'[' * 10**5}", "is not TOML"),
+        ("a.yaml", f"steps: {'[' * 10**5}", "is not YAML"),
         ("a.txt", "", "expects a .yaml or .toml file"),
     ],
 )

@@ -141,6 +141,10 @@ def test_a_probe_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert probed(prompts=70, folder=tmp_path, say=said.append) == whole
     assert len(asked) == 2 and "63 random prompts have been measured before" in said[0]  # the third pass alone was new
     assert probed(prompts=70, folder=tmp_path) == whole  # nothing is measured again
+    (kept,) = (tmp_path / "probe-state").iterdir()
+    kept.write_text('{"probability": [0.5, "x"]}')
+    with pytest.raises(UserError, match="is damaged: delete it"):
+        probed(prompts=70, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
