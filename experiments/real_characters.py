@@ -26,13 +26,20 @@ import jaxsteer
 from jaxsteer.cli import keep_programs
 from jaxsteer.display import decimals, ends, percent
 from jaxsteer.errors import UserError
+from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.reply_quality import character_axis, reply_quality
+from jaxsteer.evals.side_effects import side_effects
 from jaxsteer.evals.word_odds import learn_words
 from jaxsteer.files import read_json, write_text
 from jaxsteer.models.model import Model
-from jaxsteer.personas import Persona, load_persona, split
+from jaxsteer.models.taps import Intervention
+from jaxsteer.personas import Persona, contrast_pairs, load_persona, mean_difference, split
+from jaxsteer.prompts import encode_texts, question_conversation, render
+from jaxsteer.prompts.soft import load_soft, with_soft
 from jaxsteer.report.study import FORMAT
 from jaxsteer.report.table_rows import merged
+from jaxsteer.steer import add
+from jaxsteer.study.files import SOFT as SOFT_FILE
 from jaxsteer.study.files import document
 from jaxsteer.study.measurement import Measured, Measurement
 from jaxsteer.study.outcome import environment
@@ -66,6 +73,14 @@ ARMS = (
     Arm(name="no gradients, random direction", options={"algorithm": "mutation"}, random=True),
     Arm(name="GCG on the replies", options={"algorithm": "gcg", "objective": "answer", "population": None}),
 )
+SOFT = Arm(
+    name="prefix tuning",
+    options={"algorithm": "soft", "objective": "answer", "population": None, "children": None, "fluency": None},
+)
+STRENGTHS = (0.15, 0.3, 0.6)
+"""Of activation steering, in mean norms of the stream."""
+MAX_KL = 0.5
+"""What steering may do to neutral text, nats per token."""
 QUICK = ("RESGA, decision", "RESGA, random direction", "no gradients")
 
 
@@ -112,11 +127,18 @@ def run_block(model: Model, character: str, goal: str, args: argparse.Namespace)
         for seed in range(args.seeds or (1 if args.quick else 3)):
             print(f"{character}, {goal}: {arm.name}, seed {seed}", flush=True)
             run = search(model, folder, persona, arm, seed, args)
+            if arm.name == QUICK[0]:
+                random = {"prompt": run.controls["random"].text, "seed": seed}
+                chosen.setdefault("random prompt", []).append(random)
             if run.best is not None:
                 facts = {"prompt": run.best.text, "cross_entropy": run.best.cross_entropy, "target": run.best.target}
                 chosen.setdefault(arm.name, []).append(facts | {"seed": seed, "candidates": run.timing.candidates})
     chosen |= sentences(model, persona)
-    found = measured(model, persona, chosen, args.read_at)
+    soft = None
+    if not args.quick:
+        search(model, folder, persona, SOFT, 0, args)
+        soft = folder / folder_of(SOFT, 0) / SOFT_FILE
+    found = measured(model, persona, chosen, args.site, args.read_at, soft)
     block = {"character": character, "goal": goal, "seconds": time.perf_counter() - begun, **found}
     write_text(folder / "block.json", document(block))
     return block
@@ -135,13 +157,34 @@ def search(model: Model, folder: Path, persona: Persona, arm: Arm, seed: int, ar
     if options.get("objective"):
         options.pop("site")
     kept = {name: value for name, value in options.items() if value is not None}
-    out = folder / f"{arm.name.replace(', ', '-').replace(' ', '_')}-{seed}"
+    out = folder / folder_of(arm, seed)
     run = jaxsteer.search(
         model=model, persona=str(folder / "persona.json"), goal=persona.goal, out=out, seed=seed,
-        select="validation", report_prompts=LEADS, **kept,
+        select="validation", report_prompts=LEADS, resume=True, **kept,
     )  # fmt: skip
     assert isinstance(run, SearchRun)
     return run
+
+
+def folder_of(arm: Arm, seed: int) -> str:
+    """Where the files of one search are."""
+    return f"{arm.name.replace(', ', '-').replace(' ', '_')}-{seed}"
+
+
+def steered(model: Model, persona: Persona, site: str) -> tuple[dict[str, Any], Intervention | None]:
+    """Addition of the searches' direction at the strength that does most to free validation replies at a small KL."""
+    direction = mean_difference(model, contrast_pairs(model, persona, split(persona, seed=0).train, "decision"), [site])
+    norm = direction.mean_resid_norm[site]
+    edits = [add(site, persona.sign * direction.delta[site], c, mean_norm=norm) for c in STRENGTHS]
+    asked = [render(model.tokenizer, question_conversation(text), "") for text in neutral_texts(model)]
+    kl = side_effects(model, encode_texts(model.tokenizer, asked, style="chat"), edits).kl
+    gentle = [i for i in range(len(edits)) if kl[i] <= MAX_KL]
+    if not gentle:
+        return {}, None
+    found = [jaxsteer.measure(model, persona, edits=edits[i], split="validation", questions=24) for i in gentle]
+    rates = [Candidate((one.prompts[0].written and one.prompts[0].written.rate) or 0.0) for one in found]
+    best = gentle[best_rate(rates, [float(kl[i]) for i in gentle], goal=persona.goal)]
+    return {"coefficient": STRENGTHS[best], "neutral_kl": float(kl[best])}, edits[best]
 
 
 def sentences(model: Model, persona: Persona) -> dict[str, list[dict[str, Any]]]:
@@ -153,7 +196,14 @@ def sentences(model: Model, persona: Persona) -> dict[str, list[dict[str, Any]]]
     return {"instruction": [{"prompt": cues[0]}], f"best of {len(cues)} instructions": [{"prompt": cues[best]}]}
 
 
-def measured(model: Model, persona: Persona, chosen: dict[str, list[dict[str, Any]]], site: str) -> dict[str, Any]:
+def measured(
+    model: Model,
+    persona: Persona,
+    chosen: dict[str, list[dict[str, Any]]],
+    searched: str,
+    site: str,
+    soft: Path | None,
+) -> dict[str, Any]:
     """Every chosen prompt on test questions, in one table: rates, which side moved, free replies and their quality."""
     parts = split(persona, seed=0)
     axis, words = character_axis(model, parts.train, site), learn_words(parts.train)
@@ -169,6 +219,14 @@ def measured(model: Model, persona: Persona, chosen: dict[str, list[dict[str, An
     rows, at = [row("none", found.baseline, {})], iter(found.prompts)
     for method, several in chosen.items():
         rows += [row(method, next(at), facts) for facts in several]
+    facts, edits = steered(model, persona, searched)
+    if edits is not None:
+        one = jaxsteer.measure(model, persona, edits=edits, split="test", questions=60, side_effects=True)
+        rows.append(row("activation steering", one.prompts[0], facts))
+    if soft is not None:
+        with_it, text = with_soft(model, load_soft(soft))
+        one = jaxsteer.measure(with_it, persona, [text], split="test", questions=60, side_effects=True)
+        rows.append(row("prefix tuning", one.prompts[0], {}))
     return {"questions": questions, "axis_site": site, "rows": rows}
 
 
