@@ -95,7 +95,8 @@ class StudyFiles:
             marks = ("!" * bool(r and r.letter_collapse) + "~" * bool(r and r.note) for r in rows)
             lines.append([short(method, width), *(interval(r) + mark for r, mark in zip(rows, marks, strict=True))])
         parts = [visible(self.title), "", aligned(lines), ""]
-        parts.append("persona rate with 95 % interval over questions; ! one letter wins whatever is asked")
+        letters = "; ! one letter wins whatever is asked" if not all(row.goal for row in self.rows) else ""
+        parts.append(f"persona rate with 95 % interval over questions{letters}")
         if any(row.goal for row in self.rows):
             parts.append(f"of personas in words, marked (reduce) or (elicit), free replies in character; ~ {ILLUSION}")
         parts += [f"prompts selected by {visible(self.selected_by)}"] * bool(self.selected_by)

@@ -131,7 +131,9 @@ def evaluate(
         files.write_json(Path(run.out) / files.REPLIES, answers)
     baseline, *others = measured
     assert baseline.test is not None
-    say(f"Evaluation: {len(measured)} prompts on {baseline.test.n} test rows (both choice orders)")
+    how = ", in both orders of their choices" if results[0].both_orders else ""
+    how = how if given is None else f", at most {TEST_REPLIES} of them answered freely"
+    say(f"Evaluation: {len(measured)} prompts on {baseline.test.n} test questions{how}")
     return Evaluation(
         baseline=baseline,
         controls=dict(zip(controls, others)),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxsteer.display import aligned, decimals, interval, short, visible
 from jaxsteer.errors import UserError
-from jaxsteer.evals.free_answers import WrittenRates
+from jaxsteer.evals.free_answers import ILLUSION, WrittenRates
 from jaxsteer.evals.rates import Interval, Rate
 from jaxsteer.files.records import Record
 from jaxsteer.ranges import MOST
@@ -127,11 +127,13 @@ class Study(Result):
             numbers = (decimals(run.probe_correlation), decimals(run.selected and run.selected.target))
             text = short((run.selected and run.selected.text) or "(none re-tokenises)", 40)
             name = f"{name} ({run.goal}, free replies)" if run.goal else name
-            text += f" ({run.selected.note})" if run.selected and run.selected.note else ""
-            lines.append((visible(name), str(run.problems), *numbers, *map(interval, run.shares), text))
+            before, after = map(interval, run.shares)
+            after += " ~" if run.selected and run.selected.note else ""
+            lines.append((visible(name), str(run.problems), *numbers, before, after, text))
+        noted = f"; ~ {ILLUSION}" if any(run.selected and run.selected.note for run in self.runs.values()) else ""
         counts = f"{self.searched} of {self.problems} problems were searched"
         counts += f" (missing: {'; '.join(f'{kind} {n}' for kind, n in self.missing.items())})" * bool(self.missing)
-        return f"{aligned(lines, left=(0, 6))}\n\n{counts}; rates on test questions with 95 % intervals"
+        return f"{aligned(lines, left=(0, 6))}\n\n{counts}; rates on test questions with 95 % intervals{noted}"
 
     def plot(self) -> Figure:
         """Rates on test questions without a prompt and with the prompt of every run, from the summaries alone."""

@@ -45,6 +45,7 @@ def test_the_illusion_is_caught_and_the_real_thing_is_not() -> None:
     assert against.written.rate < 0.1 and against.rate.difference.value > 0 and against.note == ILLUSION
     assert ILLUSION in measured().table() and f"{towards.name}: {ILLUSION}" not in measured().table()
     assert measured().baseline.written.read == 1.0
+    assert len(measured().plot().axes) == 2  # free replies beside the preference
     again = Measurement.from_json(json.loads(json.dumps(measured().to_json())))
     assert again.prompts[0].note == ILLUSION and again.table() == measured().table()
 
