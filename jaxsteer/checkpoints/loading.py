@@ -294,6 +294,8 @@ def load_tokenizer(directory: Path) -> Any:
     with quiet_transformers():
         from transformers import PreTrainedTokenizerFast
     try:
-        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        tokenizer.decode(tokenizer("a")["input_ids"])  # values of other types in its config show in use alone
+        return tokenizer
     except Exception as error:  # the tokenizers library raises bare Exception for damaged files
         raise UserError(f"The tokenizer in {directory} cannot be read: {error}") from error

@@ -128,12 +128,12 @@ class Matrix:
         step = max(1, _BLOCK // max(1, view.shape[1 - along]))
         for start in range(0, view.shape[along], step):
             part = (slice(start, start + step), slice(None))[:: 1 - 2 * along]
-            block = view[part].astype(np.float64)
-            if self.rows is not None:
-                block *= self.rows[rows][part[0], None]
-            if self.columns is not None:
-                block *= self.columns[columns][part[1]]
-            with np.errstate(over="ignore"):  # whoever cannot use infinities looks for them
+            with np.errstate(over="ignore", invalid="ignore"):  # whoever cannot use NaN or infinity looks for them
+                block = view[part].astype(np.float64)
+                if self.rows is not None:
+                    block *= self.rows[rows][part[0], None]
+                if self.columns is not None:
+                    block *= self.columns[columns][part[1]]
                 out[part] = block
         return out
 

@@ -27,6 +27,7 @@ from checkpoints_convert import convert, verify
 from jaxsteer import UserError
 from jaxsteer.checkpoints import loading, restoring
 from jaxsteer.checkpoints.inspect import describe
+from jaxsteer.checkpoints.loading import load_tokenizer
 from jaxsteer.models import sharding
 from jaxsteer.models.params import layer_shapes
 from jaxsteer.models.sharding import make_mesh, shard_params, shard_rows
@@ -403,3 +404,11 @@ def test_public_names_exist_and_import_is_light() -> None:
 
 def test_model_is_a_frozen_record() -> None:
     assert dataclasses.is_dataclass(jaxsteer.Model) and jaxsteer.Model.__dataclass_params__.frozen
+
+
+def test_a_tokenizer_that_fails_in_use_is_refused_at_load(tmp_path: Path) -> None:
+    tiny_tokenizer("llama3").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": " "}))
+    with pytest.raises(UserError, match="The tokenizer in .* cannot be read"):
+        load_tokenizer(tmp_path)
