@@ -68,6 +68,11 @@ def _told(error: BaseException) -> tuple[int, str]:
         if error.filename is None:
             _no_output()
         return USAGE_ERROR, f"error: {error.filename or 'the output'}: {error.strerror or error}"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # of NumPy, of XLA
+        return USAGE_ERROR, (
+            f"error: there is not enough memory: {str(error).partition(chr(10))[0] or 'an array does not fit.'} Choose "
+            "smaller counts (batch, rows, samples, pool, latents), a smaller model or more devices"
+        )
     return CRASHED, _bug(error)
 
 

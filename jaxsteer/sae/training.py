@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -27,7 +28,7 @@ from jaxsteer.files import append_text, read_json, read_text, write_text, writin
 from jaxsteer.files.lock import in_use
 from jaxsteer.files.sae_form import Dictionary, Matrix, SAEConfig, canonical, unit_decoder
 from jaxsteer.models.model import Model
-from jaxsteer.models.sharding import put
+from jaxsteer.models.sharding import put, require_memory
 from jaxsteer.models.sites import KINDS, parse_site
 from jaxsteer.processes import PREEMPTED, from_first, is_first, preempted, to_host, wait_for_all
 from jaxsteer.sae.dictionary import SAE
@@ -163,8 +164,12 @@ def _begin(
 ) -> tuple[_Training, Any]:
     """The training as the last checkpoint has it, or at its first round, and the batches of text that come next."""
     dtype = model.params.embed.dtype  # activations of a bfloat16 model are bfloat16 numbers already
+    wanted = jax.ShapeDtypeStruct((recipe.pool, width), dtype)
+    shapes = jax.eval_shape(lambda pool: initial_state(recipe, pool), wanted)
+    held = (wanted, shapes, jax.ShapeDtypeStruct((recipe.batch, recipe.latents), jnp.float32))
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
+    require_memory("Training", needed, model.mesh, "choose a smaller pool or batch, or fewer latents.")
     pool = empty_pool(model.mesh, recipe.pool, width, dtype)
-    shapes = jax.eval_shape(lambda pool: initial_state(recipe, pool), pool)
     layout = shardings(shapes, model.mesh)
     training = checkpoints.load(shapes, layout, pool)
     bos = bos_of(model)

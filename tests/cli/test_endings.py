@@ -35,6 +35,12 @@ def raising(error: BaseException) -> None:
             r"bug: IndexError: list index out of range \(jaxsteer/cli/__init__.py:\d+, _command\). Please report",
         ),
         (lambda: raising(RecursionError("too\ndeep")), 70, r"bug: RecursionError: too \("),
+        (lambda: raising(MemoryError()), 2, "error: there is not enough memory: an array does not fit. Choose smaller"),
+        (
+            lambda: raising(RuntimeError("RESOURCE_EXHAUSTED: 9 TB.\nmore")),
+            2,
+            "RESOURCE_EXHAUSTED: 9 TB. Choose smaller",
+        ),
         (
             lambda: raising(OSError(errno.ENOSPC, "No space left", "a\x1b[2Jb")),
             2,
