@@ -1,6 +1,7 @@
 """Files, for every room: JSON and text, files written whole or not at all, those of torch read without torch."""
 
 from jaxsteer.files.json_files import (
+    csv_records,
     decoded,
     json_lines,
     json_records,
@@ -17,6 +18,7 @@ from jaxsteer.files.whole import append_text, make_directory, reading, write_byt
 __all__ = [
     "TORCH_ADVICE",
     "append_text",
+    "csv_records",
     "decoded",
     "describe",
     "json_lines",

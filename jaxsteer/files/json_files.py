@@ -1,4 +1,4 @@
-"""Text and JSON files: the only place that reads them. Every fault is a ``UserError`` that names file and line.
+"""Text, JSON and CSV files: the only place that reads them. Every fault is a ``UserError`` that names file and line.
 
 Files come from anywhere, so the sizes that they ask for are bounded: at most ``MAX_BYTES`` of a file, values nested at
 most ``MAX_DEPTH`` deep, numbers of at most ``MAX_DIGITS`` digits and within the range of a float64. Text is UTF-8, with
@@ -7,6 +7,8 @@ or without a byte order mark; an object names a key once; a string holds whole c
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -123,6 +125,30 @@ def _list(text: str, where: str | os.PathLike[str], nan: bool) -> Iterator[tuple
             _refuse_syntax(text, json.JSONDecodeError("Expecting ',' delimiter", text, at), where, 1)
     if (at := next_one(at + 1)) < len(text):
         _refuse_syntax(text, json.JSONDecodeError("Extra data", text, at), where, 1)
+
+
+def csv_records(text: str, where: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """(line, row) of every row of a CSV text whose first line names the columns; a cell that is missing is ``None``.
+
+    Raises ``UserError`` with the line, also for a column that is named twice and for more values than columns.
+    """
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        columns = [column.strip() for column in reader.fieldnames or []]
+        if twice := next((c for c in columns if c and columns.count(c) > 1), None):
+            _refuse(where, 1, f"there are two columns {twice!r}, so that the values of one are lost")
+        reader.fieldnames, before = columns, reader.line_num
+        for row in reader:
+            if any(cell.strip() for cell in row.pop(None, None) or ()):
+                _refuse(
+                    where,
+                    before + 1,
+                    f"there are more values than there are columns ({', '.join(columns)}): quote a value with commas",
+                )
+            yield before + 1, row
+            before = reader.line_num  # a quoted field may run over several lines
+    except csv.Error as error:
+        raise UserError(f"{where}, line {reader.line_num}: not CSV: {error}") from error
 
 
 def read_log(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], bool]:

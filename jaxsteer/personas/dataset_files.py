@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import json_records, read_text
+from jaxsteer.files import csv_records, json_records, kind_of, read_text
 
 Row = tuple[int, dict[str, Any]]
 """(line, record); in a Parquet file, and in a list inside an object, the number of the row."""
@@ -69,25 +67,17 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path, text: str, fields: Sequence[str]) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    columns = [str(c).strip() for c in reader.fieldnames or []]
-    missing = [field for field in fields if field not in columns]
-    if text.strip() and missing:
-        raise UserError(
-            f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(columns)} (a public dataset is "
-            f"read by its name, NAME:{path}: see jaxsteer data list)"
-        )
-    reader.fieldnames = columns
-    before = reader.line_num
-    try:
-        for row in reader:
-            yield before + 1, {str(k): v for k, v in row.items()}
-            before = reader.line_num  # a quoted field may run over several lines
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+    for line, row in csv_records(text, path):
+        if missing := [field for field in fields if field not in row]:
+            raise UserError(
+                f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(row)} (a public dataset is "
+                f"read by its name, NAME:{path}: see jaxsteer data list)"
+            )
+        yield line, row
 
 
 def _object(path: Path, line: int, row: object, fields: Sequence[str]) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise UserError(f"{path}, line {line}: expected an object with {', '.join(fields)}, got {str(row)[:60]!r}")
+        wanted = f"an object with {', '.join(fields or ('a question', 'two answers'))}"
+        raise UserError(f"{place(path, line)}: expected {wanted}, got {kind_of(row)}: {str(row)[:60]!r}")
     return row

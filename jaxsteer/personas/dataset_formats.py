@@ -25,6 +25,7 @@ from jaxsteer.personas.items import (
     data_hash,
     group_of,
     normal,
+    parse_choices,
     plain_labels,
     swap,
 )
@@ -38,8 +39,10 @@ PAIR_FIELDS = ("question", "right_answer", "hallucinated_answer")
 WORDS = ("Yes", "No")
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
 _OTHER_LETTER = re.compile(r"\(?([A-Za-z1-9])[).]?[.:]?")
+_LABEL_LIKE = re.compile(r"([^\w\s]*)(\w)([^\w\s]*)")
 _DUPLICATES = "exact duplicates"
 _OTHERS = "questions that do not offer two choices"
+_SAME = "questions whose two choices are the same or empty"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,10 @@ def choices_of(path: Path, found_rows: Iterable[Row]) -> Dataset:
             continue
         in_words = not any(lettered) and max(len(answer.split()) for answer in answers) >= REPLY_WORDS
         if choices == 2 and not in_words:
+            texts = [normal(text) for text in parse_choices(question).texts]
+            if texts[0] == texts[1] or not all(texts):
+                dropped[_SAME] += 1
+                continue
             for answer, label, field in zip(answers, lettered, row.fields, strict=True):
                 if label not in LABELS:
                     raise UserError(
@@ -118,6 +125,11 @@ def choices_of(path: Path, found_rows: Iterable[Row]) -> Dataset:
                         "(B), with or without a space before it"
                     )
             answers = lettered
+        elif all(_labels_a_line(answer, question) for answer in answers):
+            raise UserError(
+                f"{place(path, line)}: the answers {answers[0]!r} and {answers[1]!r} look like labels of choices in a "
+                "form that is not read; write (A) and (B) before the choices, and as the answers"
+            )
         elif {answer.capitalize() for answer in answers} <= set(WORDS):
             answers = [answer.capitalize() for answer in answers]
         if normal(answers[0]) == normal(answers[1]):
@@ -140,7 +152,7 @@ def choices_of(path: Path, found_rows: Iterable[Row]) -> Dataset:
         items.append(item)
     found = _finish(path, rows, dropped, fields=FIELDS, items=tuple(items))
     if not items:
-        raise UserError(f"{path}: none of its {rows} questions offers the two choices (A) and (B), which is needed")
+        raise UserError(f"{path}: none of its {rows} questions offers two different choices, (A) and (B)")
     if len({item.lettered for item in items}) > 1:
         raise UserError(f"{path}: some answers are labels of choices, others are words: make it two datasets")
     return found
@@ -154,6 +166,12 @@ def _refuse_contradiction(path: Path, item: Item, first: Item) -> None:
             f"{path}: lines {first.line} and {item.line} ask the same question but disagree on which choice matches "
             f"the behaviour: remove one of them"
         )
+
+
+def _labels_a_line(answer: str, question: str) -> bool:
+    """Whether the answer is one sign, perhaps in brackets, that begins a line of the question before a mark."""
+    match = _LABEL_LIKE.fullmatch(answer)
+    return match is not None and bool(re.search(rf"^[^\w\n]*{match[2]}[^\w\s]", question, re.MULTILINE))
 
 
 def _label(answer: str) -> str:

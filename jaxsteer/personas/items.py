@@ -23,6 +23,13 @@ _OTHER_LABELS = tuple(
 )
 FIRST_LABELS = ("A", "a", "1")
 _LABEL_ANYWHERE = re.compile(r"(?<!\S)\(([A-Z])\)[ \t]*")
+_END_OF_CHOICE = re.compile(
+    r"\n\n"
+    r"|\n[^\w\n]*(?:(?:please|now|my|your|the|i)[ ,]+)*(?:answer|reply|respond|choose|choice|select|pick|which)\b"
+    r"|\n[^\n]*:(?=\s*\Z|\n\n)",
+    re.IGNORECASE,
+)
+"""A blank line, a line that says how to answer, or a last line with a colon: what follows is no part of a choice."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +133,7 @@ def parse_choices(question: str) -> Choices:
         raise UserError(f"expected a question with two choices, (A) and (B), but found {len(run)}: {question[-200:]!r}")
     first, second = run
     middle, rest = question[first.end() : second.start()], question[second.end() :]
-    text_a, text_b = (text.split("\n\n")[0].rstrip() for text in (middle, rest))  # a blank line ends a choice
+    text_a, text_b = (_END_OF_CHOICE.split(text, maxsplit=1)[0].rstrip() for text in (middle, rest))
     return Choices(
         stem=question[: first.start()],
         labels=(first[0], second[0]),

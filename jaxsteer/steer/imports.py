@@ -358,7 +358,7 @@ def _svec(ask: _Ask) -> Vectors:
             raise UserError(f"the direction {index!r} is not a list of numbers") from error
         nested |= array.ndim == 2
         array = array[0] if array.ndim == 2 and len(array) == 1 else array
-        if not re.fullmatch(r"\d{1,6}", index) or array.ndim != 1:
+        if not re.fullmatch(r"0|[1-9]\d{0,5}", index) or array.ndim != 1:
             raise UserError(
                 f"the direction {index!r} has shape {array.shape}; expected one vector for a block's number"
             )

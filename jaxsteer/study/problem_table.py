@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 from collections.abc import Sequence
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import kind_of, read_json_lines, read_text
+from jaxsteer.files import csv_records, kind_of, read_json_lines, read_text
 from jaxsteer.study.option_values import convert_value
 from jaxsteer.study.options import KINDS, ProblemOptions, SearchOptions
 
@@ -34,8 +32,6 @@ def rows_of(options: ProblemOptions) -> list[dict[str, Any]]:
     seen: dict[str, int] = {}
     for number, row in enumerate(_product(vary) if table is None else _read(table)):
         where = f"--vary {' '.join(vary)}" if table is None else f"{table}, problem {number}"
-        if None in row:
-            raise UserError(f"{where} has more values than there are columns")
         if unknown := sorted(row.keys() - set(COLUMNS)):
             raise UserError(f"{where}: there is no column {', '.join(unknown)}; there are {', '.join(COLUMNS)}")
         given = {name: value for name, value in row.items() if value not in (None, "")}
@@ -85,7 +81,7 @@ def _values(name: str, text: str, entry: str) -> list[Any]:
 
 def _read(path: Path) -> list[dict[Any, Any]]:
     if path.suffix == ".csv":
-        rows: list[dict[Any, Any]] = list(csv.DictReader(io.StringIO(read_text(path))))
+        rows: list[dict[Any, Any]] = [row for _, row in csv_records(read_text(path), path)]
     elif path.suffix == ".jsonl":
         rows = []
         for line, row in read_json_lines(path):

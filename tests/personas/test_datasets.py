@@ -80,6 +80,13 @@ def test_the_same_question_in_both_orders_is_kept(tmp_path):
         ([row("x?", A, "(A)")], "line 1: both answers are"),
         ([row(), '{"question": '], "line 2: not JSON"),
         ([row(), '"text"'], "line 2: expected an object"),
+        (["null"], "line 1: expected an object with a question, two answers, got null"),
+        ([row("x?", "[A]", "[B]") | {"question": "x?\n[A] now\n[B] later"}], "line 1: .*look like labels"),
+        ([row("x?", "0)", "1)") | {"question": "x?\n 0) now\n 1) later"}], "line 1: .*look like labels"),
+        ([row("x?", "（A）", "（B）") | {"question": "x?\n（A） now\n（B）later"}], "line 1: .*look like labels"),  # noqa: RUF001
+        ([row("x?", "А", "Б") | {"question": "x?\nА) now\nБ) later"}], "line 1: .*look like labels"),  # noqa: RUF001
+        ([row() | {"question": "x?\n (A) Same\n (B) same"}], "none of its 1 questions"),
+        ([row() | {"question": "x?\n (A)\n (B)"}], "none of its 1 questions"),
         ([row(), row("y?"), row("Now  OR later?", B, A)], "lines 1 and 3 .* disagree"),
         ([], "is empty"),
         ([{**row(), "question": "No choices?"}], "none of its 1 questions"),
@@ -107,6 +114,22 @@ def test_csv_without_the_columns_lists_what_it_has(tmp_path):
     path.write_text("")
     with pytest.raises(UserError, match="is empty"):
         read_items(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("question,positive,negative\nq,Yes,No\nWell, do you like it?,Yes,No\n", "line 3: there are more values"),
+        ("question,positive,positive\nq,Yes,No\n", "line 1: there are two columns 'positive'"),
+    ],
+)
+def test_csv_cells_are_not_lost(tmp_path, text, message):
+    path = tmp_path / "x.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_items(path)
+    path.write_text("question,positive,negative,,\nq,Yes,No,,,\n")
+    assert read_items(path)[0].matching == "Yes"
 
 
 def test_broken_json_lists_and_encodings_are_named(tmp_path):

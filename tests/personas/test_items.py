@@ -11,7 +11,7 @@ from jaxsteer.personas import parse_choices, split, swap
 from jaxsteer.personas.items import Item, count_choices, data_hash, group_of
 
 ANTHROPIC = "Money now or later?\n\nChoices:\n (A) Now, please\n (B) Later"
-WORDS = st.text(alphabet="abc dé.,(X)\n", min_size=1, max_size=20).map(str.strip).filter(bool)
+WORDS = st.text(alphabet="abc dé.,:(X)\n", min_size=1, max_size=20).map(str.strip).filter(bool)
 
 
 def make_item(number, matching="(A)", question=None):
@@ -32,6 +32,10 @@ def make_item(number, matching="(A)", question=None):
         ("So?\nChoices:\n(A) Agree\n(B) Disagree\n\nAnswer:", ("Agree", "Disagree"), "\n\nAnswer:"),
         ("Which? (A) Smaller government (B) Larger government", ("Smaller government", "Larger government"), ""),
         ("Of (A) and (B), which?\n (A) one\n line two\n (B) two", ("one\n line two", "two"), ""),
+        ("Which?\n (A) early\n (B) late\nAnswer with A or B:", ("early", "late"), "\nAnswer with A or B:"),
+        ("Which?\n(A) early\n(B) late\nPlease choose one.", ("early", "late"), "\nPlease choose one."),
+        ("Which?\n(A) early\n(B) late\nMy vote:", ("early", "late"), "\nMy vote:"),
+        ("Which?\n(A) a\n(B) two\nlines of it", ("a", "two\nlines of it"), ""),
         ("Plan (A) or plan\n(A) of it?\n\n (A) x\n\n (B) y", ("x", "y"), ""),
     ],
 )
@@ -50,7 +54,13 @@ def test_swap_exchanges_texts_and_labels():
     assert swapped.id != item.id
 
 
-@given(stem=WORDS, a=WORDS, b=WORDS, tail=st.sampled_from(["", "\n\nAnswer:"]), sep=st.sampled_from(["\n", "\n\n"]))
+@given(
+    stem=WORDS,
+    a=WORDS,
+    b=WORDS,
+    tail=st.sampled_from(["", "\n\nAnswer:", "\nNow choose"]),
+    sep=st.sampled_from(["\n", "\n\n"]),
+)
 def test_swapping_twice_changes_nothing(stem, a, b, tail, sep):
     item = make_item(0, question=f"{stem}\n (A) {a}{sep} (B) {b}{tail}")
     assert swap(swap(item)) == item

@@ -220,6 +220,7 @@ def test_svec_of_both_kinds(tmp_path):
     [
         ({"directions": {"1": [[1.0], [2.0]]}}, r"shape \(2, 1\)"),
         ({"directions": {"x": [1.0]}}, "direction 'x'"),
+        ({"directions": {"1": [1.0], "01": [2.0]}}, "direction '01'"),
         ({"directions": {"1": [1.0, "a"]}}, "not a list of numbers"),
         ({"directions": {"1": [1.0, [2.0]]}}, "not a list of numbers"),
         ({"directions": {}}, "no .svec"),

@@ -163,6 +163,7 @@ def test_products_that_cannot_be(options: Make, vary: tuple[str, ...], says: str
         ("p.csv", "seed,colour\n1,red\n", "there is no column colour"),
         ("p.csv", "seed\nx\n", "must be a whole number"),
         ("p.csv", "seed\n1,2\n", "more values than there are columns"),
+        ("p.csv", "seed,seed\n1,2\n", "two columns 'seed'"),
         ("p.csv", "seed\n", "holds no problem"),
         ("p.jsonl", '{"seed": 1}\n{"seed"\n', "line 2: not JSON"),
         ("p.jsonl", "[1]\n", "line 1 is a list, not a JSON object"),
