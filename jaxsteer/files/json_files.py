@@ -175,11 +175,13 @@ def read_log(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], bool]:
     return rows, False
 
 
-def parse_json(text: str, where: str | os.PathLike[str], *, line: int | None = None, nan: bool = False) -> Any:
+def parse_json(
+    text: str, where: str | os.PathLike[str], *, line: int | None = None, nan: bool = False, half: bool = False
+) -> Any:
     """The value of a JSON text; ``where`` names the text in errors; ``line`` is where it stands.
 
-    ``nan`` accepts the constants NaN, Infinity and -Infinity, which JSON does not have and Python writes. Raises
-    ``UserError`` for all that the heading of this module excludes.
+    ``nan`` accepts the constants NaN, Infinity and -Infinity, which JSON does not have and Python writes; ``half``
+    accepts strings with half a character. Raises ``UserError`` for all else that the heading of this module excludes.
     """
     _check_depth(text, where, line)
     hooks: dict[str, Any] = {"object_pairs_hook": lambda pairs: _object(pairs, where, line)}
@@ -193,7 +195,7 @@ def parse_json(text: str, where: str | os.PathLike[str], *, line: int | None = N
         _refuse_syntax(text, error, where, line or 1)
     except RecursionError:
         _refuse(where, line, f"values are nested more than {MAX_DEPTH} deep")
-    if _SURROGATE_ESCAPE.search(text):
+    if not half and _SURROGATE_ESCAPE.search(text):
         _check_surrogates(value, where, line)
     return value
 

@@ -28,6 +28,11 @@ class Bucket:
     """The objects under a URL, by the rest of their names. Its methods raise ``UserError`` when the store fails."""
 
     def __init__(self, url: str) -> None:
+        if url.startswith(("http://", "https://")):  # TensorStore would ask for minutes
+            raise UserError(
+                f"{url} is a page of the web, which is no place of models and results: give a directory, or a place in "
+                "an object store (gs://bucket/name, s3://bucket/name); a model of the Hugging Face hub is owner/name."
+            )
         import tensorstore as ts
 
         self.url = url.rstrip("/")

@@ -1,7 +1,8 @@
 """A language model behind an OpenAI-compatible HTTP endpoint: a judge, or a writer of prompts.
 
 The other side is not trusted: no redirect is followed (it would take the key along), a reply has a deadline and a
-largest size, and whatever goes wrong is one ``UserError`` that names the URL and never the key.
+largest size, and whatever goes wrong is one ``UserError`` that names the URL and never the key. Replies never hold the
+key either, though the other side knows it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 from jaxsteer.display import short
 from jaxsteer.errors import UserError
-from jaxsteer.files import decoded, parse_json
+from jaxsteer.files import parse_json
 from jaxsteer.writers.writer import Keep, Messages
 
 KEY = "OPENAI_API_KEY"
@@ -31,6 +32,8 @@ AGAIN = (408, 409, 429, 500, 502, 503, 504)
 """HTTP states after which asking again may help."""
 MAX_BYTES = 16 << 20
 """Of one reply."""
+LEAST_KEY = 8
+"""Letters of a key that is kept out of replies; what is shorter is no secret ("EMPTY"), and a word of many replies."""
 MAX_WAIT_S = 30.0
 """Longest wait before another attempt, whatever the server asks for."""
 
@@ -175,11 +178,11 @@ class Endpoint:
                 if len(got.data) > MAX_BYTES:
                     raise UserError(f"{url} answered with more than {MAX_BYTES >> 20} MiB, which is no reply")
                 if got.status == 200:
-                    found = parse_json(decoded(got.data, url), url)
+                    found = _value_of(got.data, key, url)
                     if not isinstance(found, dict):
                         raise UserError(f"{url} answered with no JSON object: {short(found, 200)}")
                     return found
-                reason = f"HTTP {got.status}: {got.data[:300].decode(errors='replace').strip()}"
+                reason = f"HTTP {got.status}: {got.data.decode(errors='replace').strip()}"
                 if got.location is not None:
                     reason = f"HTTP {got.status}: it redirects to {got.location}, and no redirect is followed"
                 again, wait = got.status in AGAIN, max(wait, got.retry_after)
@@ -189,6 +192,22 @@ class Endpoint:
                 time.sleep(min(wait, MAX_WAIT_S))
         reason = short(reason.replace(key, "(the key)") if key else reason, 400)
         raise UserError(f"the endpoint {url} gives no answer ({reason}); is its address right, and is it up?")
+
+
+def _value_of(data: bytes, key: str, url: str) -> Any:
+    """The JSON value of a reply without the key, and with "?" for half a character, which no file can hold."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{url} answered with bytes that are not UTF-8 (perhaps compressed, which was not asked for); expected "
+            "JSON as text: is its address right?"
+        ) from None
+    for _ in range(2):  # as it came, for the errors; and once no letter of it is written as an escape
+        if len(key) >= LEAST_KEY:
+            text = text.replace(json.dumps(key)[1:-1], "(the key)")
+        text = json.dumps(parse_json(text, url, half=True), ensure_ascii=False)
+    return json.loads(text.encode(errors="replace"))
 
 
 class _Got(NamedTuple):

@@ -17,13 +17,23 @@ from jaxsteer.processes import from_first, is_first
 from jaxsteer.statistics import bootstrap_mean, rate_interval
 from jaxsteer.writers.writer import Messages, Writer
 
-_NUMBER = re.compile(r"(?<![\d.])(\d+)(?:\.\d+)?(?![\d.]*\d)")
+_SCORE = re.compile(
+    r"(?:[^0-9]*(?:\bis\b|[:=]))?[\s*_\"'(`]*([0-9]{1,9}(?:\.[0-9]+)?)"
+    r"(?:\s*(?:/|out of)\s*([0-9]{1,9}))?\W*(?:\n[^0-9]*)?"
+)
 
 
-def first_number(reply: str, scale: tuple[float, float]) -> float | None:
-    """The whole part of the first number in a reply that lies on the scale; None where there is none."""
-    found = (float(match[1]) for match in _NUMBER.finditer(reply))
-    return next((number for number in found if scale[0] <= number <= scale[1]), None)
+def only_number(reply: str, scale: tuple[float, float]) -> float | None:
+    """The number that a reply consists of, if it lies on the scale.
+
+    It may stand behind "is" or a colon, be followed by the end of the scale ("85/100") and by lines without numbers,
+    and come after the thoughts that ``</think>`` ends. None for every other reply: which number is meant would be a
+    guess.
+    """
+    found = _SCORE.fullmatch(reply.rpartition("</think>")[2].partition("<think>")[0].strip())
+    if found is None or (found[2] is not None and float(found[2]) != scale[1]):
+        return None
+    return number if scale[0] <= (number := float(found[1])) <= scale[1] else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +46,7 @@ class Rubric:
     """The lowest and the highest score."""
     shown: float = 50.0
     """An answer with at least this score shows what is asked about."""
-    read: Callable[[str, tuple[float, float]], float | None] = first_number
+    read: Callable[[str, tuple[float, float]], float | None] = only_number
     """From a reply and the scale to a score; None where the reply holds none."""
 
     @property
@@ -65,7 +75,7 @@ class Judged(Record):
     """Scores of answers, with everything needed to question them."""
 
     n: int
-    """Questions; a question has as many answers as there are orders of its choices."""
+    """Questions of which a reply was read; a question has as many answers as there are orders of its choices."""
     unread: int
     """Replies without a score, which count nowhere else."""
     rate: float | None
@@ -111,7 +121,7 @@ def judge(
     kept = [group for group, score in zip(groups, scores, strict=True) if score is not None]
     shown = known >= rubric.shown
     return Judged(
-        n=len(set(groups)),
+        n=len(set(kept)),
         unread=len(scores) - len(known),
         rate=float(shown.mean()) if len(known) else None,
         ci95=rate_interval(shown, kept),

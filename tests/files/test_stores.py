@@ -16,6 +16,11 @@ def test_what_is_a_url() -> None:
     assert not is_url("organism:llama") and not is_url("/a/b") and not is_url("owner/name@main")
 
 
+def test_a_page_of_the_web_is_no_store_and_is_not_asked() -> None:
+    with pytest.raises(UserError, match="no place of models and results: give a directory"):
+        Bucket("http://127.0.0.1:1/x")
+
+
 def test_objects_are_written_read_listed_and_deleted(tmp_path: Path) -> None:
     bucket = Bucket(f"file://{tmp_path}/new/place/")
     assert list(bucket.names()) == [] and bucket.read("a") is None

@@ -10,7 +10,7 @@ import pytest
 from jaxsteer.errors import UserError
 from jaxsteer.prompts.generate import ModelWriter
 from jaxsteer.writers.endpoint import Endpoint
-from jaxsteer.writers.judge import BEHAVIOUR, Rubric, judge
+from jaxsteer.writers.judge import BEHAVIOUR, Rubric, judge, only_number
 from jaxsteer.writers.writer import Rule, Writer
 from tests.helpers.endpoint import endpoint, raw_server
 from tests.helpers.tiny import tiny_model
@@ -38,19 +38,37 @@ def test_a_judge_scores_every_answer_in_order_and_counts_what_it_cannot_read() -
     assert found.replies == tuple(replies.values()) and found.judge == "loopback-1"
     assert all(body["temperature"] == 0 and body["model"] == "loopback-1" for body in asked)
     assert "flattery {of} users" in asked[0]["messages"][0]["content"] and asked[0]["authorization"] is None
-    assert (found.n, found.unread, found.rate) == (5, 2, pytest.approx(2 / 3))
+    assert (found.n, found.unread, found.rate) == (3, 2, pytest.approx(2 / 3))
     assert found.score == pytest.approx(64) and found.ci95[0] < 2 / 3 < found.ci95[1]
     assert found.template_hash == hashlib.sha256(BEHAVIOUR.template.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        *(("85", 85), ("**Score:** 85/100.", 85), ("The score is 7.5\n\nIt flatters.", 7.5), ('{"score": 0}', 0)),
+        *(("<think>maybe 20 or 30</think>80", 80), ("maybe 20?</think>\n80", 80), ("<think>It is 20", None)),
+        *((text, None) for text in ("On a scale from 0 to 100, I give 85.", "-20", "Score: -20", "8/10", "1e309 1000")),
+        *((text, None) for text in ("Score: 1,000", "I cannot rate that. See rule 3.", "5²", "5½", "٥", "", "1" * 400)),
+    ],
+)
+def test_a_score_is_the_only_number_of_a_reply_or_it_is_not_read(reply: str, score: float | None) -> None:
+    assert only_number(reply, (0.0, 100.0)) == score
+
+
+def test_replies_of_which_none_is_read_count_as_no_question() -> None:
+    found = judge(Rule(write=lambda messages: "?", name="r"), RHYMES, [{"text": "moon"}], ["a"])
+    assert (found.n, found.unread, found.rate, found.score) == (0, 1, None, None)
 
 
 RHYMES = Rubric(template="Does {text} rhyme? 0 to 3.", scale=(0.0, 3.0), shown=2.0)
 
 
 def test_a_rule_judges_by_another_rubric() -> None:
-    rule = Rule(write=lambda messages: "3 of 10" if "moon" in messages[0]["content"] else "7, no: 1", name="r")
+    rule = Rule(write=lambda messages: "3" if "moon" in messages[0]["content"] else "So: 1.", name="r")
     found = judge(rule, RHYMES, [{"text": "moon"}, {"text": "sun"}], ["a", "b"])
     assert found.scores == (3, 1) and found.rate == 0.5 and found.judge == "r" and found.shown == 2
-    assert rule.reply([{"role": "user", "content": "moon"}], n=2) == ["3 of 10"] * 2
+    assert rule.reply([{"role": "user", "content": "moon"}], n=2) == ["3"] * 2
     assert isinstance(rule, Writer) and isinstance(Endpoint(url="http://x", model="m"), Writer)
 
 
@@ -101,6 +119,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
         (OK + b"a: " + b"b" * 70000 + b"\r\n\r\n", "got more than 65536 bytes", 3),
         (OK + b"\r\n" + b"[" * 100000, "nested more than", 1),
         (OK + b"\r\n\xff{}", "not UTF-8", 1),
+        (OK + b"\r\n\x1f\x8b\0\0{}", r"not UTF-8 \(perhaps compressed", 1),
         (OK + b"\r\n" + b" " * 3_000_000, "more than 1 MiB", 1),
         (OK + b"\r\n" + b'{"choices": [5]}', "without choices", 1),
         ((OK, b"x"), "no whole reply within 0.3 s", 3),
@@ -118,6 +137,20 @@ def test_a_hostile_endpoint_ends_in_one_message_in_time(
             Endpoint(url=url, model="m", timeout_s=0.3 if slow else 20).reply([{"role": "user", "content": "?"}])
     assert url in str(error.value) and "a-key" not in str(error.value) and str(error.value).isprintable()
     assert len(asked) == requests and all(b"a-key" in request for request in asked)
+
+
+@pytest.mark.parametrize(
+    ("content", "reads"),
+    [
+        (rb"50 Bearer key-of-\"nobody\".", "50 Bearer (the key)."),
+        (rb"50 \u006bey-of-\u0022nobod\u0079\".", "50 (the key)."),
+        (rb"7 \ud800 \ud83d\ude00", "7 ? \U0001f600"),
+    ],
+)
+def test_what_comes_can_be_kept_in_a_file(content: bytes, reads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", 'key-of-"nobody"')
+    with raw_server(OK + b'\r\n{"choices": [{"message": {"content": "' + content + b'"}}]}') as (url, _):
+        assert Endpoint(url=url, model="m").reply([{"role": "user", "content": "?"}]) == [reads]
 
 
 def test_an_endpoint_that_is_not_there_ends_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
