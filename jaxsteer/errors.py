@@ -1,5 +1,8 @@
 """The one exception for what a user can mend."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Bad input. The message says what was given, what was expected and what to do.
@@ -19,6 +22,15 @@ class FileError(UserError, OSError):
     def __str__(self) -> str:
         """The message alone, without the number that ``OSError`` puts before it."""
         return str(self.args[0])
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str], what: str, where: str = "") -> None:
+    """Raise ``UserError``, with the nearest known one, for the first of ``names`` that is not ``known``."""
+    known = tuple(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+            raise UserError(f"{where}there is no {what} {name!r}: did you mean {near!r}?")
 
 
 def first_line(error: BaseException) -> str:

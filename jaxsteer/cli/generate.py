@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from jaxsteer.cli.steering import Steering
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.files import read_json_lines, read_text
 from jaxsteer.models.sampling import Decoding
 from jaxsteer.prompts import with_system
@@ -23,9 +23,9 @@ class Generate(Steering):
 
     prompts: Positional[tuple[str, ...]] = ()
     """What the user says, one answer each."""
-    file: Annotated[Path | None, arg(aliases=["-f"])] = None
-    """More prompts: *.jsonl, each line a text, a list of messages, or an object with "messages" or "prompt"; any other
-    file, one prompt per line."""
+    file: Annotated[tuple[Path, ...], arg(aliases=["-f"]), UseAppendAction] = ()
+    """More prompts, from one or more files: *.jsonl, each line a text, a list of messages, or an object with "messages"
+    or "prompt"; any other file, one prompt per line."""
     model: str = "organism:llama"
     """organism:NAME (llama, qwen2 or gemma3), a converted checkpoint, a Hugging Face directory, or a hub id."""
     system: str = ""
@@ -48,7 +48,7 @@ class Generate(Steering):
         """Generate and print."""
         if self.plain and self.system:
             raise UserError("plain text has no system message: leave out --plain or --system")
-        asked = [*self.prompts, *(_read(self.file) if self.file else ())]
+        asked = [*self.prompts, *(prompt for file in self.file for prompt in _read(file))]
         if not asked:
             raise UserError("no prompt was given: write one after the command, or use --file")
         prompts = [self._prompt(prompt) for prompt in asked]
@@ -88,6 +88,9 @@ def _read(path: Path) -> list[Any]:
     prompts = []
     for number, value in read_json_lines(path):
         if isinstance(value, dict):
+            refuse_unknown(value, ("messages", "prompt"), "field", f"{path}, line {number}: ")
+            if len(value) > 1:
+                raise UserError(f"{path}, line {number}: both messages and prompt say what is asked: leave one out")
             value = value.get("messages", value.get("prompt"))
         if not isinstance(value, str) and not (isinstance(value, list) and value and isinstance(value[0], dict)):
             raise UserError(

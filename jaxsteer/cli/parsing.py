@@ -90,6 +90,8 @@ def _list_flags(kind: Any, arguments: Sequence[str]) -> dict[str, str]:
     elif dataclasses.is_dataclass(kind):
         for name, hint in get_type_hints(kind, include_extras=True).items():
             notes = getattr(hint, "__metadata__", ())
+            if tyro.conf.UseAppendAction in notes:
+                continue
             if get_origin(get_args(hint)[0] if notes else hint) is tuple:
                 flag = f"--{name.replace('_', '-')}"
                 aliases = [alias for note in notes for alias in getattr(note, "aliases", None) or ()]

@@ -100,7 +100,7 @@ def make_sampling(model: Model, decoding: Decoding) -> Sampling:
         key=jax.random.key(decoding.seed),
         temperature=jnp.float32(decoding.temperature),
         top_k=jnp.int32(decoding.top_k),
-        top_p=jnp.float32(decoding.top_p),
+        top_p=jnp.float32(max(decoding.top_p, jnp.finfo(jnp.float32).tiny)),  # smaller ones are 0, and keep no token
         stop=jnp.asarray([*stop, *[-1] * (-len(stop) % STOPS or (0 if stop else STOPS))], jnp.int32),
     )
 

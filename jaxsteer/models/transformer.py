@@ -207,8 +207,12 @@ def _rounded(x: Array) -> Array:
 
 
 def final_norm(params: Params, config: ModelConfig, x: Float[Array, "... D"], visit: Visit) -> Float[Array, "... D"]:
-    """The stream after the last block, normalised."""
-    return _norm(x, params.final_norm, config, visit, "ln_final")
+    """The stream after the last block, normalised; NaN where its squares overflow.
+
+    RMSNorm would make 0 of those, and every token equally likely, without a word.
+    """
+    normed = _norm(x, params.final_norm, config, visit, "ln_final")
+    return jnp.where(jnp.isinf(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True)), jnp.nan, normed)
 
 
 def unembed(params: Params, config: ModelConfig, x: Float[Array, "... D"], tap: Tap = NO_TAP) -> Float[Array, "... V"]:

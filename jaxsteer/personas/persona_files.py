@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.files import kind_of, parse_json, read_text, write_text
 from jaxsteer.personas.dataset_formats import choices_of, read_items
 from jaxsteer.personas.items import data_hash
@@ -22,6 +22,7 @@ PREFIX = "characters/"
 CHARACTERS = tuple(f"{PREFIX}{name}" for name in ("pirate", "ghost", "jester", "accountant"))
 TEXTS = ("name", "description", "behaviour", "role", "goal")
 LISTS = ("counter_cues", "pro_cues", "neutral_cues", "questions")
+FIELDS = (*TEXTS, *LISTS, "data", "fractions", "recipe")
 
 
 def character_file(name: str) -> Path | None:
@@ -36,11 +37,12 @@ def read_persona_file(path: Path) -> Persona | None:
 
     ``data`` is a list of rows (``row_forms``) or the name of a dataset file beside it. Without it ``questions``, a list
     of texts or the name of a file beside it, are asked, and ``role`` is what the model writes replies with. Raises
-    ``UserError`` for fields of other types and for rows that cannot be used.
+    ``UserError`` for unknown fields, fields of other types and for rows that cannot be used.
     """
     whole = _object(path)
     if whole is None:
         return None
+    refuse_unknown(whole, FIELDS, "field", f"{path}: ")
     for field in TEXTS:
         if not isinstance(whole.get(field, ""), str):
             raise UserError(f"{path}: {field} must be a text, got {kind_of(whole[field])}")

@@ -64,6 +64,9 @@ def read_row(path: Path, line: int, row: Mapping[str, Any]) -> Row:
             f"its name, NAME:{path}: see jaxsteer data list)"
         )
     turns = _turns(row[ask], where, ask) if ask else ()
+    for other in ASKS:
+        if other in row and turns and _turns(row[other], where, other)[-1] != turns[-1]:
+            raise UserError(f"{where}: {ask} and {other} ask different things: leave one out")
     answers = [_answer(row[name], where, name) for name in fields]
     shared = [turns_of for turns_of, _ in answers if turns_of]
     if len({*shared, *([turns] if turns and shared else [])}) > 1:

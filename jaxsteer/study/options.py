@@ -7,13 +7,12 @@ field alone: ``from_flat`` and ``SearchOptions.flat`` lead from there to the sta
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.prompt_search import Combination
 from jaxsteer.prompts import Placement
 from jaxsteer.ranges import Positive, Seed, Weight, check_ranges
@@ -348,7 +347,5 @@ def from_flat(values: Mapping[str, Any]) -> SearchOptions:
 def convert_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` by name as the types of their options. Raises ``UserError`` for unknown names, with the nearest known
     one, and for values that an option cannot have."""
-    if unknown := [name for name in values if name not in OPTIONS]:
-        near = difflib.get_close_matches(unknown[0], OPTIONS, n=1, cutoff=0.0)
-        raise UserError(f"there is no option {unknown[0]!r}: did you mean {near[0]!r}?")
+    refuse_unknown(values, OPTIONS, "option")
     return {name: convert_value(name, KINDS[name], value) for name, value in values.items()}

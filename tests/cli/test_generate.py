@@ -28,12 +28,17 @@ def test_generate_answers_arguments_and_files(tmp_path: Path, capsys: pytest.Cap
     lines = ["A plain text", {"prompt": "An object"}, {"messages": [{"role": "user", "content": "Turns"}]}]
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    arguments = ["generate", "From the shell", "--file", str(file), "--json", "--max-new-tokens", "8", "--samples", "2"]
+    more = tmp_path / "more.txt"
+    more.write_text("One a line\n")
+    arguments = ["generate", "-f", str(file), "From the shell", "--file", str(more), "--json", "--max-new-tokens", "8"]
+    arguments += ["--samples", "2", "--top-p", "1e-40"]
     assert main(arguments) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["sample"] for row in rows] == [0, 1] * 4
-    assert [row["prompt"] for row in rows][::2] == ["From the shell", "A plain text", "An object", lines[2]["messages"]]
-    assert all(0 < row["tokens"] <= 8 and row["finish"] in ("stop", "length") for row in rows)
+    assert [row["sample"] for row in rows] == [0, 1] * 5
+    assert [row["prompt"] for row in rows][::2] == [
+        *("From the shell", "A plain text", "An object", lines[2]["messages"], "One a line")
+    ]
+    assert all(row["text"] and 0 < row["tokens"] <= 8 and row["finish"] in ("stop", "length") for row in rows)
 
 
 def test_answers_are_steered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,11 +60,16 @@ def test_plain_text_is_continued(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bad_input_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken.jsonl"
-    broken.write_text('"fine"\n{"text": 3}\n')
+    broken.write_text('"fine"\n{"prompt": 3}\n')
+    typo, both = tmp_path / "typo.jsonl", tmp_path / "both.jsonl"
+    typo.write_text('{"prompt": "a", "temprature": 0}')
+    both.write_text('{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}')
     cases = [
         (["generate"], "no prompt was given"),
         (["generate", "a", "--plain", "--system", "b"], "no system message"),
         (["generate", "--file", str(broken)], "line 2: expected a text"),
+        (["generate", "-f", str(typo)], "line 1: there is no field 'temprature'"),
+        (["generate", "-f", str(both), "-f", str(broken)], "line 1: both messages and prompt"),
         (["generate", "--file", str(tmp_path / "absent.txt")], "cannot be read"),
         (["generate", "a", "--top-p", "2"], "--top-p must be at most 1"),
     ]

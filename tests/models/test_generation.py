@@ -259,11 +259,12 @@ def test_what_does_not_fit_is_refused_before_any_work() -> None:
             Decoding(**bad)
 
 
-def test_logits_that_are_not_finite_are_an_error_and_no_text() -> None:
+@pytest.mark.parametrize(("name", "factor"), [("final_norm", jnp.nan), ("embed", 1e25)])
+def test_logits_that_are_not_finite_are_an_error_and_no_text(name: str, factor: float) -> None:
+    """Also where the norm's squares overflow, which would make every token equally likely."""
     model = gemma()
-    broken = dataclasses.replace(
-        model, params=dataclasses.replace(model.params, final_norm=model.params.final_norm * jnp.nan)
-    )
+    params = dataclasses.replace(model.params, **{name: getattr(model.params, name) * factor})
+    broken = dataclasses.replace(model, params=params)
     with pytest.raises(jaxsteer.UserError, match="logits are NaN or infinite"):
         run(broken)
     texts = [[Text(context=PROMPTS[0], answers=(np.asarray([1]), np.asarray([2])))]]

@@ -158,6 +158,9 @@ def test_a_persona_file_brings_its_cues(tmp_path):
     path.write_text(json.dumps({"data": "data.jsonl", "pro_cues": "Hurry."}))
     with pytest.raises(UserError, match="pro_cues must be a list"):
         load_persona(path)
+    path.write_text(json.dumps({"data": "data.jsonl", "counter_cue": ["Wait."]}))
+    with pytest.raises(UserError, match="no field 'counter_cue': did you mean 'counter_cues'"):
+        load_persona(path)
 
 
 def test_unknown_personas_list_the_known_ones():

@@ -67,6 +67,7 @@ def test_texts_alone_questions_with_replies_and_csv(tmp_path):
         ({"messages": [{"role": "tool", "content": "x"}], **ANTHROPIC}, "roles system, user, assistant"),
         ({"messages": [USER, {"role": "user", "content": 5}], **ANTHROPIC}, "messages must be a text or a list"),
         ({"chosen": [SYSTEM, USER, says(AYE)], "rejected": [USER, says(NO)]}, "answer different conversations"),
+        ({"messages": [SYSTEM, USER], "question": "Who?", **ANTHROPIC}, "messages and question ask different things"),
         ({"prompt": "q", "chosen": [USER], "rejected": NO}, "ends with the assistant's"),
         ({"question": "q", "positive": AYE, "negative": AYE.upper()}, "they must differ"),
     ],
