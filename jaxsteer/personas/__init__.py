@@ -14,7 +14,7 @@ from jaxsteer.personas.directions import (
 )
 from jaxsteer.personas.instructions import instructions, invitations, seed_phrase
 from jaxsteer.personas.items import Item, OpenQuestion, orders, parse_choices, swap
-from jaxsteer.personas.pairs import READ_POSITIONS, Pairs, contrast_pairs, search_conversations
+from jaxsteer.personas.pairs import READ_POSITIONS, Pairs, check_cues, contrast_pairs, search_conversations
 from jaxsteer.personas.persona import Goal, Persona, Splits, split
 from jaxsteer.personas.persona_files import CHARACTERS, save_persona
 from jaxsteer.personas.replies import persona_from_replies, with_replies
@@ -32,6 +32,7 @@ __all__ = [
     "Persona",
     "Signature",
     "Splits",
+    "check_cues",
     "check_direction",
     "contrast_pairs",
     "diagnose",

@@ -122,6 +122,16 @@ def check_read_position(read_position: str) -> None:
         raise UserError(f"unknown read position {read_position!r}: expected {', '.join(READ_POSITIONS)}")
 
 
+def check_cues(persona: Persona, read_position: str) -> None:
+    """Raise ``UserError`` where the read position contrasts cue sentences and the persona lacks them."""
+    if read_position == "decision" and not (persona.counter_cues and persona.pro_cues):
+        raise UserError(
+            f"--read-position decision contrasts sentences against and for the behaviour, but persona "
+            f"{persona.name!r} has {len(persona.counter_cues)} counter_cues and {len(persona.pro_cues)} pro_cues: "
+            f"give --read-position matched, or counter_cues and pro_cues in a persona file (docs/datasets.md)"
+        )
+
+
 Row = tuple[np.ndarray, np.ndarray, str, str]
 
 
@@ -137,12 +147,7 @@ def _answer_rows(model: Model, items: Sequence[Item], placement: Placement) -> I
 def _cue_rows(
     model: Model, persona: Persona, items: Sequence[Item], placement: Placement, max_cues: int
 ) -> Iterator[Row]:
-    if not persona.counter_cues or not persona.pro_cues:
-        raise UserError(
-            f"read position 'decision' contrasts sentences against and for the behaviour, but persona "
-            f"{persona.name!r} has {len(persona.counter_cues)} counter_cues and {len(persona.pro_cues)} pro_cues: "
-            f"give both, or use 'matched'"
-        )
+    check_cues(persona, "decision")
     counter, pro = (persona.neutral_cues or persona.counter_cues)[:max_cues], persona.pro_cues[:max_cues]
     role = (("system", persona.role),)
     for number, item in both_orders(items):

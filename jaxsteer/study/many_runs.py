@@ -151,7 +151,7 @@ def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> Study:
 def _settings(
     options: SearchOptions, rows: Sequence[Row], personas: Mapping[str, Persona], model: Model, say: Say
 ) -> dict[Key, PersonaSetting]:
-    """The settings of all problems; an objective by name is tried in each."""
+    """The settings of all problems; the objectives are tried in each."""
     named = named_objective(options.objective.objective, options.objective.target)
     keys = list(dict.fromkeys(row.key for row in rows))
     saes = {name: load_sae(name, mesh=model.mesh) if name else None for _, name in dict.fromkeys(keys)}
@@ -159,8 +159,8 @@ def _settings(
     for contexts, sae in keys:
         persona = ready(model, personas[contexts.persona], contexts.goal, None, say, quiet=options.run.quiet)
         found[contexts, sae] = prepare(contexts, options.scoring, options.prompt, model, persona, named, saes[sae])
-    for setting in found.values():
-        try_objective(setting)
+    for key, objective in dict.fromkeys((row.key, row.options.objective) for row in rows):
+        try_objective(found[key], objective)
     return found
 
 

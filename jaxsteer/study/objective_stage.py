@@ -21,6 +21,7 @@ from jaxsteer.personas import (
     Direction,
     Pairs,
     Signature,
+    check_cues,
     check_direction,
     contrast_pairs,
     load_direction,
@@ -137,20 +138,25 @@ def _tell(setting: PersonaSetting, objective: ChosenObjective, say: Say) -> None
             )  # fmt: skip
 
 
-def check_site(site: str, model: Model) -> None:
-    """Raise ``UserError`` for a ``--site`` beyond the last layer or off the residual stream."""
-    if site != "auto":
-        blocks_before(site, model.config.n_layers)
+def try_objective(setting: PersonaSetting, options: ObjectiveOptions) -> None:
+    """Refuse an objective that cannot be made, before anything is written.
 
-
-def try_objective(setting: Setting) -> None:
-    """Try an objective that was asked for by name on a few prompts (``check_objective``), before anything is written.
-
-    Raises ``UserError`` when it is not finite or scores rows by their company.
+    One that was asked for by name is tried on a few prompts (``check_objective``). Raises ``UserError`` when it is not
+    finite or scores rows by their company, for a ``--site`` beyond the last layer or off the residual stream, a
+    ``--direction`` whose file does not fit, and a persona without the sentences that its direction is made of.
     """
+    layers = setting.model.config.n_layers
     if setting.named is not None:
         objective, slots = setting.named_in(setting.slots)
         check_objective(setting.model.params, task_of(setting, objective, slots), objective)
+        return
+    if options.site != "auto":
+        blocks_before(options.site, layers)
+    if options.direction is None or options.direction.startswith(RANDOM):
+        check_cues(setting.persona, setting.read_position)
+    else:
+        sites = [] if options.site == "auto" else [parse_site(options.site, layers).name]
+        direction_of_file(setting.model, options.direction, sites)
 
 
 def task_of(setting: Setting, objective: Objective, slots: Slots | None = None) -> Task:

@@ -53,7 +53,6 @@ from jaxsteer.study.named_objectives import named_objective
 from jaxsteer.study.objective_stage import (
     ChosenObjective,
     Say,
-    check_site,
     choose_objective,
     task_of,
     try_objective,
@@ -125,11 +124,9 @@ def persona_setting(
     persona = persona or load_persona(options.contexts.persona)
     model = model or load_model(options.model, parallel=options.algorithm.restarts > 1, quiet=options.run.quiet)
     persona = ready(model, persona, options.contexts.goal, Path(options.run.out), say, quiet=options.run.quiet)
-    if named is None:
-        check_site(objective.site, model)
     sae = load_sae(objective.sae, mesh=model.mesh) if objective.sae else None
     setting = prepare(options.contexts, options.scoring, options.prompt, model, persona, named, sae)
-    try_objective(setting)
+    try_objective(setting, objective)
     return setting
 
 

@@ -93,7 +93,7 @@ def test_letters_balance_exactly_and_labels_follow_the_swap(model):
 
 def test_missing_cues_and_unknown_positions_say_what_to_do(model):
     bare = dataclasses.replace(PERSONA, pro_cues=())
-    with pytest.raises(UserError, match="2 counter_cues and 0 pro_cues.*'matched'"):
+    with pytest.raises(UserError, match="2 counter_cues and 0 pro_cues.*--read-position matched"):
         contrast_pairs(model, bare, ITEMS, "decision")
     with pytest.raises(UserError, match="published, matched, decision"):
         contrast_pairs(model, PERSONA, ITEMS, "middle")

@@ -125,6 +125,24 @@ def test_another_read_position_and_a_given_site(options: Make, read_position: st
     assert metrics.read_position == read_position and metrics.selected_by == "validation"
 
 
+@pytest.mark.parametrize("several", [{}, {"vary": {"seed": range(2)}}])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"persona": "rows.jsonl"}, "give --read-position matched, or counter_cues and pro_cues in a persona file"),
+        ({"direction": "absent.safetensors"}, "there is no direction file"),
+        ({"site": "blocks.99.hook_resid_post"}, "blocks.99"),
+    ],
+)
+def test_a_refused_search_leaves_no_directory(
+    options: Make, tmp_path: Path, changes: dict[str, str], message: str, several: dict[str, object]
+) -> None:
+    names = {name: str(tmp_path / text) if name != "site" else text for name, text in changes.items()}
+    with pytest.raises(UserError, match=message):
+        run(options(**names, **several), model=model())
+    assert not options().run.out.exists()
+
+
 def test_a_custom_objective_from_a_file(options: Make, tmp_path) -> None:  # noqa: ANN001
     file = tmp_path / "mine.py"
     file.write_text("def down(reads):\n    return -reads['blocks.0.hook_resid_post'][:, 3]\nother = 3\n")
