@@ -137,7 +137,7 @@ def run_block(model: Model, character: str, goal: str, args: argparse.Namespace)
     soft = None
     if not args.quick:
         search(model, folder, persona, SOFT, 0, args)
-        soft = folder / folder_of(SOFT, 0) / SOFT_FILE
+        soft = folder / folder_of(SOFT.name, 0) / SOFT_FILE
     found = measured(model, persona, chosen, args.site, args.read_at, soft)
     block = {"character": character, "goal": goal, "seconds": time.perf_counter() - begun, **found}
     write_text(folder / "block.json", document(block))
@@ -157,7 +157,7 @@ def search(model: Model, folder: Path, persona: Persona, arm: Arm, seed: int, ar
     if options.get("objective"):
         options.pop("site")
     kept = {name: value for name, value in options.items() if value is not None}
-    out = folder / folder_of(arm, seed)
+    out = folder / folder_of(arm.name, seed)
     run = jaxsteer.search(
         model=model, persona=str(folder / "persona.json"), goal=persona.goal, out=out, seed=seed,
         select="validation", report_prompts=LEADS, resume=True, **kept,
@@ -166,9 +166,9 @@ def search(model: Model, folder: Path, persona: Persona, arm: Arm, seed: int, ar
     return run
 
 
-def folder_of(arm: Arm, seed: int) -> str:
+def folder_of(method: str, seed: int) -> str:
     """Where the files of one search are."""
-    return f"{arm.name.replace(', ', '-').replace(' ', '_')}-{seed}"
+    return f"{method.replace(', ', '-').replace(' ', '_')}-{seed}"
 
 
 def steered(model: Model, persona: Persona, site: str) -> tuple[dict[str, Any], Intervention | None]:
@@ -214,7 +214,9 @@ def measured(
     def row(method: str, one: Measured, facts: dict[str, Any]) -> dict[str, Any]:
         scores = [words.score(text, one.prompt) for text in one.answers]
         quality = reply_quality(model, axis, questions, one.answers, scores)
-        return {"method": method, **facts, **one.to_json(), "quality": quality.to_json(), "note": one.note}
+        shown = [words.shows(text, one.prompt) for text in one.answers]
+        more = {"quality": quality.to_json(), "in_character": shown, "note": one.note}
+        return {"method": method, **facts, **one.to_json(), **more}
 
     rows, at = [row("none", found.baseline, {})], iter(found.prompts)
     for method, several in chosen.items():
@@ -264,7 +266,11 @@ def page(model: str, blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         told = [[text.strip("`") for text in cells(row)] for row in block["rows"]]
         tables.append({"title": f"{name}: replies measured in other ways", "head": HEAD, "rows": told})
         first = {row["method"]: row for row in reversed(block["rows"])}
-        columns = [{"name": method, "texts": first[method]["answers"]} for method in SIDE_BY_SIDE if method in first]
+        columns = [
+            {"name": method, "texts": first[method]["answers"], "in_character": first[method].get("in_character", ())}
+            for method in SIDE_BY_SIDE
+            if method in first
+        ]
         replies.append({"title": f"{name}: what the model writes", "questions": block["questions"], "columns": columns})
     return {"rows": rows, "tables": tables, "replies": replies}
 
@@ -273,7 +279,7 @@ def table_row(model: str, persona: str, block: dict[str, Any], row: dict[str, An
     """One prompt, by its free replies, as a row of the page's main table."""
     one, bare, seed = Measured.from_json(row), row["method"] == "none", row.get("seed")
     searched = "candidates" in row
-    free, folder = one.written, f"{row['method'].replace(', ', '-').replace(' ', '_')}-{seed}"
+    free = one.written
     return TableRow(
         model=model,
         persona=persona,
@@ -281,7 +287,7 @@ def table_row(model: str, persona: str, block: dict[str, Any], row: dict[str, An
         method="zero-shot" if bare else row["method"],
         kind="baseline" if bare else "search" if searched else "control",
         seed=seed,
-        run=f"{block['character']}-{block['goal']}/{folder}" if searched else None,
+        run=f"{block['character']}-{block['goal']}/{folder_of(row['method'], row['seed'])}" if searched else None,
         prompt=None if one.steered else one.prompt,
         steered=one.steered,
         rate=math.nan if free is None or free.rate is None else free.rate,
