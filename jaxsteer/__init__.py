@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, no_type_check
 
 if TYPE_CHECKING:
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
     from jaxsteer.study.measure import measure as measure
 
 __version__ = "0.1.0"
+
+# Read once, by transformers: it would say that PyTorch is missing, which nothing here needs.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+if not any(Path("/dev").glob("accel*")) and not Path("/dev/vfio").exists():
+    # By libtpu, where it is installed on a machine without TPU: it would look for one, at length.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 _PUBLIC = {
     "Gradients": "jaxsteer.models.run",

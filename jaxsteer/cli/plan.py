@@ -24,7 +24,7 @@ _GIB = 2**30
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """Compile a search (or other work) for a topology and tell memory, FLOPs, collectives and an estimate of its speed.
-    No weights and no accelerator are needed; a TPU topology needs libtpu: pip install 'jaxsteer[plan]'."""
+    No weights and no accelerator are needed; a TPU topology needs libtpu: pip install libtpu."""
 
     model: str
     """A built-in configuration (llama-3.1-8b, qwen2.5-7b, gemma-3-27b ...), a config.json, a Hugging Face directory, a

@@ -56,7 +56,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         import pyarrow.parquet
     except ImportError:
         raise UserError(
-            f"{path} is a Parquet file, and reading one needs pyarrow: `pip install 'jaxsteer[parquet]'`, or give the "
+            f"{path} is a Parquet file, and reading one needs pyarrow: pip install pyarrow, or give the "
             f"same data as CSV or JSON Lines"
         ) from None
     try:

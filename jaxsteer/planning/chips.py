@@ -119,7 +119,7 @@ def _describe_slice(name: str) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"planning for {name} needs the TPU compiler (libtpu), which runs on any Linux machine: "
-            "pip install 'jaxsteer[plan]'. Without it: --topology cpu:N, or gpu."
+            "pip install libtpu. Without it: --topology cpu:N, or gpu."
         )
     # What libtpu would otherwise ask the network for, or warn about, on a machine that is no TPU.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

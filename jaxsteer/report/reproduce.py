@@ -10,8 +10,8 @@ from jaxsteer.errors import UserError
 
 
 def command_of(config: Mapping[str, Any]) -> str | None:
-    """``jaxsteer search`` with those options of a run's config.json that are not the defaults; None for other files
-    and for a run that several problems were pooled to."""
+    """``jaxsteer search`` with the model, the persona and those options of a run's config.json that are not the
+    defaults; None for other files and for a run that several problems were pooled to."""
     from jaxsteer.study.options import OPTIONS, SearchOptions  # not before it is needed: it loads the model's libraries
 
     if "pooled" in config:
@@ -22,7 +22,9 @@ def command_of(config: Mapping[str, Any]) -> str | None:
         usual = base.record()
     except (KeyError, UserError):
         return None
-    changed = {name: value for name, value in base.changed().items() if name in given} | {
+    always = ("model",) if config.get("conversations") else ("model", "persona")
+    changed = {name: config[name] for name in always if name in config}
+    changed |= {name: value for name, value in base.changed().items() if name in given} | {
         name: config[name]
         for name in OPTIONS
         if name in config and name not in given and _plain(config[name]) != _plain(usual.get(name))

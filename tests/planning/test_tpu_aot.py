@@ -20,7 +20,7 @@ from jaxsteer.planning.programs import _TAIL as TAIL
 
 pytestmark = [
     pytest.mark.tpu_aot,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jaxsteer[plan]'"),
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu"),
     pytest.mark.filterwarnings("ignore"),
 ]
 

@@ -230,10 +230,17 @@ def test_the_command_has_what_is_not_usual():
         out=Path("x"), persona="my data.jsonl", seed=3, preset="paper", tokens="words", raw_units=False, ban=(" a", "b")
     )
     command = command_of(json.loads(json.dumps(options.record())) | {"format": "f", "data_hash": "h"})
-    assert command is not None and command.startswith("jaxsteer search --out OUT --preset paper ")
-    for part in ("--persona 'my data.jsonl'", "--seed 3", "--tokens words", "--raw-units False", "--ban ' a' b"):
+    assert command is not None and command.startswith("jaxsteer search --out OUT --model organism:llama --persona ")
+    for part in (
+        "--preset paper",
+        "--persona 'my data.jsonl'",
+        "--seed 3",
+        "--tokens words",
+        "--raw-units False",
+        "--ban ' a' b",
+    ):
         assert part in command
-    assert "--steps" not in command and "--model" not in command
+    assert "--ban ' a' b" in command and "--steps" not in command
     assert command_of({"note": HOSTILE}) is None
 
 
