@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -55,7 +56,8 @@ def parse_as(command: Any, arguments: Sequence[str], *, prog: str, description: 
     """``command`` with the values that ``arguments`` give its fields; nested dataclasses lend their fields' names.
 
     ``default`` is an instance that has the values of what is not given. Raises ``SystemExit`` after help, and after
-    explaining what is wrong with the arguments; ``UserError`` for a URL where a path must stand.
+    explaining what is wrong with the arguments; ``UserError`` for a URL where a path must stand and for bytes that are
+    no text.
     """
     try:
         found = tyro.cli(
@@ -74,7 +76,24 @@ def parse_as(command: Any, arguments: Sequence[str], *, prog: str, description: 
             f"{url} looks like a URL, to which only search writes: give a path, and copy the files from or to there"
         ) from None
     check_ranges(found)
+    _check_texts(found)
     return found
+
+
+def _check_texts(options: Any) -> None:
+    """Refuse bytes that are no UTF-8, which Python passes on as halves of characters. Names of files may have them."""
+    hints = get_type_hints(type(options))
+    for name, value in vars(options).items():
+        if dataclasses.is_dataclass(value):
+            _check_texts(value)
+        for text in value if isinstance(value, tuple) else (value,):
+            if not isinstance(text, str) or Path in get_args(hints[name]):
+                continue
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                if not any(map(os.path.exists, (text, text.rpartition(":")[0]))):  # file.py:function
+                    raise UserError(f"--{name.replace('_', '-')} {text!r} is no text: it has to be UTF-8") from None
 
 
 def _list_flags(kind: Any, arguments: Sequence[str]) -> dict[str, str]:

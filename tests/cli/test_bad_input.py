@@ -156,3 +156,24 @@ def test_lists_that_are_given_several_times_are_one() -> None:
 def test_arguments_that_make_no_sense(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("generate", "--plain", "a\udcff"),
+        ("eval", "-p", "a\udcff"),
+        *[("search", "--out", "o", f"--{name}", "a\udcff") for name in ("target", "allow", "init")],
+        ("search", "--out", "o", "--objective", "logit-diff:a\udcff:b"),
+        ("vector", "export", "v.safetensors", "o.gguf", "--model-hint", "a\udcff"),
+    ],
+)
+def test_a_byte_that_is_no_text(fails, argv: tuple[str, ...]) -> None:  # noqa: ANN001
+    assert "'" in (message := fails(*argv)) and "is no text: it has to be UTF-8" in message
+
+
+def test_files_may_have_names_that_are_no_text(tmp_path: Path) -> None:
+    (data := tmp_path / "rows\udcff.jsonl").touch()
+    assert parse(["data", "show", str(data)]).action.name == str(data)
+    out = parse(["search", "--out", "o\udcff", "--objective", f"{data}:f"]).options.run.out
+    assert str(out) == "o\udcff"
