@@ -297,5 +297,7 @@ def load_tokenizer(directory: Path) -> Any:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
         tokenizer.decode(tokenizer("a")["input_ids"])  # values of other types in its config show in use alone
         return tokenizer
-    except Exception as error:  # the tokenizers library raises bare Exception for damaged files
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises bare Exception for damaged files, and Rust's panics
         raise UserError(f"The tokenizer in {directory} cannot be read: {error}") from error

@@ -105,11 +105,17 @@ class Store:
 
         self._identity = identity
         begun = from_first(self._read_or_clear)
-        self._checkpointer = ocp.training.Checkpointer(
-            (self._folder / STATE).absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(2),
-            cleanup_tmp_directories=True,
-        )
+        path = (self._folder / STATE).absolute()
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                path,
+                preservation_policy=ocp.training.preservation_policies.LatestN(2),
+                cleanup_tmp_directories=True,
+            )
+        except ValueError as error:  # of damaged notes beside a checkpoint
+            raise UserError(
+                f"the state in {path} cannot be read ({_reason(error)}): leave out --resume to begin again"
+            ) from error
         return Sizes(**begun) if begun else None
 
     def begin(self, sizes: Sizes) -> None:

@@ -101,7 +101,7 @@ def test_damaged_state_is_one_error(s, tmp_path: Path) -> None:  # noqa: ANN001
     search(s, Store(tmp_path, every_s=0.0))
     known, wave = tmp_path / "search.json", tmp_path / "wave-00000.npz"
     whole = known.read_bytes(), wave.read_bytes()
-    arrays = dict(np.load(wave))
+    arrays, note = dict(np.load(wave)), next(tmp_path.glob("state/*/_CHECKPOINT_METADATA"))
     for damage in (
         lambda: known.write_bytes(whole[0][:-5]),
         lambda: known.write_text("[]"),
@@ -112,6 +112,7 @@ def test_damaged_state_is_one_error(s, tmp_path: Path) -> None:  # noqa: ANN001
         lambda: np.savez(wave, **{k: v for k, v in arrays.items() if k != "ids"}),
         lambda: np.savez(wave, **(arrays | {"notes": np.asarray("{")})),
         lambda: np.savez(wave, **(arrays | {"notes": np.asarray('{"rejected": [1], "steps": 1, "seconds": 1}')})),
+        lambda: note.write_text(note.read_text().replace("item_handlers", "item_handl{rs")),
     ):
         damage()
         with pytest.raises(UserError, match="(?i)leave out --resume to begin again"):
