@@ -16,7 +16,7 @@ class Convert:
     """Convert a Hugging Face directory into a checkpoint that jaxsteer loads, layer by layer; or verify one."""
 
     src: Positional[Path]
-    """Directory with config.json and *.safetensors."""
+    """Directory with config.json and *.safetensors, a .gguf file, organism:NAME, or a hub id."""
     out: Positional[Path | None] = None
     """Directory to make; it appears only when it is complete. What was interrupted goes on when it is run again."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -35,11 +35,17 @@ class Convert:
 
     def _run(self) -> int:
         from checkpoints_convert import convert, report, verify
+        from checkpoints_convert.gguf import is_gguf
+        from jaxsteer.checkpoints.loading import find_source
 
+        source, name, revision = self.src, None, None
+        if not (self.src.exists() or is_gguf(self.src)):
+            source, name, revision = find_source(str(self.src))
         if self.verify:
-            src, out = (None, self.src) if self.out is None else (self.src, self.out)
+            src, out = (None, source) if self.out is None else (source, self.out)
             return report(verify(out, src), out, src)
         if self.out is None:
             raise UserError(f"no output was given: jaxsteer convert {self.src} OUT")
-        print(f"Wrote {convert(self.src, self.out, dtype=self.dtype, ignore_fields=self.ignore_field)}")
+        origin = {"source": name, "revision": revision}
+        print(f"Wrote {convert(source, self.out, dtype=self.dtype, ignore_fields=self.ignore_field, **origin)}")
         return 0

@@ -1,6 +1,7 @@
 """Files, for every room: JSON and text, files written whole or not at all, those of torch read without torch."""
 
 from jaxsteer.files.json_files import (
+    check_surrogates,
     csv_records,
     decoded,
     json_lines,
@@ -18,6 +19,7 @@ from jaxsteer.files.whole import append_text, make_directory, reading, write_byt
 __all__ = [
     "TORCH_ADVICE",
     "append_text",
+    "check_surrogates",
     "csv_records",
     "decoded",
     "describe",

@@ -8,6 +8,7 @@ or without a byte order mark; an object names a key once; a string holds whole c
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from jaxsteer.errors import FileError, UserError
-from jaxsteer.files.whole import reading
+from jaxsteer.files.whole import open_regular, reading
 
 MAX_BYTES = 1 << 30
 MAX_DEPTH = 64
@@ -34,8 +35,10 @@ def read_text(path: str | os.PathLike[str]) -> str:
     Raises ``UserError`` for a file that cannot be read, is larger than ``MAX_BYTES``, or is not UTF-8 (with the line).
     """
     try:
-        with reading(path), open(path, "rb") as file:
+        with reading(path), open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
+            if data is None:  # a file of /proc that waits for what comes
+                raise BlockingIOError(errno.EAGAIN, "it has no end. Give a regular file")
     except FileError:
         raise
     except ValueError as error:  # a name that no file can have
@@ -47,11 +50,14 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 def decoded(data: bytes, where: str | os.PathLike[str]) -> str:
     """The text of UTF-8 bytes, as ``read_text`` gives it; ``where`` names them in the error."""
+    zeros = b"\0\0" in (data[:4:2], data[1:4:2])  # as UTF-16 has them between Latin letters: valid UTF-8
     try:
+        if zeros:
+            raise UnicodeDecodeError("utf-8", data, 0, 1, "zeros between letters")
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        utf_16 = zeros or data.startswith((b"\xff\xfe", b"\xfe\xff"))
         line = data.count(b"\n", 0, error.start) + 1
-        utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]
         raise UserError(
             f"{where}, line {line}: the text is not UTF-8 ({error.reason} at byte {error.start})"
             f"{'; it looks like UTF-16' if utf_16 else ''}. Save the file as UTF-8."
@@ -196,7 +202,7 @@ def parse_json(
     except RecursionError:
         _refuse(where, line, f"values are nested more than {MAX_DEPTH} deep")
     if not half and _SURROGATE_ESCAPE.search(text):
-        _check_surrogates(value, where, line)
+        check_surrogates(value, where, line)
     return value
 
 
@@ -250,7 +256,8 @@ def _check_depth(text: str, where: str | os.PathLike[str], line: int | None) -> 
             )
 
 
-def _check_surrogates(value: Any, where: str | os.PathLike[str], line: int | None) -> None:
+def check_surrogates(value: Any, where: str | os.PathLike[str], line: int | None = None) -> None:
+    """Raise ``UserError`` for a text inside a value that holds half a character (a surrogate), which no UTF-8 has."""
     left = [value]
     while left:
         part = left.pop()

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from jaxsteer.errors import FileError, UserError
 
@@ -33,6 +35,20 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         reason = "it does not exist" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
         raise FileError(f"{path} cannot be read: {reason}.", error) from error
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file opened for reading; ``FileError`` for a pipe or a device, which may never end. Reading never waits."""
+
+    def opener(path: str, flags: int) -> int:
+        number = os.open(path, flags | os.O_NONBLOCK)
+        mode = os.fstat(number).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # open says what is wrong with a directory
+            os.close(number)
+            raise FileError(f"{path} cannot be read: it is a pipe or a device. Give a regular file.")
+        return number
+
+    return open(path, "rb", opener=opener)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from jaxsteer.personas.dataset_formats import Dataset, read_choices, read_items,
 from jaxsteer.personas.instructions import instructions, invitations
 from jaxsteer.personas.items import Item, data_hash
 from jaxsteer.personas.persona import Persona
-from jaxsteer.personas.persona_files import CHARACTERS, character_file, read_persona_file
+from jaxsteer.personas.persona_files import CHARACTERS, character_file, read_persona_dataset, read_persona_file
 from jaxsteer.personas.sources import PERSONA_PREFIX, SOURCES, find_source, source_file
 
 BUILT_IN_ITEMS = 600
@@ -39,7 +39,7 @@ def load_dataset(name: str | os.PathLike[str], *, path: str | os.PathLike[str] |
                 f"unknown dataset {name!r}: expected {', '.join(SOURCES)}, {PERSONA_PREFIX}NAME, or the path of a "
                 f".jsonl, .json or .csv file"
             )
-        return dataclasses.replace(read_choices(Path(name)), name=Path(name).stem)
+        return read_persona_dataset(Path(name)) or read_choices(Path(name))
     file = source_file(name, found, None if path is None else user_path(path))
     readers: dict[str, Callable[[Path], Dataset]] = {
         "choices": read_choices,

@@ -14,8 +14,8 @@ from typing import Any
 
 from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.files import kind_of, parse_json, read_text, write_text
-from jaxsteer.personas.dataset_formats import choices_of, read_items
-from jaxsteer.personas.items import data_hash
+from jaxsteer.personas.dataset_formats import Dataset, choices_of, read_items
+from jaxsteer.personas.items import OpenQuestion, data_hash, group_of
 from jaxsteer.personas.persona import FRACTIONS, Persona
 
 PREFIX = "characters/"
@@ -85,6 +85,22 @@ def read_persona_file(path: Path) -> Persona | None:
         fractions=tuple(map(float, fractions)),  # type: ignore[arg-type]
         recipe=recipe,
     )
+
+
+def read_persona_dataset(path: Path) -> Dataset | None:
+    """What a persona file asks, as a dataset; ``None`` for other files and for those that hold their rows themselves.
+
+    Raises ``UserError`` as ``read_persona_file`` does.
+    """
+    whole = _object(path)
+    if whole is None or isinstance(whole.get("data"), list) or (persona := read_persona_file(path)) is None:
+        return None
+    asked = tuple(
+        OpenQuestion(id=f"{path.stem}-{number}", question=text, group=group_of(text))
+        for number, text in enumerate(() if persona.items else persona.ask, 1)
+    )
+    rows = len(persona.items or asked)
+    return Dataset(name=persona.name, path=path, source=None, items=persona.items, questions=asked, rows=rows)
 
 
 def save_persona(persona: Persona, path: str | os.PathLike[str]) -> None:

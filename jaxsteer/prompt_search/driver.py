@@ -291,7 +291,7 @@ def _save(job: _Job, number: int, wave: Wave, point: _Point, told: Callable[[], 
     if ending or job.store.due():
         _keep(job, number, wave, point, wait=ending)
     if ending:
-        message = "SIGTERM: the search is saved at step %d of %d; the same command with --resume goes on"
+        message = "Told to end: the search is saved at step %d of %d; the same command with --resume goes on"
         log.warning(message, point.step, job.steps)
         raise SystemExit(PREEMPTED)
 

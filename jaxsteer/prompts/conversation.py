@@ -25,7 +25,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import json_records, read_text
+from jaxsteer.files import check_surrogates, json_records, read_text
 from jaxsteer.prompts.templates import Message, apply_template
 
 SLOT = "{prompt}"
@@ -282,6 +282,7 @@ def encode_texts(
     """
     if not texts:
         return []
+    check_surrogates([*texts], "a text for the model")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no warning when a caller forks later
     rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     styles = [style] * len(rows) if isinstance(style, str) else style

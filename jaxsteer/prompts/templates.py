@@ -19,6 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from jaxsteer.errors import UserError
+from jaxsteer.files import check_surrogates
 
 Message = dict[str, str]
 TEMPLATE_DATE = "26 Jul 2024"
@@ -47,6 +48,7 @@ def apply_template(
     A system message that the template refuses, or drops in silence, is put before the first user turn. Contents are
     given as lists of parts to a template that drops texts.
     """
+    check_surrogates([message["content"] for message in messages], "what is asked")
     template = template_of(tokenizer)
     values = {
         **tokenizer.special_tokens_map,

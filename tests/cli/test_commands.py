@@ -142,6 +142,8 @@ def test_steer_sweep_and_norms(
 
 
 def test_convert(model_dir: Path, tmp_path: Path) -> None:
+    assert main(["convert", "organism:llama", str(tmp_path / "organism")]) == 0
+    assert main(["convert", "--verify", "organism:llama", str(tmp_path / "organism")]) == 0
     assert main(["convert", str(model_dir), str(tmp_path / "converted")]) == 0
     assert jaxsteer.load(tmp_path / "converted").config == jaxsteer.load(model_dir).config
 

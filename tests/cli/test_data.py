@@ -40,6 +40,11 @@ def test_show_counts_balance_splits_and_examples(tmp_path: Path, capsys: pytest.
     assert len(out["examples"]) == 1 and out["examples"][0]["line"] == 1
     assert main(argv) == 0
     text = capsys.readouterr().out
+    persona = tmp_path / "mine.json"
+    persona.write_text(json.dumps({"data": str(folder / "myopic-reward.jsonl"), "pro_cues": ["Now!"]}))
+    assert main(["data", "show", str(persona)]) == 0 and "matching: (A) 15, (B) 5" in capsys.readouterr().out
+    persona.write_text(json.dumps({"role": "You are a pirate.", "questions": ["Where do you live?"]}))
+    assert main(["data", "show", str(persona)]) == 0 and "Where do you live?" in capsys.readouterr().out
     assert "1 exact duplicates" in text and "matching: (A) 15, (B) 5" in text and "  |  (A) now\n" in text
 
 

@@ -152,12 +152,17 @@ def test_text_is_utf_8_with_or_without_a_mark(tmp_path: Path, monkeypatch: pytes
     path.write_bytes(b"a\nb\n\xe9\n")
     with pytest.raises(UserError, match="line 3: the text is not UTF-8"):
         read_text(path)
-    path.write_text("ab", encoding="utf-16")
-    with pytest.raises(UserError, match="looks like UTF-16"):
-        read_text(path)
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        path.write_text("ab", encoding=encoding)
+        with pytest.raises(UserError, match="looks like UTF-16"):
+            read_text(path)
     monkeypatch.setattr(json_files, "MAX_BYTES", 2)
     with pytest.raises(UserError, match="larger than"):
-        read_text(Path("/dev/zero"))
+        read_text(path)
+    os.mkfifo(tmp_path / "pipe")
+    for special in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match="a pipe or a device"):
+            read_text(special)
 
 
 @pytest.mark.parametrize("name", ["missing", "folder", "loop", "secret", "n" * 300, "a\0b", "missing/below"])
