@@ -46,6 +46,6 @@ class Convert:
             return report(verify(out, src), out, src)
         if self.out is None:
             raise UserError(f"no output was given: jaxsteer convert {self.src} OUT")
-        origin = {"source": name, "revision": revision}
-        print(f"Wrote {convert(source, self.out, dtype=self.dtype, ignore_fields=self.ignore_field, **origin)}")
+        options = {"dtype": self.dtype, "source": name, "revision": revision}
+        print(f"Wrote {convert(source, self.out, ignore_fields=self.ignore_field, **options)}")  # type: ignore[arg-type]
         return 0
