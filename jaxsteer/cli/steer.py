@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,12 +21,23 @@ class Sweep(SweepOptions):
         """Do the sweep, draw it and print its table."""
         from jaxsteer.display import write_figure
         from jaxsteer.study.bars import say
-        from jaxsteer.study.sweep import TABLE_FILE, sweep
+        from jaxsteer.study.sweep import STEERING, TABLE_FILE, sweep
 
         options = SweepOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SweepOptions)})
         found = sweep(options, say=say)
         drawn = write_figure(self.out / "heatmap.png", found.plot())
         print(f"\n{found.table()}\n\nHeat maps: {drawn}\nTable: {self.out / TABLE_FILE}")
+        if (steering := self.out / STEERING).is_file():
+            command = [
+                "jaxsteer",
+                "generate",
+                "--model",
+                self.model,
+                "--steer",
+                str(steering),
+                *["--plain"] * (self.style == "plain"),
+            ]
+            print(f"Steer by the chosen setting: {shlex.join(command)} 'Your question'")
         return 0
 
 

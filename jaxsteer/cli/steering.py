@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,13 +13,16 @@ if TYPE_CHECKING:
     from jaxsteer.models.model import Model
     from jaxsteer.steer import Edits
 
+log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Steering:
     """Steer the model by the vectors of a file."""
 
     steer: Path | None = None
-    """Vector file: direction.safetensors of a run, or what `jaxsteer vector import` wrote."""
+    """Vector file: direction.safetensors of a run, steering.safetensors of a sweep, or what `jaxsteer vector import`
+    wrote."""
     steer_sites: tuple[str, ...] = ()
     """Sites to steer at, among those of the file (default: the one that its run chose, else all)."""
     coefficient: float | None = None
@@ -41,6 +45,11 @@ class Steering:
         from jaxsteer.steer import load_vectors
 
         vectors = load_vectors(self.steer, model=model, any_weights=self.any_weights)
+        if not self.steer_sites and "site" not in vectors.metadata and len(vectors.sites) > 1:
+            log.warning(
+                "%s names no site: steering at all of its %d. Choose among them with --steer-sites",
+                self.steer, len(vectors.sites),
+            )  # fmt: skip
         chosen = self.steer_sites or ((vectors.metadata["site"],) if "site" in vectors.metadata else vectors.sites)
         vectors = vectors.at(chosen)
         if self.units is not None:

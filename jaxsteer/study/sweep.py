@@ -34,9 +34,10 @@ from jaxsteer.personas import (
     save_direction,
     split,
 )
+from jaxsteer.personas.directions import to_vectors
 from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
 from jaxsteer.ranges import CountFrom0, Positive, Range, Seed, check_ranges
-from jaxsteer.steer import Edit, add, mean_norms
+from jaxsteer.steer import Edit, Vectors, add, mean_norms, save_vectors
 from jaxsteer.study import files
 from jaxsteer.study.bars import load, progress_bar
 from jaxsteer.study.objective_stage import Say
@@ -51,7 +52,7 @@ from jaxsteer.study.written_persona import ready
 
 log = logging.getLogger(__name__)
 
-ROWS_FILE, TABLE_FILE = "sweep.jsonl", "sweep.csv"
+ROWS_FILE, TABLE_FILE, STEERING = "sweep.jsonl", "sweep.csv", "steering.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +106,9 @@ def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.i
     """Measure every layer and coefficient; write the rows as they come and the result into metrics.json.
 
     A row holds the persona rate on validation questions with its controls, KL to the unedited model and perplexity on
-    neutral text. The row with the lowest rate among those below ``max_kl`` whose letters did not collapse is chosen
-    and measured on test questions. Raises ``UserError`` before any expensive work for options that cannot work.
+    neutral text. The row with the lowest rate among those below ``max_kl`` whose letters did not collapse is chosen,
+    measured on test questions and written as ``STEERING``. Raises ``UserError`` before any expensive work for options
+    that cannot work.
     """
     _check(options)
     persona = load_persona(options.persona)
@@ -164,6 +166,8 @@ def _measure(
     chosen = choose(table, options.max_kl)
     with progress_bar("test questions", quiet=options.quiet):
         tested = None if chosen is None else _on_test(options, model, directions, chosen, splits.test)
+    if chosen is not None:
+        save_vectors(steering_of(directions[PERSONA], chosen, options.positions), options.out / STEERING)
     return Sweep(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -305,6 +309,18 @@ def choose(rows: Sequence[SweepRow], max_kl: Positive) -> SweepRow | None:
     """
     usable = [row for row in rows if row.direction == PERSONA and row.kl <= max_kl and not row.letter_collapse]
     return usable[best_rate(usable, [row.kl for row in usable])] if usable else None
+
+
+def steering_of(direction: Direction, row: SweepRow, positions: str = "all") -> Vectors:
+    """The setting of a row as vectors that steer as it did, without further options."""
+    vectors = to_vectors(direction).at(row.site)
+    return dataclasses.replace(
+        vectors,
+        coefficient=row.coefficient,
+        coefficient_units="mean_resid_norm",
+        positions=positions,
+        metadata={**vectors.metadata, "site": row.site},
+    )
 
 
 def _on_test(

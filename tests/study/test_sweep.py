@@ -3,17 +3,23 @@
 import csv
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from jaxsteer.cli.commands import parse
+from jaxsteer.cli.steer import Sweep as Command
+from jaxsteer.cli.steering import Steering
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.personas import load_direction, save_direction
 from jaxsteer.prompts import Placement
 from jaxsteer.statistics import wilson
+from jaxsteer.steer import Edits
 from jaxsteer.study import sweep as module
 from jaxsteer.study.sweep import SweepOptions, choose, stream_norms, sweep
 from jaxsteer.study.sweep_result import Sweep, SweepRow
@@ -94,6 +100,27 @@ def test_a_sweep_that_was_cut_off_goes_on(sweep_options: Make, monkeypatch: pyte
     assert len((out / "sweep.jsonl").read_text().splitlines()) == 2
     with pytest.raises(UserError, match="max_kl"):
         sweep(sweep_options(max_kl=0.1), model=model())
+
+
+def test_the_chosen_setting_is_written_as_vectors(
+    sweep_options: Make, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = sweep_options(controls=0, positions="prompt", max_kl=1e9)
+    chosen = sweep(options, model=model()).chosen
+    assert chosen is not None
+    assert Command(**vars(options)).run() == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("Steer by the chosen setting: jaxsteer generate --model organism:llama --steer ")
+    command = parse(shlex.split(line)[6:])
+    assert command.steer == options.out / "steering.safetensors" and command.prompts == ("Your question",)
+    edit = command.edits(model())
+    direction = load_direction(options.out / "direction.safetensors")
+    wanted = module._edit(options, direction, chosen.layer, chosen.coefficient)
+    assert caplog.records == [] and edit is not None
+    for mine, other in zip(jax.tree.leaves(edit), jax.tree.leaves(Edits((wanted,))), strict=True):
+        np.testing.assert_allclose(mine.squeeze(), other.squeeze(), rtol=1e-6)
+    Steering(steer=options.out / "direction.safetensors").edits(model())
+    assert "names no site: steering at all of its 2" in caplog.text
 
 
 def test_a_direction_of_a_file_is_used(sweep_options: Make, tmp_path: Path) -> None:
