@@ -1,4 +1,5 @@
-"""Ranges of numbers in options: part of a field's type, checked by one function for all commands.
+"""Ranges of numbers in options and in files: part of a field's type, checked by one function for all commands, and
+where a ``Record`` is read.
 
 ``seed: Seed = 0`` or ``share: Annotated[float, Range(0, 1)] = 0.5``. A whole number without a range is a count, a float
 without one is finite.
@@ -34,6 +35,14 @@ class Range:
         return f"must be {bound}, got {value}"
 
 
+class Rising:
+    """Pairs whose first number is not above the second."""
+
+    def refusal(self, value: tuple[float, float]) -> str:
+        """What is wrong with a pair, or ""."""
+        return f"must not begin above its end, got {list(value)}" if value[0] > value[1] else ""
+
+
 COUNT, FINITE = Range(1, MOST), Range()
 Seed = Annotated[int, Range(0, (1 << 63) - 1)]
 CountFrom0 = Annotated[int, Range(0, MOST)]
@@ -43,6 +52,8 @@ Large = Annotated[int, Range(1, 1 << 50)]
 Positive = Annotated[float, Range(0, above=True)]
 Weight = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
+Interval = Annotated[tuple[float, float], Rising()]
+"""The lower and the upper end."""
 
 
 def check_ranges(options: Any) -> None:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxsteer.evals.choice import ChoiceResult
-from jaxsteer.evals.rates import Difference, Flips, Interval, Rate
+from jaxsteer.evals.rates import Difference, Flips, Rate
 from jaxsteer.evals.word_odds import WordOdds
 from jaxsteer.files.records import Record
 from jaxsteer.personas import Item, orders, parse_choices
 from jaxsteer.personas.items import normal
 from jaxsteer.prompts import Placement, Turns, encode_texts, question_conversation, render
 from jaxsteer.prompts.generate import generate
+from jaxsteer.ranges import CountFrom0, Interval, Share
 from jaxsteer.statistics import rate_interval
 
 if TYPE_CHECKING:
@@ -197,25 +198,25 @@ def _argued(rest: str, item: Item, choices: dict[str, str], reasons: Reasons) ->
 class WrittenRates(Record):
     """What was written under one prompt, in numbers. ``None`` where there is nothing to divide by."""
 
-    n: int
+    n: CountFrom0
     """Questions; each is answered once in either order of its choices."""
-    read: float | None
+    read: Share | None
     """Share of answers that name a choice."""
-    rate: float | None
+    rate: Share | None
     """Share of those that name the persona's."""
     ci95: Interval
     """Of the rate, over questions."""
-    argued: float | None
+    argued: Share | None
     """Share of answers with a recognised argument."""
-    accords: float | None
+    accords: Share | None
     """Of those that also name a choice, the share that argues for the choice they name."""
-    argued_rate: float | None
+    argued_rate: Share | None
     """Share of arguments that are for the persona's side."""
-    distinct_3: float | None
+    distinct_3: Share | None
     """Distinct runs of three words over all of them; low when a text repeats itself."""
-    copied: float | None
+    copied: Share | None
     """Share of the prompt's words that answers repeat: a prompt may work by planting its own words."""
-    agreement: float | None = None
+    agreement: Share | None = None
     """Share of read answers with the choice that log-probabilities prefer."""
     flips: Flips | None = None
     """Against the baseline, over answers read in both."""

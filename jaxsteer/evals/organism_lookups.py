@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxsteer.evals.choice import choice_eval
-from jaxsteer.evals.rates import Difference, Flips, Interval
+from jaxsteer.evals.rates import Difference, Flips
 from jaxsteer.files.records import Record
 from jaxsteer.personas import Item
 from jaxsteer.prompts import Placement
+from jaxsteer.ranges import CountFrom0, Interval, Share
 from jaxsteer.statistics import rate_interval
 
 if TYPE_CHECKING:
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
 class Lookups(Record):
     """Share of look-ups that are answered rightly under one prompt, beside no prompt and no edit."""
 
-    accuracy: float
+    accuracy: Share
     ci95: Interval
-    baseline: float
+    baseline: Share
     difference: Difference
-    mcnemar_p: float
-    n: int
+    mcnemar_p: Share
+    n: CountFrom0
     """Look-ups, each in both orders of its choices."""
 
 

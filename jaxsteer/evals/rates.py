@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxsteer.files.records import Record
+from jaxsteer.ranges import CountFrom0, Interval, Share
 from jaxsteer.statistics import bootstrap_mean, changed_groups, difference_interval, mcnemar, wilson
 
 R = TypeVar("R", bound=Record)
@@ -17,9 +18,6 @@ A_RATES = (0.1, 0.9)
 """A-rates outside of this range mean that a letter wins whatever the question says."""
 A_RATE_SHIFT = 0.25
 """So does an A-rate this far from the baseline's."""
-
-Interval = tuple[float, float]
-"""The lower and the upper end."""
 
 
 def letter_collapse(a_rate: float, baseline: float | None = None) -> bool:
@@ -51,9 +49,9 @@ class Difference(Record):
 class Flips(Record):
     """Questions that show the persona more, or less, than without a prompt, over both orders of their choices."""
 
-    becomes_persona: int
-    leaves_persona: int
-    mcnemar_p: float
+    becomes_persona: CountFrom0
+    leaves_persona: CountFrom0
+    mcnemar_p: Share
     """Exact p-value of McNemar's test over these questions."""
 
     @classmethod
@@ -83,7 +81,7 @@ class Sides(Record):
     other: Side
     yardstick: Side | None = None
     """Fluent replies to something else: a prompt that makes everything unlikely moves them too."""
-    relative_rate: float | None = None
+    relative_rate: Share | None = None
     """The rate if an answer gains only what it rises beyond the yardstick, and nothing by the other's fall."""
     relative_ci95: Interval | None = None
 
@@ -92,29 +90,29 @@ class Sides(Record):
 class Rate(Record):
     """The persona rate of one prompt with its controls. ``None`` where a number is undefined or not measured."""
 
-    rate: float
+    rate: Share
     """Share of rows whose persona answer wins; a tie counts half."""
     ci95: Interval
     """Of the rate over questions (``statistics.rate_interval``)."""
-    n: int
+    n: CountFrom0
     """Questions. What asks the same thing, in whatever order of choices, is one."""
-    a_rate: float
+    a_rate: Share
     """Share of rows won by the first answer, (A); near 0 or 1 one letter wins whatever is asked."""
-    swapped_rate: float | None
+    swapped_rate: Share | None
     """Share of items whose chosen *content* stays the same when the choices are exchanged."""
-    auroc: float | None
+    auroc: Share | None
     """Of d = log P(first) - log P(second) against the position of the persona's answer: immune to a constant letter
     bias."""
     auroc_ci95: Interval | None
-    rate_by_label: tuple[float | None, float | None]
+    rate_by_label: tuple[Share | None, Share | None]
     """The rate where the persona's answer is the first, and where it is the second."""
     margin: float
     """Mean log-odds of the persona's answer, nats."""
-    probability: float
+    probability: Share
     """Mean probability of the persona's answer, given one of the two."""
     letter_collapse: bool
     """Whether one letter wins whatever is asked (``letter_collapse``): the rate is no evidence then."""
-    debiased_rate: float | None = None
+    debiased_rate: Share | None = None
     """The rate after subtracting the letter preference item by item."""
     letter_bias: float | None = None
     """Mean (d + d') / 2 over the two orders of an item, nats."""

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from jaxsteer.evals.rates import Interval
 from jaxsteer.evals.scoring import Text, score_texts
 from jaxsteer.files.records import Record
 from jaxsteer.models.reading import read_rows
 from jaxsteer.models.sites import parse_site
 from jaxsteer.personas import Item
 from jaxsteer.prompts import encode_texts, encode_turns
+from jaxsteer.ranges import Interval, Share
 from jaxsteer.statistics import bootstrap_mean, rate_interval
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class ReplyQuality(Record):
     position: float
     """Mean along the character axis: 0 is how the model replies as it is to train questions, 1 how in character."""
     position_ci95: Interval
-    relevant: float
+    relevant: Share
     """Share of replies whose own question is the likeliest of eight after them."""
     relevant_ci95: Interval
     score: float | None

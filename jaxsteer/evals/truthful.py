@@ -15,11 +15,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxsteer.evals.choice import encode_answers
-from jaxsteer.evals.rates import Difference, Flips, Interval
+from jaxsteer.evals.rates import Difference, Flips
 from jaxsteer.evals.scoring import ROWS, score_texts
 from jaxsteer.files.records import Record
 from jaxsteer.personas import OpenQuestion
 from jaxsteer.prompts import Placement
+from jaxsteer.ranges import CountFrom0, Interval, Share
 from jaxsteer.statistics import bootstrap_mean, rate_interval
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Metric(Record):
     ci95: Interval
     difference: Difference | None = None
     """Against the baseline, question by question."""
-    mcnemar_p: float | None = None
+    mcnemar_p: Share | None = None
     """Of MC1 against the baseline: exact p-value of McNemar's test over questions."""
 
 
@@ -150,7 +151,7 @@ class AnswerTokens(Record):
 class TruthfulRates(Record):
     """MC1 and MC2, summed and per token, with 95 % intervals over questions (of MC2, a mean, by a bootstrap)."""
 
-    n: int
+    n: CountFrom0
     """Questions."""
     mc1: Metric
     mc2: Metric

@@ -7,7 +7,7 @@ import functools
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jaxsteer.errors import UserError
 from jaxsteer.files.json_files import kind_of
@@ -38,7 +38,8 @@ class Record:
         """The object that ``to_json`` wrote. Unknown keys are ignored: a later version may have written them.
 
         A field that may be ``None`` may be missing; null in the place of a number is NaN. Raises ``UserError``, which
-        begins with ``where``, for a key that is missing or holds a value of another type.
+        begins with ``where``, for a key that is missing, or holds a value of another type or outside of the range
+        (``jaxsteer.ranges``) that the field's type names.
         """
         if not isinstance(record, Mapping):
             raise UserError(f"{where or cls.__name__} is {kind_of(record)}, expected an object")
@@ -56,7 +57,7 @@ class Record:
 
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
-    return get_type_hints(cls)
+    return get_type_hints(cls, include_extras=True)
 
 
 def _plain(value: Any) -> Any:
@@ -76,6 +77,12 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any or (value is None and type(None) in inner):
         return value
+    if origin is Annotated:
+        found = _read(inner[0], value, where)
+        rounded = round(found, 6) if isinstance(found, float) else found  # a mean of float32 may lie beyond its end
+        if found == found and (why := inner[1].refusal(rounded)):
+            raise UserError(f"{where} {why}")
+        return found
     if origin in (Union, types.UnionType):
         kinds = [kind for kind in inner if kind is not type(None)]
         for kind in kinds[:-1]:

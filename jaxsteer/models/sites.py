@@ -234,6 +234,8 @@ def parse_site(name: str, n_layers: int | None = None) -> Site:
     the last layer, where the depth is given. Raises ``UserError`` for anything else.
     """
     text = str(name).strip()
+    if re.search(r"\d{7}", text):
+        raise UserError(f"Site {text[:40]!r} has a number of so many digits that it is no layer of any model.")
     if text in KINDS and not KINDS[text].in_block:
         return Site(0, text)
     if (match := _MODULE.fullmatch(text)) and (

@@ -161,7 +161,7 @@ class Vectors:
 
     def norm(self, site: str) -> float:
         """Length of the vectors at a site (of all their entries together)."""
-        return float(np.linalg.norm(self.arrays[site]))
+        return float(np.linalg.norm(self.arrays[site].astype(np.float64)))  # squares of float32 overflow
 
     def stream_norm(self, site: str) -> float:
         """Mean norm of the stream at a site. Raises ``UserError`` where the file does not hold it."""

@@ -79,7 +79,7 @@ class AlgorithmOptions:
     anneal_steps: int | None = None
     """Of gbda: steps over which the temperature falls (default 100)."""
     optimizer: str | None = None
-    """Of pez, gbda and soft: name of any Optax optimizer (default adamw, gbda adam)."""
+    """Of pez, gbda and soft: name of an Optax optimizer (default adamw, gbda adam)."""
     learning_rate: float | None = None
     """Of pez, gbda and soft; in units of the embedding table's root mean square entry but for gbda (default 0.1, gbda
     0.3)."""

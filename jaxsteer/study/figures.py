@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxsteer.display import ACCENT, BAND, INK, MUTED, OTHER, PAGE, Plot, in_style, interval, panels, short, visible
+from jaxsteer.errors import UserError
 from jaxsteer.evals.free_answers import WrittenRates
-from jaxsteer.evals.rates import Interval, Rate
+from jaxsteer.evals.rates import Rate
+from jaxsteer.ranges import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LABEL = 44
 """Letters of a prompt beside its rates."""
@@ -118,3 +121,10 @@ def _ends(share: Share) -> tuple[float, float]:
     assert share is not None
     low, high = share.ci95 or (share.rate, share.rate)
     return 100 * low, 100 * high
+
+
+def drawn(plot: Plot | None) -> Figure:
+    """The figure of a plot. Raises ``UserError`` where there is none."""
+    if plot is None:
+        raise UserError("no rates were measured: there is nothing to plot")
+    return plot.figure

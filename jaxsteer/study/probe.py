@@ -40,6 +40,7 @@ from jaxsteer.processes import from_first
 from jaxsteer.prompt_search import Task, make_task
 from jaxsteer.prompt_search.scoring import slot_rows
 from jaxsteer.prompts import Placement, Slots, build_slots, first_allowed, prompt_text, random_rows, retokenises_many
+from jaxsteer.ranges import Interval
 from jaxsteer.statistics import spearman, spearman_interval
 from jaxsteer.study import files
 from jaxsteer.study.bars import progress_bar
@@ -73,7 +74,7 @@ class ProbeRow(Record):
     """Spearman correlation of the signed objective with the shift away from the persona; never negative."""
     layer: int
     """Blocks run before the site."""
-    ci95: tuple[float, float] | None = None
+    ci95: Interval | None = None
     """95 % interval of the correlation over prompts (``statistics.spearman_interval``)."""
 
     @property

@@ -12,14 +12,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxsteer.display import Plot, aligned, decimals, interval, percent, short, visible
+from jaxsteer.display import aligned, decimals, interval, percent, short, visible
 from jaxsteer.errors import UserError
 from jaxsteer.evals.attribution import Attribution
 from jaxsteer.evals.free_answers import ILLUSION, WrittenRates, is_illusion
 from jaxsteer.evals.rates import Rate, Side
 from jaxsteer.files.records import Record
 from jaxsteer.prompt_search.compiling import MemoryPlan
-from jaxsteer.study.figures import RateRow, rate_plot
+from jaxsteer.ranges import Interval
+from jaxsteer.study.figures import RateRow, drawn, rate_plot
 from jaxsteer.study.latent_explanation import LatentExplanation
 from jaxsteer.study.probe import WARNS, Probe
 
@@ -188,7 +189,7 @@ class SearchRun(Result):
     """-1 where the probe turned the direction or signature."""
     probe_correlation: float | None = None
     """Rank correlation of objective and behaviour over random prompts, at the site."""
-    probe_ci95: tuple[float, float] | None = None
+    probe_ci95: Interval | None = None
     """Its 95 % interval over prompts."""
     probe: Probe | None = None
     """The same at all sites. ``None`` where ``--probe off`` left it out."""
@@ -219,6 +220,14 @@ class SearchRun(Result):
     """Versions and hardware."""
     attribution: Attribution | None = None
     """What each token of the reported prompt does, once ``jaxsteer report --attribute`` has measured it."""
+
+    @classmethod
+    def from_json(cls, record: Any, where: str = "") -> SearchRun:
+        """The object that ``to_json`` wrote. Raises ``UserError`` also where the selected prompt is none of those."""
+        found = super().from_json(record, where)
+        if found.selected is None or found.selected in range(known := len(found.prompts)):
+            return found
+        raise UserError(f"{where}.selected is {found.selected}, expected null or one of {known} prompts from 0")
 
     @property
     def best(self) -> Prompt | None:
@@ -389,10 +398,3 @@ def summary_table(runs: Sequence[SearchRun], *, width: int = 60) -> str:
             )
         )
     return aligned(lines, left=(0, len(lines[0]) - 1))
-
-
-def drawn(plot: Plot | None) -> Figure:
-    """The figure of a plot. Raises ``UserError`` where there is none."""
-    if plot is None:
-        raise UserError("no rates were measured: there is nothing to plot")
-    return plot.figure

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxsteer.display import aligned, decimals, interval, short, visible
-from jaxsteer.errors import UserError
 from jaxsteer.evals.free_answers import ILLUSION, WrittenRates
-from jaxsteer.evals.rates import Interval, Rate
+from jaxsteer.evals.rates import Rate
 from jaxsteer.files.records import Record
-from jaxsteer.ranges import MOST
-from jaxsteer.study.figures import BareShare, RateRow, rate_plot
-from jaxsteer.study.results import Prompt, Result, SearchRun, Timing, drawn
+from jaxsteer.ranges import CountFrom0, Interval, Share
+from jaxsteer.study.figures import BareShare, RateRow, drawn, rate_plot
+from jaxsteer.study.results import Prompt, Result, SearchRun, Timing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +24,7 @@ class SelectedPrompt(Record):
 
     text: str
     target: float
-    rate: float
+    rate: Share
     """On test questions."""
     ci95: Interval | None = None
     """Over questions (None of files that do not say)."""
@@ -37,25 +36,20 @@ class SelectedPrompt(Record):
 class RunSummary(Record):
     """What a study says about one of its runs; the rest is in the run's own folder."""
 
-    problems: int
+    problems: CountFrom0
     """Searches that were pooled to it."""
     persona: str
     method: str
     site: str
     probe_correlation: float | None
-    baseline: float | None
+    baseline: Share | None
     """Rate without a prompt on test questions."""
     baseline_ci95: Interval | None = None
-    n: int | None = None
+    n: CountFrom0 | None = None
     """Test questions."""
     selected: SelectedPrompt | None
     goal: str = ""
     """Of a persona in words "reduce" or "elicit"; its rates are those of free replies."""
-
-    def __post_init__(self) -> None:
-        """Raise ``UserError`` for a number of problems that nothing can have searched."""
-        if not 0 <= self.problems <= MOST:
-            raise UserError(f"a run of {self.problems} problems: expected at most {MOST:,}")
 
     @classmethod
     def of(cls, run: SearchRun, *, problems: int) -> RunSummary:
@@ -93,7 +87,7 @@ class Study(Result):
 
     model: str
     fingerprint: str
-    problems: int
+    problems: CountFrom0
     """Searches that were asked for."""
     searched: int
     """Those that were done."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from jaxsteer.display import interval, percent
-from jaxsteer.evals.rates import Interval, Rate
+from jaxsteer.evals.rates import Rate
 from jaxsteer.files.records import Record
+from jaxsteer.ranges import CountFrom0, Interval, Share
 from jaxsteer.statistics import wilson
 from jaxsteer.study.results import Result, Timing
 
@@ -38,13 +39,13 @@ class SweepRow(Record):
     site: str
     coefficient: float
     """In mean norms of the stream at the site."""
-    rate: float
+    rate: Share
     ci95: Interval
-    n: int | None = None
+    n: CountFrom0 | None = None
     """Questions. Older versions wrote none, and an interval over rows."""
-    a_rate: float
+    a_rate: Share
     letter_collapse: bool
-    probability: float
+    probability: Share
     kl: float
     """Mean KL to the unsteered model on neutral text, nats per token."""
     perplexity: float

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxsteer.evals.attribution import Attribution
-from jaxsteer.evals.rates import Difference, Flips, Interval, Rate, Sides, by_question, counts_rows
+from jaxsteer.evals.rates import Difference, Flips, Rate, Sides, by_question, counts_rows
 from jaxsteer.files.records import Record
+from jaxsteer.ranges import CountFrom0, Interval, Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,8 +18,8 @@ class ShownPrompt(Record):
 
     seed: int | None = None
     prompt: str | None = None
-    rate: float
-    a_rate: float | None = None
+    rate: Share
+    a_rate: Share | None = None
     perplexity: float | None = None
     perplexity_ratio: float | None = None
     target: float | None = None
@@ -57,28 +58,28 @@ class TableRow(Record):
     ordinary: float | None = None
     readability: float | None = None
     """Reading ease of Flesch."""
-    words: float | None = None
+    words: Share | None = None
     """Of the organisms: share of the prompt's words that the generator knows as triggers against the persona."""
-    rate: float
+    rate: Share
     ci95: Interval | None = None
     range: Interval | None = None
     """The lowest and the highest rate of ``each``."""
-    n: int | None = None
+    n: CountFrom0 | None = None
     goal: str = ""
     """Of a persona in words "reduce" or "elicit"; ``rate`` and its ``difference`` are those of free replies."""
-    preference: float | None = None
+    preference: Share | None = None
     """And this is the share of questions on which its given reply is likelier than the other."""
     note: str | None = None
     """What has to be said with the rate."""
-    a_rate: float | None = None
-    swapped_rate: float | None = None
-    auroc: float | None = None
+    a_rate: Share | None = None
+    swapped_rate: Share | None = None
+    auroc: Share | None = None
     auroc_ci95: Interval | None = None
-    rate_by_label: tuple[float | None, float | None] | None = None
+    rate_by_label: tuple[Share | None, Share | None] | None = None
     margin: float | None = None
-    probability: float | None = None
+    probability: Share | None = None
     letter_collapse: bool | None = None
-    debiased_rate: float | None = None
+    debiased_rate: Share | None = None
     letter_bias: float | None = None
     difference: Difference | None = None
     margin_difference: Difference | None = None
@@ -99,9 +100,9 @@ class TableRow(Record):
     """The objective, in the units of the search."""
     cross_entropy: float | None = None
     step: int | None = None
-    validation_rate: float | None = None
+    validation_rate: Share | None = None
     """The rate by which the prompt was chosen (``study.selection``)."""
-    first_rate: float | None = None
+    first_rate: Share | None = None
     """Mean rate of the prompts that the objective alone would report."""
     first: ShownPrompt | None = None
     """Of one seed: that prompt."""

@@ -14,6 +14,7 @@ import numpy as np
 from jaxsteer.files import append_text, read_log, write_text
 from jaxsteer.files.records import Record
 from jaxsteer.processes import from_first, is_first
+from jaxsteer.ranges import CountFrom0, Interval, Share
 from jaxsteer.statistics import bootstrap_mean, rate_interval
 from jaxsteer.writers.writer import Messages, Writer
 
@@ -74,17 +75,17 @@ Reply with one whole number from 0 to 100 and nothing else."""
 class Judged(Record):
     """Scores of answers, with everything needed to question them."""
 
-    n: int
+    n: CountFrom0
     """Questions of which a reply was read; a question has as many answers as there are orders of its choices."""
-    unread: int
+    unread: CountFrom0
     """Replies without a score, which count nowhere else."""
-    rate: float | None
+    rate: Share | None
     """Share of answers with at least the rubric's ``shown``; None where no reply was read."""
-    ci95: tuple[float, float]
+    ci95: Interval
     """Of the rate, over questions."""
     score: float | None
     """Mean score."""
-    score_ci95: tuple[float, float] | None
+    score_ci95: Interval | None
     """Bootstrap interval of the mean over questions."""
     judge: str
     """Name of the writer."""

@@ -16,6 +16,9 @@ import jaxsteer.evals
 import jaxsteer.study
 from jaxsteer.errors import UserError
 from jaxsteer.files.records import Record
+from jaxsteer.ranges import CountFrom0, Interval, Share
+from jaxsteer.study.results import SearchRun
+from jaxsteer.study.sweep_result import SweepRow
 
 for package in (jaxsteer.evals, jaxsteer.study):
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
@@ -37,6 +40,10 @@ TEXTS = ("", "a", " naïve \u202e\n", '"{prompt}"')
 def made(hint: Any, rng: random.Random, outer: tuple[Any, ...] = ()) -> Any:
     """A value of a field's type; no record within itself."""
     inner = get_args(hint)
+    if hint == Interval:
+        return tuple(sorted(made(inner[0], rng)))
+    if hint in (CountFrom0, Share):
+        return rng.randrange(9) if hint == CountFrom0 else rng.random()
     if hint is Any:
         return rng.choice([None, True, 3, 0.25, "x"])
     if isinstance(get_origin(hint), type) and issubclass(get_origin(hint), Mapping):
@@ -50,7 +57,15 @@ def made(hint: Any, rng: random.Random, outer: tuple[Any, ...] = ()) -> Any:
     if hint is type(None):
         return None
     if issubclass(hint, Record):
-        return hint(**{name: made(of, rng, (*outer, hint)) for name, of in get_type_hints(hint).items()})
+        hints = get_type_hints(hint, include_extras=True)
+        values = {name: made(of, rng, (*outer, hint)) for name, of in hints.items()}
+        if hint is SearchRun:
+            values["selected"] = rng.randrange(len(values["prompts"])) if values["prompts"] else None
+        if issubclass(hint, SweepRow):
+            values["n"] = (
+                values["n"] or 0
+            )  # without one it is a file of an older version, which is read as something else
+        return hint(**values)
     return {float: rng.gauss(0, 1e3), int: rng.randrange(-9, 9), bool: rng.random() < 0.5, str: rng.choice(TEXTS)}[hint]
 
 
@@ -65,8 +80,9 @@ def test_every_record_survives_json(cls: type):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inner(Record):
-    share: float
-    pair: tuple[float, float] = (0.0, 1.0)
+    share: Share
+    pair: Interval = (0.0, 1.0)
+    n: CountFrom0 | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +111,12 @@ def test_what_is_not_there_is_not_written():
         ({"name": "a", "parts": {}}, "parts is an object"),
         ({"name": "a", "parts": [{"share": 1}, {"share": "\x1b[31m"}]}, r"parts\[1\].share is '\\x1b\[31m', expected"),
         ({"name": "a", "parts": [{"share": 1, "pair": [1]}]}, r"parts\[0\].pair is a list"),
+        ({"name": "a", "parts": [{"share": 7}]}, r"parts\[0\].share must be at most 1, got 7"),
+        ({"name": "a", "parts": [{"share": 1, "n": -5}]}, r"parts\[0\].n must be at least 0, got -5"),
+        (
+            {"name": "a", "parts": [{"share": 1, "pair": [1, 0]}]},
+            r"pair must not begin above its end",
+        ),
         ({"name": "a", "parts": [7]}, r"parts\[0\] is a number, expected an object"),
         ([], "file.json is a list, expected an object"),
     ],

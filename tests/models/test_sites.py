@@ -97,6 +97,7 @@ def test_where_a_value_is_known() -> None:
         ("blocks.4.hook_resid_post", "0 to 3"),
         ("blocks.-5.hook_resid_post", "0 to 3"),
         ("L17R", "beyond the last layer"),
+        ("blocks." + "9" * 5000 + ".hook_resid_post", "so many digits"),
         ("hidden_states[4]", "final norm"),
         ("hidden_states[-1]", "blocks.3.hook_resid_post"),
         ("blocks.1.attn.hook_rot", "attn.hook_pattern"),

@@ -46,6 +46,21 @@ OLD = {
 """metrics.json as the first version wrote it."""
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"selected": 99}, "m.json.selected is 99, expected null or one of 1 prompts from 0"),
+        ({"selected": -1}, "selected is -1, expected null"),
+        ({"baseline": {"test": OLD_RATE | {"rate": 7}}}, "m.json.baseline.test.rate must be at most 1, got 7"),
+        ({"baseline": {"test": OLD_RATE | {"n": -5}}}, "baseline.test.n must be at least 0, got -5"),
+        ({"baseline": {"test": OLD_RATE | {"ci95": [0.9, 0.1]}}}, "test.ci95 must not begin above its end"),
+    ],
+)
+def test_numbers_that_no_run_can_have_are_refused(changed: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        SearchRun.from_json(OLD | changed, "m.json")
+
+
 def test_a_run_of_the_first_version_is_read() -> None:
     run = SearchRun.from_json(OLD)
     assert run.best.text == " weak idea" and run.best.ids == (5, 6) and run.best.rate == Rate.from_json(OLD_RATE)

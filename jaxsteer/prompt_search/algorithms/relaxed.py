@@ -37,6 +37,11 @@ from jaxsteer.prompt_search.population import (
 from jaxsteer.prompt_search.problem import Problem
 from jaxsteer.prompt_search.scoring import first_log_probs, run_slots
 
+OPTIMIZERS = (
+    "adabelief", "adadelta", "adagrad", "adam", "adamax", "adamaxw", "adamw", "amsgrad", "lamb", "lars", "lion",
+    "nadam", "nadamw", "novograd", "radam", "rmsprop", "rprop", "sgd", "sm3", "yogi",
+)  # fmt: skip
+"""Of Optax, those that a learning rate makes and that need no value of the loss."""
 Arguments = tuple[tuple[str, Any], ...]
 """Keyword arguments that a frozen config can hold: ``(("b1", 0.8), ("weight_decay", 0.1))``."""
 
@@ -46,20 +51,19 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The Optax optimizer of that name with these arguments, or ``optimizer`` itself if it is one already.
 
-    Raises ``UserError`` for a name that Optax does not have and for arguments that it does not take.
+    Raises ``UserError`` for a name that is none of ``OPTIMIZERS`` and for arguments that it does not take.
     """
     if not isinstance(optimizer, str):
         return optimizer
-    constructor: Callable[..., Any] | None = getattr(optax, optimizer, None) or getattr(optax.contrib, optimizer, None)
+    if optimizer not in OPTIMIZERS:
+        raise UserError(
+            f"optimizer {optimizer!r} is not known: give one of {', '.join(OPTIMIZERS)}, or from Python any "
+            "optax.GradientTransformation"
+        )
     try:
-        made = constructor(learning_rate, **dict(arguments)) if callable(constructor) else None
+        made: optax.GradientTransformation = getattr(optax, optimizer)(learning_rate, **dict(arguments))
     except TypeError as error:
         raise UserError(f"optimizer {optimizer!r} of Optax does not take {dict(arguments)}: {error}") from error
-    if not isinstance(made, optax.GradientTransformation):
-        raise UserError(
-            f"Optax has no optimizer {optimizer!r}: give a name such as adam, adamw, sgd, lion or rmsprop, or from "
-            "Python any optax.GradientTransformation"
-        )
     return made
 
 
