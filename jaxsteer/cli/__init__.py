@@ -21,6 +21,7 @@ USAGE_ERROR = 2
 CRASHED = 70
 INTERRUPTED = 130
 TERMINATED = 143
+OUTPUT = "the output"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +40,8 @@ def status_of(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     try:
         with _signals():
             status = command([argument for argument in arguments if argument != "--debug"])
-            sys.stdout.flush()
+            with _printing():
+                sys.stdout.flush()
     except BaseException as error:
         status, said = _told(error)
         if "--debug" in arguments:
@@ -65,9 +67,10 @@ def _told(error: BaseException) -> tuple[int, str]:
         status = error.code if isinstance(error.code, int) else USAGE_ERROR
         return status, _with_notes("ended by a signal", error) if status == TERMINATED else ""
     if isinstance(error, OSError):
-        if error.filename is None:
+        if error.filename == OUTPUT:
             _no_output()
-        return USAGE_ERROR, f"error: {error.filename or 'the output'}: {error.strerror or error}"
+        name = error.filename or "a file could not be read or written"
+        return USAGE_ERROR, f"error: {name}: {error.strerror or error}"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # of NumPy, of XLA
         return USAGE_ERROR, (
             f"error: there is not enough memory: {str(error).partition(chr(10))[0] or 'an array does not fit.'} Choose "
@@ -94,6 +97,16 @@ def _bug(error: BaseException) -> str:
         f"bug: {what} ({place}). Please report it to the authors of jaxsteer, with the command and what it prints with "
         "--debug"
     )
+
+
+@contextlib.contextmanager
+def _printing() -> Iterator[None]:
+    """What goes wrong with an unnamed file inside the block is the output's fault."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or OUTPUT
+        raise
 
 
 def _no_output() -> None:
@@ -136,7 +149,8 @@ def _command(arguments: list[str]) -> int:
     arguments = join_processes(arguments)
     from jaxsteer.cli.commands import parse
 
-    command = parse(arguments)
+    with _printing():  # help
+        command = parse(arguments)
     with _quiet_unless_first(), _escaping():
         return command.run()
 
@@ -222,11 +236,13 @@ class _Escaping(io.TextIOBase):
     def write(self, text: str) -> int:
         from jaxsteer.display import escaped
 
-        self.inner.write(escaped(text))
+        with _printing():
+            self.inner.write(escaped(text))
         return len(text)
 
     def flush(self) -> None:
-        self.inner.flush()
+        with _printing():
+            self.inner.flush()
 
     def isatty(self) -> bool:
         return self.inner.isatty()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from jaxsteer.checkpoints.loading import cache_dir
 from jaxsteer.errors import UserError
-from jaxsteer.files import write_bytes
+from jaxsteer.files import append_text, write_bytes
 from jaxsteer.files.paths import user_path
 from jaxsteer.files.stores import PATIENCE_S, Bucket, is_url
 from jaxsteer.processes import PREEMPTED, from_first, is_first
@@ -148,8 +148,7 @@ class _Copy:
 
     def _note(self, data: bytes) -> None:
         """Remember, before it is written, that an object is this working copy's."""
-        with open(self.folder / _OURS, "a", encoding="utf-8") as file:
-            file.write(_hash(data) + "\n")
+        append_text(self.folder / _OURS, _hash(data) + "\n")
 
     @contextmanager
     def kept_up(self) -> Iterator[None]:

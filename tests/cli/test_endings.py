@@ -46,6 +46,11 @@ def raising(error: BaseException) -> None:
             2,
             r"error: a\\u001b\[2Jb: No space left$",
         ),
+        (
+            lambda: raising(OSError(errno.EFBIG, "File too large")),
+            2,
+            "error: a file could not be read or written: File too large$",
+        ),
         (lambda: os.mkdir("/dev/null/x"), 2, "error: /dev/null/x: Not a directory$"),
         (interrupted, 130, "interrupted; what was saved is kept in run: the same command goes on$"),
         (lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9), 143, "ended by a signal$"),
@@ -78,8 +83,12 @@ def test_what_a_terminal_would_obey_is_shown(
 
 
 @pytest.mark.parametrize(("to", "says"), [("/dev/full", "No space left on device"), (None, "Broken pipe")])
-def test_an_output_that_takes_nothing(to: str | None, says: str) -> None:
-    code = "import sys; from jaxsteer.cli import status_of; sys.exit(status_of(lambda _: print('x' * 10**6) or 0, []))"
+@pytest.mark.parametrize("size", [1, 10**6])
+def test_an_output_that_takes_nothing(to: str | None, says: str, size: int) -> None:
+    code = (
+        "import sys; from jaxsteer.cli import _Escaping, status_of; "
+        f"sys.exit(status_of(lambda _: print('x' * {size}, file=_Escaping(sys.stdout)) or 0, []))"
+    )
     reading, writing = os.pipe()
     os.close(reading)
     with open(to or os.devnull, "w") as full:
