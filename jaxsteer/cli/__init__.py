@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -179,6 +180,7 @@ def keep_programs() -> None:
 
     from jaxsteer.checkpoints.loading import cache_dir
 
+    warnings.filterwarnings("ignore", message="Error (read|writ)ing persistent compilation cache")  # it works without
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -231,7 +231,8 @@ def _array(given: Numbers, name: str) -> Any:
     """float32; NumPy and finite, except for tracers and arrays that live on other hosts."""
     if isinstance(given, jax.Array) and (isinstance(given, jax.core.Tracer) or not given.is_fully_addressable):
         return given.astype(jnp.float32)
-    array = np.asarray(given).astype(np.float32)
+    with np.errstate(over="ignore"):  # what is infinite is refused below
+        array = np.asarray(given).astype(np.float32)
     if not np.isfinite(array).all():
         raise UserError(f"{name} has {int((~np.isfinite(array)).sum())} entries that are NaN or infinite.")
     return array
