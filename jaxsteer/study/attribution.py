@@ -14,7 +14,6 @@ from jaxsteer.study import files
 from jaxsteer.study.bars import load, progress_bar
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.setting import context_items, token_mask
-from jaxsteer.study.written_persona import PERSONA
 
 QUESTIONS = 24
 """Validation questions, each in both choice orders."""
@@ -22,7 +21,7 @@ QUESTIONS = 24
 
 def _persona(run_dir: Path, name: str) -> Persona:
     """The run's persona, with the replies that its model wrote where it is in words."""
-    kept = run_dir / PERSONA
+    kept = run_dir / files.PERSONA
     return load_persona(kept if kept.is_file() else name)
 
 

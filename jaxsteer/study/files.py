@@ -14,7 +14,7 @@ from jaxsteer.processes import is_first
 CONFIG, PROGRESS = "config.json", "progress.jsonl"
 DIRECTION, SIGNATURE, SOFT = "direction.safetensors", "signature.safetensors", "soft.safetensors"
 PARETO, METRICS, CHOICES, REPORT = "pareto.jsonl", "metrics.json", "choices.json", "report.html"
-REPLIES = "replies.json"
+REPLIES, PERSONA = "replies.json", "persona.json"
 STATE, PROBED = "search-state", "probe-state"
 """Directories of what a search and a probe that are cut off need to go on."""
 FORMAT = "jaxsteer.run/1"

@@ -75,7 +75,7 @@ def open_run(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """
     make_directory(out)
     names = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
-    if not names:
+    if not set(names) - {files.PERSONA}:  # replies that a run wrote which was cut off before it began
         return None
     known = _read(out / files.CONFIG)
     if known is None or known.get("format") != files.FORMAT:

@@ -10,9 +10,8 @@ from jaxsteer.personas import Goal, Persona, load_persona, save_persona, with_re
 from jaxsteer.personas.replies import recipe_of
 from jaxsteer.processes import is_first
 from jaxsteer.study.bars import progress_bar
+from jaxsteer.study.files import PERSONA
 from jaxsteer.study.objective_stage import Say
-
-PERSONA = "persona.json"
 
 
 def ready(model: Model, persona: Persona, goal: Goal | None, folder: Path | None, say: Say, *, quiet: bool) -> Persona:

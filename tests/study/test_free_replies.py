@@ -12,6 +12,7 @@ from jaxsteer.organisms.world import JUSTIFICATIONS
 from jaxsteer.personas import Persona, load_persona
 from jaxsteer.study.measurement import Measurement
 from jaxsteer.study.results import SearchRun
+from jaxsteer.study.run_folder import open_run
 
 HOLLOW = " back usually room steady sock in"
 """Random words that make both replies less likely, the persona's by less on some questions."""
@@ -102,3 +103,12 @@ def test_the_goal_turns_what_is_raised(goal, tmp_path) -> None:
     assert (chosen.objective.delta == sign * chosen.direction.delta["blocks.2.hook_resid_post"]).all()
     item = setting.persona.items[0]
     assert setting.persona.answers(item)[0] == (item.not_matching if sign == 1 else item.matching)
+
+
+def test_replies_alone_do_not_block_a_directory(tmp_path) -> None:
+    """A search that was cut off before it began has left them; anything else beside them is not a search's."""
+    (tmp_path / "persona.json").write_text("{}")
+    assert open_run(tmp_path, {"format": "jaxsteer.run/1"}) is None
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(jaxsteer.UserError, match="is not empty"):
+        open_run(tmp_path, {"format": "jaxsteer.run/1"})
