@@ -71,8 +71,8 @@ def test_bad_input_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["generate", "-f", str(typo)], "line 1: there is no field 'temprature'"),
         (["generate", "-f", str(both), "-f", str(broken)], "line 1: both messages and prompt"),
         (["generate", "--file", str(tmp_path / "absent.txt")], "cannot be read"),
-        (["generate", "a\udcff"], "what is asked: a string holds half a character (\\udcff)"),
-        (["generate", "a\udcff", "--plain"], "a text for the model: a string holds half a character"),
+        (["generate", "a\udcff"], "is no text: it has to be UTF-8"),
+        (["generate", "a\udcff", "--plain"], "is no text: it has to be UTF-8"),
         (["generate", "a", "--top-p", "2"], "--top-p must be at most 1"),
     ]
     for arguments, message in cases:

@@ -57,4 +57,4 @@ def test_bad_input_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["inspect", str(tmp_path)]) == 2
     assert "neither jaxsteer.json nor config.json" in capsys.readouterr().err
     assert main(["inspect", "organism:llama", "--mesh-model", "0"]) == 2
-    assert "at least one device" in capsys.readouterr().err
+    assert "--mesh-model must be at least 1" in capsys.readouterr().err

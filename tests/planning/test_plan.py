@@ -226,7 +226,7 @@ def test_more_devices_than_there_are():
 
 def test_without_libtpu_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"jaxsteer\[plan\]"):
+    with pytest.raises(UserError, match="pip install libtpu"):
         topology("v5e:4x4")
 
 

@@ -73,7 +73,7 @@ def test_defect_01_labels_are_not_shifted_twice() -> None:
 
 def test_defect_02_first_token_is_scored_after_bos_and_not_without() -> None:
     """With a BOS all tokens count; in a model without BOS the first has nothing to be predicted from."""
-    assert setting(contexts=0, kind="organism").task.scores_first
+    assert setting(contexts=0, kind="llama3").task.scores_first
     assert not setting(contexts=0, kind="qwen").task.scores_first
 
 

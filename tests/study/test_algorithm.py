@@ -68,7 +68,7 @@ def test_options_that_do_not_fit_are_refused(given: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"algorithm": "pez", "optimizer": "adamx"}, "Optax has no optimizer 'adamx'"),
+        ({"algorithm": "pez", "optimizer": "adamx"}, "optimizer 'adamx' is not known"),
         ({"algorithm": "gbda", "temperature": 0.0}, "temperature must be above 0"),
         ({"repetition": -1.0}, "repetition must be 0 or more"),
     ],
