@@ -64,6 +64,8 @@ class Arm:
     random: bool = False
 
 
+GCG = {"population": None, "children": None, "search_width": 96}
+"""As many candidates per step as the others have."""
 ARMS = (
     Arm(name="RESGA, decision", options={}),
     Arm(name="RESGA, matched", options={"read_position": "matched"}),
@@ -71,7 +73,7 @@ ARMS = (
     Arm(name="RESGA, random direction", options={}, random=True),
     Arm(name="no gradients", options={"algorithm": "mutation"}),
     Arm(name="no gradients, random direction", options={"algorithm": "mutation"}, random=True),
-    Arm(name="GCG on the replies", options={"algorithm": "gcg", "objective": "answer", "population": None}),
+    Arm(name="GCG on the replies", options={"algorithm": "gcg", "objective": "answer", **GCG}),
 )
 SOFT = Arm(
     name="prefix tuning",
