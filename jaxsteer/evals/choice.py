@@ -19,6 +19,7 @@ from jaxsteer.evals.rates import Difference, Flips, Rate, Side, Sides, letter_co
 from jaxsteer.evals.scoring import ROWS, Text, common_start, score_texts
 from jaxsteer.models.padding import bucket
 from jaxsteer.personas import Item, orders, swap
+from jaxsteer.personas.items import mostly_replies
 from jaxsteer.prompts import Placement, Turns, encode_texts, join_answer, question_conversation, render
 from jaxsteer.statistics import auroc, bootstrap_auroc, rate_interval
 
@@ -181,7 +182,7 @@ def choice_eval(
             tokens=tokens[p, :, :2],
             persona_first=np.asarray([a[0] == item.matching for a, item in zip(answers, asked, strict=True)]),
             joined=joined[p],
-            per_token=2 * sum(item.replies for item in asked) > len(asked),
+            per_token=mostly_replies(asked),
             yardstick=of_variant[p, :, 2] / tokens[p, :, 2] if yardsticks else None,
         )
         for of_variant in log_probs

@@ -105,6 +105,11 @@ def plain_labels(question: str) -> str:
     return question
 
 
+def mostly_replies(items: Sequence[Item]) -> bool:
+    """Whether more than half of the items have replies: then all of their answers are compared per token."""
+    return 2 * sum(item.replies for item in items) > len(items)
+
+
 def count_choices(question: str) -> int:
     """How many choices a question offers, labelled (A), (B), … in a row at its end."""
     return len(_label_run(question))

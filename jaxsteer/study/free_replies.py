@@ -14,6 +14,7 @@ from jaxsteer.evals.word_odds import WordOdds, accuracy, learn_words
 from jaxsteer.files.records import Record
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Item
+from jaxsteer.personas.items import mostly_replies
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class FreeReplies:
 
 def free_replies(model: Model, train: Sequence[Item], held_out: Sequence[Item]) -> FreeReplies | None:
     """What a persona's replies are measured by; ``None`` where its answers are no replies."""
-    if not train or not all(item.replies for item in train):
+    if not mostly_replies(train):
         return None
     try:
         words = learn_words(train)

@@ -185,6 +185,7 @@ def _measured(
             style=options.placement.style,
             slot=options.placement.slot,
             questions=len(asked.texts),
+            goal=None if asked.goal == "reduce" else asked.goal,
             baseline=rows[0],
             prompts=tuple(rows[1:]),
         )

@@ -16,7 +16,7 @@ from jaxsteer.files.records import Record
 from jaxsteer.prompts import Placement
 from jaxsteer.study.figures import RateRow, rate_plot
 from jaxsteer.study.results import Result, drawn
-from jaxsteer.study.selection import best_rate
+from jaxsteer.study.selection import Candidate, best_rate
 from jaxsteer.study.table_row import rate_fields
 from jaxsteer.writers.judge import Judged
 
@@ -121,6 +121,8 @@ class Measurement(Result):
     """With an edit, the first is the edit without a prompt."""
     transfer: tuple[Measurement, ...] = ()
     """The same prompts on other models."""
+    goal: str | None = None
+    """What is wanted: less of the persona ("reduce", where nothing is said), or more ("elicit")."""
 
     @property
     def placement(self) -> Placement:
@@ -129,10 +131,16 @@ class Measurement(Result):
 
     @property
     def best(self) -> Measured | None:
-        """The prompt with the lowest rate on these questions (``study.selection.best_rate``)."""
-        rated = {i: row.rate for i, row in enumerate(self.prompts) if row.rate is not None}
-        ties = [rate.probability for rate in rated.values()]
-        return self.prompts[list(rated)[best_rate(list(rated.values()), ties)]] if rated else None
+        """The prompt with the best rate for the goal on these questions (``study.selection.best_rate``): of free
+        replies for a persona in words."""
+        rows = [row for row in self.prompts if row.rate is not None]
+        if not rows:
+            return None
+        free = [row.written.rate for row in rows if row.written and row.rate.sides and row.written.rate is not None]  # type: ignore[union-attr]
+        rates: list[Any] = [Candidate(rate) for rate in free] if len(free) == len(rows) else [row.rate for row in rows]
+        sign = -1 if self.goal == "elicit" else 1
+        ties = [sign * row.rate.probability for row in rows]  # type: ignore[union-attr]
+        return rows[best_rate(rates, ties, goal=self.goal or "reduce")]
 
     def to_rows(self) -> list[dict[str, Any]]:
         """One row per model and prompt, with the numbers of the rate."""

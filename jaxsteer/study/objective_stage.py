@@ -227,13 +227,11 @@ def _resga(
     def searched(rows: Sequence[ProbeRow]) -> list[ProbeRow]:
         return [choose(rows) if site == "auto" else _as_defined(rows, site) for site in named]
 
-    wanted = {site: setting.persona.sign * delta for site, delta in direction.delta.items()}
-    table, rows = _probe(
-        setting, options, scorer(model, dataclasses.replace(direction, delta=wanted)), extent, searched
-    )
+    goal = setting.persona.sign
+    table, rows = _probe(setting, options, scorer(model, direction, goal), extent, searched)
     found = []
     for chosen in rows or [_unprobed(setting, site) for site in named]:
-        delta = jnp.asarray(chosen.sign * wanted[chosen.site])
+        delta = jnp.asarray(chosen.sign * goal * direction.delta[chosen.site])
         objective = Projection(delta=delta, site=chosen.site, norm=options.objective_norm)
         found.append(ChosenObjective(objective=objective, row=chosen, probe=table, direction=direction))
     return found

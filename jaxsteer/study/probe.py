@@ -71,7 +71,7 @@ class ProbeRow(Record):
     read_position: str
     sign: int
     correlation: float
-    """Spearman correlation of the signed objective with the shift away from the persona; never negative."""
+    """Spearman correlation of the signed objective with the shift that is wanted of the persona; never negative."""
     layer: int
     """Blocks run before the site."""
     ci95: Interval | None = None
@@ -86,7 +86,7 @@ class ProbeRow(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shift(Record):
-    """How far prompts move the mean probability of the persona's answer: zero-shot minus with the prompt."""
+    """How far prompts move the mean probability of the persona's answer, as the goal wants it."""
 
     min: float
     max: float
@@ -232,9 +232,10 @@ Scorer = Callable[[Slots], Callable[[Int[np.ndarray, "M S"]], Mapping[str, Float
 objectives apart). It may be called with any number of prompts; a probe always calls it with the same."""
 
 
-def scorer(model: Model, direction: Direction) -> Scorer:
-    """The projection objectives of a direction, one per site."""
-    return lambda slots: projector(model.params, model.config, slots, direction)
+def scorer(model: Model, direction: Direction, sign: int = 1) -> Scorer:
+    """The projection objectives of a direction, one per site; with ``sign`` -1 of the opposite one."""
+    turned = dataclasses.replace(direction, delta={site: sign * delta for site, delta in direction.delta.items()})
+    return lambda slots: projector(model.params, model.config, slots, turned)
 
 
 def probe(

@@ -51,7 +51,7 @@ def probe_positions(
         pairs = contrast_pairs(model, persona, items, position, placement=placement, split_seed=split_seed)
         with progress_bar(f"direction, {position}", unit="text", quiet=extent.quiet) as advance:
             direction = mean_difference(model, pairs, stream_sites(model.config.n_layers), progress=advance)
-        scorers[position] = scorer(model, direction)
+        scorers[position] = scorer(model, direction, persona.sign)
     if not scorers:
         raise UserError("no read position to probe: give published, matched or decision")
     items = context_items(splits.validation, PROBE_ITEMS)

@@ -61,6 +61,8 @@ class Questions:
     """Questions from which the words of both sides are learned, where answers are replies."""
     held_out: tuple[Item, ...] = ()
     """And those on which the rule is tried."""
+    goal: str = "reduce"
+    """What is wanted of the persona: less, or more ("elicit")."""
     bare: Persona | None = None
     """A persona in words alone: the model that is measured writes the replies."""
 
@@ -97,6 +99,7 @@ def questions_of(persona: str | Persona | Dataset, options: MeasureOptions) -> Q
         items=items,
         many=tuple(question for question in persona.questions if question.group in groups),
         reasons=persona.reasons,
+        goal=persona.goal,
         train=persona.items if parts is None else parts.train,
         held_out=() if parts is None else parts.validation,
     )

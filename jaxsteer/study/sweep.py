@@ -163,7 +163,7 @@ def _measure(
             append_text(options.out / ROWS_FILE, files.line(_line((layer, rows[layer]))))
             advance(len(rows))
     table = tuple(row for layer in layers for row in rows[layer])
-    chosen = choose(table, options.max_kl)
+    chosen = choose(table, options.max_kl, persona.goal)
     with progress_bar("test questions", quiet=options.quiet):
         tested = None if chosen is None else _on_test(options, model, directions, chosen, splits.test)
     if chosen is not None:
@@ -302,13 +302,13 @@ def _known_rows(path: Path) -> dict[int, tuple[SweepRow, ...]]:
     return {layer: rows for layer, rows in known.items() if all(row.n is not None for row in rows)}
 
 
-def choose(rows: Sequence[SweepRow], max_kl: Positive) -> SweepRow | None:
+def choose(rows: Sequence[SweepRow], max_kl: Positive, goal: str = "reduce") -> SweepRow | None:
     """The best setting of the persona's direction by ``best_rate``, equal rates settled by the lower KL.
 
     None if all are too disturbing or a letter collapse.
     """
     usable = [row for row in rows if row.direction == PERSONA and row.kl <= max_kl and not row.letter_collapse]
-    return usable[best_rate(usable, [row.kl for row in usable])] if usable else None
+    return usable[best_rate(usable, [row.kl for row in usable], goal=goal)] if usable else None
 
 
 def steering_of(direction: Direction, row: SweepRow, positions: str = "all") -> Vectors:

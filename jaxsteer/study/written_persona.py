@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Goal, Persona, load_persona, save_persona, with_replies
 from jaxsteer.personas.replies import recipe_of
-from jaxsteer.processes import is_first
+from jaxsteer.processes import from_first, is_first
 from jaxsteer.study.bars import progress_bar
 from jaxsteer.study.files import PERSONA
 from jaxsteer.study.objective_stage import Say
@@ -24,10 +24,10 @@ def ready(model: Model, persona: Persona, goal: Goal | None, folder: Path | None
     if persona.items:
         return persona
     file = None if folder is None else folder / PERSONA
-    if file is not None and file.is_file():
+    if file is not None and from_first(file.is_file):
         kept = load_persona(file)
         if (kept.recipe, kept.ask, kept.role) == (recipe_of(model, persona.goal), persona.ask, persona.role):
-            return kept
+            return dataclasses.replace(persona, items=kept.items, data_hash=kept.data_hash, recipe=kept.recipe)
     say(f"Replies: {model.name} answers {len(persona.ask)} questions, in the role of {persona.name} and as it is")
     with progress_bar("replies", unit="reply", quiet=quiet) as advance:
         written = with_replies(model, persona, progress=advance)

@@ -9,10 +9,12 @@ import pytest
 import jaxsteer
 from jaxsteer.evals.free_answers import ILLUSION
 from jaxsteer.organisms.world import JUSTIFICATIONS
-from jaxsteer.personas import Persona, load_persona
+from jaxsteer.personas import Persona, load_persona, save_persona
+from jaxsteer.personas.replies import recipe_of
 from jaxsteer.study.measurement import Measurement
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.run_folder import open_run
+from jaxsteer.study.written_persona import ready
 
 HOLLOW = " back usually room steady sock in"
 """Random words that make both replies less likely, the persona's by less on some questions."""
@@ -46,6 +48,9 @@ def test_the_illusion_is_caught_and_the_real_thing_is_not() -> None:
     assert against.written.rate < 0.1 and against.rate.difference.value > 0 and against.note == ILLUSION
     assert ILLUSION in measured().table() and f"{towards.name}: {ILLUSION}" not in measured().table()
     assert measured().baseline.written.read == 1.0
+    # Of a persona in words the best prompt is that of free replies, for the goal.
+    assert measured().best is against
+    assert dataclasses.replace(measured(), goal="elicit").best is towards
     assert len(measured().plot().axes) == 2  # free replies beside the preference
     again = Measurement.from_json(json.loads(json.dumps(measured().to_json())))
     assert again.prompts[0].note == ILLUSION and again.table() == measured().table()
@@ -112,3 +117,13 @@ def test_replies_alone_do_not_block_a_directory(tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(jaxsteer.UserError, match="is not empty"):
         open_run(tmp_path, {"format": "jaxsteer.run/1"})
+
+
+def test_kept_replies_take_nothing_else_from_their_file(tmp_path) -> None:
+    """Sentences that were changed since are those of today."""
+    model, said = jaxsteer.load("organism:llama"), []
+    bare = Persona(name="x", role="r", ask=("a?",), goal="elicit", pro_cues=("new",))
+    old = dataclasses.replace(words(), role="r", ask=("a?",), pro_cues=("old",), recipe=recipe_of(model, "elicit"))
+    save_persona(old, tmp_path / "persona.json")
+    found = ready(model, bare, None, tmp_path, said.append, quiet=True)
+    assert found.pro_cues == ("new",) and len(found.items) == len(old.items) and not said
