@@ -44,7 +44,7 @@ from jaxsteer.study.files import document
 from jaxsteer.study.measurement import Measured, Measurement
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.results import SearchRun
-from jaxsteer.study.selection import Candidate, best_rate
+from jaxsteer.study.selection import best_prompt
 from jaxsteer.study.table_row import TableRow
 from jaxsteer.study.written_persona import ready
 
@@ -184,8 +184,8 @@ def steered(model: Model, persona: Persona, site: str) -> tuple[dict[str, Any], 
     if not gentle:
         return {}, None
     found = [jaxsteer.measure(model, persona, edits=edits[i], split="validation", questions=24) for i in gentle]
-    rates = [Candidate((one.prompts[0].written and one.prompts[0].written.rate) or 0.0) for one in found]
-    best = gentle[best_rate(rates, [float(kl[i]) for i in gentle], goal=persona.goal)]
+    rows, costs = [one.prompts[0] for one in found], [float(kl[i]) for i in gentle]
+    best = gentle[best_prompt([row.rate for row in rows], [row.written for row in rows], costs, goal=persona.goal)]
     return {"coefficient": STRENGTHS[best], "neutral_kl": float(kl[best])}, edits[best]
 
 
@@ -193,9 +193,9 @@ def sentences(model: Model, persona: Persona) -> dict[str, list[dict[str, Any]]]
     """The plain instruction, and the best of the persona's sentences for the goal, by validation questions."""
     cues = list(persona.sentences[persona.goal])
     found = jaxsteer.measure(model, persona, cues, split="validation", questions=24)
-    rates = [Candidate(row.written.rate or 0.0) for row in found.prompts if row.written is not None]
-    best = best_rate(rates, list(range(len(rates))), goal=persona.goal)
-    return {"instruction": [{"prompt": cues[0]}], f"best of {len(cues)} instructions": [{"prompt": cues[best]}]}
+    assert found.best is not None
+    best = found.best.prompt
+    return {"instruction": [{"prompt": cues[0]}], f"best of {len(cues)} instructions": [{"prompt": best}]}
 
 
 def measured(

@@ -84,17 +84,13 @@ def relevance(model: Model, questions: Sequence[str], replies: Sequence[str], *,
         others = rng.permutation([j for j in range(n) if j != i])[:OTHERS]
         choices.append([i, *others])
     heads = encode_texts(model.tokenizer, [reply + ASKED for reply in replies], style="plain")
-    tails = [np.asarray(ids, np.int32) for ids in _tails(model, [f" {question}" for question in questions])]
+    asked = model.tokenizer([f" {question}" for question in questions], add_special_tokens=False)["input_ids"]
+    tails = [np.asarray(ids, np.int32) for ids in asked]
     for i, head in enumerate(heads):
         texts.append([Text(context=head, answers=tuple(tails[j] for j in choices[i]))])
     scores = score_texts(model.params, model.config, texts, mesh=model.mesh)[0, :, 0]
     each = scores / np.asarray([[len(tails[j]) for j in row] for row in choices])
     return (each.argmax(1) == 0).astype(float)
-
-
-def _tails(model: Model, texts: Sequence[str]) -> list[list[int]]:
-    rows: list[list[int]] = model.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from jaxsteer.personas.items import Item, OpenQuestion, orders, parse_choices, s
 from jaxsteer.personas.pairs import READ_POSITIONS, Pairs, check_cues, contrast_pairs, search_conversations
 from jaxsteer.personas.persona import Goal, Persona, Splits, split
 from jaxsteer.personas.persona_files import CHARACTERS, save_persona
-from jaxsteer.personas.replies import persona_from_replies, with_replies
+from jaxsteer.personas.replies import with_replies
 from jaxsteer.personas.signatures import Signature, load_signature, random_signature, sae_signature, save_signature
 
 __all__ = [
@@ -45,7 +45,6 @@ __all__ = [
     "mean_difference",
     "orders",
     "parse_choices",
-    "persona_from_replies",
     "projections",
     "random_direction",
     "random_signature",

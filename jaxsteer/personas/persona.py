@@ -7,13 +7,17 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from jaxsteer.errors import UserError
 from jaxsteer.personas.dataset_formats import choices_of
 from jaxsteer.personas.items import Item, OpenQuestion, data_hash
+from jaxsteer.personas.replies import with_replies
+
+if TYPE_CHECKING:
+    from jaxsteer.models.model import Model
 
 Goal = Literal["reduce", "elicit"]
 FRACTIONS = (0.6, 0.2, 0.2)
@@ -70,6 +74,18 @@ class Persona:
         example ``{"q": "question", "good": "positive", "bad": "negative"}``."""
         rows = frame.rename(columns=dict(columns or {})).to_dict("records")
         return cls.from_pairs(rows, name=name, **fields)
+
+    @classmethod
+    def from_replies(
+        cls, model: Model, role: str, questions: Sequence[str], *, name: str = "role", **fields: Any
+    ) -> Persona:
+        """A persona whose replies the model writes itself, under a role's system message and without it.
+
+        ``fields`` are others of this class, for example ``pro_cues``; the ``goal`` is by default to elicit the role.
+        Keep it with ``save_persona``. Raises ``UserError`` as ``with_replies`` does.
+        """
+        given = {"behaviour": name, "goal": "elicit", **fields}
+        return with_replies(model, cls(name=name, role=role, ask=tuple(questions), **given))
 
     @property
     def sign(self) -> int:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.personas.items import Item, data_hash, group_of, normal
-from jaxsteer.personas.persona import Goal, Persona
 from jaxsteer.prompts import with_system
 from jaxsteer.prompts.generate import generate
+
+if TYPE_CHECKING:
+    from jaxsteer.personas.persona import Goal, Persona
 
 log = logging.getLogger(__name__)
 
@@ -83,14 +86,3 @@ def recipe_of(model: Model, goal: Goal, max_new_tokens: int = REPLY_TOKENS) -> d
         "decoding": f"greedy, {max_new_tokens} tokens",
         "goal": goal,
     }
-
-
-def persona_from_replies(
-    model: Model, role: str, questions: Sequence[str], *, name: str = "role", goal: Goal = "elicit", **fields: object
-) -> Persona:
-    """A persona whose replies the model writes itself under a role's system message, and without it.
-
-    ``fields`` are others of ``Persona``, for example ``pro_cues``. Keep it with ``save_persona``.
-    """
-    bare = Persona(name=name, role=role, ask=tuple(questions), goal=goal, **{"behaviour": name, **fields})  # type: ignore[arg-type]
-    return with_replies(model, bare)

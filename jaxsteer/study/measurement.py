@@ -16,7 +16,7 @@ from jaxsteer.files.records import Record
 from jaxsteer.prompts import Placement
 from jaxsteer.study.figures import RateRow, rate_plot
 from jaxsteer.study.results import Result, drawn
-from jaxsteer.study.selection import Candidate, best_rate
+from jaxsteer.study.selection import best_prompt
 from jaxsteer.study.table_row import rate_fields
 from jaxsteer.writers.judge import Judged
 
@@ -131,16 +131,13 @@ class Measurement(Result):
 
     @property
     def best(self) -> Measured | None:
-        """The prompt with the best rate for the goal on these questions (``study.selection.best_rate``): of free
-        replies for a persona in words."""
-        rows = [row for row in self.prompts if row.rate is not None]
-        if not rows:
+        """The best prompt for the goal on these questions (``study.selection.best_prompt``)."""
+        rated = {i: row.rate for i, row in enumerate(self.prompts) if row.rate is not None}
+        if not rated:
             return None
-        free = [row.written.rate for row in rows if row.written and row.rate.sides and row.written.rate is not None]  # type: ignore[union-attr]
-        rates: list[Any] = [Candidate(rate) for rate in free] if len(free) == len(rows) else [row.rate for row in rows]
-        sign = -1 if self.goal == "elicit" else 1
-        ties = [sign * row.rate.probability for row in rows]  # type: ignore[union-attr]
-        return rows[best_rate(rates, ties, goal=self.goal or "reduce")]
+        # What is read of answers with letters stands beside their rate, and does not take its place.
+        replies = [self.prompts[i].written if rate.sides else None for i, rate in rated.items()]
+        return self.prompts[list(rated)[best_prompt(list(rated.values()), replies, goal=self.goal)]]
 
     def to_rows(self) -> list[dict[str, Any]]:
         """One row per model and prompt, with the numbers of the rate."""

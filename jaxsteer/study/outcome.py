@@ -28,7 +28,7 @@ from jaxsteer.study.free_replies import TEST_REPLIES, VALIDATION_REPLIES, SaidFr
 from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.options import ReportOptions, RunOptions
 from jaxsteer.study.results import Prompt
-from jaxsteer.study.selection import Candidate, best_rate
+from jaxsteer.study.selection import best_prompt
 from jaxsteer.study.setting import PersonaSetting, Setting
 
 MARKED = 4
@@ -145,9 +145,8 @@ def evaluate(
 def select(prompts: Sequence[Prompt], by: str, goal: str = "reduce") -> int | None:
     """Index of the prompt to report among those that re-tokenise; None where none does.
 
-    By "objective" the one with the largest target, by "validation" the one with the best rate for the goal
-    (``best_rate``): of free replies where there are some, else of choices. Equal rates are settled by the better mean
-    probability of the persona's answer, then by the target.
+    By "objective" the one with the largest target, by "validation" ``best_prompt``, whose ties are settled by the
+    target.
     """
     usable = [i for i, prompt in enumerate(prompts) if prompt.retokenises]
     if not usable:
@@ -156,11 +155,8 @@ def select(prompts: Sequence[Prompt], by: str, goal: str = "reduce") -> int | No
     if by == "objective":
         return max(usable, key=lambda i: (targets[i], -i))
     rates = {i: rate for i in usable if (rate := prompts[i].validation) is not None}
-    sign = 1 if goal == "reduce" else -1
-    ties = [(sign * rate.probability, -targets[i]) for i, rate in rates.items()]
-    free = {i: written.rate for i in rates if (written := prompts[i].validation_replies) and written.rate is not None}
-    found = [Candidate(free[i]) if len(free) == len(rates) else rate for i, rate in rates.items()]
-    return list(rates)[best_rate(found, ties, goal=goal)]
+    replies = [prompts[i].validation_replies for i in rates]
+    return list(rates)[best_prompt(list(rates.values()), replies, [-targets[i] for i in rates], goal=goal)]
 
 
 def random_prompt(setting: Setting, seed: int) -> str:

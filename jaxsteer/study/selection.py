@@ -32,3 +32,17 @@ def best_rate(candidates: Sequence[Any], ties: Sequence[Any], *, goal: str = "re
     best = min(cost[i] for i in sound)
     near = [i for i in sound if cost[i] <= best + tolerance]
     return min(near, key=lambda i: (ties[i], i))
+
+
+def best_prompt(
+    rates: Sequence[Any], replies: Sequence[Any], ties: Sequence[float] | None = None, *, goal: str | None = None
+) -> int:
+    """The index of the best prompt for the goal (by default less of the persona): by the rates of free replies where
+    all prompts have one, else by those of choices.
+
+    Equal rates are settled by the mean probability of the persona's answer, then by the smallest of ``ties``.
+    """
+    free = [Candidate(found.rate) for found in replies if found is not None and found.rate is not None]
+    sign = -1 if goal == "elicit" else 1
+    settled = [(sign * rate.probability, tie) for rate, tie in zip(rates, ties or [0.0] * len(rates), strict=True)]
+    return best_rate(free if len(free) == len(rates) else rates, settled, goal=goal or "reduce")

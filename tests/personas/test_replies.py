@@ -10,7 +10,6 @@ from jaxsteer.personas import (
     CHARACTERS,
     contrast_pairs,
     load_persona,
-    persona_from_replies,
     save_persona,
     split,
     with_replies,
@@ -43,7 +42,7 @@ def test_a_model_writes_replies_that_a_file_keeps(tmp_path):
         (i.asked, i.matching, i.not_matching) for i in written.items
     ]
     assert (again.role, again.goal, again.ask, again.recipe) == (written.role, "reduce", bare.ask, written.recipe)
-    plain = persona_from_replies(model, "You are a sailor.", QUESTIONS, name="sailor", pro_cues=("Ahoy!",))
+    plain = jaxsteer.Persona.from_replies(model, "You are a sailor.", QUESTIONS, name="sailor", pro_cues=("Ahoy!",))
     assert {item.before for item in plain.items} == {()} and plain.goal == "elicit" and plain.pro_cues == ("Ahoy!",)
 
 
@@ -51,7 +50,10 @@ def test_directions_of_a_role_leave_it_out():
     """The contrast is that of the sentences; the role would stand on both sides of it."""
     model = tiny_model()
     cues = {"pro_cues": ("Ahoy!",), "counter_cues": ("Be plain.",), "neutral_cues": ("Answer.",)}
-    asked = [persona_from_replies(model, "You are a sailor.", QUESTIONS, goal=g, **cues) for g in ("elicit", "reduce")]
+    asked = [
+        jaxsteer.Persona.from_replies(model, "You are a sailor.", QUESTIONS, goal=g, **cues)
+        for g in ("elicit", "reduce")
+    ]
     pairs = [contrast_pairs(model, persona, persona.items, "decision") for persona in asked]
     assert all((a == b).all() for a, b in zip(pairs[0].good, pairs[1].good, strict=True))
     assert pairs[0].recipe["contrast"] == "neutral cue/pro cue"
