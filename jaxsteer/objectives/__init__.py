@@ -3,6 +3,7 @@
 from jaxsteer.objectives.reads import Needs, Objective, Reads, needs
 from jaxsteer.objectives.terms import (
     Attention,
+    ByContext,
     LogitDifference,
     MatchDistribution,
     Neuron,
@@ -16,6 +17,7 @@ from jaxsteer.objectives.terms import (
 
 __all__ = [
     "Attention",
+    "ByContext",
     "LogitDifference",
     "MatchDistribution",
     "Needs",

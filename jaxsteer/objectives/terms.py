@@ -138,6 +138,18 @@ class TargetLogProb(Term):
 
 
 @struct.dataclass
+class ByContext(Term):
+    """Any objective times a number of the row's context, for example -1 where it is to fall: ``w_c f``."""
+
+    objective: Objective
+    weights: Float[Array, " c"]
+
+    def __call__(self, reads: Reads) -> Float[Array, " rows"]:
+        """The wrapped objective's score of every row, times its context's number."""
+        return _per_row(self.weights, reads) * self.objective(reads)
+
+
+@struct.dataclass
 class LogitDifference(Term):
     """``logit[plus] - logit[minus]`` of the token after the read position: the log-odds of two tokens, in nats."""
 

@@ -190,7 +190,9 @@ class Shared:
 
     def setting(self, options: SearchOptions) -> PersonaSetting:
         """The contexts of a method's search."""
-        named = named_objective(options.objective.objective, options.objective.target)
+        named = named_objective(
+            options.objective.objective, options.objective.target, relative=options.objective.relative
+        )
         sae = self.sae if options.objective.sae else None
         return prepare(options.contexts, options.scoring, options.prompt, self.model, self.persona, named, sae)
 

@@ -87,7 +87,7 @@ def run_conversations(options: SearchOptions, path: Path, *, model: Model | None
 
 def _without_persona(options: ObjectiveOptions) -> NamedObjective | None:
     """The objective by name, if it is not a direction's. Refuses what only a persona's questions can serve."""
-    named = named_objective(options.objective, options.target)
+    named = named_objective(options.objective, options.target, relative=options.relative)
     if named is not None and named.of_persona:
         raise UserError(f"--objective {options.objective} is made of a persona's answers: take --target TEXT instead")
     given = options.direction is not None and not options.direction.startswith(RANDOM) and options.site != "auto"

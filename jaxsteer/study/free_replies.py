@@ -58,9 +58,20 @@ def free_replies(model: Model, train: Sequence[Item], held_out: Sequence[Item]) 
     except UserError as error:
         log.warning("free replies cannot be read by their words: %s", error)
         words = None
-    (neutral,) = ask(model, neutral_texts(model), [""], max_new_tokens=YARDSTICK_TOKENS)
     return FreeReplies(
         words=words,
         accuracy=accuracy(words, held_out) if words and held_out else None,
-        neutral=tuple(text.strip() for text in neutral if text.strip()),
+        neutral=neutral_replies(model),
     )
+
+
+def neutral_replies(model: Model) -> tuple[str, ...]:
+    """How the model begins its replies to requests that have nothing to do with a persona: fluent, in no character."""
+    if model.fingerprint not in _NEUTRAL:
+        (said,) = ask(model, neutral_texts(model), [""], max_new_tokens=YARDSTICK_TOKENS)
+        _NEUTRAL[model.fingerprint] = tuple(text.strip() for text in said if text.strip())
+    return _NEUTRAL[model.fingerprint]
+
+
+_NEUTRAL: dict[str, tuple[str, ...]] = {}
+"""By fingerprint, what models have said."""

@@ -152,7 +152,7 @@ def _settings(
     options: SearchOptions, rows: Sequence[Row], personas: Mapping[str, Persona], model: Model, say: Say
 ) -> dict[Key, PersonaSetting]:
     """The settings of all problems; the objectives are tried in each."""
-    named = named_objective(options.objective.objective, options.objective.target)
+    named = named_objective(options.objective.objective, options.objective.target, relative=options.objective.relative)
     keys = list(dict.fromkeys(row.key for row in rows))
     saes = {name: load_sae(name, mesh=model.mesh) if name else None for _, name in dict.fromkeys(keys)}
     found: dict[Key, PersonaSetting] = {}

@@ -15,11 +15,13 @@ import numpy as np
 from jaxsteer.errors import UserError
 from jaxsteer.files.paths import user_path
 from jaxsteer.models.model import Model
-from jaxsteer.objectives import Attention, LogitDifference, Neuron, Objective, TargetLogProb
+from jaxsteer.objectives import Attention, ByContext, LogitDifference, Neuron, Objective, TargetLogProb
 from jaxsteer.objectives.reads import KEYS
 from jaxsteer.personas import Item, Persona
+from jaxsteer.personas.items import mostly_replies
 from jaxsteer.personas.pairs import both_orders
 from jaxsteer.prompts import Conversation, Placement, Slots, question_conversation, with_target
+from jaxsteer.study.free_replies import neutral_replies
 
 FORMS = (
     "file.py:function",
@@ -56,6 +58,8 @@ class NamedObjective:
     """Whether instead it is, in every context, the answer that is wanted of the item."""
     of_persona: bool = False
     """Whether it is made of the answers of a persona's items."""
+    relative: bool = False
+    """Whether it is what the answer gains beyond a neutral reply in its place: every context counts twice then."""
 
     def in_contexts(
         self, model: Model, persona: Persona | None, slots: Slots, *, placement: Placement = Placement()
@@ -64,24 +68,36 @@ class NamedObjective:
 
         Raises ``UserError`` when the objective does not fit the contexts or the model.
         """
+        if self.relative:
+            slots = _twice(slots)
+            if persona is None or not mostly_replies(persona.items):
+                raise UserError(
+                    "--relative compares replies in words, and this persona's answers are none: leave it out"
+                )
         given = [] if persona is None else [persona.answers(item) for item in _items(persona, slots, placement)]
         contexts = Contexts(model=model, slots=slots, answers=given)
         objective = self.make(contexts)
         answers = [wanted for wanted, _ in given] if self.own_answer else self.target
+        if self.relative:
+            half, neutral = len(slots) // 2, neutral_replies(model)
+            answers = [*(answers or ())[:half], *(neutral[i % len(neutral)] for i in range(half))]
         if answers is not None:
             slots = with_target(model.tokenizer, slots, answers, max_positions=model.config.max_positions)
         return objective, slots
 
 
-def named_objective(objective: str | None, target: str | None = None) -> NamedObjective | None:
-    """What ``--objective`` and ``--target`` ask for, or ``None`` where neither is given.
+def named_objective(
+    objective: str | None, target: str | None = None, *, relative: bool = False
+) -> NamedObjective | None:
+    """What ``--objective``, ``--target`` and ``--relative`` ask for, or ``None`` where nothing is given.
 
     =========================  ================================================================================
     ``file.py:function``       a function of the reads, or any objective, from a file that is run as Python code
     ``target``                 log-probability of the text ``--target`` as the answer (the default with --target)
     ``target-mean``            the same per token
     ``answer``                 log-probability of every question's wanted answer: that which does not show the
-                               persona, or to elicit it, that which does
+                               persona, or to elicit it, that which does; ``relative``: of replies, what it has
+                               per token beyond a neutral reply in its place
     ``answer-diff``            logit of that answer's first token minus that of the persona's
     ``logit-diff:yes|no``      logit of one text's first token minus the other's
     ``neuron:SITE[17]``        one entry of a site, e.g. ``blocks.2.mlp.hook_post[17]``
@@ -91,6 +107,8 @@ def named_objective(objective: str | None, target: str | None = None) -> NamedOb
 
     Raises ``UserError`` for anything else, and for files that do not give a function.
     """
+    if relative and objective != "answer":
+        raise UserError("--relative belongs to --objective answer: the wanted reply beside a neutral one in its place")
     if objective is None and target is None:
         return None
     text = objective or "target"
@@ -103,9 +121,9 @@ def named_objective(objective: str | None, target: str | None = None) -> NamedOb
         if target is not None:
             raise UserError(f"--objective {kind} takes every question's own answer: leave out --target")
         if kind == "answer":
-            return NamedObjective(
-                name="custom: answer", make=lambda _: TargetLogProb(), own_answer=True, of_persona=True
-            )
+            name = "custom: answer" + " (relative)" * relative
+            made = _beyond if relative else lambda _: TargetLogProb()
+            return NamedObjective(name=name, make=made, own_answer=True, of_persona=True, relative=relative)
         return dataclasses.replace(_named(text, _answer_difference), of_persona=True)
     if kind == "logit-diff" and rest.count("|") == 1:
         plus, minus = rest.split("|")
@@ -124,6 +142,23 @@ def named_objective(objective: str | None, target: str | None = None) -> NamedOb
 
 def _named(name: str, make: Callable[[Contexts], Objective], target: str | None = None) -> NamedObjective:
     return NamedObjective(name=f"custom: {name}", make=make, target=target)
+
+
+def _beyond(contexts: Contexts) -> ByContext:
+    """The log-probability per token of every answer minus that of the neutral reply in the second half of contexts."""
+    half = len(contexts.slots) // 2
+    return ByContext(objective=TargetLogProb(per_token=True), weights=jnp.repeat(jnp.asarray([2.0, -2.0]), half))
+
+
+def _twice(slots: Slots) -> Slots:
+    """Every context and then every one again, where that is not done."""
+    half = len(slots) // 2
+    if slots.target and slots.conversations[:half] == slots.conversations[half:]:
+        return slots
+    names = ("before", "after", "closing", "conversations", "surroundings")
+    return dataclasses.replace(
+        slots, **{name: 2 * getattr(slots, name) for name in names}, read_index=np.tile(slots.read_index, 2), checked={}
+    )
 
 
 def _answer_difference(contexts: Contexts) -> LogitDifference:

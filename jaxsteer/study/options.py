@@ -95,6 +95,9 @@ class ObjectiveOptions:
     neuron:blocks.2.mlp.hook_post[17] or attention:blocks.1.attn.hook_pattern[3]:prompt (docs/objectives.md)."""
     target: str | None = None
     """Text of an answer whose log-probability is the objective, or is read by the objective of a file."""
+    relative: bool = False
+    """With --objective answer and replies in words: raise what the wanted reply has per token beyond a neutral reply in
+    its place, so that a prompt which makes everything unlikely wins nothing. Every context counts twice."""
     objective_norm: Literal["raw", "cosine", "zscore"] = "raw"
     """Of resga: the projection in stream units, as a cosine, or of the stream standardised over its width."""
     probe: int | Literal["auto", "off"] = "auto"
@@ -319,6 +322,8 @@ def _check(options: SearchOptions) -> None:
     if isinstance(probe, int) and probe < LEAST_PROBED:
         raise UserError(f"--probe must be auto, off, or at least {LEAST_PROBED} prompts, got {probe}")
     combine, temperature = options.scoring.combine, options.scoring.combine_temperature
+    if objective.relative and combine != "mean":
+        raise UserError("--relative is a difference of means over contexts: leave out --combine")
     if not temperature > 0 or (combine != "soft-min" and temperature != 1):
         raise UserError(
             f"--combine-temperature must be above 0 and belongs to --combine soft-min, got {temperature} with "

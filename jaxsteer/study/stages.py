@@ -120,7 +120,7 @@ def persona_setting(
     ``persona`` and ``model`` save loading them again. Raises ``UserError`` for what cannot be searched.
     """
     objective = options.objective
-    named = named_objective(objective.objective, objective.target)
+    named = named_objective(objective.objective, objective.target, relative=objective.relative)
     persona = persona or load_persona(options.contexts.persona)
     model = model or load_model(options.model, parallel=options.algorithm.restarts > 1, quiet=options.run.quiet)
     persona = ready(model, persona, options.contexts.goal, Path(options.run.out), say, quiet=options.run.quiet)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jaxsteer.objectives import Attention, LogitDifference, Neuron, TargetLogPro
 from jaxsteer.personas import Item, Persona, search_conversations
 from jaxsteer.prompt_search import make_task, score
 from jaxsteer.prompts import Slots, build_slots
-from jaxsteer.study import SearchOptions, named_objective
+from jaxsteer.study import SearchOptions, named_objective, named_objectives
 from tests.helpers.tiny import tiny_model
 
 MODEL = tiny_model()
@@ -96,6 +98,47 @@ def test_the_difference_of_logits_is_that_of_log_probabilities() -> None:
     np.testing.assert_allclose(f, total / 4, atol=1e-4)
 
 
+def test_a_relative_objective_is_what_a_reply_has_beyond_a_neutral_one(
+    monkeypatch: pytest.MonkeyPatch, compile_counter: Callable[[], Any]
+) -> None:
+    """In the search's scoring against float64 on the whole texts; a prompt that lowers everything wins nothing."""
+    monkeypatch.setattr(named_objectives, "neutral_replies", lambda _: ("the old mill by the town", "a river"))
+    items = tuple(
+        Item(id=q, question=q, matching="I want easy money today", not_matching=other, group=q)
+        for q, other in (("What now?", "patience is the best advice"), ("And later?", "no, thank you my friend"))
+    )
+    persona = Persona(name="words", items=items, data_hash="0")
+    found = search_conversations(items, "decision")
+    slots = build_slots(MODEL.tokenizer, [c for c, _ in found], 3, read=[r for _, r in found])
+    ids = jnp.asarray([[300, 301, 302], [310, 311, 312]], jnp.int32)
+    scores, programs = {}, {}
+    for relative in (False, True):
+        named = named_objective("answer", relative=relative)
+        assert named is not None
+        objective, placed = named.in_contexts(MODEL, persona, slots)
+        again = named.in_contexts(MODEL, persona, placed)[1]
+        assert len(again) == len(placed) == 2 * (1 + relative)
+        allowed = np.ones(MODEL.config.vocab_size, bool)
+        task = make_task(MODEL.params, MODEL.config, placed, needs=needs(objective, MODEL.config), allowed=allowed)
+        with compile_counter() as count:
+            scores[relative] = np.asarray(jax.jit(score)(MODEL.params, task, as_pytree(objective), ids))
+        programs[relative] = count["score"]
+    assert programs[True] == programs[False] == 1
+    each = np.zeros((4, 2))
+    for c in range(4):
+        target = placed.target[c]
+        rows = np.asarray(
+            [np.concatenate([placed.before[c], row, placed.closing[c], target]) for row in np.asarray(ids)]
+        )
+        logits = np.asarray(jaxsteer.logits(MODEL, rows), np.float64)[:, -len(target) - 1 : -1]
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        each[c] = np.take_along_axis(log_probs, np.broadcast_to(target, (2, len(target)))[..., None], -1)[..., 0].mean(
+            -1
+        )
+    np.testing.assert_allclose(scores[True][0], (each[:2] - each[2:]).mean(0), atol=1e-5)
+    np.testing.assert_allclose(scores[True][1], scores[False][1], rtol=1e-6)  # fluency is that of the same contexts
+
+
 @pytest.mark.parametrize(
     ("objective", "target", "says"),
     [
@@ -128,10 +171,20 @@ def test_objectives_that_do_not_fit_the_contexts(objective: str, read_position: 
         named.in_contexts(MODEL, PERSONA, slots_for(read_position))
 
 
+def test_relative_needs_replies() -> None:
+    with pytest.raises(UserError, match="--relative belongs to --objective answer"):
+        named_objective("answer-diff", relative=True)
+    named = named_objective("answer", relative=True)
+    assert named is not None
+    with pytest.raises(UserError, match="--relative compares replies in words"):
+        named.in_contexts(MODEL, PERSONA, slots_for())
+
+
 def test_options_that_belong_to_one_method(tmp_path: Path) -> None:
     for changes, says in (
         ({"objective_norm": "cosine", "target": " (B)"}, "--objective-norm is an option"),
         ({"surrogate": "preact"}, "--surrogate is an option"),
+        ({"relative": True, "objective": "answer", "combine": "worst"}, "leave out --combine"),
         ({"method": "saega", "sae": "x", "target": " (B)"}, "leave out --objective, --target, --site"),
     ):
         with pytest.raises(UserError, match=says):
