@@ -12,6 +12,7 @@ import html
 import io
 import math
 import re
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,11 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def columns(otherwise: int = 120) -> int:
+    """Letters in a line of the terminal, or so many where there is none."""
+    return shutil.get_terminal_size((otherwise, 0)).columns
 
 
 def percent(value: Any) -> str:

@@ -43,7 +43,8 @@ class Demo:
         from jaxsteer.report import write_report
         from jaxsteer.study import SearchOptions, run
         from jaxsteer.study.bars import load, say
-        from jaxsteer.study.results import SearchRun, summary_table
+        from jaxsteer.study.results import SearchRun
+        from jaxsteer.study.run_table import summary_table
 
         print(f"Loading {self.model}")
         model = load(self.model)

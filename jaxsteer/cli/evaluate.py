@@ -14,7 +14,7 @@ from jaxsteer.ranges import Seed
 from jaxsteer.study.files import document
 
 if TYPE_CHECKING:
-    from jaxsteer.study.measurement import Measurement
+    from jaxsteer.study.results import Result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,9 @@ class Eval(Steering):
         from jaxsteer.prompts import Placement
         from jaxsteer.prompts.soft import load_soft, with_soft
         from jaxsteer.study.bars import load
-        from jaxsteer.study.measure import Unfinished, measure
+        from jaxsteer.study.measure import measure
         from jaxsteer.study.questions import MeasureOptions, questions_of
+        from jaxsteer.study.results import Unfinished
         from jaxsteer.writers.endpoint import Endpoint
 
         asked = self._from_run() if self.from_run is not None else self
@@ -91,7 +92,7 @@ class Eval(Steering):
                 model, questions, prompts, edits=edits, transfer=asked.transfer, options=options, out=asked.out
             )
         except Unfinished as error:
-            print(_shown(error.measurement, asked.json))
+            print(_shown(error.result, asked.json))
             raise
         print(_shown(found, asked.json))
         return 0
@@ -110,7 +111,7 @@ class Eval(Steering):
         return dataclasses.replace(self, prompts=(*self.prompts, *texts), **settings)
 
 
-def _shown(found: Measurement, as_json: bool) -> str:
+def _shown(found: Result, as_json: bool) -> str:
     return document(found.to_json()) if as_json else found.table()
 
 

@@ -41,12 +41,17 @@ class Search:
         from jaxsteer.report import write_report
         from jaxsteer.study.bars import say
         from jaxsteer.study.object_store import working_directory
+        from jaxsteer.study.results import Unfinished
         from jaxsteer.study.study_result import Study
 
         options, out = self.options, str(self.options.run.out).rstrip("/")
         use_cores(number_of_searches(options), options.model)
         with working_directory(options.run.out, say=say) as folder:
-            found = run_search(options.at(folder), say=say)
+            try:
+                found = run_search(options.at(folder), say=say)
+            except Unfinished as error:
+                print(f"\n{error.result.table()}\n")
+                raise
             runs = found.runs if isinstance(found, Study) else None
             if is_first():
                 for name in runs or ():

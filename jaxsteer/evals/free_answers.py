@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +23,7 @@ from jaxsteer.prompts import Placement, Turns, encode_texts, question_conversati
 from jaxsteer.prompts.generate import generate
 from jaxsteer.ranges import CountFrom0, Interval, Share
 from jaxsteer.statistics import rate_interval
+from jaxsteer.writers.judge import Judged
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
@@ -61,7 +62,7 @@ def ask(
     placement: Placement = Placement(),
     max_new_tokens: int = MAX_NEW_TOKENS,
     edits: Intervention | None = None,
-    batch: int = 64,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[str, ...]]:
     """Greedy answers to every question under every prompt: one tuple of texts per prompt."""
     rendered = [
@@ -77,7 +78,7 @@ def ask(
         temperature=0,
         max_new_tokens=max_new_tokens,
         edits=edits,
-        batch=batch,
+        progress=progress,
     )
     n = len(questions)
     return [made.texts[p * n : (p + 1) * n] for p in range(len(prompts))]
@@ -92,7 +93,7 @@ def written_eval(
     placement: Placement = Placement(),
     max_new_tokens: int = MAX_NEW_TOKENS,
     edits: Intervention | None = None,
-    batch: int = 64,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[WrittenResult]:
     """Let the model answer every item, in both orders of its choices, under every prompt ("" is zero-shot).
 
@@ -102,7 +103,7 @@ def written_eval(
     asked = [copy for item in items for copy in orders(item)]
     answers = ask(
         model, [item.asked for item in asked], prompts, placement=placement, max_new_tokens=max_new_tokens,
-        edits=edits, batch=batch,
+        edits=edits, progress=progress,
     )  # fmt: skip
     results = []
     for prompt, texts in zip(prompts, answers, strict=True):
@@ -273,6 +274,17 @@ def is_illusion(rate: Rate | None, written: WrittenRates | None) -> bool:
         return False
     moved, followed = (_direction(difference.ci95) for difference in (rate.difference, written.difference))
     return moved != 0 and followed != moved
+
+
+def agreeing(judged: Judged, written: WrittenResult) -> Judged:
+    """A judge's scores of the same answers, with how often the rule says as it does."""
+    pairs = [
+        (float((score >= judged.shown) == (chose == PERSONA)), group)
+        for score, chose, group in zip(judged.scores, written.chose, written.groups, strict=True)
+        if score is not None and chose != UNREAD
+    ]
+    agrees, groups = np.asarray([same for same, _ in pairs]), [group for _, group in pairs]
+    return dataclasses.replace(judged, agreement=_share(agrees), agreement_ci95=rate_interval(agrees, groups))
 
 
 def _direction(ci95: Interval | None) -> int:

@@ -62,6 +62,7 @@ def generate(
     samples: int = 1,
     edits: Intervention | None = None,
     batch: int = 64,
+    progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Generation:
     """Continue prompts: greedily at ``temperature`` 0, by sampling otherwise.
@@ -78,18 +79,19 @@ def generate(
     holds one edit per row.
 
     Row r's tokens depend on the seed, on r and on its prompt, not on the rows beside it. At most ``batch`` rows are
-    decoded at a time, equal prompts being run once. With a mesh, rows are spread over "prompts". Raises ``UserError``
-    for prompts that do not fit, or that the model's template refuses, before anything is computed.
+    decoded at a time, equal prompts being run once; ``progress(done, total)`` counts them. With a mesh, rows
+    are spread over "prompts". Raises ``UserError`` for prompts that do not fit, or that the model's template refuses,
+    before anything is computed.
     """
     started = time.perf_counter()
     rows, decoding = encode_prompts(model, prompts, roles=edits is not None), changed(decoding, options)
     end = _end(model, decoding)
     every = None if end is None else _CHUNK
     made: dict[int, np.ndarray] = {}
-    for progress in generate_tokens(
-        model, rows, decoding, samples=samples, edits=edits, end=end, every=every, batch=batch
-    ):
-        made |= {int(row): tokens for row, tokens in zip(progress.rows, progress.tokens, strict=True)}
+    for part in generate_tokens(model, rows, decoding, samples=samples, edits=edits, end=end, every=every, batch=batch):
+        made |= {int(row): tokens for row, tokens in zip(part.rows, part.tokens, strict=True)}
+        if progress is not None:
+            progress(len(made), len(rows) * samples)
     kept = [made[row][made[row] != NO_TOKEN].astype(np.int32) for row in range(len(rows) * samples)]
     tokens = np.full((len(kept), max((len(row) for row in kept), default=0)), NO_TOKEN, np.int32)
     for row, ids in enumerate(kept):

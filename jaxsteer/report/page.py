@@ -19,7 +19,8 @@ from jaxsteer.report.study_page import render_study
 from jaxsteer.report.study_plots import study_plots
 from jaxsteer.report.templates import embedded, flat, shaded, template
 from jaxsteer.study.latent_explanation import LatentExplanation
-from jaxsteer.study.results import Prompt, SearchRun, rule_of
+from jaxsteer.study.results import Prompt, SearchRun
+from jaxsteer.study.run_table import rule_of
 
 
 def write_report(directory: str | Path) -> Path:

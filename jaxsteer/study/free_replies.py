@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from jaxsteer.errors import UserError
 from jaxsteer.evals.free_answers import WrittenResult, ask
@@ -13,8 +14,10 @@ from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.word_odds import WordOdds, accuracy, learn_words
 from jaxsteer.files.records import Record
 from jaxsteer.models.model import Model
-from jaxsteer.personas import Item
+from jaxsteer.personas import Item, OpenQuestion
 from jaxsteer.personas.items import mostly_replies
+from jaxsteer.writers.judge import Judged, Rubric, judge
+from jaxsteer.writers.writer import Writer
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,23 @@ class FreeReplies:
     def yardsticks(self, n: int) -> tuple[str, ...]:
         """One neutral reply for each of ``n`` questions."""
         return tuple(itertools.islice(itertools.cycle(self.neutral), n))
+
+
+def judge_answers(
+    writer: Writer,
+    rubric: Rubric,
+    behaviour: str,
+    asked: Sequence[Item | OpenQuestion],
+    answers: Sequence[str],
+    log: Path | None,
+) -> Judged:
+    """The judge's scores of one answer to each question; ``log`` takes its replies. Raises ``UserError`` as ``judge``
+    does."""
+    facts = [
+        {"behaviour": behaviour, "question": one.question, "answer": answer}
+        for one, answer in zip(asked, answers, strict=True)
+    ]
+    return judge(writer, rubric, facts, [one.group for one in asked], log=log)
 
 
 def free_replies(model: Model, train: Sequence[Item], held_out: Sequence[Item]) -> FreeReplies | None:

@@ -30,7 +30,7 @@ from jaxsteer.study import files
 from jaxsteer.study.named_objectives import named_objective
 from jaxsteer.study.objective_stage import ChosenObjective, Say, choose_objectives, try_objective
 from jaxsteer.study.options import RANDOM, ContextOptions, ObjectiveOptions, SearchOptions, from_flat
-from jaxsteer.study.outcome import environment
+from jaxsteer.study.outcome import check_judge, environment
 from jaxsteer.study.problem_table import COLUMNS, rows_of
 from jaxsteer.study.results import SearchRun, Timing
 from jaxsteer.study.run_folder import opened
@@ -95,6 +95,8 @@ def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> Study:
     """
     rows = [_row(row, options) for row in rows_of(options.problems)]
     personas = {name: load_persona(name) for name in dict.fromkeys(row.options.contexts.persona for row in rows)}
+    for persona in personas.values():
+        check_judge(options.report, persona)
     hashes = {name: persona.data_hash for name, persona in personas.items()}
     listed = hashlib.sha256(repr([row.columns() for row in rows]).encode()).hexdigest()[:16]
     config = {"data_hash": hashes, **options.record(), "problems": listed}

@@ -40,32 +40,24 @@ from jaxsteer.personas import (
 from jaxsteer.personas.replies import REPLY_TOKENS
 from jaxsteer.processes import is_first
 from jaxsteer.study.bars import load, progress_bar
-from jaxsteer.study.files import write_json
-from jaxsteer.study.free_replies import FreeReplies, free_replies
+from jaxsteer.study.files import JUDGED, write_json
+from jaxsteer.study.free_replies import FreeReplies, free_replies, judge_answers
 from jaxsteer.study.measurement import Measured, Measurement, PromptEffects
 from jaxsteer.study.questions import MeasureOptions, Questions, questions_of
+from jaxsteer.study.results import Unfinished
 from jaxsteer.study.run_folder import opened
 from jaxsteer.writers.endpoint import Endpoint
-from jaxsteer.writers.judge import Judged, judge
+from jaxsteer.writers.judge import Judged
 
 OPEN_TOKENS = 128
 """Longest free answer to a question without choices."""
 FLUENCY_QUESTIONS = 8
 """Questions after which a prompt's perplexity is measured."""
 
-JUDGED, UNFINISHED = "judged.jsonl", "unfinished.json"
-"""Files of a measurement's directory: the judge's replies, and what is measured until the last stage is done."""
+UNFINISHED = "unfinished.json"
+"""File of a measurement's directory: what is measured until the last stage is done."""
 
 Result = TypeVar("Result")
-
-
-class Unfinished(UserError):
-    """The judge gave no answer. ``measurement`` holds what was measured before."""
-
-    def __init__(self, message: str, measurement: Measurement) -> None:
-        """As the message says."""
-        super().__init__(message)
-        self.measurement = measurement
 
 
 def measure(
@@ -120,7 +112,8 @@ def measure(
                 part = _measured(ready, asked, prompts, edits, chosen, keep, None if kept is None else kept / JUDGED)
             except Unfinished as error:
                 where = "" if kept is None else f" What was measured and judged is kept in {kept}: the same goes on."
-                raise Unfinished(f"{error}{where}", whole(error.measurement)) from error
+                assert isinstance(error.result, Measurement)
+                raise Unfinished(f"{error}{where}", whole(error.result)) from error
             done.append(part)
         found = dataclasses.replace(done[0], transfer=tuple(done[1:]))
         if folder is not None:
@@ -282,9 +275,9 @@ class _Bench:
             most = REPLY_TOKENS if words else MAX_NEW_TOKENS
             written = self.beside(
                 "free answers",
-                lambda texts, edits, _: written_eval(
+                lambda texts, edits, progress: written_eval(
                     model, asked.items, texts, read_by=words or asked.reasons, edits=edits, placement=placement,
-                    max_new_tokens=most,
+                    max_new_tokens=most, progress=progress,
                 ),
             )  # fmt: skip
             rates = [written_rates(w, s, _against(written, w)) for w, s in zip(written, scored, strict=True)]
@@ -295,8 +288,14 @@ class _Bench:
         else:
             answers = self.beside(
                 "free answers",
-                lambda texts, edits, _: ask(
-                    model, asked.texts, texts, max_new_tokens=OPEN_TOKENS, edits=edits, placement=placement
+                lambda texts, edits, progress: ask(
+                    model,
+                    asked.texts,
+                    texts,
+                    max_new_tokens=OPEN_TOKENS,
+                    edits=edits,
+                    placement=placement,
+                    progress=progress,
                 ),
             )
             rows = [dataclasses.replace(row, answers=given) for row, given in zip(rows, answers, strict=True)]
@@ -308,11 +307,7 @@ class _Bench:
         assert writer is not None
         copies: Sequence[Item | OpenQuestion] = [copy for item in self.asked.items for copy in orders(item)]
         copies = copies or self.asked.open
-        facts = [
-            {"behaviour": self.asked.behaviour, "question": copy.question, "answer": answer}
-            for copy, answer in zip(copies, answers, strict=True)
-        ]
-        return judge(writer, self.options.rubric, facts, [copy.group for copy in copies], log=log)
+        return judge_answers(writer, self.options.rubric, self.asked.behaviour, copies, answers, log)
 
     def side_effects(self) -> list[PromptEffects]:
         """Replies to neutral requests, look-ups of the organisms, and how likely the prompts are as text."""

@@ -20,6 +20,7 @@ from jaxsteer.study.algorithm import SIZES, AlgorithmOptions, flag
 from jaxsteer.study.files import RunDir
 from jaxsteer.study.initial_prompts import listed_texts, texts_of
 from jaxsteer.study.option_values import convert_value
+from jaxsteer.writers.endpoint import Endpoint
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {"prompt_length": 8, "steps": 60, "contexts": 4, "raw_units": False, "tokens": "words"},
@@ -195,6 +196,16 @@ class ReportOptions:
     """What ranks the reported prompt first: the objective, or the lowest persona rate on validation questions."""
     report_prompts: int = 12
     """Prompts of the Pareto frontier to evaluate, best objective first."""
+    judge: str | None = None
+    """Of a persona in words: also let the model behind this OpenAI-compatible address score the free replies to test
+    questions, e.g. http://127.0.0.1:8000/v1."""
+    judge_model: str | None = None
+    """Name of the judge there (default: the first that it lists)."""
+
+    @property
+    def judge_writer(self) -> Endpoint | None:
+        """Whoever judges. Raises ``UserError`` for what is no address."""
+        return None if self.judge is None else Endpoint(url=self.judge, model=self.judge_model or "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,7 +230,7 @@ LEAST_PROBED = 8
 """Fewer random prompts tell nothing."""
 RANDOM = "random:"
 """What ``--direction`` begins with for a random one."""
-OF_A_PERSONA = ("persona", "style", "slot", "goal", "contexts", "select", "draft", "method", "probe")
+OF_A_PERSONA = ("persona", "style", "slot", "goal", "contexts", "select", "draft", "method", "probe", "judge")
 """Options that mean nothing for conversations of the user's own."""
 
 
@@ -300,7 +311,9 @@ def _check(options: SearchOptions) -> None:
             "mutation do (without --replace): give one length, or one of these"
         )
     algorithm.make_search()
-    several = options.problems.several
+    several, report = options.problems.several, options.report
+    if report.judge_writer is None and report.judge_model is not None:
+        raise UserError("--judge-model names a model of --judge URL: give both, or neither")
     if "" in prompt.ban:
         raise UserError("--ban names an empty text, which every prompt holds: give the texts that none may hold")
     direction = objective.direction or ""

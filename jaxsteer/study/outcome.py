@@ -13,23 +13,26 @@ import jax
 import numpy as np
 
 from jaxsteer import __version__
+from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import choice_eval, distinct, first_rows, rate
-from jaxsteer.evals.free_answers import written_eval, written_rates
+from jaxsteer.evals.free_answers import WrittenResult, agreeing, written_eval, written_rates
 from jaxsteer.models.model import Model
 from jaxsteer.objectives import Objective, needs
-from jaxsteer.personas import instructions, invitations
+from jaxsteer.personas import Item, Persona, instructions, invitations, orders
+from jaxsteer.personas.items import mostly_replies
 from jaxsteer.personas.replies import REPLY_TOKENS
 from jaxsteer.prompt_search import ScoredPrompt, SearchResult
 from jaxsteer.prompt_search.rescore import Rescored, rescore
 from jaxsteer.prompts import prompt_text, random_rows, retokenises_many
 from jaxsteer.study import files
-from jaxsteer.study.bars import progress_bar
-from jaxsteer.study.free_replies import TEST_REPLIES, VALIDATION_REPLIES, SaidFreely, free_replies
+from jaxsteer.study.bars import Advance, progress_bar
+from jaxsteer.study.free_replies import TEST_REPLIES, VALIDATION_REPLIES, SaidFreely, free_replies, judge_answers
 from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.options import ReportOptions, RunOptions
 from jaxsteer.study.results import Prompt
 from jaxsteer.study.selection import best_prompt
 from jaxsteer.study.setting import PersonaSetting, Setting
+from jaxsteer.writers.judge import BEHAVIOUR
 
 MARKED = 4
 """Prompts reported although their text does not re-tokenise; they are never selected."""
@@ -75,6 +78,20 @@ class Evaluation:
     """Those that are reported."""
     reply_reader: float | None
     """Of replies, the share of given ones that the rule reads right which reads free ones."""
+    failure: UserError | None
+    """Why the judge gave no answer."""
+
+
+def check_judge(report: ReportOptions, persona: Persona) -> None:
+    """Refuse a judge that is not there, or that has nothing to read. Raises ``UserError``."""
+    if report.judge_writer is None:
+        return
+    if persona.items and not mostly_replies(persona.items):
+        raise UserError(
+            f"--judge scores free replies, and {persona.name} has lettered answers: leave it out, and run "
+            "jaxsteer eval --from-run DIR --judge URL afterwards"
+        )
+    _ = report.judge_writer.name  # an endpoint that is not there fails here
 
 
 def evaluate(
@@ -100,8 +117,9 @@ def evaluate(
         known = not persona.role and cue not in (*instructions(persona.behaviour), *invitations(persona.behaviour))
         controls = {"oracle" if known else "instruction": Prompt(text=cue), **controls}
     measured = [Prompt(), *controls.values(), *reported]
-    records, answers = {}, {}
-    given = free_replies(model, setting.splits.train, setting.splits.validation)
+    records, answers, failure = {}, {}, None
+    with progress_bar("neutral replies", quiet=run.quiet):
+        given = free_replies(model, setting.splits.train, setting.splits.validation)
     for name, most in (("validation", VALIDATION_REPLIES), ("test", TEST_REPLIES)):
         items = distinct(getattr(setting.splits, name))
         texts = [prompt.text for prompt in measured]
@@ -119,27 +137,55 @@ def evaluate(
         records[name] = [result.to_json() for result in results]
         if given is not None:
             few, scored = items[:most], [first_rows(result, most) for result in results]
-            said = written_eval(
-                model, few, texts, read_by=given.words or ((), ()), placement=setting.placement,
-                max_new_tokens=REPLY_TOKENS,
-            )  # fmt: skip
+            with progress_bar(f"free replies, {name}", unit="reply", quiet=run.quiet) as advance:
+                said = written_eval(
+                    model, few, texts, read_by=given.words or ((), ()), placement=setting.placement,
+                    max_new_tokens=REPLY_TOKENS, progress=advance,
+                )  # fmt: skip
             free = [written_rates(one, s, None if one is said[0] else said[0]) for one, s in zip(said, scored)]
             measured = [prompt.with_replies(name, found) for prompt, found in zip(measured, free, strict=True)]
             answers[name] = SaidFreely(questions=tuple(item.question for item in few), prompts=tuple(said)).to_json()
     files.write_json(Path(run.out) / files.CHOICES, _compact(records))
     if answers:
         files.write_json(Path(run.out) / files.REPLIES, answers)
+    if answers and report.judge is not None:
+        with progress_bar("judge", len(measured), unit="prompt", quiet=run.quiet) as advance:
+            measured, failure = _judged(setting, few, measured, said, report, Path(run.out) / files.JUDGED, advance)
     baseline, *others = measured
     assert baseline.test is not None
     how = ", in both orders of their choices" if results[0].both_orders else ""
-    how = how if given is None else f", at most {TEST_REPLIES} of them answered freely"
+    how = how if given is None else f", {min(baseline.test.n, TEST_REPLIES)} of them answered freely"
     say(f"Evaluation: {len(measured)} prompts on {baseline.test.n} test questions{how}")
     return Evaluation(
         baseline=baseline,
         controls=dict(zip(controls, others)),
         prompts=tuple(others[len(controls) :]),
         reply_reader=None if given is None else given.accuracy,
+        failure=failure,
     )
+
+
+def _judged(
+    setting: PersonaSetting,
+    items: Sequence[Item],
+    prompts: Sequence[Prompt],
+    said: Sequence[WrittenResult],
+    report: ReportOptions,
+    log: Path,
+    advance: Advance,
+) -> tuple[list[Prompt], UserError | None]:
+    """The prompts with what the judge makes of their free replies, and why it stopped before the last one."""
+    writer, persona, asked = report.judge_writer, setting.persona, [copy for item in items for copy in orders(item)]
+    assert writer is not None
+    found: list[Prompt] = []
+    for prompt, written in zip(prompts, said, strict=True):
+        try:
+            scores = judge_answers(writer, BEHAVIOUR, persona.behaviour or persona.name, asked, written.texts, log)
+        except UserError as error:
+            return [*found, *prompts[len(found) :]], error
+        found.append(dataclasses.replace(prompt, test_judged=agreeing(scores, written)))
+        advance(len(found))
+    return found, None
 
 
 def select(prompts: Sequence[Prompt], by: str, goal: str = "reduce") -> int | None:

@@ -9,20 +9,22 @@ import dataclasses
 import html
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from jaxsteer.display import aligned, decimals, interval, percent, short, visible
+from jaxsteer.display import percent
 from jaxsteer.errors import UserError
 from jaxsteer.evals.attribution import Attribution
 from jaxsteer.evals.free_answers import ILLUSION, WrittenRates, is_illusion
-from jaxsteer.evals.rates import Rate, Side
+from jaxsteer.evals.rates import Rate
 from jaxsteer.files.records import Record
 from jaxsteer.prompt_search.compiling import MemoryPlan
 from jaxsteer.ranges import Interval
 from jaxsteer.study.figures import RateRow, drawn, rate_plot
 from jaxsteer.study.latent_explanation import LatentExplanation
 from jaxsteer.study.probe import WARNS, Probe
+from jaxsteer.study.run_table import run_table
+from jaxsteer.writers.judge import Judged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +55,15 @@ class Result(Record):
         return f"<pre>{html.escape(self.table())}</pre>"
 
 
+class Unfinished(UserError):
+    """The judge gave no answer. ``result`` holds what was measured before."""
+
+    def __init__(self, message: str, result: Result) -> None:
+        """As the message says."""
+        super().__init__(message)
+        self.result = result
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt(Record):
     """A text and what is known about it. The baseline is the empty text; a control was not searched and has no ids."""
@@ -77,6 +88,8 @@ class Prompt(Record):
     validation_replies: WrittenRates | None = None
     """Of a persona in words, what the model wrote freely."""
     test_replies: WrittenRates | None = None
+    test_judged: Judged | None = None
+    """And what a judge makes of those."""
     note: str | None = None
     """What has to be said with the rate on test questions."""
 
@@ -151,16 +164,6 @@ class Units(Record):
     """Random prompts behind both numbers."""
 
 
-HEAD = ("", "prompt", "target", "x-ent", "validation", "test", "A-rate", "swapped")
-REPLIES_HEAD = (*HEAD[:6], "free replies", "agree", "persona's", "other's", "neutral", "relative")
-RULES = {
-    "objective": "the largest objective",
-    "validation": "the lowest rate on validation questions (a prompt under which a letter wins comes last)",
-    "replies": "the lowest rate of free replies to validation questions",
-}
-"""What ``selected_by`` says, in words; by "validation" a persona in words is selected by free replies."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchRun(Result):
     """One search, from options to files. ``None`` stands for what its kind of search does not have.
@@ -206,7 +209,7 @@ class SearchRun(Result):
     selected: int | None
     """Index of the reported prompt, if there is one."""
     selected_by: str = "objective"
-    """How it was chosen (``RULES``)."""
+    """How it was chosen (``run_table.RULES``)."""
     goal: str | None = None
     """What was wanted: less of the persona ("reduce", where nothing is said), or more ("elicit")."""
     reply_reader: float | None = None
@@ -271,39 +274,16 @@ class SearchRun(Result):
                 found.append(f"With the selected prompt {self.best.note}.")
         return tuple(found)
 
-    def table(self, *, limit: int = 10, width: int = 48) -> str:
-        """The prompts beside the baseline and the controls, at most ``limit`` of them and ``width`` letters each.
+    def table(self, *, limit: int = 10, width: int | None = None) -> str:
+        """The prompts beside the baseline and the controls, at most ``limit`` of them and ``width`` letters each (by
+        default what the terminal has room for).
 
         ``*`` marks the selected prompt and ``!`` one whose text re-tokenises differently. Rates are persona rates with
         their 95 % interval; A-rate and swapped (share of questions answered alike when the choices are exchanged)
-        belong to the test questions, or to the validation questions where no test was run.
+        belong to the test questions, or to the validation questions where no test was run. Of a persona in words there
+        are two tables: free replies, and which of two given replies is likelier.
         """
-        shown = list(enumerate(self.prompts[:limit]))
-        if self.selected is not None and self.selected >= limit:
-            shown.append((self.selected, self.prompts[self.selected]))
-        line, head = (_replies_line, REPLIES_HEAD) if self.in_words else (_line, HEAD)
-        lines = [line("", "(no prompt)", self.baseline or Prompt(), width)]
-        for index, prompt in shown:
-            mark = ("*" if index == self.selected else "") + ("!" if prompt.retokenises is False else "")
-            lines.append(line(mark, prompt.text, prompt, width))
-        for name, control in self.controls.items():
-            lines.append(line("", f"[{name}] {control.text}".rstrip(), control, width))
-        parts = [self._title(), "", aligned([head, *lines], left=(0, 1))]
-        if len(self.prompts) > len(shown):
-            parts.append(f"... and {len(self.prompts) - len(shown)} more")
-        parts += [
-            "",
-            f"persona rate with 95 % interval over questions; target in {visible(self.target_units)}; * selected by "
-            f"{rule_of(self)}; ! re-tokenises differently",
-        ]
-        parts += [REPLIES_NOTE.format(right=percent(self.reply_reader), illusion=ILLUSION)] if self.in_words else []
-        return "\n".join([*parts, *(f"warning: {visible(note)}" for note in self.doubts)])
-
-    def _title(self) -> str:
-        parts = [f"{self.persona} on {self.model}", f"{self.method} at {self.site}", f"read {self.read_position}"]
-        if self.probe_correlation is not None:
-            parts.append(f"probe {decimals(self.probe_correlation)}")
-        return visible(" | ".join([*parts, f"seed {self.seed}"]))
+        return run_table(self, limit, width)
 
     def to_rows(self) -> list[dict[str, Any]]:
         """One row per baseline, prompt and control."""
@@ -328,73 +308,3 @@ class SearchRun(Result):
     def plot(self) -> Figure:
         """Persona rates with 95 % intervals. Raises ``UserError`` for a run without rates."""
         return drawn(rate_plot(self.rate_rows()))
-
-
-def _line(mark: str, text: str, prompt: Prompt, width: int) -> tuple[str, ...]:
-    rate = prompt.rate
-    return (
-        mark,
-        short(text, width),
-        decimals(prompt.target),
-        decimals(prompt.cross_entropy),
-        interval(prompt.validation),
-        interval(prompt.test),
-        percent(rate and rate.a_rate),
-        percent(rate and rate.swapped_rate),
-    )
-
-
-def _replies_line(mark: str, text: str, prompt: Prompt, width: int) -> tuple[str, ...]:
-    """The row of a prompt where answers are replies: what was written freely, and which side moved."""
-    sides, free = prompt.rate and prompt.rate.sides, prompt.replies
-    mark += "~" if prompt.note else ""
-    return (
-        *_line(mark, text, prompt, width)[:6],
-        interval(free),
-        percent(free and free.agreement),
-        *(_side(getattr(sides, name, None)) for name in ("persona", "other", "yardstick")),
-        percent(sides and sides.relative_rate),
-    )
-
-
-def _side(side: Side | None) -> str:
-    """A log-probability per token, and its change against no prompt."""
-    if side is None:
-        return ""
-    return decimals(side.log_prob) + ("" if side.change is None else f" ({side.change.value:+.2f})")
-
-
-REPLIES_NOTE = """replies are compared per token. free replies: share of what the model writes freely that is the
-persona's, by its words (the rule reads {right} of given validation replies right); agree: questions on which both say
-the same; persona's, other's, neutral: nats per token of these replies (change), neutral ones are replies to something
-else; relative: the rate if a reply gains only what it rises beyond the neutral ones; ~ {illusion}"""
-
-
-def rule_of(run: SearchRun) -> str:
-    """How a run chose its prompt, in words."""
-    key = "replies" if run.in_words and run.selected_by == "validation" else run.selected_by
-    rule = RULES.get(key, visible(key))
-    return rule.replace("lowest", "highest") if run.goal == "elicit" else rule
-
-
-def summary_table(runs: Sequence[SearchRun], *, width: int = 60) -> str:
-    """One line per run: persona, baseline, and the selected prompt with its test rate; of personas in words, the rates
-    are those of free replies."""
-    lettered = not all(run.in_words for run in runs)
-    lines: list[tuple[str, ...]] = [
-        ("persona", "baseline", "with prompt", *(("A-rate",) if lettered else ()), "probe", "prompt")
-    ]
-    for run in runs:
-        before, after = (p and (p.replies if run.in_words else p.test) for p in (run.baseline, run.best))
-        words = f" (free replies, {run.goal or 'reduce'})" if run.in_words else ""
-        lines.append(
-            (
-                visible(run.persona) + words,
-                interval(before),
-                interval(after),
-                *((percent(getattr(after, "a_rate", None)),) if lettered else ()),
-                decimals(run.probe_correlation),
-                short("(none found)" if run.best is None else run.best.text, width),
-            )
-        )
-    return aligned(lines, left=(0, len(lines[0]) - 1))

@@ -58,9 +58,9 @@ from jaxsteer.study.objective_stage import (
     try_objective,
 )
 from jaxsteer.study.options import ModelOptions, RunOptions, SearchOptions
-from jaxsteer.study.outcome import environment, evaluate, finals, select
-from jaxsteer.study.results import Prompt, SearchRun, Timing, Units
-from jaxsteer.study.run_folder import RunFolder
+from jaxsteer.study.outcome import check_judge, environment, evaluate, finals, select
+from jaxsteer.study.results import Prompt, SearchRun, Timing, Unfinished, Units
+from jaxsteer.study.run_folder import GO_ON, RunFolder
 from jaxsteer.study.setting import PersonaSetting, Setting, prepare
 from jaxsteer.study.soft_outcome import KEEP, finish_soft
 from jaxsteer.study.written_persona import ready
@@ -122,6 +122,7 @@ def persona_setting(
     objective = options.objective
     named = named_objective(objective.objective, objective.target, relative=objective.relative)
     persona = persona or load_persona(options.contexts.persona)
+    check_judge(options.report, persona)
     model = model or load_model(options.model, parallel=options.algorithm.restarts > 1, quiet=options.run.quiet)
     persona = ready(model, persona, options.contexts.goal, Path(options.run.out), say, quiet=options.run.quiet)
     sae = load_sae(objective.sae, mesh=model.mesh) if objective.sae else None
@@ -334,6 +335,7 @@ def conclude(
             "selected_by": options.report.select,
             "goal": None if setting.persona.goal == "reduce" else setting.persona.goal,
             "reply_reader": rates.reply_reader,
+            "failure": rates.failure,
             "signature": signature,
             "soft": soft,
         }
@@ -350,13 +352,17 @@ def write_results(
     timing: dict[str, float],
     measure: Callable[[Sequence[Prompt]], dict[str, Any]],
 ) -> SearchRun:
-    """Score the frontier from its text, and write it with the fields of the result that ``measure`` gives."""
+    """Score the frontier from its text, and write it with the fields of the result that ``measure`` gives.
+
+    Raises ``Unfinished`` where these name a ``failure``: then the run's metrics are not written.
+    """
     model, result = setting.model, found.result
     started = time.perf_counter()
     with progress_bar("scoring what was found", quiet=options.run.quiet):
         prompts = finals(setting, found.objective, result)
     files.write_lines(folder.path / files.PARETO, (prompt.to_json() for prompt in prompts))
     measured = measure(prompts)
+    failure = measured.pop("failure", None)
     run = SearchRun(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -380,6 +386,8 @@ def write_results(
         ),
         environment=environment(model),
     )
+    if failure is not None:
+        raise Unfinished(f"{failure} What was found and judged is kept in {folder.path}: {GO_ON}.", run) from failure
     folder.finish(run)
     return run
 

@@ -28,7 +28,7 @@ def ready(model: Model, persona: Persona, goal: Goal | None, folder: Path | None
         kept = load_persona(file)
         if (kept.recipe, kept.ask, kept.role) == (recipe_of(model, persona.goal), persona.ask, persona.role):
             return dataclasses.replace(persona, items=kept.items, data_hash=kept.data_hash, recipe=kept.recipe)
-    say(f"Replies: {model.name} answers {len(persona.ask)} questions, in the role of {persona.name} and as it is")
+    say(f"Replies: {model.name} answers {len(persona.ask)} questions in the role {persona.role!r}, and as it is")
     with progress_bar("replies", unit="reply", quiet=quiet) as advance:
         written = with_replies(model, persona, progress=advance)
     if file is not None and is_first():

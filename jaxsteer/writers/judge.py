@@ -95,6 +95,9 @@ class Judged(Record):
     """The lowest and the highest score that were asked for."""
     shown: float = 50.0
     """The score from which an answer shows what was asked about."""
+    agreement: Share | None = None
+    """Share of scored answers of which a rule says the same, of those that it can read."""
+    agreement_ci95: Interval | None = None
     scores: tuple[float | None, ...]
     replies: tuple[str, ...]
 

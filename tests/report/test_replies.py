@@ -12,7 +12,8 @@ import pytest
 from jaxsteer.errors import UserError
 from jaxsteer.evals.free_answers import ILLUSION
 from jaxsteer.report import read_run, read_study, write_plots, write_report
-from jaxsteer.study.results import SearchRun, rule_of, summary_table
+from jaxsteer.study.results import SearchRun
+from jaxsteer.study.run_table import rule_of, summary_table
 from jaxsteer.study.study_result import RunSummary, Study
 from tests.report.pages import Page
 from tests.report.synthetic import metrics, write_words
@@ -45,6 +46,24 @@ def test_a_change_is_told_as_wanted_or_not(tmp_path: Path, goal: str, change: fl
     (run / "metrics.json").write_text(json.dumps(numbers))
     text = write_report(run).read_text(encoding="utf-8")
     assert verdict in text and f"Wanted: {'more' if goal == 'elicit' else 'less'} of the persona" in text
+
+
+def test_what_a_judge_says_stands_beside_the_words(tmp_path: Path):
+    run = write_words(tmp_path)
+    assert "Judge:" not in write_report(run).read_text(encoding="utf-8")
+    numbers = json.loads((run / "metrics.json").read_text())
+    scores = {
+        "score": 20.0,
+        "score_ci95": [10, 30],
+        "scores": [20.0] * 12,
+        "replies": ["20"] * 12,
+        "template_hash": "0",
+    }
+    judged = {"n": 12, "unread": 0, "rate": 0.25, "ci95": [0.1, 0.5], "judge": "<b>kind", **scores}
+    numbers["prompts"][0]["test_judged"] = judged | {"agreement": 0.75, "agreement_ci95": [0.5, 0.9]}
+    (run / "metrics.json").write_text(json.dumps(numbers))
+    words = " ".join(" ".join(Page(write_report(run).read_text(encoding="utf-8")).text).split())
+    assert "persona to <b>kind" in words and "25.0 % (10.0–50.0) 75.0 % (50.0–90.0)" in words
 
 
 def test_plots_and_summaries_hold_free_replies(tmp_path: Path):

@@ -14,7 +14,8 @@ from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import rate as rate_of
 from jaxsteer.report import read_run, read_study, write_plots, write_report
 from jaxsteer.study.measurement import Measured, Measurement
-from jaxsteer.study.results import SearchRun, summary_table
+from jaxsteer.study.results import SearchRun
+from jaxsteer.study.run_table import summary_table
 from jaxsteer.study.table_row import TableRow, rate_fields
 from tests.helpers.rates import made_choices
 from tests.report.pages import Page

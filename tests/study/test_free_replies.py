@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import pytest
@@ -12,9 +13,10 @@ from jaxsteer.organisms.world import JUSTIFICATIONS
 from jaxsteer.personas import Persona, load_persona, save_persona
 from jaxsteer.personas.replies import recipe_of
 from jaxsteer.study.measurement import Measurement
-from jaxsteer.study.results import SearchRun
+from jaxsteer.study.results import SearchRun, Unfinished
 from jaxsteer.study.run_folder import open_run
 from jaxsteer.study.written_persona import ready
+from tests.helpers.endpoint import endpoint
 
 HOLLOW = " back usually room steady sock in"
 """Random words that make both replies less likely, the persona's by less on some questions."""
@@ -56,26 +58,46 @@ def test_the_illusion_is_caught_and_the_real_thing_is_not() -> None:
     assert again.prompts[0].note == ILLUSION and again.table() == measured().table()
 
 
-def test_a_search_reports_free_replies_and_selects_by_them(tmp_path) -> None:
-    run = jaxsteer.search(
-        persona=str(saved(tmp_path)),
-        out=tmp_path / "run",
-        goal="elicit",
-        select="validation",
-        site="blocks.2.hook_resid_post",
-        probe="off",
-        steps=8,
-        population=4,
-        children=16,
-        contexts=2,
-        report_prompts=3,
-        quiet=True,
-    )
+def test_a_search_reports_free_replies_and_selects_by_them(tmp_path, monkeypatch) -> None:
+    """And a judge that dies loses nothing: the table has what was measured, and its replies are not asked for again."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    answers = itertools.cycle(["90", *["10"] * 3])
+    given = iter([next(answers) for _ in range(40)])
+    with endpoint(lambda body: next(given, 400)) as (url, asked):
+        options = dict(
+            persona=str(saved(tmp_path)),
+            out=tmp_path / "run",
+            goal="elicit",
+            select="validation",
+            site="blocks.2.hook_resid_post",
+            probe="off",
+            steps=8,
+            population=4,
+            children=16,
+            contexts=2,
+            report_prompts=3,
+            judge=url,
+            quiet=True,
+        )
+        with pytest.raises(Unfinished, match="HTTP 400.*the same command with --resume goes on") as failed:
+            jaxsteer.search(**options)
+        first = failed.value.result
+        assert first.baseline.test_judged.score is not None and first.prompts[-1].test_judged is None
+        assert "judge" in first.table() and not (tmp_path / "run/metrics.json").exists()
+        before, given = len((tmp_path / "run/judged.jsonl").read_text().splitlines()), answers
+        asked.clear()
+        run = jaxsteer.search(**options, resume=True)
+    assert before == 40 and len(asked) + before == len((tmp_path / "run/judged.jsonl").read_text().splitlines())
+    assert [prompt.text for prompt in run.prompts] == [prompt.text for prompt in first.prompts]
+    for prompt in (run.baseline, *run.controls.values(), *run.prompts):
+        judged, n = prompt.test_judged, prompt.test_replies.n
+        assert judged.n == len(judged.scores) == n and judged.judge == "loopback-1"
+        assert 0 <= judged.agreement_ci95[0] <= judged.agreement <= judged.agreement_ci95[1] <= 1
     assert run.goal == "elicit" and run.reply_reader == 1.0
     free = [prompt.validation_replies.rate for prompt in run.prompts if prompt.retokenises]
     assert run.best.validation_replies.rate == max(free)  # the goal is more of it
     assert list(run.controls) == ["oracle", "random"] and run.controls["oracle"].text == words().pro_cues[0]
-    table = run.table()
+    table = " ".join(run.table().split())
     assert "free replies" in table and "the highest rate of free replies to validation questions" in table
     assert SearchRun.from_json(json.loads((tmp_path / "run/metrics.json").read_text())) == run
     said = json.loads((tmp_path / "run/replies.json").read_text())["test"]
