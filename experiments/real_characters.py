@@ -162,7 +162,7 @@ def search(model: Model, folder: Path, persona: Persona, arm: Arm, seed: int, ar
     out = folder / folder_of(arm.name, seed)
     run = jaxsteer.search(
         model=model, persona=str(folder / "persona.json"), goal=persona.goal, out=out, seed=seed,
-        select="validation", report_prompts=LEADS, resume=True, **kept,
+        report_prompts=LEADS, test=False, resume=True, **kept,
     )  # fmt: skip
     assert isinstance(run, SearchRun)
     return run

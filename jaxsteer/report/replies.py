@@ -22,11 +22,17 @@ def in_words(run: RunFiles) -> dict[str, Any] | None:
     rows = [("no prompt", result.baseline)]
     rows += [("", prompt) for prompt in result.prompts]
     rows += [(name, control) for name, control in result.controls.items()]
+    tested = result.baseline and result.baseline.test
     return {
+        "split": "test" if tested else "validation",
         "finding": finding(result),
         "illusion": ILLUSION,
         "rows": rows,
-        "sides": [(name, prompt, prompt.rate.sides) for name, prompt in rows if prompt and prompt.rate],
+        "sides": [
+            (name, prompt, prompt.rate.sides)
+            for name, prompt in rows
+            if prompt and prompt.rate and (prompt.test or not tested)
+        ],
         "reader": result.reply_reader,
         "said": side_by_side(run),
     }

@@ -83,16 +83,20 @@ def read_result(path: Path) -> SearchRun:
 
 
 def _said(path: Path, notes: list[str]) -> SaidFreely | None:
-    """The free replies to the test questions. Raises ``UserError`` where texts and questions do not go together."""
+    """The free replies to the test questions, or where no test was run to the validation questions.
+
+    Raises ``UserError`` where texts and questions do not go together.
+    """
     whole = read_object(path)
     if whole is None:
         notes.append(f"{path.name} is missing: what the model wrote freely is not shown")
         return None
-    said = SaidFreely.from_json(whole.get("test"), f"{path}.test")
+    split = "test" if "test" in whole else "validation"
+    said = SaidFreely.from_json(whole.get(split), f"{path}.{split}")
     for at, one in enumerate(said.prompts):
         if {len(one.texts), len(one.chose)} != {len(said.questions)}:
             raise UserError(
-                f"{path}.test.prompts[{at}] holds {len(one.texts)} texts and {len(one.chose)} choices, expected one "
+                f"{path}.{split}.prompts[{at}] holds {len(one.texts)} texts and {len(one.chose)} choices, expected one "
                 f"for each of {len(said.questions)} questions"
             )
     return said

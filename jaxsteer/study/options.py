@@ -192,10 +192,13 @@ class ProblemOptions:
 class ReportOptions:
     """Which prompts are measured, and which of them is reported first."""
 
-    select: Literal["objective", "validation"] = "objective"
-    """What ranks the reported prompt first: the objective, or the lowest persona rate on validation questions."""
+    select: Literal["objective", "validation"] | None = None
+    """What ranks the reported prompt first: the objective, or the rate on validation questions, where answers are
+    replies that of free replies (default: validation where answers are replies, else the objective)."""
     report_prompts: int = 12
     """Prompts of the Pareto frontier to evaluate, best objective first."""
+    test: bool = True
+    """Measure on test questions as well. Leave it out while you try settings: test questions are for the end."""
     judge: str | None = None
     """Of a persona in words: also let the model behind this OpenAI-compatible address score the free replies to test
     questions, e.g. http://127.0.0.1:8000/v1."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxsteer import __version__
 from jaxsteer.errors import UserError
-from jaxsteer.evals.choice import choice_eval, distinct, first_rows, rate
+from jaxsteer.evals.choice import ChoiceResult, choice_eval, distinct, first_rows, rate
 from jaxsteer.evals.free_answers import WrittenResult, agreeing, written_eval, written_rates
 from jaxsteer.models.model import Model
 from jaxsteer.objectives import Objective, needs
@@ -26,7 +26,14 @@ from jaxsteer.prompt_search.rescore import Rescored, rescore
 from jaxsteer.prompts import prompt_text, random_rows, retokenises_many
 from jaxsteer.study import files
 from jaxsteer.study.bars import Advance, progress_bar
-from jaxsteer.study.free_replies import TEST_REPLIES, VALIDATION_REPLIES, SaidFreely, free_replies, judge_answers
+from jaxsteer.study.free_replies import (
+    TEST_REPLIES,
+    VALIDATION_REPLIES,
+    FreeReplies,
+    SaidFreely,
+    free_replies,
+    judge_answers,
+)
 from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.options import ReportOptions, RunOptions
 from jaxsteer.study.results import Prompt
@@ -76,6 +83,8 @@ class Evaluation:
     controls: dict[str, Prompt]
     prompts: tuple[Prompt, ...]
     """Those that are reported."""
+    selected: int | None
+    selected_by: str
     reply_reader: float | None
     """Of replies, the share of given ones that the rule reads right which reads free ones."""
     failure: UserError | None
@@ -86,6 +95,8 @@ def check_judge(report: ReportOptions, persona: Persona) -> None:
     """Refuse a judge that is not there, or that has nothing to read. Raises ``UserError``."""
     if report.judge_writer is None:
         return
+    if not report.test:
+        raise UserError("--judge scores free replies to test questions, which --no-test leaves out: give one of both")
     if persona.items and not mostly_replies(persona.items):
         raise UserError(
             f"--judge scores free replies, and {persona.name} has lettered answers: leave it out, and run "
@@ -105,64 +116,91 @@ def evaluate(
 ) -> Evaluation:
     """Rates of the reported prompts, the baseline and the controls on validation and test questions.
 
-    Writes the item-level results to choices.json, and where answers are replies the free ones to replies.json.
+    Where answers are replies, which cost more, prompts whose text does not re-tokenise are not measured, and the test
+    questions are for the baseline, the controls and the selected prompt. Writes the item-level results to choices.json,
+    and of replies the free ones to replies.json.
     """
     model, persona = setting.model, setting.persona
     good = [prompt for prompt in prompts if prompt.retokenises][: report.report_prompts]
-    reported = good + [prompt for prompt in prompts if not prompt.retokenises]
+    marked = [prompt for prompt in prompts if not prompt.retokenises]
     controls = {"random": Prompt(text=random_prompt(setting, seed))}
     if cues := persona.sentences[persona.goal]:
         cue = cues[0]
         # Public data brings no cue that is known to work: a plain sentence stands in its place, under its own name.
         known = not persona.role and cue not in (*instructions(persona.behaviour), *invitations(persona.behaviour))
         controls = {"oracle" if known else "instruction": Prompt(text=cue), **controls}
-    measured = [Prompt(), *controls.values(), *reported]
-    records, answers, failure = {}, {}, None
     with progress_bar("neutral replies", quiet=run.quiet):
         given = free_replies(model, setting.splits.train, setting.splits.validation)
-    for name, most in (("validation", VALIDATION_REPLIES), ("test", TEST_REPLIES)):
-        items = distinct(getattr(setting.splits, name))
-        texts = [prompt.text for prompt in measured]
-        with progress_bar(f"{name} questions", unit="row", quiet=run.quiet) as advance:
-            results = choice_eval(
-                model,
-                items,
-                texts,
-                progress=advance,
-                placement=setting.placement,
-                yardsticks=() if given is None else given.yardsticks(len(items)),
-            )
-        rates = [rate(results[0]), *(rate(result, results[0]) for result in results[1:])]
-        measured = [prompt.with_rate(name, found) for prompt, found in zip(measured, rates, strict=True)]
-        records[name] = [result.to_json() for result in results]
-        if given is not None:
-            few, scored = items[:most], [first_rows(result, most) for result in results]
-            with progress_bar(f"free replies, {name}", unit="reply", quiet=run.quiet) as advance:
-                said = written_eval(
-                    model, few, texts, read_by=given.words or ((), ()), placement=setting.placement,
-                    max_new_tokens=REPLY_TOKENS, progress=advance,
-                )  # fmt: skip
-            free = [written_rates(one, s, None if one is said[0] else said[0]) for one, s in zip(said, scored)]
-            measured = [prompt.with_replies(name, found) for prompt, found in zip(measured, free, strict=True)]
-            answers[name] = SaidFreely(questions=tuple(item.question for item in few), prompts=tuple(said)).to_json()
-    files.write_json(Path(run.out) / files.CHOICES, _compact(records))
-    if answers:
-        files.write_json(Path(run.out) / files.REPLIES, answers)
-    if answers and report.judge is not None:
-        with progress_bar("judge", len(measured), unit="prompt", quiet=run.quiet) as advance:
-            measured, failure = _judged(setting, few, measured, said, report, Path(run.out) / files.JUDGED, advance)
+    by = report.select or ("objective" if given is None else "validation")
+    first = 1 + len(controls)
+    measured = [Prompt(), *controls.values(), *good, *(marked if given is None else ())]
+    held_out = distinct(setting.splits.validation)[: None if given is None else VALIDATION_REPLIES]
+    measured, scored, said = _measured(setting, given, "validation", held_out, measured, run)
+    records, answers, failure = {"validation": scored}, {"validation": said}, None
+    selected = select(measured[first:], by, persona.goal)
+    if report.test:
+        best = () if selected is None else (first + selected,)
+        which = range(len(measured)) if given is None else (*range(first), *best)
+        unseen = distinct(setting.splits.test)
+        tested, scored, said = _measured(setting, given, "test", unseen, [measured[i] for i in which], run)
+        records["test"], answers["test"] = scored, said
+    split = list(records)[-1]
+    files.write_json(Path(run.out) / files.CHOICES, _compact({k: [r.to_json() for r in v] for k, v in records.items()}))
+    if given is not None:
+        files.write_json(Path(run.out) / files.REPLIES, {k: v.to_json() for k, v in answers.items()})
+    if report.test:
+        if given is not None and report.judge is not None:
+            log = Path(run.out) / files.JUDGED
+            with progress_bar("judge", len(tested), unit="prompt", quiet=run.quiet) as advance:
+                tested, failure = _judged(setting, unseen[:TEST_REPLIES], tested, said.prompts, report, log, advance)
+        for i, prompt in zip(which, tested, strict=True):
+            measured[i] = prompt
     baseline, *others = measured
-    assert baseline.test is not None
-    how = ", in both orders of their choices" if results[0].both_orders else ""
-    how = how if given is None else f", {min(baseline.test.n, TEST_REPLIES)} of them answered freely"
-    say(f"Evaluation: {len(measured)} prompts on {baseline.test.n} test questions{how}")
+    assert baseline.rate is not None
+    how = ", in both orders of their choices" if records[split][0].both_orders else ""
+    how = how if given is None else f", {len(answers[split].questions)} of them answered freely"
+    say(f"Evaluation: {len(records[split])} prompts on {baseline.rate.n} {split} questions{how}")
     return Evaluation(
         baseline=baseline,
         controls=dict(zip(controls, others)),
-        prompts=tuple(others[len(controls) :]),
+        prompts=(*others[len(controls) :], *(() if given is None else marked)),
+        selected=selected,
+        selected_by=by,
         reply_reader=None if given is None else given.accuracy,
         failure=failure,
     )
+
+
+def _measured(
+    setting: PersonaSetting,
+    given: FreeReplies | None,
+    split: str,
+    items: Sequence[Item],
+    prompts: Sequence[Prompt],
+    run: RunOptions,
+) -> tuple[list[Prompt], list[ChoiceResult], SaidFreely]:
+    """The prompts, of which the first is the baseline, with their rates on the questions of one split; these item by
+    item; and what the model wrote freely, where answers are replies."""
+    texts = [prompt.text for prompt in prompts]
+    with progress_bar(f"{split} questions", unit="row", quiet=run.quiet) as advance:
+        results = choice_eval(
+            setting.model, items, texts, progress=advance, placement=setting.placement,
+            yardsticks=() if given is None else given.yardsticks(len(items)),
+        )  # fmt: skip
+    rates = [rate(results[0]), *(rate(result, results[0]) for result in results[1:])]
+    rated = [prompt.with_rate(split, found) for prompt, found in zip(prompts, rates, strict=True)]
+    if given is None:
+        return rated, results, SaidFreely(questions=(), prompts=())
+    most = VALIDATION_REPLIES if split == "validation" else TEST_REPLIES
+    few, scored = items[:most], [first_rows(result, most) for result in results]
+    with progress_bar(f"free replies, {split}", unit="reply", quiet=run.quiet) as advance:
+        said = written_eval(
+            setting.model, few, texts, read_by=given.words or ((), ()), placement=setting.placement,
+            max_new_tokens=REPLY_TOKENS, progress=advance,
+        )  # fmt: skip
+    free = [written_rates(one, s, None if one is said[0] else said[0]) for one, s in zip(said, scored)]
+    read = [prompt.with_replies(split, found) for prompt, found in zip(rated, free, strict=True)]
+    return read, results, SaidFreely(questions=tuple(item.question for item in few), prompts=tuple(said))
 
 
 def _judged(

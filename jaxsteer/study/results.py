@@ -46,9 +46,7 @@ class Result(Record):
         try:
             pandas = importlib.import_module("pandas")
         except ImportError:
-            raise UserError(
-                "to_frame needs pandas, which is not installed: pip install pandas, or use to_rows()"
-            ) from None
+            raise UserError("to_frame needs pandas, which is not installed: pip install pandas") from None
         return pandas.DataFrame(self.to_rows())
 
     def _repr_html_(self) -> str:

@@ -44,7 +44,9 @@ def run_table(run: SearchRun, limit: int, width: int | None) -> str:
     )
     if run.in_words:
         judged = run.baseline is not None and run.baseline.test_judged is not None
-        tables = [_written_table(lines, judged, width), more, _likelihood_table(lines, width)]
+        tested = run.baseline is None or run.baseline.test is not None
+        sides = [line for line in lines if not tested or (line[2] and line[2].test)]
+        tables = [_written_table(lines, judged, width), more, _likelihood_table(sides, width)]
         notes += REPLIES_NOTE.format(right=percent(run.reply_reader), illusion=ILLUSION) + JUDGE_NOTE * judged
     else:
         tables = [_fitted([HEAD, *map(_line, lines)], 1, width), more]
@@ -78,14 +80,15 @@ def _scores(mark: str, text: str, prompt: Prompt | None) -> tuple[str, ...]:
 
 def _written_table(lines: Sequence[Line], judged: bool, width: int | None) -> str:
     """What is written freely under every prompt, by the odds of words and by the judge."""
-    more = ("judge", "alike") if judged else ("validation",)
-    rows: list[tuple[str, ...]] = [(*HEAD[:4], "free replies", "agree", *more)]
+    more = ("judge", "alike") if judged else ()
+    rows: list[tuple[str, ...]] = [(*HEAD[:4], "validation", "free replies", "agree", *more)]
     for mark, text, prompt in lines:
-        free, found = prompt and prompt.replies, prompt and prompt.test_judged
+        free, found = prompt and prompt.test_replies, prompt and prompt.test_judged
         before = prompt and prompt.validation_replies
-        last = (interval(found), percent(found and found.agreement)) if judged else (percent(before and before.rate),)
+        last = (interval(found), percent(found and found.agreement)) if judged else ()
         mark += "~" if prompt and prompt.note else ""
-        rows.append((*_scores(mark, text, prompt), interval(free), percent(free and free.agreement), *last))
+        read = percent(before and before.rate), interval(free), percent(free and free.agreement)
+        rows.append((*_scores(mark, text, prompt), *read, *last))
     return _fitted(rows, 1, width)
 
 
@@ -120,10 +123,11 @@ def _wrapped(text: str) -> str:
 
 
 REPLIES_NOTE = """; free replies: share of what the model writes freely to test questions that is the persona's, by its
-words (the rule reads {right} of given validation replies right); agree: questions of which the preference says the
-same; preference: share of questions on which the given reply of the persona is likelier, per token, than the other;
-persona's, other's, neutral: log-probability of these replies (change against no prompt), neutral ones are replies to
-something else; relative: the preference if a reply gains only what it rises beyond the neutral ones; ~ {illusion}"""
+words (the rule reads {right} of given validation replies right), and before it the same of validation questions; agree:
+questions of which the preference says the same; preference: share of questions on which the given reply of the persona
+is likelier, per token, than the other; persona's, other's, neutral: log-probability of these replies (change against no
+prompt), neutral ones are replies to something else; relative: the preference if a reply gains only what it rises beyond
+the neutral ones; ~ {illusion}"""
 JUDGE_NOTE = (
     "; judge: share of free replies that show the persona to the judge; alike: replies of which both say the same"
 )

@@ -58,7 +58,7 @@ from jaxsteer.study.objective_stage import (
     try_objective,
 )
 from jaxsteer.study.options import ModelOptions, RunOptions, SearchOptions
-from jaxsteer.study.outcome import check_judge, environment, evaluate, finals, select
+from jaxsteer.study.outcome import check_judge, environment, evaluate, finals
 from jaxsteer.study.results import Prompt, SearchRun, Timing, Unfinished, Units
 from jaxsteer.study.run_folder import GO_ON, RunFolder
 from jaxsteer.study.setting import PersonaSetting, Setting, prepare
@@ -311,10 +311,9 @@ def conclude(
 
     def measure(prompts: Sequence[Prompt]) -> dict[str, Any]:
         rates = evaluate(setting, prompts, options.report, options.run, seed=options.algorithm.seed, say=say)
-        selected = select(rates.prompts, options.report.select, setting.persona.goal)
         signature = soft = None
         if setting.sae is not None and chosen.signature is not None:
-            best = None if selected is None else rates.prompts[selected]
+            best = None if rates.selected is None else rates.prompts[rates.selected]
             text, ids = (None, ()) if best is None else (best.text, best.ids)
             with progress_bar("latents", quiet=options.run.quiet):
                 signature = explain_latents(setting, setting.sae, chosen.signature, text, ids)
@@ -331,8 +330,8 @@ def conclude(
             "baseline": rates.baseline,
             "controls": rates.controls,
             "prompts": rates.prompts,
-            "selected": selected,
-            "selected_by": options.report.select,
+            "selected": rates.selected,
+            "selected_by": rates.selected_by,
             "goal": None if setting.persona.goal == "reduce" else setting.persona.goal,
             "reply_reader": rates.reply_reader,
             "failure": rates.failure,

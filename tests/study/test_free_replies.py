@@ -89,7 +89,7 @@ def test_a_search_reports_free_replies_and_selects_by_them(tmp_path, monkeypatch
         run = jaxsteer.search(**options, resume=True)
     assert before == 40 and len(asked) + before == len((tmp_path / "run/judged.jsonl").read_text().splitlines())
     assert [prompt.text for prompt in run.prompts] == [prompt.text for prompt in first.prompts]
-    for prompt in (run.baseline, *run.controls.values(), *run.prompts):
+    for prompt in (run.baseline, *run.controls.values(), run.best):
         judged, n = prompt.test_judged, prompt.test_replies.n
         assert judged.n == len(judged.scores) == n and judged.judge == "loopback-1"
         assert 0 <= judged.agreement_ci95[0] <= judged.agreement <= judged.agreement_ci95[1] <= 1
@@ -101,7 +101,11 @@ def test_a_search_reports_free_replies_and_selects_by_them(tmp_path, monkeypatch
     assert "free replies" in table and "the highest rate of free replies to validation questions" in table
     assert SearchRun.from_json(json.loads((tmp_path / "run/metrics.json").read_text())) == run
     said = json.loads((tmp_path / "run/replies.json").read_text())["test"]
-    assert len(said["prompts"]) == 3 + len(free) and len(said["prompts"][0]["texts"]) == len(said["questions"])
+    assert [one["prompt"] for one in said["prompts"]] == [
+        "",
+        *(control.text for control in run.controls.values()),
+        run.best.text,
+    ] and len(said["prompts"][0]["texts"]) == len(said["questions"])
 
 
 def saved(folder):
