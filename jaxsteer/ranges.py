@@ -8,6 +8,7 @@ without one is finite.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -59,7 +60,7 @@ Interval = Annotated[tuple[float, float], Rising()]
 def check_ranges(options: Any) -> None:
     """Raise ``UserError`` for the first number of an options dataclass that is out of its range; also in those that it
     holds."""
-    hints = get_type_hints(type(options), include_extras=True)
+    ranges = _ranges(type(options))  # type: ignore[arg-type]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
@@ -67,9 +68,14 @@ def check_ranges(options: Any) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
-            allowed = _range(hints[field.name]) or (COUNT if isinstance(number, int) else FINITE)
+            allowed = ranges[field.name] or (COUNT if isinstance(number, int) else FINITE)
             if why := allowed.refusal(number):
                 raise UserError(f"--{field.name.replace('_', '-')} {why}")
+
+
+@functools.cache
+def _ranges(kind: type) -> dict[str, Range | None]:
+    return {name: _range(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
 
 
 def _range(hint: Any) -> Range | None:

@@ -178,7 +178,15 @@ def require_memory(what: str, needed: int, mesh: Mesh | None, advice: str) -> No
     needed = needed // (1 if mesh is None else mesh.devices.size) * len(devices)  # on this machine
     stats = [device.memory_stats() or {} for device in devices]
     known = [each["bytes_limit"] - each.get("bytes_in_use", 0) for each in stats if "bytes_limit" in each]
-    free = sum(known) if known else free_memory()
+    _require(what, needed, sum(known) if known else free_memory(), advice)
+
+
+def require_host_memory(what: str, needed: int, advice: str) -> None:
+    """Raise ``UserError`` unless so many bytes can be allocated on this machine."""
+    _require(what, needed, free_memory(), advice)
+
+
+def _require(what: str, needed: int, free: int, advice: str) -> None:
     if needed > free:
         raise UserError(f"{what} needs {size_text(needed)} of memory, and {size_text(free)} are free: {advice}")
 

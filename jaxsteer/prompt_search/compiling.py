@@ -197,7 +197,7 @@ def plan_search(
     most = rows = max(1, min(resources.wave, -(-count // shards)))
     found = attempt(rows, task.batch)
     # 2. Fewer of them: each takes so many bytes.
-    each = _problem_bytes(params, task, problem, search)
+    each = problem_bytes(params, task, problem, search)
     while found.plan.total > budget and (fewer := rows - -(-(found.plan.total - budget) // each)) >= 1:
         rows = fewer
         found = attempt(rows, task.batch)
@@ -230,7 +230,7 @@ def default_budget(mesh: Mesh | None = None) -> int:
     return int(_SHARE_OF_RAM * free_memory() / len(devices if mesh is not None else devices[:1]))
 
 
-def _problem_bytes(params: Params, task: Task, problem: Problem, search: Search) -> int:
+def problem_bytes(params: Params, task: Task, problem: Problem, search: Search) -> int:
     """Bytes that one more problem takes while a step runs: itself, its state before and its state after."""
     state = jax.eval_shape(search.init, params, task, problem)
     leaves = jax.tree.leaves((abstract(problem, 1), state, state))

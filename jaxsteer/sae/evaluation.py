@@ -36,9 +36,9 @@ from jaxsteer.models.sites import Site, parse_site
 from jaxsteer.models.taps import Intervention, Tap, Where
 from jaxsteer.processes import to_host
 from jaxsteer.sae.dictionary import SAE, decode, encode
-from jaxsteer.sae.harvest import bos_of, usable
+from jaxsteer.sae.harvest import rows_of, usable
 from jaxsteer.sae.loading import check_sae
-from jaxsteer.sae.texts import Documents, Rows, Sample
+from jaxsteer.sae.texts import Documents, Sample
 
 LOGITS = 1 << 26
 """Logits of one pass held at once, in floats."""
@@ -136,8 +136,7 @@ def evaluate_sae(
     shards = 1 if model.mesh is None else model.mesh.shape["prompts"]
     fitting = max(1, LOGITS // (length * model.config.vocab_size))
     rows = max(shards, min(sample.rows, fitting) // shards * shards)
-    bos = bos_of(model)
-    texts = Rows(documents, rows=rows, length=length, bos=None if bos < 0 else bos)
+    texts, bos = rows_of(model, documents, rows=rows, context=length)
     batches: list[tuple[np.ndarray, np.ndarray]] = []
     keeps: list[np.ndarray] = []
     sums = _Sums(sae)

@@ -19,10 +19,10 @@ from jaxsteer.models.run import capture
 from jaxsteer.models.sites import KINDS, parse_site
 from jaxsteer.processes import to_host
 from jaxsteer.sae.dictionary import SAE, encode
-from jaxsteer.sae.harvest import bos_of, usable
+from jaxsteer.sae.harvest import rows_of, usable
 from jaxsteer.sae.lens import promoted_tokens
 from jaxsteer.sae.loading import check_sae
-from jaxsteer.sae.texts import Documents, Rows, Sample
+from jaxsteer.sae.texts import Documents, Sample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,13 +98,7 @@ def explore(
         raise UserError(f"latents {list(latents)}: this SAE has the latents 0 to {sae.n_latents - 1}.")
     source = parse_site(site or sae.config.site_in or "", model.config.n_layers)
     target = parse_site(sae.config.site_out or source.name, model.config.n_layers)
-    bos = bos_of(model)
-    texts = Rows(
-        documents,
-        rows=sample.rows,
-        length=min(sample.context, model.config.max_positions),
-        bos=None if bos < 0 else bos,
-    )
+    texts, bos = rows_of(model, documents, rows=sample.rows, context=sample.context)
     chosen = jnp.asarray(latents)
     best: list[dict[tuple[int, ...], tuple[float, np.ndarray, int]]] = [{} for _ in latents]
     active, seen, empty = np.zeros(len(latents)), 0, 0

@@ -23,10 +23,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.models.run import capture
-from jaxsteer.models.sharding import place
+from jaxsteer.models.sharding import place, require_memory
 from jaxsteer.models.transformer import positions_of
 from jaxsteer.prompts import bos_id
-from jaxsteer.sae.texts import Position, Rows
+from jaxsteer.sae.texts import Documents, Position, Rows
 
 OUTLIER = 10.0
 """An activation whose norm is above this many times the median of its batch is left out."""
@@ -43,6 +43,24 @@ def harvest(
     x = capture(model, tokens, [site], mask)[site]
     x = x.reshape(*tokens.shape, -1)
     return x.reshape(-1, x.shape[-1]), usable(x, jnp.asarray(tokens), jnp.asarray(mask), bos_of(model)).reshape(-1)
+
+
+def rows_of(
+    model: Model, documents: Documents, *, rows: int, context: int, position: Position = (0, 0)
+) -> tuple[Rows, int]:
+    """``documents`` as batches of rows that the model reads at once, and the id of its BOS, or -1. Raises ``UserError``
+    as ``require_rows``."""
+    require_rows(model, rows, context)
+    bos, length = bos_of(model), min(context, model.config.max_positions)
+    return Rows(documents, rows=rows, length=length, bos=None if bos < 0 else bos, position=position), bos
+
+
+def require_rows(model: Model, rows: int, context: int) -> None:
+    """Raise ``UserError`` unless the activations of one layer in so many rows fit in memory."""
+    config, length = model.config, min(context, model.config.max_positions)
+    each = 4 * config.d_model + (2 * config.d_model + config.d_mlp) * model.params.embed.dtype.itemsize
+    what = f"Reading {rows:,} rows of {length} tokens at a time"
+    require_memory(what, rows * length * each, model.mesh, "choose fewer rows or a shorter context.")
 
 
 def bos_of(model: Model) -> int:

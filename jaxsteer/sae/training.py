@@ -15,6 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ from jaxsteer.models.sharding import put, require_memory
 from jaxsteer.models.sites import KINDS, parse_site
 from jaxsteer.processes import PREEMPTED, from_first, is_first, preempted, to_host, wait_for_all
 from jaxsteer.sae.dictionary import SAE
-from jaxsteer.sae.harvest import batches_of, bos_of, empty_pool, fill
+from jaxsteer.sae.harvest import batches_of, bos_of, empty_pool, fill, require_rows, rows_of
 from jaxsteer.sae.loading import load_sae
 from jaxsteer.sae.recipe import Metrics, Recipe, TrainState, inference_threshold, initial_state, shardings, trainer
-from jaxsteer.sae.texts import Documents, Position, Rows
+from jaxsteer.sae.texts import Documents, Position
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ def train_sae(
     out = Path(out)
     asked = {"model": model.name, "fingerprint": model.fingerprint, "data": data, "dtype": dtype}
     with in_use(out):
-        if not from_first(lambda: _prepare_folder(out, asked | dataclasses.asdict(recipe))):
+        room = partial(_shapes, model, recipe, width)
+        if not from_first(lambda: _prepare_folder(out, asked | dataclasses.asdict(recipe), room)):
             with _Checkpoints(out / STATE, save_minutes) as checkpoints:
                 training, batches = _begin(model, documents, recipe, width, checkpoints)
                 _train(training, batches, recipe, model, checkpoints, out / METRICS, progress)
@@ -163,28 +165,29 @@ def _begin(
     model: Model, documents: Documents, recipe: Recipe, width: int, checkpoints: _Checkpoints
 ) -> tuple[_Training, Any]:
     """The training as the last checkpoint has it, or at its first round, and the batches of text that come next."""
+    shapes = _shapes(model, recipe, width)
+    pool = empty_pool(model.mesh, recipe.pool, width, model.params.embed.dtype)
+    layout = shardings(shapes, model.mesh)
+    training = checkpoints.load(shapes, layout, pool)
+    position = (0, 0) if training is None else training.position
+    rows, _ = rows_of(model, documents, rows=recipe.rows, context=recipe.context, position=position)
+    batches = batches_of(rows)
+    if training is None:
+        pool, position = fill(pool, jnp.arange(recipe.pool), model, recipe.site, batches)
+        training = _Training(jax.tree.map(put, initial_state(recipe, pool), layout), pool, position)
+    return training, batches
+
+
+def _shapes(model: Model, recipe: Recipe, width: int) -> Any:
+    """What the state looks like. Raises ``UserError`` where it, the pool or a batch does not fit in memory."""
     dtype = model.params.embed.dtype  # activations of a bfloat16 model are bfloat16 numbers already
     wanted = jax.ShapeDtypeStruct((recipe.pool, width), dtype)
     shapes = jax.eval_shape(lambda pool: initial_state(recipe, pool), wanted)
     held = (wanted, shapes, jax.ShapeDtypeStruct((recipe.batch, recipe.latents), jnp.float32))
     needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
     require_memory("Training", needed, model.mesh, "choose a smaller pool or batch, or fewer latents.")
-    pool = empty_pool(model.mesh, recipe.pool, width, dtype)
-    layout = shardings(shapes, model.mesh)
-    training = checkpoints.load(shapes, layout, pool)
-    bos = bos_of(model)
-    rows = Rows(
-        documents,
-        rows=recipe.rows,
-        length=min(recipe.context, model.config.max_positions),
-        bos=None if bos < 0 else bos,
-        position=(0, 0) if training is None else training.position,
-    )
-    batches = batches_of(rows)
-    if training is None:
-        pool, position = fill(pool, jnp.arange(recipe.pool), model, recipe.site, batches)
-        training = _Training(jax.tree.map(put, initial_state(recipe, pool), layout), pool, position)
-    return training, batches
+    require_rows(model, recipe.rows, recipe.context)
+    return shapes
 
 
 def _metrics_line(recipe: Recipe, rounds: int, metrics: Metrics) -> dict[str, Any]:
@@ -201,8 +204,9 @@ def _metrics_line(recipe: Recipe, rounds: int, metrics: Metrics) -> dict[str, An
 # The folder
 
 
-def _prepare_folder(out: Path, asked: dict[str, Any]) -> bool:
-    """Make the folder ready; True if the same training is finished in it. Raises ``UserError`` for another one's."""
+def _prepare_folder(out: Path, asked: dict[str, Any], check: Callable[[], Any]) -> bool:
+    """Make the folder ready, a new one after ``check``; True if the same training is finished in it. Raises
+    ``UserError`` for another one's."""
     asked = json.loads(json.dumps(asked))
     record = out / OPTIONS
     if record.is_file():
@@ -214,6 +218,7 @@ def _prepare_folder(out: Path, asked: dict[str, Any]) -> bool:
         return (out / CONFIG).is_file()
     if any(not path.name.startswith(".") for path in out.iterdir()):
         raise UserError(f"{out} exists and holds no training: give a new folder")
+    check()
     write_text(record, json.dumps(asked, indent=1) + "\n")
     return False
 

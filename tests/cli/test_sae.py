@@ -47,3 +47,22 @@ def test_train_eval_and_explore(model_dir: Path, texts: Path, tmp_path: Path, ca
     assert "multiple of twice the batch" in capsys.readouterr().err
     assert main(["sae", "explore", "--sae", str(out), *common, "--latents", "99"]) == 2
     assert "has the latents 0 to 23" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        (("--rows", "1048576"), "Reading 1,048,576 rows of 24 tokens at a time needs"),
+        (("--latents", "1048576"), "Training needs"),
+        (("--pool", str(1 << 30)), "Training needs"),
+    ],
+)
+def test_counts_are_refused_before_memory_is_taken(
+    model_dir: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, counts: tuple[str, str], says: str,
+):  # fmt: skip
+    monkeypatch.setattr("jaxsteer.models.sharding.free_memory", lambda: 1 << 28)
+    sizes = ["--latents", "24", "--k", "4", "--batch", "32", "--pool", "128", "--tokens", "128", "--context", "24"]
+    common = ["--model", str(model_dir), "--data", str(texts), "--site", "blocks.1.hook_resid_post"]
+    assert main(["sae", "train", *common, *sizes, *counts, "--out", str(tmp_path / "sae")]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "sae").exists()

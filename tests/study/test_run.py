@@ -17,6 +17,7 @@ from jaxsteer.evals.choice import ChoiceResult, rate
 from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import make_mesh
 from jaxsteer.personas import load_direction
+from jaxsteer.prompt_search import make_problem
 from jaxsteer.report import write_report
 from jaxsteer.sae import SAE, SAEConfig, save_sae
 from jaxsteer.study import SearchOptions, run
@@ -141,6 +142,17 @@ def test_a_refused_search_leaves_no_directory(
     with pytest.raises(UserError, match=message):
         run(options(**names, **several), model=model())
     assert not options().run.out.exists()
+
+
+@pytest.mark.parametrize("many", [{"restarts": 50}, {"vary": {"restart": "0:50"}}])
+def test_more_searches_than_memory_holds(options: Make, many: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = options(probe="off", site="blocks.1.hook_resid_post", **many)
+    monkeypatch.setattr("jaxsteer.models.sharding.free_memory", lambda: 1 << 18)
+    made: list[str] = []
+    monkeypatch.setattr("jaxsteer.study.stages.make_problem", lambda *a, **k: made.append("") or make_problem(*a, **k))
+    with pytest.raises(UserError, match="50 searches needs .* choose fewer --restarts"):
+        run(chosen, model=model(), say=lambda _: None)
+    assert len(made) == 1
 
 
 def test_a_custom_objective_from_a_file(options: Make, tmp_path) -> None:  # noqa: ANN001
