@@ -120,7 +120,11 @@ def _no_output() -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM ends the command as an exception, so that it can clean up and say what it kept; SIGHUP is SIGTERM."""
+    """SIGTERM ends the command as an exception, so that it can clean up and say what it kept; SIGHUP is SIGTERM.
+
+    No signal is lost: Python drops an exception that is raised in a finalizer or a callback of its own or of JAX, which
+    is where a signal may find it, and then the signal is sent again.
+    """
 
     def end(*_: object) -> None:
         raise SystemExit(TERMINATED)
@@ -128,14 +132,28 @@ def _signals() -> Iterator[None]:
     def forward(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # also where a search or JAX listens for it
 
+    dropped, thread = sys.unraisablehook, threading.get_ident()
+
+    def again(what: Any) -> None:
+        lost = what.exc_value
+        if isinstance(lost, KeyboardInterrupt) or (isinstance(lost, SystemExit) and lost.code == TERMINATED):
+            number = signal.SIGINT if isinstance(lost, KeyboardInterrupt) else signal.SIGTERM
+            timer = threading.Timer(0.01, signal.pthread_kill, (thread, number))  # once this callback is done
+            timer.daemon = True
+            timer.start()
+        else:
+            dropped(what)
+
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number, handler in ((signal.SIGTERM, end), (signal.SIGHUP, forward)):
             if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
                 before[number] = signal.signal(number, handler)
+        sys.unraisablehook = again
     try:
         yield
     finally:
+        sys.unraisablehook = dropped
         for number, handler in before.items():
             signal.signal(number, handler)
 

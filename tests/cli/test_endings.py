@@ -22,6 +22,16 @@ def interrupted() -> None:
     raise error
 
 
+class Interrupted:
+    """What gets a signal while it is finalized, where Python drops exceptions."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self.number)
+
+
 def raising(error: BaseException) -> None:
     raise error
 
@@ -55,6 +65,8 @@ def raising(error: BaseException) -> None:
         (interrupted, 130, "interrupted; what was saved is kept in run: the same command goes on$"),
         (lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9), 143, "ended by a signal$"),
         (lambda: os.kill(os.getpid(), signal.SIGHUP) or time.sleep(9), 143, "ended by a signal$"),
+        (lambda: Interrupted(signal.SIGINT) and time.sleep(9), 130, "interrupted$"),
+        (lambda: Interrupted(signal.SIGTERM) and time.sleep(9), 143, "ended by a signal$"),
     ],
 )
 def test_one_line_and_a_status(
