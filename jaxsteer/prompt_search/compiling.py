@@ -27,7 +27,7 @@ from jaxtyping import Array, Int
 from jaxsteer.errors import UserError
 from jaxsteer.files.records import Record
 from jaxsteer.models.params import Params
-from jaxsteer.models.sharding import GIB, free_memory, size_text
+from jaxsteer.models.sharding import GIB, free_memory, require_host_memory, size_text
 from jaxsteer.processes import as_first
 from jaxsteer.prompt_search.contexts import Task
 from jaxsteer.prompt_search.population import Search, Summary
@@ -197,7 +197,7 @@ def plan_search(
     most = rows = max(1, min(resources.wave, -(-count // shards)))
     found = attempt(rows, task.batch)
     # 2. Fewer of them: each takes so many bytes.
-    each = problem_bytes(params, task, problem, search)
+    each = _problem_bytes(params, task, problem, search)
     while found.plan.total > budget and (fewer := rows - -(-(found.plan.total - budget) // each)) >= 1:
         rows = fewer
         found = attempt(rows, task.batch)
@@ -230,11 +230,17 @@ def default_budget(mesh: Mesh | None = None) -> int:
     return int(_SHARE_OF_RAM * free_memory() / len(devices if mesh is not None else devices[:1]))
 
 
-def problem_bytes(params: Params, task: Task, problem: Problem, search: Search) -> int:
+def _problem_bytes(params: Params, task: Task, problem: Problem, search: Search) -> int:
     """Bytes that one more problem takes while a step runs: itself, its state before and its state after."""
     state = jax.eval_shape(search.init, params, task, problem)
     leaves = jax.tree.leaves((abstract(problem, 1), state, state))
     return max(1, sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
+
+
+def require_problems(count: int, params: Params, task: Task, problem: Problem, search: Search) -> None:
+    """Raise ``UserError`` unless ``count`` problems like this one, and what is found of them, fit on this machine."""
+    advice = "choose fewer --restarts, or fewer in --vary or --problems."
+    require_host_memory(f"{count:,} searches", count * _problem_bytes(params, task, problem, search), advice)
 
 
 def _abstract_arguments(arguments: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
-from jaxsteer.models.sharding import make_mesh, require_host_memory
+from jaxsteer.models.sharding import make_mesh
 from jaxsteer.objectives import Objective
 from jaxsteer.personas import Persona, load_persona, save_direction, save_signature
 from jaxsteer.processes import is_first
@@ -41,7 +41,7 @@ from jaxsteer.prompt_search import (
     standardise,
 )
 from jaxsteer.prompt_search.algorithms.probe_sampling import Draft, PairedObjective, with_draft
-from jaxsteer.prompt_search.compiling import problem_bytes
+from jaxsteer.prompt_search.compiling import require_problems
 from jaxsteer.prompt_search.constraints import text_filter
 from jaxsteer.prompts import Slots
 from jaxsteer.sae import load_sae
@@ -189,17 +189,10 @@ def search(
         other = task_of(*draft)
         task = with_draft(task, Draft(params=draft[0].model.params, task=other))
         raised = [PairedObjective(target=raised[0], draft=in_units(draft[0], other, draft[1], algorithm)[0])]
-    count = sum(len(ascent.populations) for ascent in ascents)
-    one = _problem(setting, raised[0], algorithm, ascents[0].populations[0])
-    each = problem_bytes(setting.model.params, task, one, algorithm.make_search())
-    require_host_memory(
-        f"{count:,} searches", count * each, "choose fewer --restarts, or fewer in --vary or --problems."
-    )
-    problems = [
-        _problem(setting, objective, algorithm, population)
-        for ascent, objective in zip(ascents, raised, strict=True)
-        for population in ascent.populations
-    ]
+    every = [(goal, each) for ascent, goal in zip(ascents, raised, strict=True) for each in ascent.populations]
+    one = _problem(setting, *every[0], algorithm)
+    require_problems(len(every), setting.model.params, task, one, algorithm.make_search())
+    problems = [one, *(_problem(setting, *each, algorithm) for each in every[1:])]
     result = _searched(setting, task, problems, algorithm, run, group, say)
     found, first = [], 0
     for ascent, (objective, numbers) in zip(ascents, scaled, strict=True):
@@ -216,7 +209,7 @@ def in_units(setting: Setting, task: Task, raw: Objective, algorithm: AlgorithmO
     return raw if algorithm.raw_units else standard, units
 
 
-def _problem(setting: Setting, objective: Objective, algorithm: AlgorithmOptions, population: Population) -> Problem:
+def _problem(setting: Setting, objective: Objective, population: Population, algorithm: AlgorithmOptions) -> Problem:
     size = algorithm.config.population
     return make_problem(
         objective,
