@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from jaxsteer.display import visible
 from jaxsteer.evals.rates import Difference
 from jaxsteer.study.results import Prompt, SearchRun
-from jaxsteer.study.table_row import TableRow, rate_fields
+from jaxsteer.study.table_row import TableRow, rate_fields, reply_fields
 
 Place = tuple[str, str]
 """Model and persona."""
@@ -82,7 +81,11 @@ def _rows(name: str, run: SearchRun, method: str) -> Iterator[TableRow]:
                 prompt=prompt.text,
                 target=prompt.target,
                 cross_entropy=prompt.cross_entropy,
-                **(_reply_fields(run, prompt) if run.in_words else rate_fields(prompt.rate)),
+                **(
+                    {**reply_fields(prompt.rate, prompt.replies, run.goal or "reduce"), "note": prompt.note}
+                    if run.in_words
+                    else rate_fields(prompt.rate)
+                ),
                 **more,
             )
 
@@ -90,20 +93,6 @@ def _rows(name: str, run: SearchRun, method: str) -> Iterator[TableRow]:
 def persona_of(run: SearchRun) -> str:
     """The name of its persona; of one in words with what was wanted."""
     return f"{run.persona} ({run.goal or 'reduce'})" if run.in_words else run.persona
-
-
-def _reply_fields(run: SearchRun, prompt: Prompt) -> dict[str, Any]:
-    """What a row says of a persona in words, where the result is what the model writes freely."""
-    free, rate = prompt.replies, prompt.rate
-    known = {} if free is None else {"ci95": free.ci95, "n": free.n, "difference": free.difference, "flips": free.flips}
-    return {
-        "rate": math.nan if free is None or free.rate is None else free.rate,
-        **known,
-        "goal": run.goal or "reduce",
-        "preference": None if rate is None else rate.rate,
-        "note": prompt.note,
-        "sides": None if rate is None else rate.sides,
-    }
 
 
 def merged(rows: Sequence[TableRow]) -> TableRow:

@@ -7,6 +7,8 @@ among several candidates is chosen on validation questions, and how many there w
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,11 +19,21 @@ from jaxsteer import organisms
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, distinct, rate
 from jaxsteer.evals.fluency import prompt_perplexity
+from jaxsteer.evals.free_answers import WrittenResult, written_rates
 from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.rates import Difference
 from jaxsteer.evals.side_effects import side_effects
 from jaxsteer.models.sites import resid_site
-from jaxsteer.personas import Item, Persona, Splits, contrast_pairs, instructions, mean_difference, seed_phrase
+from jaxsteer.personas import (
+    Item,
+    Persona,
+    Splits,
+    contrast_pairs,
+    instructions,
+    invitations,
+    mean_difference,
+    seed_phrase,
+)
 from jaxsteer.prompts import (
     Placement,
     build_slots,
@@ -36,7 +48,8 @@ from jaxsteer.prompts import (
 )
 from jaxsteer.statistics import rate_interval
 from jaxsteer.steer import add
-from jaxsteer.study.selection import best_rate
+from jaxsteer.study.free_replies import TEST_REPLIES, VALIDATION_REPLIES, FreeReplies, Written, free_replies
+from jaxsteer.study.selection import best_rate, by_replies
 from jaxsteer.study.setting import token_mask
 from jaxsteer.study.table_row import TableRow, rate_fields
 from jaxsteer.writers.writer import Writer
@@ -47,13 +60,15 @@ if TYPE_CHECKING:
 
 RANDOM_PROMPTS = 20
 COEFFICIENTS = (0.1, 0.25, 0.5, 1.0)
-"""Of activation steering, in mean norms of the stream; positive leads away from the persona."""
+"""Of activation steering, in mean norms of the stream, away from the persona, or towards it to elicit it."""
 STEERED_LAYERS = 8
 """At most this many layers are tried, evenly spread."""
 MAX_KL = 0.5
 """Steering that changes neutral text by more nats per token than this is not chosen."""
 DIRECTION_ITEMS = 128
 FLUENCY_ITEMS = 8
+AVERAGED = ("preference", "a_rate", "swapped_rate", "auroc", "probability")
+"""Of several prompts, what a row has the mean of."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +99,35 @@ class Bench:
         """Test questions in use."""
         return distinct(self.splits.test)[: self.questions]
 
+    @functools.cached_property
+    def replies(self) -> FreeReplies | None:
+        """How replies are read, where the persona's answers are replies; they are what rates go by then."""
+        return free_replies(self.model, self.splits.train, self.splits.validation)
+
+    def written(
+        self,
+        part: str,
+        prompts: Sequence[str],
+        *,
+        edits: Intervention | None = None,
+        model: Model | None = None,
+        placement: Placement | None = None,
+    ) -> list[WrittenResult]:
+        """What is written freely to "validation" or "test" questions; nothing where answers are no replies."""
+        most = {"validation": VALIDATION_REPLIES, "test": TEST_REPLIES}[part]
+        if self.replies is None:
+            return []
+        items, where = getattr(self, part)[:most], placement or self.placement
+        return self.replies.written(model or self.model, items, prompts, placement=where, edits=edits)
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """At most ten plain sentences that ask for the goal, a character's own first."""
+        persona = self.persona
+        named = invitations if persona.goal == "elicit" else instructions
+        own = persona.sentences[persona.goal] if persona.role else ()
+        return (*own, *named(persona.behaviour))[:10]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
@@ -103,13 +147,13 @@ def zero_shot(bench: Bench) -> Found:
 
 
 def instruction(bench: Bench) -> Found:
-    """One plain sentence against the behaviour, the same for every model."""
-    return Found(prompts=(instructions(bench.persona.behaviour)[0],))
+    """One plain sentence that asks for the goal, the same for every model."""
+    return Found(prompts=bench.sentences[:1])
 
 
 def best_instruction(bench: Bench) -> Found:
     """The best of ten plain sentences, chosen on validation questions."""
-    texts = instructions(bench.persona.behaviour)
+    texts = bench.sentences
     chosen, rates = choose(bench, texts)
     return Found(prompts=(texts[chosen],), tried=len(texts), details={"validation_rates": rates})
 
@@ -157,7 +201,7 @@ def steering(bench: Bench) -> Found:
         model, bench.persona, train, position, split_seed=bench.splits.seed, placement=bench.placement
     )
     direction = mean_difference(model, pairs, [resid_site(layer) for layer in layers])
-    grid = [(layer, c) for layer in layers for c in COEFFICIENTS]
+    grid = [(layer, bench.persona.sign * c) for layer in layers for c in COEFFICIENTS]
     edits = [
         add(site := resid_site(layer), direction.delta[site], c, mean_norm=direction.mean_resid_norm[site])
         for layer, c in grid
@@ -193,6 +237,8 @@ def protegi(bench: Bench) -> Found:
 
     if bench.writer is None:
         raise UserError("ProTeGi needs a language model that writes prompts: give the bench a writer")
+    if bench.persona.goal == "elicit":
+        raise UserError("ProTeGi asks for instructions against a behaviour, and here the goal is to elicit it")
     made = improve(
         bench.model, bench.persona, bench.splits.train, bench.writer, seed=bench.seed, placement=bench.placement
     )
@@ -222,14 +268,17 @@ def choose(
 ) -> tuple[int, list[float]]:
     """(index of the best candidate on validation questions, the rates of all).
 
-    Candidates are prompts, or edits with a single prompt. Equal rates are settled by the smaller of ``ties``, or the
-    lower probability of the persona's answer.
+    Candidates are prompts, or edits with a single prompt. Rates are those of free replies where answers are replies.
+    Equal ones are settled by the smaller of ``ties``, or by the probability of the persona's answer.
     """
     (baseline,) = choice_eval(bench.model, bench.validation, [""], placement=bench.placement)
     results = choice_eval(bench.model, bench.validation, prompts, variants=variants, placement=bench.placement)
     found = [rate(result, baseline, draws=1) for result in results]
-    best = best_rate(found, [row.probability for row in found] if ties is None else ties)
-    return best, [row.rate for row in found]
+    edits = variants or (None,)
+    said = [one for edit in edits for one in bench.written("validation", prompts, edits=edit)]  # as the results
+    goal, compared = bench.persona.goal, by_replies(found, [written_rates(one) for one in said])
+    by = [bench.persona.sign * row.probability for row in found] if ties is None else ties
+    return best_rate(compared, by, goal=goal), [row.rate for row in compared]
 
 
 def measure(bench: Bench, found: dict[str, Found]) -> list[TableRow]:
@@ -237,6 +286,8 @@ def measure(bench: Bench, found: dict[str, Found]) -> list[TableRow]:
     (zero,) = choice_eval(bench.model, bench.test, [""], placement=bench.placement)
     texts = list(dict.fromkeys(p for f in found.values() if f.edits is None for p in f.prompts))
     results = dict(zip(texts, choice_eval(bench.model, bench.test, texts, placement=bench.placement), strict=True))
+    replies = bench.written("test", ["", *texts])
+    said = dict(zip(texts, replies[1:]))
     asked = [item.asked for item in bench.test[:FLUENCY_ITEMS]]
     perplexity = dict(zip(texts, prompt_perplexity(bench.model, texts, asked, placement=bench.placement), strict=True))
     rows = []
@@ -245,9 +296,12 @@ def measure(bench: Bench, found: dict[str, Found]) -> list[TableRow]:
             of_row = choice_eval(
                 bench.model, bench.test, made.prompts, variants=[made.edits], placement=bench.placement
             )
+            written = bench.written("test", made.prompts, edits=made.edits)
         else:
             of_row = [results[prompt] for prompt in made.prompts]
-        row = summarise(of_row, zero, [perplexity.get(prompt) for prompt in made.prompts])
+            written = [said[prompt] for prompt in made.prompts if prompt in said]
+        free = Written(written, replies[0], bench.persona.goal) if replies else None
+        row = summarise(of_row, zero, [perplexity.get(prompt) for prompt in made.prompts], free)
         rows.append(
             dataclasses.replace(
                 row, method=name, tried=made.tried, details=made.details, steered=made.edits is not None
@@ -256,18 +310,29 @@ def measure(bench: Bench, found: dict[str, Found]) -> list[TableRow]:
     return rows
 
 
-def summarise(results: Sequence[ChoiceResult], zero: ChoiceResult, perplexity: Sequence[float | None]) -> TableRow:
+def summarise(
+    results: Sequence[ChoiceResult],
+    zero: ChoiceResult,
+    perplexity: Sequence[float | None],
+    written: Written | None = None,
+) -> TableRow:
     """The numbers of a row: a prompt's rate with all controls, or the mean of several prompts with each in ``each``.
 
     The interval of a mean is that of the prompts' mean over questions: it is for these prompts, on other questions.
+    With what was ``written`` freely, rates are those of free replies.
     """
+    rates = [rate(result, zero) for result in results]
+    fields = [rate_fields(one) for one in rates] if written is None else written.fields(results, rates)
     rows = [
-        TableRow(prompt=result.prompt, perplexity=x, **rate_fields(rate(result, zero)))
-        for result, x in zip(results, perplexity, strict=True)
+        TableRow(prompt=result.prompt, perplexity=x, **more)
+        for result, x, more in zip(results, perplexity, fields, strict=True)
     ]
     if len(rows) == 1:
         return rows[0]
-    mean = np.mean([result.persona for result in results], axis=0)
+    mean, before = np.mean([result.persona for result in results], axis=0), zero.persona
+    groups: Sequence[str] = zero.groups
+    if written is not None:
+        mean, before, groups = written.shares()
 
     def average(name: str) -> float | None:
         values = [getattr(row, name) for row in rows]
@@ -277,13 +342,15 @@ def summarise(results: Sequence[ChoiceResult], zero: ChoiceResult, perplexity: S
     return TableRow(
         prompt=results[0].prompt,
         perplexity=float(np.exp(np.mean(np.log(known)))) if known else None,
-        rate=float(mean.mean()),
-        ci95=rate_interval(mean, zero.groups),
+        rate=float(mean.mean()) if len(mean) else math.nan,
+        ci95=rate_interval(mean, groups),
         range=(min(row.rate for row in rows), max(row.rate for row in rows)),
         n=rows[0].n,
-        **{name: average(name) for name in ("a_rate", "swapped_rate", "auroc", "probability")},  # type: ignore[arg-type]
+        **{name: average(name) for name in AVERAGED},  # type: ignore[arg-type]
+        goal=rows[0].goal,
+        note=next((row.note for row in rows if row.note), None),
         letter_collapse=any(row.letter_collapse for row in rows),
-        difference=Difference.of_rates(mean, zero.persona, zero.groups),
+        difference=Difference.of_rates(mean, before, groups) if len(mean) else None,
         each=tuple(rows),
     )
 
@@ -298,7 +365,7 @@ def run_baselines(
     """
     if names is None:
         skipped = set() if bench.persona.name in organisms.BEHAVIOURS else {"oracle cue"}
-        skipped |= set() if bench.writer else {"ProTeGi"}
+        skipped |= set() if bench.writer and bench.persona.goal == "reduce" else {"ProTeGi"}
         names = [name for name in BASELINES if name not in skipped]
     found, seconds = {}, {}
     for name in names:

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxsteer import organisms
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
+from jaxsteer.evals.free_answers import WrittenResult, written_rates
 from jaxsteer.objectives import Projection
 from jaxsteer.personas import random_direction
 from jaxsteer.prompt_search import ScoredPrompt
@@ -26,11 +27,12 @@ from jaxsteer.prompts import Placement, prompt_text
 from jaxsteer.prompts.soft import SoftPrompt, with_soft
 from jaxsteer.study.baselines import summarise
 from jaxsteer.study.cells import Method, Shared, silent
+from jaxsteer.study.free_replies import Written
 from jaxsteer.study.objective_stage import ChosenObjective
 from jaxsteer.study.options import SearchOptions
 from jaxsteer.study.results import Prompt
 from jaxsteer.study.run_folder import opened
-from jaxsteer.study.selection import best_rate
+from jaxsteer.study.selection import best_rate, by_replies
 from jaxsteer.study.setting import PersonaSetting
 from jaxsteer.study.stages import Ascent, Population, Searched, conclude, search
 from jaxsteer.study.table_row import TableRow, shown
@@ -41,6 +43,11 @@ SELECTED_BY = (
     f"the lowest rate on validation questions (of those within {100 * TOLERANCE:g} points the likeliest text; a prompt "
     "under which one letter wins comes last)"
 )
+BY_REPLIES = (
+    "the rate of free replies to validation questions that is best for the goal (of those within "
+    f"{100 * TOLERANCE:g} points the likeliest text)"
+)
+"""How a prompt of a persona in words is chosen."""
 
 
 def compute_row(shared: Shared, method: Method) -> TableRow:
@@ -136,18 +143,28 @@ def _compared(shared: Shared, placement: Placement, found: Sequence[Searched]) -
         seeds.append(prompts or [Prompt(cross_entropy=0.0)])
     texts = list(dict.fromkeys(prompt.text for prompts in seeds for prompt in prompts))
     results = choice_eval(model, bench.validation, texts, placement=placement)
-    rates = {r.prompt: rate(r, shared.zero("validation"), draws=1) for r in results}
+    free = [written_rates(one) for one in bench.written("validation", texts, placement=placement)]
+    compared = by_replies([rate(r, shared.zero("validation"), draws=1) for r in results], free)
+    rates = dict(zip(texts, compared, strict=True))
 
     def best_of(prompts: Sequence[Prompt]) -> int:
         ties = [prompt.cross_entropy for prompt in prompts]
-        return best_rate([rates[prompt.text] for prompt in prompts], ties, tolerance=TOLERANCE)
+        found = [rates[prompt.text] for prompt in prompts]
+        return best_rate(found, ties, goal=shared.persona.goal, tolerance=TOLERANCE)
 
     best, first = [prompts[best_of(prompts)] for prompts in seeds], [prompts[0] for prompts in seeds]
     texts = list(dict.fromkeys(prompt.text for prompt in (*best, *first)))
     tested = dict(zip(texts, choice_eval(model, bench.test, texts, placement=placement), strict=True))
+    said = dict(zip(texts, bench.written("test", texts, placement=placement)))
     perplexity = dict(zip(texts, shared.perplexity(texts, placement), strict=True))
     row, at_first = (
-        _summary(shared, [tested[p.text] for p in some], [perplexity[p.text] for p in some]) for some in (best, first)
+        _summary(
+            shared,
+            [tested[p.text] for p in some],
+            [perplexity[p.text] for p in some],
+            [said[p.text] for p in some if said],
+        )
+        for some in (best, first)
     )
     each = tuple(
         dataclasses.replace(
@@ -172,20 +189,29 @@ def _compared(shared: Shared, placement: Placement, found: Sequence[Searched]) -
 
 def _soft(shared: Shared, placement: Placement, found: Sequence[Searched]) -> TableRow:
     """The rates of every seed's best soft prompt."""
-    model, unit, outcome = shared.model, np.asarray(table_unit(shared.model.params)), []
+    model, unit = shared.model, np.asarray(table_unit(shared.model.params))
+    outcome: list[ChoiceResult] = []
+    said: list[WrittenResult] = []
     for best in (best for one in found for best in one.result.kept["best"]):
         embeddings = np.asarray(best[0] * unit, np.float32)
         soft = SoftPrompt(embeddings=embeddings, model=model.name, fingerprint=model.fingerprint, metadata={})
         steered, text = with_soft(model, soft)
         outcome += choice_eval(steered, shared.bench.test, [text], placement=placement)
-    row = _summary(shared, outcome, [None] * len(outcome))
+        said += shared.bench.written("test", [text], model=steered, placement=placement)
+    row = _summary(shared, outcome, [None] * len(outcome), said)
     each = tuple(dataclasses.replace(one, prompt=None) for one in row.each)
     return dataclasses.replace(row, each=each, prompt=None, steered=True)
 
 
-def _summary(shared: Shared, results: Sequence[ChoiceResult], perplexity: Sequence[float | None]) -> TableRow:
+def _summary(
+    shared: Shared,
+    results: Sequence[ChoiceResult],
+    perplexity: Sequence[float | None],
+    said: Sequence[WrittenResult],
+) -> TableRow:
     """A row over seeds."""
-    row = summarise(results, shared.zero("test"), perplexity)
+    written = Written(said, shared.zero_written[0], shared.persona.goal) if said else None
+    row = summarise(results, shared.zero("test"), perplexity, written)
     each = tuple(
         dataclasses.replace(one, seed=seed) for seed, one in zip(shared.table.seeds, row.members, strict=True)
     )  # a single seed has no list of its own

@@ -14,7 +14,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import read_json
 from jaxsteer.personas import load_persona
 from jaxsteer.study import files
-from jaxsteer.study.cell_rows import SELECTED_BY, compute_row
+from jaxsteer.study.cell_rows import BY_REPLIES, SELECTED_BY, compute_row
 from jaxsteer.study.cells import Block, Shared, Table, load_once
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.table_row import TableRow
@@ -125,7 +125,7 @@ def document(
         "models": list(dict.fromkeys(row.model for row in rows)),
         "personas": list(dict.fromkeys(row.persona for row in rows)),
         "methods": list(dict.fromkeys(row.method for row in rows)),
-        "selected_by": SELECTED_BY,
+        "selected_by": BY_REPLIES if any(row.goal for row in rows) else SELECTED_BY,
         "rows": [row.to_json() for row in rows],
         "verdicts": verdicts,
         "environment": environment(load_once(rows[-1].model)) if rows else {},

@@ -19,6 +19,7 @@ from jaxsteer import organisms
 from jaxsteer.checkpoints.loading import load
 from jaxsteer.evals.choice import ChoiceResult, choice_eval
 from jaxsteer.evals.fluency import prompt_perplexity
+from jaxsteer.evals.free_answers import WrittenResult
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Persona, instructions, load_persona, split
 from jaxsteer.prompts import Placement
@@ -30,6 +31,7 @@ from jaxsteer.study.options import ContextOptions, ObjectiveOptions, SearchOptio
 from jaxsteer.study.probe import PROMPTS
 from jaxsteer.study.setting import PersonaSetting, prepare
 from jaxsteer.study.table_row import TableRow
+from jaxsteer.study.written_persona import ready
 from jaxsteer.writers.endpoint import Endpoint
 
 PROMPT_LENGTH = 8
@@ -137,8 +139,10 @@ class Shared:
         """Load the model."""
         self.block, self.table = block, block.table
         self.model: Model = load_once(block.model)
-        self.persona: Persona = load_persona(block.persona)
         self.base = block.options(Method(name="base", about="", options={}))
+        replies = self.table.out / "replies" / slug(block.model) / slug(block.persona)
+        given, goal = load_persona(block.persona), self.base.contexts.goal
+        self.persona: Persona = ready(self.model, given, goal, replies, silent, quiet=True)
         self.bench = Bench(
             model=self.model,
             persona=self.persona,
@@ -187,6 +191,11 @@ class Shared:
             items = getattr(self.bench, part)
             (self._zero[part],) = choice_eval(self.model, items, [""], placement=self.bench.placement)
         return self._zero[part]
+
+    @functools.cached_property
+    def zero_written(self) -> list[WrittenResult]:
+        """The free replies without a prompt to test questions, where answers are replies."""
+        return self.bench.written("test", [""])
 
     def setting(self, options: SearchOptions) -> PersonaSetting:
         """The contexts of a method's search."""

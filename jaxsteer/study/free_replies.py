@@ -5,17 +5,26 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from jaxsteer.errors import UserError
-from jaxsteer.evals.free_answers import WrittenResult, ask
+from jaxsteer.evals.choice import ChoiceResult, first_rows
+from jaxsteer.evals.free_answers import PERSONA, UNREAD, WrittenResult, ask, written_eval, written_rates
 from jaxsteer.evals.neutral_texts import neutral_texts
+from jaxsteer.evals.rates import Rate
 from jaxsteer.evals.word_odds import WordOdds, accuracy, learn_words
 from jaxsteer.files.records import Record
 from jaxsteer.models.model import Model
+from jaxsteer.models.taps import Intervention
 from jaxsteer.personas import Item, OpenQuestion
 from jaxsteer.personas.items import mostly_replies
+from jaxsteer.personas.replies import REPLY_TOKENS
+from jaxsteer.prompts import Placement
+from jaxsteer.study.table_row import reply_fields
 from jaxsteer.writers.judge import Judged, Rubric, judge
 from jaxsteer.writers.writer import Writer
 
@@ -47,9 +56,50 @@ class FreeReplies:
     neutral: tuple[str, ...]
     """The model's own replies to requests that have nothing to do with the persona."""
 
+    def written(
+        self,
+        model: Model,
+        items: Sequence[Item],
+        prompts: Sequence[str],
+        *,
+        placement: Placement = Placement(),
+        edits: Intervention | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[WrittenResult]:
+        """What the model replies to ``items`` under every prompt, and whose character the rule reads."""
+        return written_eval(
+            model, items, prompts, read_by=self.words or ((), ()), placement=placement, edits=edits,
+            max_new_tokens=REPLY_TOKENS, progress=progress,
+        )  # fmt: skip
+
     def yardsticks(self, n: int) -> tuple[str, ...]:
         """One neutral reply for each of ``n`` questions."""
         return tuple(itertools.islice(itertools.cycle(self.neutral), n))
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What was written freely under the prompts of a row."""
+
+    said: Sequence[WrittenResult]
+    zero: WrittenResult
+    """Without a prompt."""
+    goal: str
+
+    def fields(self, results: Sequence[ChoiceResult], rates: Sequence[Rate]) -> list[dict[str, Any]]:
+        """Of every prompt, the fields of its row."""
+        most = len(self.zero.ids)
+        free = [written_rates(one, first_rows(r, most), self.zero) for one, r in zip(self.said, results, strict=True)]
+        return [reply_fields(rate, found, self.goal) for rate, found in zip(rates, free, strict=True)]
+
+    def shares(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Of every question that can be read without a prompt and with some: the share of prompts under which the reply
+        is the persona's, whether it is without one, and the question."""
+        read = np.asarray([[chose != UNREAD for chose in one.chose] for one in (self.zero, *self.said)])
+        shown = np.asarray([[chose == PERSONA for chose in one.chose] for one in (self.zero, *self.said)])
+        known = read[0] & read[1:].any(0)
+        mean = shown[1:, known].sum(0) / read[1:, known].sum(0)
+        return mean, shown[0, known].astype(float), list(np.asarray(self.zero.groups)[known])
 
 
 def judge_answers(

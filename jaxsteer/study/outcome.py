@@ -15,12 +15,11 @@ import numpy as np
 from jaxsteer import __version__
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, distinct, first_rows, rate
-from jaxsteer.evals.free_answers import WrittenResult, agreeing, written_eval, written_rates
+from jaxsteer.evals.free_answers import WrittenResult, agreeing, written_rates
 from jaxsteer.models.model import Model
 from jaxsteer.objectives import Objective, needs
 from jaxsteer.personas import Item, Persona, instructions, invitations, orders
 from jaxsteer.personas.items import mostly_replies
-from jaxsteer.personas.replies import REPLY_TOKENS
 from jaxsteer.prompt_search import ScoredPrompt, SearchResult
 from jaxsteer.prompt_search.rescore import Rescored, rescore
 from jaxsteer.prompts import prompt_text, random_rows, retokenises_many
@@ -194,10 +193,7 @@ def _measured(
     most = VALIDATION_REPLIES if split == "validation" else TEST_REPLIES
     few, scored = items[:most], [first_rows(result, most) for result in results]
     with progress_bar(f"free replies, {split}", unit="reply", quiet=run.quiet) as advance:
-        said = written_eval(
-            setting.model, few, texts, read_by=given.words or ((), ()), placement=setting.placement,
-            max_new_tokens=REPLY_TOKENS, progress=advance,
-        )  # fmt: skip
+        said = given.written(setting.model, few, texts, placement=setting.placement, progress=advance)
     free = [written_rates(one, s, None if one is said[0] else said[0]) for one, s in zip(said, scored)]
     read = [prompt.with_replies(split, found) for prompt, found in zip(rated, free, strict=True)]
     return read, results, SaidFreely(questions=tuple(item.question for item in few), prompts=tuple(said))

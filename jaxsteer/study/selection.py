@@ -34,6 +34,12 @@ def best_rate(candidates: Sequence[Any], ties: Sequence[Any], *, goal: str = "re
     return min(near, key=lambda i: (ties[i], i))
 
 
+def by_replies(rates: Sequence[Any], replies: Sequence[Any]) -> Sequence[Any]:
+    """What candidates are compared by: the rates of free replies where all have one, else those of choices."""
+    free = [Candidate(found.rate) for found in replies if found is not None and found.rate is not None]
+    return free if len(free) == len(rates) else rates
+
+
 def best_prompt(
     rates: Sequence[Any], replies: Sequence[Any], ties: Sequence[float] | None = None, *, goal: str | None = None
 ) -> int:
@@ -42,7 +48,6 @@ def best_prompt(
 
     Equal rates are settled by the mean probability of the persona's answer, then by the smallest of ``ties``.
     """
-    free = [Candidate(found.rate) for found in replies if found is not None and found.rate is not None]
     sign = -1 if goal == "elicit" else 1
     settled = [(sign * rate.probability, tie) for rate, tie in zip(rates, ties or [0.0] * len(rates), strict=True)]
-    return best_rate(free if len(free) == len(rates) else rates, settled, goal=goal or "reduce")
+    return best_rate(by_replies(rates, replies), settled, goal=goal or "reduce")

@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from jaxsteer.errors import UserError
-from jaxsteer.evals.choice import choice_eval, distinct, rate
+from jaxsteer.evals.choice import choice_eval, distinct, first_rows, rate
+from jaxsteer.evals.free_answers import WrittenResult, written_rates
 from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.side_effects import side_effects
 from jaxsteer.files import append_text, read_log, read_text
@@ -25,6 +26,7 @@ from jaxsteer.models.padding import pad_rows
 from jaxsteer.models.sites import resid_site
 from jaxsteer.personas import (
     Direction,
+    Item,
     Persona,
     contrast_pairs,
     load_direction,
@@ -40,12 +42,13 @@ from jaxsteer.ranges import CountFrom0, Positive, Range, Seed, check_ranges
 from jaxsteer.steer import Edit, Vectors, add, mean_norms, save_vectors
 from jaxsteer.study import files
 from jaxsteer.study.bars import load, progress_bar
+from jaxsteer.study.free_replies import TEST_REPLIES, VALIDATION_REPLIES, FreeReplies, free_replies
 from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.probing import DIRECTION_ITEMS
 from jaxsteer.study.results import Timing
 from jaxsteer.study.run_folder import RunFolder, opened
-from jaxsteer.study.selection import best_rate
+from jaxsteer.study.selection import best_rate, by_replies
 from jaxsteer.study.setting import context_items
 from jaxsteer.study.sweep_result import PERSONA, ChosenSetting, Sweep, SweepRow, Unsteered
 from jaxsteer.study.written_persona import ready
@@ -106,9 +109,9 @@ def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.i
     """Measure every layer and coefficient; write the rows as they come and the result into metrics.json.
 
     A row holds the persona rate on validation questions with its controls, KL to the unedited model and perplexity on
-    neutral text. The row with the lowest rate among those below ``max_kl`` whose letters did not collapse is chosen,
-    measured on test questions and written as ``STEERING``. Raises ``UserError`` before any expensive work for options
-    that cannot work.
+    neutral text, and where answers are replies the rate of free ones. The row with the best rate for the persona's goal
+    (``choose``) is measured on test questions and written as ``STEERING``. Raises ``UserError`` before any expensive
+    work for options that cannot work.
     """
     _check(options)
     persona = load_persona(options.persona)
@@ -148,10 +151,13 @@ def _measure(
     items = context_items(distinct(splits.validation), options.questions)
     with progress_bar("without steering", quiet=options.quiet) as advance:
         (baseline,) = choice_eval(model, items, [""], placement=Placement(style=options.style), progress=advance)
+    with progress_bar("neutral replies", quiet=options.quiet):
+        free = free_replies(model, splits.train, splits.validation)
+        said = _said(options, model, free, items[:VALIDATION_REPLIES], None)
     rows = _known_rows(options.out / ROWS_FILE)
     say(
         f"Sweep: {len(layers)} layers x {len(options.coefficients)} coefficients x {len(directions)} directions on "
-        f"{len(items)} questions in both choice orders and {len(neutral)} neutral texts"
+        f"{len(items)} questions{' in both choice orders' * (free is None)} and {len(neutral)} neutral texts"
     )
     files.write_lines(options.out / ROWS_FILE, map(_line, rows.items()))  # without a line that was cut
     with progress_bar("sweep", len(layers), unit="layer", quiet=options.quiet) as advance:
@@ -159,19 +165,21 @@ def _measure(
         for layer in layers:
             if layer in rows:
                 continue
-            rows[layer] = _layer_rows(options, model, directions, layer, items, neutral, baseline)
+            found = _layer_rows(options, model, directions, layer, items, neutral, baseline)
+            rows[layer] = _with_replies(options, model, directions, found, items, free, said)
             append_text(options.out / ROWS_FILE, files.line(_line((layer, rows[layer]))))
             advance(len(rows))
     table = tuple(row for layer in layers for row in rows[layer])
     chosen = choose(table, options.max_kl, persona.goal)
     with progress_bar("test questions", quiet=options.quiet):
-        tested = None if chosen is None else _on_test(options, model, directions, chosen, splits.test)
+        tested = None if chosen is None else _on_test(options, model, directions, chosen, splits.test, free)
     if chosen is not None:
         save_vectors(steering_of(directions[PERSONA], chosen, options.positions), options.out / STEERING)
     return Sweep(
         model=model.name,
         fingerprint=model.fingerprint,
         persona=persona.name,
+        goal=None if persona.goal == "reduce" else persona.goal,
         direction=directions[PERSONA].metadata,
         baseline=Unsteered(validation=rate(baseline), perplexity=table[0].baseline_perplexity),
         rows=table,
@@ -287,6 +295,35 @@ def _layer_rows(
     return tuple(rows)
 
 
+def _said(
+    options: SweepOptions, model: Model, free: FreeReplies | None, items: Sequence[Item], edit: Edit | None
+) -> WrittenResult | None:
+    """What the model writes freely, where answers are replies."""
+    if free is None:
+        return None
+    return free.written(model, items, [""], placement=Placement(style=options.style), edits=edit)[0]
+
+
+def _with_replies(
+    options: SweepOptions,
+    model: Model,
+    directions: dict[str, Direction],
+    rows: Sequence[SweepRow],
+    items: Sequence[Item],
+    free: FreeReplies | None,
+    before: WrittenResult | None,
+) -> tuple[SweepRow, ...]:
+    """The rows with free replies, where answers are replies and a row may be chosen."""
+    found = []
+    for row in rows:
+        if row.direction == PERSONA and row.kl <= options.max_kl:
+            edit = _edit(options, directions[PERSONA], row.layer, row.coefficient)
+            if (said := _said(options, model, free, items[:VALIDATION_REPLIES], edit)) is not None:
+                row = dataclasses.replace(row, replies=written_rates(said, None, before))
+        found.append(row)
+    return tuple(found)
+
+
 def _line(layer_rows: tuple[int, Sequence[SweepRow]]) -> dict[str, Any]:
     """The line of a layer in ``ROWS_FILE``."""
     layer, rows = layer_rows
@@ -305,10 +342,13 @@ def _known_rows(path: Path) -> dict[int, tuple[SweepRow, ...]]:
 def choose(rows: Sequence[SweepRow], max_kl: Positive, goal: str = "reduce") -> SweepRow | None:
     """The best setting of the persona's direction by ``best_rate``, equal rates settled by the lower KL.
 
+    Where answers are replies, rates are those of free replies, and settings without one that can be read are left out.
     None if all are too disturbing or a letter collapse.
     """
     usable = [row for row in rows if row.direction == PERSONA and row.kl <= max_kl and not row.letter_collapse]
-    return usable[best_rate(usable, [row.kl for row in usable], goal=goal)] if usable else None
+    usable = [row for row in usable if row.replies is not None and row.replies.rate is not None] or usable
+    compared = by_replies(usable, [row.replies for row in usable])
+    return usable[best_rate(compared, [row.kl for row in usable], goal=goal)] if usable else None
 
 
 def steering_of(direction: Direction, row: SweepRow, positions: str = "all") -> Vectors:
@@ -324,7 +364,12 @@ def steering_of(direction: Direction, row: SweepRow, positions: str = "all") -> 
 
 
 def _on_test(
-    options: SweepOptions, model: Model, directions: dict[str, Direction], row: SweepRow, test: Sequence[Any]
+    options: SweepOptions,
+    model: Model,
+    directions: dict[str, Direction],
+    row: SweepRow,
+    test: Sequence[Any],
+    free: FreeReplies | None,
 ) -> ChosenSetting:
     """The chosen setting and its random controls on test questions."""
     edits = [_edit(options, direction, row.layer, row.coefficient) for direction in directions.values()]
@@ -332,9 +377,18 @@ def _on_test(
     (baseline,) = choice_eval(model, items, [""], placement=Placement(style=options.style))
     results = choice_eval(model, items, [""], placement=Placement(style=options.style), variants=edits)
     rates = {name: rate(result, baseline) for name, result in zip(directions, results, strict=True)}
+    few = items[:TEST_REPLIES]
+    said = [_said(options, model, free, few, edit) for edit in (None, *edits)]
+    scored = [first_rows(result, len(few)) for result in (baseline, *results)]
+    written = {
+        name: written_rates(one, score, None if one is said[0] else said[0])
+        for name, one, score in zip(("", *directions), said, scored, strict=True)
+        if one is not None
+    }
     return ChosenSetting(
         **{field.name: getattr(row, field.name) for field in dataclasses.fields(row)},
         test=rates.pop(PERSONA),
         test_baseline=rate(baseline),
         test_controls=rates,
+        test_replies=written,
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from jaxsteer.display import interval, percent
+from jaxsteer.evals.free_answers import ILLUSION, WrittenRates, is_illusion
 from jaxsteer.evals.rates import Rate
 from jaxsteer.files.records import Record
 from jaxsteer.ranges import CountFrom0, Interval, Share
@@ -52,6 +53,8 @@ class SweepRow(Record):
     """Of neutral text."""
     baseline_perplexity: float
     """Of neutral text without steering."""
+    replies: WrittenRates | None = None
+    """Of a persona in words, what is written freely: along the persona's direction, within the limit of KL."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,8 @@ class ChosenSetting(SweepRow):
     """Without steering."""
     test_controls: Mapping[str, Rate]
     """The same setting along the random directions."""
+    test_replies: Mapping[str, WrittenRates] = dataclasses.field(default_factory=dict)
+    """Of a persona in words, free replies to test questions: by direction, and "" without steering."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,13 +87,16 @@ class Sweep(Result):
     model: str
     fingerprint: str
     persona: str
+    goal: str | None = None
+    """What was wanted: less of the persona ("reduce", where nothing is said), or more ("elicit")."""
     direction: Mapping[str, str]
     """How the direction was made."""
     baseline: Unsteered
     rows: tuple[SweepRow, ...]
     """Everything that was measured, by layer."""
     chosen: ChosenSetting | None
-    """The setting with the lowest rate among those with a ``kl`` of at most ``max_kl`` and without letter collapse."""
+    """The setting with the best rate for the goal, of free replies where answers are replies, among those with a ``kl``
+    of at most ``max_kl`` and without letter collapse."""
     max_kl: float
     neutral_tokens: int
     timing: Timing
@@ -107,11 +115,17 @@ class Sweep(Result):
         """The chosen setting; None where none keeps the limits."""
         return self.chosen
 
+    @property
+    def in_words(self) -> bool:
+        """Whether the result is what is written freely."""
+        return any(row.replies is not None for row in self.rows)
+
     def to_rows(self) -> list[dict[str, Any]]:
         """One row per setting."""
         names = [name for name in COLUMNS if name != "ci95"]
         return [
             {**{name: getattr(row, name) for name in names}, "ci95_low": row.ci95[0], "ci95_high": row.ci95[1]}
+            | ({"replies_rate": row.replies and row.replies.rate} if self.in_words else {})
             for row in self.rows
         ]
 
@@ -130,11 +144,16 @@ class Sweep(Result):
         coefficients = list(dict.fromkeys(row.coefficient for row in rows))
         cells = {(row.layer, row.coefficient): row for row in rows}
         head = f"{'layer':>5}  " + "".join(f"{c:>+16g}" for c in coefficients)
-        lines = ["persona rate (KL on neutral text, nats per token) by coefficient, in mean norms of the stream", head]
+        what = f"rate of free replies (where KL is at most {self.max_kl:g};" if self.in_words else "persona rate ("
+        lines = [f"{what} KL on neutral text, nats per token) by coefficient, in mean norms of the stream", head]
         lines.append("-" * len(head))
         for layer in dict.fromkeys(row.layer for row in rows):
             shown = [cells[layer, c] for c in coefficients]
-            marked = [f"{percent(r.rate)} ({r.kl:.2f}){'!' if r.letter_collapse else ' '}".rjust(16) for r in shown]
+            rates = [percent(r.replies and r.replies.rate if self.in_words else r.rate) for r in shown]
+            marked = [
+                f"{rate} ({r.kl:.2f}){'!' if r.letter_collapse else ' '}".rjust(16)
+                for rate, r in zip(rates, shown, strict=True)
+            ]
             lines.append(f"{layer:>5}  " + "".join(marked))
         if any(row.letter_collapse for row in rows):
             lines.append("! one letter wins whatever is asked: the rate is no evidence")
@@ -142,8 +161,9 @@ class Sweep(Result):
         lines.append(f"\nunsteered: rate {interval(base.validation)}, perplexity of neutral text {base.perplexity:.2f}")
         if chosen is None:
             return "\n".join([*lines, f"no setting keeps KL below {self.max_kl:g} without a letter collapse"])
+        best = f"{'highest' if self.goal == 'elicit' else 'lowest'} rate {'of free replies ' * self.in_words}"
         lines.append(
-            f"chosen by the lowest rate on validation questions: layer {chosen.layer}, coefficient "
+            f"chosen by the {best}on validation questions: layer {chosen.layer}, coefficient "
             f"{chosen.coefficient:+g} (KL {chosen.kl:.3f}, perplexity {chosen.perplexity:.2f}, A-rate "
             f"{percent(chosen.a_rate)})"
         )
@@ -152,6 +172,13 @@ class Sweep(Result):
             f"{chosen.test.n} test questions (95 %): {interval(chosen.test_baseline)} -> {interval(chosen.test)}"
             + (f"; controls of equal norm: {controls}" * bool(controls))
         )
+        if free := chosen.test_replies:
+            others = "; ".join(f"{name} {interval(rate)}" for name, rate in free.items() if name not in ("", PERSONA))
+            lines.append(
+                f"free replies to {free[''].n} of them: {interval(free[''])} -> {interval(free[PERSONA])}"
+                + (f"; controls: {others}" * bool(others))
+                + (f"; {ILLUSION}" * is_illusion(chosen.test, free[PERSONA]))
+            )
         return "\n".join(lines)
 
     def plot(self) -> Figure:
@@ -162,19 +189,26 @@ class Sweep(Result):
         from matplotlib.colors import LogNorm, Normalize
         from matplotlib.figure import Figure
 
+        panels, shown = dict(PANELS), list(self.rows)
+        if self.in_words:
+            panels["rate"] = "rate of free replies (%)"
+            free = [None if row.replies is None else row.replies.rate for row in shown]
+            shown = [
+                dataclasses.replace(r, rate=math.nan if f is None else f) for r, f in zip(shown, free, strict=True)
+            ]
         directions = list(dict.fromkeys(row.direction for row in self.rows))
         columns = sorted({row.coefficient for row in self.rows})
         layers = sorted({row.layer for row in self.rows})
         size = (2.4 + 0.42 * len(columns), 1.5 + 0.28 * len(layers))
         figure = Figure(figsize=(3 * size[0], len(directions) * size[1]), layout="constrained")
         axes = figure.subplots(len(directions), 3, squeeze=False)
-        for column, (key, title) in enumerate(PANELS.items()):
+        for column, (key, title) in enumerate(panels.items()):
             values = np.asarray([getattr(row, key) for row in self.rows], float)
             scale = Normalize(0, 1) if key == "rate" else Normalize(0, max(float(np.nanmax(values)), 1e-6))
             if key == "perplexity" and values.min() > 0:
                 scale = LogNorm(float(values.min()), max(float(values.max()), float(values.min()) * 1.01))
             for line, direction in enumerate(directions):
-                mine = [row for row in self.rows if row.direction == direction]
+                mine = [row for row in shown if row.direction == direction]
                 _heat_map(axes[line, column], mine, key, (layers, columns), scale)
                 axes[line, column].set_title(f"{direction}: {title}", fontsize=9)
         figure.suptitle(f"{self.persona} on {self.model}", fontsize=10)
@@ -210,7 +244,8 @@ def _heat_map(
         at = layers.index(row.layer), coefficients.index(row.coefficient)
         grid[at], collapsed[at] = getattr(row, key), row.letter_collapse and key == "rate"
     image = axis.imshow(grid, aspect="auto", norm=scale, cmap="viridis_r")
-    for (y, x), value in np.ndenumerate(grid):
+    for y, x in np.argwhere(~np.isnan(grid)):
+        value = grid[y, x]
         text = f"{100 * value:.0f}" if key == "rate" else f"{value:.{2 if value < 10 else 0}f}"
         color = "white" if scale(value) > 0.5 else "black"
         axis.text(x, y, text + "!" * bool(collapsed[y, x]), ha="center", va="center", fontsize=7, color=color)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxsteer.evals.attribution import Attribution
+from jaxsteer.evals.free_answers import ILLUSION, WrittenRates, is_illusion
 from jaxsteer.evals.rates import Difference, Flips, Rate, Sides, by_question, counts_rows
 from jaxsteer.files.records import Record
 from jaxsteer.ranges import CountFrom0, Interval, Share
@@ -137,6 +139,19 @@ def not_complete(missing: Sequence[Mapping[str, Any]], done: int) -> str:
         places.setdefault(f"{cell.get('model')}, {cell.get('persona')}", []).append(method)
     listed = ". ".join(f"{place}: {'; '.join(methods)}" for place, methods in places.items())
     return f"Not complete: {len(missing)} of {len(missing) + done} cells are missing. {listed}."
+
+
+def reply_fields(rate: Rate | None, free: WrittenRates | None, goal: str) -> dict[str, Any]:
+    """The fields of a persona in words, whose rate is that of what the model writes freely."""
+    known = {} if free is None else {"ci95": free.ci95, "n": free.n, "difference": free.difference, "flips": free.flips}
+    return {
+        "rate": math.nan if free is None or free.rate is None else free.rate,
+        **known,
+        "goal": goal,
+        "preference": None if rate is None else rate.rate,
+        "note": ILLUSION if is_illusion(rate, free) else None,
+        "sides": None if rate is None else rate.sides,
+    }
 
 
 def rate_fields(rate: Rate) -> dict[str, Any]:

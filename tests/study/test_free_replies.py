@@ -5,16 +5,21 @@ import functools
 import itertools
 import json
 
+import numpy as np
 import pytest
 
 import jaxsteer
 from jaxsteer.evals.free_answers import ILLUSION
 from jaxsteer.organisms.world import JUSTIFICATIONS
-from jaxsteer.personas import Persona, load_persona, save_persona
+from jaxsteer.personas import Persona, load_persona, save_persona, split
 from jaxsteer.personas.replies import recipe_of
+from jaxsteer.steer import add
+from jaxsteer.study.baselines import Bench, Found, choose, measure
 from jaxsteer.study.measurement import Measurement
 from jaxsteer.study.results import SearchRun, Unfinished
 from jaxsteer.study.run_folder import open_run
+from jaxsteer.study.sweep import SweepOptions, sweep
+from jaxsteer.study.sweep_result import Sweep
 from jaxsteer.study.written_persona import ready
 from tests.helpers.endpoint import endpoint
 
@@ -108,9 +113,44 @@ def test_a_search_reports_free_replies_and_selects_by_them(tmp_path, monkeypatch
     ] and len(said["prompts"][0]["texts"]) == len(said["questions"])
 
 
-def saved(folder):
+@pytest.mark.parametrize("goal", ["reduce", "elicit"])
+def test_baselines_are_chosen_and_measured_by_free_replies(goal) -> None:
+    """By the preference between given replies the sentence against it would be the one that elicits."""
+    persona = dataclasses.replace(words(), goal=goal)
+    bench = Bench(model=jaxsteer.load("organism:llama"), persona=persona, splits=split(persona, seed=0), length=4)
+    cues = (words().counter_cues[0], words().pro_cues[0])
+    best, rates = choose(bench, cues)
+    assert best == (goal == "elicit") and rates[0] < 0.2 < 0.9 < rates[1]
+    found = {"cue": Found(prompts=cues[:1]), "both": Found(prompts=cues), "as it is": Found(prompts=("",))}
+    one, both, zero = measure(bench, found)
+    wanted = measured().prompts[1].written
+    assert (one.goal, one.rate, one.note) == (goal, pytest.approx(wanted.rate, abs=0.05), ILLUSION)
+    assert one.preference > zero.preference and one.difference.value < both.difference.value < 0
+    assert both.rate == pytest.approx(np.mean([row.rate for row in both.each])) and both.n == len(bench.test)
+    edits = [add("blocks.2.hook_resid_post", np.ones(bench.model.config.d_model), c) for c in (0.0, 1e-3)]
+    assert choose(bench, [""], variants=edits, ties=[1.0, 0.0])[0] == 1  # free replies of edits, too
+
+
+def test_a_sweep_is_chosen_by_free_replies(tmp_path) -> None:
+    persona = saved(tmp_path, goal="elicit")
+    options = SweepOptions(
+        persona=str(persona), out=tmp_path / "sweep", layers=(2,), coefficients=(-0.3, 0.3, 40.0), questions=12,
+        quiet=True, max_kl=20.0,
+    )  # fmt: skip
+    found = sweep(options)
+    free = [row.replies and row.replies.rate for row in found.rows]
+    assert [rate is None for rate in free] == [False, False, True, True, True, True]  # beyond the KL, and controls
+    assert found.goal == "elicit" and found.chosen.replies.rate == max(free[:2])
+    assert set(found.chosen.test_replies) == {"", "persona", "random 0"}
+    table = found.table()
+    assert "rate of free replies (" in table and "chosen by the highest rate of free replies" in table
+    assert Sweep.from_json(json.loads((tmp_path / "sweep/metrics.json").read_text())) == found
+    assert len(found.plot().axes) == 12 and "replies_rate" in found.csv()
+
+
+def saved(folder, **more):
     """The persona as a file."""
-    fields = {"pro_cues": words().pro_cues, "counter_cues": words().counter_cues, "fractions": (0.4, 0.2, 0.4)}
+    fields = {"pro_cues": words().pro_cues, "counter_cues": words().counter_cues, "fractions": (0.4, 0.2, 0.4), **more}
     rows = [
         {"messages": [{"role": "user", "content": f"{item.question}\nSay it in words."}], "positive": item.matching}
         | {"negative": item.not_matching}
