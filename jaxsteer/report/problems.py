@@ -17,7 +17,7 @@ from jaxsteer.study.study_result import Study
 
 Lines = list[tuple[str, str, list[Any]]]
 """(run, name, rows)"""
-GROUPED = ("persona", "method", "direction", "site", "fluency")
+GROUPED = ("persona", "goal", "method", "direction", "site", "fluency")
 """Columns that set problems apart; seeds and restarts repeat them."""
 
 

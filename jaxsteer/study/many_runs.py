@@ -220,7 +220,8 @@ def _pooled(first: SearchOptions, options: SearchOptions, setting: PersonaSettin
 def _folder(options: SearchOptions, chosen: ChosenObjective, number: int) -> str:
     objective = options.objective
     site = chosen.row.site if objective.site == "auto" else objective.site
-    words = [f"{number:03d}", Path(options.contexts.persona).stem, objective.method, site]
+    goal = (options.contexts.goal,) if options.contexts.goal else ()
+    words = [f"{number:03d}", Path(options.contexts.persona).stem, *goal, objective.method, site]
     if objective.direction is not None:
         words.append(Path(objective.direction).stem)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words))[:120]
@@ -247,6 +248,7 @@ def _line(row: Row, problem: int, pool: Pool, found: Sequence[dict[str, Any]]) -
     return {
         "problem": problem,
         **row.columns(),
+        "goal": pool.setting.persona.goal,
         "site": pool.chosen.row.site,
         "run": pool.folder.name,
         "prompts": sum(entry["retokenises"] for entry in found),

@@ -178,7 +178,7 @@ class ProblemOptions:
 
     vary: tuple[str, ...] = ()
     """Many searches at once, the product of values: persona=sycophancy,myopic site=layers.1,layers.2 seed=0:32.
-    Any of persona, method, direction, site, fluency, seed, restart; A:B counts from A to B - 1."""
+    Any of persona, goal, method, direction, site, fluency, seed, restart; A:B counts from A to B - 1."""
     problems: Path | None = None
     """Many searches at once, one per line of a table with columns as in --vary (.csv or .jsonl)."""
 

@@ -13,7 +13,7 @@ from jaxsteer.files import csv_records, kind_of, read_json_lines, read_text
 from jaxsteer.study.option_values import convert_value
 from jaxsteer.study.options import KINDS, ProblemOptions, SearchOptions
 
-COLUMNS = ("persona", "method", "direction", "site", "fluency", "seed", "restart")
+COLUMNS = ("persona", "goal", "method", "direction", "site", "fluency", "seed", "restart")
 """What may differ between the searches of one command."""
 NUMBERS = ("seed", "restart")
 MOST = 1_000_000

@@ -49,7 +49,9 @@ class RunSummary(Record):
     """Test questions."""
     selected: SelectedPrompt | None
     goal: str = ""
-    """Of a persona in words "reduce" or "elicit"; its rates are those of free replies."""
+    """What was wanted: "reduce" or "elicit"; "" of older versions means to reduce a persona with lettered answers."""
+    free_replies: bool | None = None
+    """Whether the rates are those of free replies, as a persona in words has them (None of older versions)."""
 
     @classmethod
     def of(cls, run: SearchRun, *, problems: int) -> RunSummary:
@@ -70,8 +72,14 @@ class RunSummary(Record):
             baseline_ci95=None if base is None else base.ci95,
             n=None if base is None else base.n,
             selected=selected,
-            goal=(run.goal or "reduce") if run.in_words else "",
+            goal=run.goal or "reduce",
+            free_replies=run.in_words,
         )
+
+    @property
+    def in_words(self) -> bool:
+        """Whether its rates are those of free replies."""
+        return bool(self.goal) if self.free_replies is None else self.free_replies
 
     @property
     def shares(self) -> tuple[BareShare | None, BareShare | None]:
@@ -116,18 +124,22 @@ class Study(Result):
 
     def table(self) -> str:
         """One line per run."""
-        lines: list[tuple[str, ...]] = [("run", "problems", "probe", "target", "baseline", "rate", "prompt")]
+        goals = {run.goal or "reduce" for run in self.runs.values()} != {"reduce"}
+        goal = ("goal",) if goals else ()
+        lines: list[tuple[str, ...]] = [("run", *goal, "problems", "probe", "target", "baseline", "rate", "prompt")]
         for name, run in self.runs.items():
             numbers = (decimals(run.probe_correlation), decimals(run.selected and run.selected.target))
             text = short((run.selected and run.selected.text) or "(none re-tokenises)", 40)
-            name = f"{name} ({run.goal}, free replies)" if run.goal else name
+            name = f"{name} (free replies)" if run.in_words else name
             before, after = map(interval, run.shares)
             after += " ~" if run.selected and run.selected.note else ""
-            lines.append((visible(name), str(run.problems), *numbers, before, after, text))
+            wanted = (run.goal or "reduce",) if goals else ()
+            lines.append((visible(name), *wanted, str(run.problems), *numbers, before, after, text))
         noted = f"; ~ {ILLUSION}" if any(run.selected and run.selected.note for run in self.runs.values()) else ""
         counts = f"{self.searched} of {self.problems} problems were searched"
         counts += f" (missing: {'; '.join(f'{kind} {n}' for kind, n in self.missing.items())})" * bool(self.missing)
-        return f"{aligned(lines, left=(0, 6))}\n\n{counts}; rates on test questions with 95 % intervals{noted}"
+        table = aligned(lines, left=(0, len(lines[0]) - 1))
+        return f"{table}\n\n{counts}; rates on test questions with 95 % intervals{noted}"
 
     def plot(self) -> Figure:
         """Rates on test questions without a prompt and with the prompt of every run, from the summaries alone."""

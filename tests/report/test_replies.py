@@ -110,5 +110,5 @@ def test_a_study_shows_free_replies_and_the_goal(tmp_path: Path):
     assert summary.selected is not None and (summary.baseline, summary.selected.rate) == (0.1, 0.12)
     lesser = dataclasses.replace(summary, selected=dataclasses.replace(summary.selected, rate=0.05))
     both = Study(model="m", fingerprint="", problems=2, searched=2, interrupted=False, runs={"x": lesser, "y": summary})
-    assert both.best is summary and "y (elicit, free replies)" in both.table() and ILLUSION in both.table()
+    assert both.best is summary and "y (free replies)  elicit" in both.table() and ILLUSION in both.table()
     assert Study.from_json(json.loads(json.dumps(both.to_json()))) == both

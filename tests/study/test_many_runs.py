@@ -181,4 +181,5 @@ def test_products_and_tables_are_read_as_they_stand(options: Make, tmp_path: Pat
         {"seed": seed, "fluency": "strict"} for seed in (1, 4, 5)
     ]
     (tmp_path / "p.jsonl").write_text('{"seed": 2, "persona": "myopic"}\n\n{"seed": 3, "site": ""}\n')
+    assert rows_of(ProblemOptions(vary=("goal=reduce,elicit",))) == [{"goal": "reduce"}, {"goal": "elicit"}]
     assert rows_of(ProblemOptions(problems=tmp_path / "p.jsonl")) == [{"seed": 2, "persona": "myopic"}, {"seed": 3}]

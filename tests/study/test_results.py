@@ -116,7 +116,14 @@ def test_a_study_says_what_its_runs_found() -> None:
     study = Study(model="m", fingerprint="f", problems=8, searched=8, interrupted=False, runs=runs)
     assert study.best is runs["b"] and study.best.selected.text == " odd"
     assert "8 of 8 problems" in study.table() and study.to_rows()[1]["rate"] == 0.01
-    assert len(study.plot().axes[0].get_yticks()) == 4
+    assert len(study.plot().axes[0].get_yticks()) == 4 and "goal" not in study.table()
+    more = RunSummary.of(dataclasses.replace(run, goal="elicit"), problems=4)  # of lettered answers, too
+    mixed = dataclasses.replace(study, runs={"a": runs["a"], "m": more})
+    lines = [line.split() for line in mixed.table().splitlines()]
+    assert lines[0][:2] == ["run", "goal"] and [line[1] for line in lines[2:4]] == ["reduce", "elicit"]
+    assert "goal" in mixed.to_rows()[0] and "free replies" not in mixed.table()
+    old = {name: value for name, value in runs["a"].to_json().items() if name not in ("goal", "free_replies")}
+    assert not RunSummary.from_json(old).in_words and RunSummary.from_json(old | {"goal": "reduce"}).in_words
     nothing = dataclasses.replace(study, runs={"c": RunSummary.of(dataclasses.replace(run, selected=None), problems=1)})
     assert nothing.best is None and "(none re-tokenises)" in nothing.table()
 
