@@ -38,7 +38,7 @@ class RunFiles:
 
 
 def read_run(directory: str | Path) -> RunFiles:
-    """Read config.json, metrics.json, pareto.jsonl and progress.jsonl of ``directory``.
+    """Read config.json, metrics.json, pareto.jsonl and progress.jsonl of ``directory``; choices.json must be whole.
 
     metrics.json must be there and whole; the others may be missing, and the last line of a .jsonl file may be cut:
     both become warnings. Raises ``UserError`` otherwise.
@@ -57,8 +57,11 @@ def read_run(directory: str | Path) -> RunFiles:
         )
     result = read_result(path)
     config = read_object(path / files.CONFIG)
-    if config is None:
-        notes.append("config.json is missing: the settings of this run are not known")
+    if not config:
+        what = "is missing" if config is None else "holds nothing"
+        notes.append(f"config.json {what}: the settings of this run are not known")
+    if read_object(path / files.CHOICES) == {}:
+        notes.append("choices.json holds nothing: answers to single questions are not known")
     rows = read_lines(path / files.PARETO, notes)
     pareto = [Prompt.from_json(row, f"{path / files.PARETO}, row {i}") for i, row in enumerate(rows)]
     pooled = config is not None and "pooled" in config  # the progress of many searches stands beside all of their runs

@@ -138,6 +138,21 @@ def test_missing_files(tmp_path: Path):
         write_report(run)
 
 
+@pytest.mark.parametrize("file", ["config.json", "choices.json", "metrics.json"])
+def test_files_that_are_empty_cut_or_of_another_kind(tmp_path: Path, file: str):
+    run = write_run(tmp_path)
+    for text in ("[1]", '{"a": {"b'):
+        (run / file).write_text(text)
+        with pytest.raises(UserError, match=rf"{file}"):
+            write_report(run)
+    (run / file).write_text("{}")
+    if file == "metrics.json":
+        with pytest.raises(UserError, match="is not of a search"):
+            write_report(run)
+    else:
+        assert f"{file} holds nothing" in " ".join(page_of(run).text)
+
+
 def test_a_run_that_found_nothing(tmp_path: Path):
     numbers = metrics(prompts=[], selected=None, controls={}, baseline={"validation": None, "test": None})
     page = page_of(write_run(tmp_path, numbers))
