@@ -140,6 +140,8 @@ def vector_table(vectors: Vectors) -> str:
         last = ["-" if value is None else f"{value:.4g}"] * valued
         table.append((row["site"], shape, f"{row['norm']:.4g}", share, *last))
     notes = {**{name.replace("_", " "): text for name, text in known.items()}, **recipe}
+    if zero := ", ".join(row["site"] for row in rows if row["norm"] == 0):
+        notes["warning"] = f"{zero}: all zeros, which is no direction; nothing is steered there"
     notes.pop("diagnostics", None)  # numbers of every site, which --json prints
     return "\n".join(
         [aligned(table), "", *(f"{name}: {short(text, 200)}" for name, text in notes.items() if text != "")]

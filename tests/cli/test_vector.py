@@ -22,6 +22,12 @@ def ours(tmp_path):
     )
 
 
+def test_show_says_what_steers_nothing(tmp_path, capsys):
+    arrays = {"blocks.0.hook_resid_post": ROWS[0], "blocks.1.hook_resid_post": ROWS[1] * 0}
+    assert main(["vector", "show", str(save_vectors(Vectors(arrays=arrays), tmp_path / "v.safetensors"))]) == 0
+    assert "warning: blocks.1.hook_resid_post: all zeros, which is no direction" in capsys.readouterr().out
+
+
 def test_show(ours, capsys):
     assert main(["vector", "show", str(ours)]) == 0
     text = capsys.readouterr().out
