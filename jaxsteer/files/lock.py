@@ -27,6 +27,9 @@ from jaxsteer.processes import from_first, is_first
 
 STALE_S = 60
 """An owner that gave no sign for so long is taken for dead."""
+LOCK = ".lock"
+RECORDS = ("config.json", "training.json")
+"""What a command writes in its directory before it works: what it was asked for."""
 _BEAT_S = 10
 _LOOK_S = 0.1
 _TRIES = 1000
@@ -68,23 +71,30 @@ def hold_lock(path: Path, waiting: Callable[[], object] | None = None) -> Iterat
 @contextlib.contextmanager
 def in_use(out: Path, go_on: str = "the same command goes on") -> Iterator[None]:
     """Make the directory ``out`` of a command and keep other commands from working there; of several processes the
-    first holds its lock, ``.lock``.
+    first holds its ``LOCK``.
 
-    A directory that was made and is still empty goes again when the block fails; otherwise Ctrl-C and SIGTERM get a
-    note that says what is kept and, by ``go_on``, how to go on. Raises ``UserError`` where another command works, and
+    A directory that was made and holds no more than ``RECORDS`` goes again when the block fails. Ctrl-C and SIGTERM get
+    a note that says what is kept and, by ``go_on``, how to go on. Raises ``UserError`` where another command works, and
     for what is no directory in which one may write.
     """
     made = not out.exists()
     try:
         with contextlib.ExitStack() as held:
             from_first(lambda: _use(out, held))
-            yield
-    except BaseException as error:
+            try:
+                yield
+            except BaseException as error:
+                saved = out.is_dir() and any(path.name not in (LOCK, *RECORDS) for path in out.iterdir())
+                for name in RECORDS if made and not saved and is_first() else ():
+                    (out / name).unlink(missing_ok=True)
+                if isinstance(error, KeyboardInterrupt | SystemExit):
+                    kept = f"what was saved is kept in {out}: {go_on}"
+                    error.add_note(kept if saved else "nothing was saved yet: the same command begins again")
+                raise
+    except BaseException:
         if made and is_first():
             with contextlib.suppress(OSError):  # something was written
                 out.rmdir()
-        if isinstance(error, KeyboardInterrupt | SystemExit) and out.is_dir():
-            error.add_note(f"what was saved is kept in {out}: {go_on}")
         raise
 
 
@@ -92,7 +102,7 @@ def _use(out: Path, held: contextlib.ExitStack) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a directory")
     with writing(make_directory(out)):
-        held.enter_context(hold_lock(out / ".lock"))
+        held.enter_context(hold_lock(out / LOCK))
 
 
 def _taken(handle: int) -> bool:

@@ -80,6 +80,24 @@ def test_an_owner_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.Monkey
         assert lock.stat().st_mtime > 1
 
 
+@pytest.mark.parametrize(
+    ("names", "left", "says"),
+    [
+        ([], [], "nothing was saved yet: the same command begins again"),
+        (["config.json"], [], "nothing was saved yet: the same command begins again"),
+        (["config.json", "rates"], ["config.json", "rates"], "what was saved is kept in {}: go on"),
+    ],
+)
+def test_an_interrupted_command_says_what_it_kept(tmp_path: Path, names: list[str], left: list[str], says: str) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt) as ended, in_use(out, "go on"):
+        for name in names:
+            (out / name).touch()
+        raise KeyboardInterrupt
+    assert ended.value.__notes__ == [says.format(out)]
+    assert (sorted(path.name for path in out.iterdir()) if out.exists() else []) == left
+
+
 def test_two_searches_into_one_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with in_use(tmp_path):
         assert main(["search", "--out", str(tmp_path)]) == 2
