@@ -38,10 +38,7 @@ def read_config(path: Path) -> dict[str, Any]:
     else:
         raise UserError(f"--config expects a .yaml or .toml file, got {path}")
     try:
-        # What is null has its default, as what is left out.
-        return convert_values(
-            {name: value for name, value in values.items() if value is not None or name not in OPTIONS}
-        )
+        return convert_values(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

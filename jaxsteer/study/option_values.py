@@ -29,10 +29,11 @@ def convert_value(name: str, kind: Any, value: Any) -> Any:
             return _as(one, value)
         except (TypeError, ValueError):
             continue
+    given, advice = ("null", ": leave it out for its default") if value is None else (repr(value), "")
     if choices := choices_of(kind):
-        raise UserError(f"{name} is {value!r}, but may be {', '.join(choices)}")
+        raise UserError(f"{name} is {given}, but may be {', '.join(choices)}{advice}")
     needed = next((_NEEDED[one] for one in kinds if one in _NEEDED), "a list of texts")
-    raise UserError(f"{name} is {value!r}, but must be {needed}")
+    raise UserError(f"{name} is {given}, but must be {needed}{advice}")
 
 
 def choices_of(kind: Any) -> tuple[str, ...]:
