@@ -80,7 +80,7 @@ class DataShow:
 
     def _found(self) -> dict[str, Any]:
         from jaxsteer import organisms
-        from jaxsteer.personas import load_dataset, load_persona, split
+        from jaxsteer.personas import load_dataset, load_persona, number_of_questions, split
 
         if self.name in organisms.BEHAVIOURS and self.path is None:
             persona = load_persona(self.name)
@@ -102,7 +102,7 @@ class DataShow:
                 "dropped": dataset.dropped,
                 "data_hash": dataset.data_hash,
             }
-        about |= {"items": len(items), "questions": len(questions) or len({item.group for item in items})}
+        about |= {"items": len(items), "questions": len(questions) or number_of_questions(items)}
         if items:
             splits = split(items, seed=self.split_seed)
             parts = {name: getattr(splits, name) for name in ("train", "validation", "test")}

@@ -13,7 +13,7 @@ from jaxsteer.personas.directions import (
     save_direction,
 )
 from jaxsteer.personas.instructions import instructions, invitations, seed_phrase
-from jaxsteer.personas.items import Item, OpenQuestion, orders, parse_choices, swap
+from jaxsteer.personas.items import Item, OpenQuestion, number_of_questions, orders, parse_choices, swap
 from jaxsteer.personas.pairs import READ_POSITIONS, Pairs, check_cues, contrast_pairs, search_conversations
 from jaxsteer.personas.persona import Goal, Persona, Splits, split
 from jaxsteer.personas.persona_files import CHARACTERS, save_persona
@@ -43,6 +43,7 @@ __all__ = [
     "load_persona",
     "load_signature",
     "mean_difference",
+    "number_of_questions",
     "orders",
     "parse_choices",
     "projections",

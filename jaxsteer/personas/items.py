@@ -148,6 +148,11 @@ def parse_choices(question: str) -> Choices:
     )
 
 
+def number_of_questions(items: Iterable[Item]) -> int:
+    """How many questions are asked: items with other orders of choices or other replies ask the same one."""
+    return len({item.group for item in items})
+
+
 def orders(item: Item) -> tuple[Item, ...]:
     """The item and its swapped copy; the item alone where its answers are no labels."""
     return (item, swap(item)) if item.lettered else (item,)

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxsteer.errors import UserError
 from jaxsteer.personas.dataset_formats import choices_of
-from jaxsteer.personas.items import Item, OpenQuestion, data_hash
+from jaxsteer.personas.items import Item, OpenQuestion, data_hash, number_of_questions
 from jaxsteer.personas.replies import with_replies
 
 if TYPE_CHECKING:
@@ -112,6 +112,11 @@ class Splits:
     test: tuple[Item, ...]
     seed: int
     fractions: tuple[float, float, float]
+
+    @property
+    def questions(self) -> dict[str, int]:
+        """How many questions each part asks."""
+        return {name: number_of_questions(getattr(self, name)) for name in ("train", "validation", "test")}
 
 
 def split(

@@ -177,7 +177,7 @@ def _measured(
             split=asked.split,
             style=options.placement.style,
             slot=options.placement.slot,
-            questions=len(asked.texts),
+            questions=asked.count,
             goal=None if asked.goal == "reduce" else asked.goal,
             baseline=rows[0],
             prompts=tuple(rows[1:]),

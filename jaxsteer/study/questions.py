@@ -8,7 +8,16 @@ from typing import Literal
 
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import distinct
-from jaxsteer.personas import Dataset, Item, OpenQuestion, Persona, load_dataset, load_persona, split
+from jaxsteer.personas import (
+    Dataset,
+    Item,
+    OpenQuestion,
+    Persona,
+    load_dataset,
+    load_persona,
+    number_of_questions,
+    split,
+)
 from jaxsteer.personas.sources import find_source
 from jaxsteer.prompts import Placement, Turns
 from jaxsteer.ranges import Seed, check_ranges
@@ -65,6 +74,11 @@ class Questions:
     """What is wanted of the persona: less, or more ("elicit")."""
     bare: Persona | None = None
     """A persona in words alone: the model that is measured writes the replies."""
+
+    @property
+    def count(self) -> int:
+        """How many there are, as rates count them."""
+        return number_of_questions(self.items) or len(self.open)
 
     @property
     def texts(self) -> list[str | Turns]:

@@ -326,7 +326,7 @@ def conclude(
             "probe_correlation": None if chosen.probe is None else row.correlation,
             "probe_ci95": row.ci95,
             "probe": chosen.probe,
-            "splits": {name: len(getattr(setting.splits, name)) for name in ("train", "validation", "test")},
+            "splits": setting.splits.questions,
             "baseline": rates.baseline,
             "controls": rates.controls,
             "prompts": rates.prompts,

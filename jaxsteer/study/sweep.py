@@ -32,6 +32,7 @@ from jaxsteer.personas import (
     load_direction,
     load_persona,
     mean_difference,
+    number_of_questions,
     random_direction,
     save_direction,
     split,
@@ -157,7 +158,8 @@ def _measure(
     rows = _known_rows(options.out / ROWS_FILE)
     say(
         f"Sweep: {len(layers)} layers x {len(options.coefficients)} coefficients x {len(directions)} directions on "
-        f"{len(items)} questions{' in both choice orders' * (free is None)} and {len(neutral)} neutral texts"
+        f"{number_of_questions(items)} questions{' in both choice orders' * (free is None)} and {len(neutral)} neutral "
+        "texts"
     )
     files.write_lines(options.out / ROWS_FILE, map(_line, rows.items()))  # without a line that was cut
     with progress_bar("sweep", len(layers), unit="layer", quiet=options.quiet) as advance:

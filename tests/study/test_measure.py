@@ -1,5 +1,7 @@
 """``jaxsteer.measure``: prompts, an edit and other models on the same questions, and what is refused."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from jaxsteer.statistics import wilson
 from jaxsteer.steer import add
 from jaxsteer.study.measure import measure
 from jaxsteer.study.measurement import Measured, Measurement
+from jaxsteer.study.questions import MeasureOptions, questions_of
 from jaxsteer.writers.writer import Rule
 from tests.helpers.rates import made_rate
 from tests.helpers.tiny import tiny_model
@@ -26,6 +29,19 @@ def questions(tmp_path):
     )
     (tmp_path / "rows.jsonl").write_text(rows)
     return str(tmp_path / "rows.jsonl")
+
+
+def test_several_replies_to_one_question_are_one_question(tmp_path) -> None:
+    replies = [
+        ("yes, with great joy and zeal", "no, I would rather not do"),
+        ("yes, and at once, my friend", "no, not I"),
+    ]
+    rows = [
+        {"question": "Will you?", "answer_matching_behavior": a, "answer_not_matching_behavior": b} for a, b in replies
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = questions_of(str(tmp_path / "rows.jsonl"), MeasureOptions(split="all"))
+    assert (len(asked.items), asked.count) == (2, 1)
 
 
 def test_prompts_and_an_edit_stand_beside_the_model_as_it_is(questions) -> None:

@@ -53,7 +53,7 @@ def test_a_run_writes_its_files_and_is_not_repeated(options: Make) -> None:
     for entry in (metrics.baseline, metrics.controls["oracle"], *metrics.prompts):
         for split, rate_ in (("validation", entry.validation), ("test", entry.test)):
             assert 0 <= rate_.ci95[0] <= rate_.rate <= rate_.ci95[1] <= 1
-            assert 2 * rate_.n == metrics.splits[split]  # n is questions: the data has each in both orders
+            assert rate_.n == metrics.splits[split]  # questions, which the data has in both orders
     prompts = metrics.prompts
     assert prompts and all(len(p.ids) == 3 for p in prompts)
     assert metrics.selected == 0 and prompts[0].target == max(p.target for p in prompts)
