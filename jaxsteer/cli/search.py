@@ -39,7 +39,7 @@ class Search:
         from jaxsteer.cli.cores import use_cores
         from jaxsteer.processes import is_first
         from jaxsteer.report import write_report
-        from jaxsteer.study.bars import say
+        from jaxsteer.study.bars import progress_bar, say
         from jaxsteer.study.object_store import working_directory
         from jaxsteer.study.results import Unfinished
         from jaxsteer.study.study_result import Study
@@ -53,11 +53,11 @@ class Search:
                 print(f"\n{error.result.table()}\n")
                 raise
             runs = found.runs if isinstance(found, Study) else None
-            if is_first():
-                for name in runs or ():
+            pages = [*(runs or ()), *([""] if runs is None or runs else [])]
+            with progress_bar("report", len(pages), unit="page", quiet=options.run.quiet) as advance:
+                for number, name in enumerate(pages if is_first() else (), 1):
                     write_report(folder / name)
-                if runs is None or runs:
-                    write_report(folder)
+                    advance(number)
         if is_first():
             page = "none: no run was finished" if runs is not None and not runs else f"{out}/{REPORT}"
             print(f"\n{found.table()}\n\nReport: {page}" + ("" if runs is None else "; all problems: problems.csv"))

@@ -20,12 +20,13 @@ class Sweep(SweepOptions):
     def run(self) -> int:
         """Do the sweep, draw it and print its table."""
         from jaxsteer.display import write_figure
-        from jaxsteer.study.bars import say
+        from jaxsteer.study.bars import progress_bar, say
         from jaxsteer.study.sweep import STEERING, TABLE_FILE, sweep
 
         options = SweepOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SweepOptions)})
         found = sweep(options, say=say)
-        drawn = write_figure(self.out / "heatmap.png", found.plot())
+        with progress_bar("heat maps", quiet=self.quiet):
+            drawn = write_figure(self.out / "heatmap.png", found.plot())
         print(f"\n{found.table()}\n\nHeat maps: {drawn}\nTable: {self.out / TABLE_FILE}")
         if (steering := self.out / STEERING).is_file():
             command = [

@@ -24,6 +24,7 @@ from jaxsteer.prompt_search import check_objective
 from jaxsteer.prompt_search.rescore import rescore
 from jaxsteer.prompts import load_conversations
 from jaxsteer.study import files
+from jaxsteer.study.bars import progress_bar
 from jaxsteer.study.named_objectives import NamedObjective, named_objective
 from jaxsteer.study.objective_stage import Say, direction_of_file, task_of
 from jaxsteer.study.options import RANDOM, ObjectiveOptions, SearchOptions
@@ -51,7 +52,8 @@ def run_conversations(options: SearchOptions, path: Path, *, model: Model | None
             model = model or load_model(options.model, parallel=several, quiet=options.run.quiet)
             read = "slot_last" if options.contexts.read_position == "published" else "input_last"
             texts = [(conversation, read) for conversation in conversations]
-            setting = open_slots(options.contexts, options.scoring, options.prompt, model, texts, named)
+            with progress_bar("contexts", quiet=options.run.quiet):
+                setting = open_slots(options.contexts, options.scoring, options.prompt, model, texts, named)
             direction = None
             raw: Objective
             if named is not None:
@@ -61,7 +63,8 @@ def run_conversations(options: SearchOptions, path: Path, *, model: Model | None
                 direction = direction_of_file(model, str(options.objective.direction), [site])
                 delta = jnp.asarray(direction.delta[site])
                 raw = Projection(delta=delta, site=site, norm=options.objective.objective_norm)
-            check_objective(model.params, task_of(setting, raw), raw)
+            with progress_bar("objective", quiet=options.run.quiet):
+                check_objective(model.params, task_of(setting, raw), raw)
             folder.begin()
             if direction is not None and is_first():
                 metadata = {**direction.metadata, "site": site, "objective_sign": "1"}

@@ -27,6 +27,7 @@ from jaxsteer.prompt_search import SearchResult
 from jaxsteer.prompts import prompt_text
 from jaxsteer.sae import load_sae
 from jaxsteer.study import files
+from jaxsteer.study.bars import progress_bar
 from jaxsteer.study.named_objectives import named_objective
 from jaxsteer.study.objective_stage import ChosenObjective, Say, choose_objectives, try_objective
 from jaxsteer.study.options import RANDOM, ContextOptions, ObjectiveOptions, SearchOptions, from_flat
@@ -160,9 +161,11 @@ def _settings(
     found: dict[Key, PersonaSetting] = {}
     for contexts, sae in keys:
         persona = ready(model, personas[contexts.persona], contexts.goal, None, say, quiet=options.run.quiet)
-        found[contexts, sae] = prepare(contexts, options.scoring, options.prompt, model, persona, named, saes[sae])
-    for key, objective in dict.fromkeys((row.key, row.options.objective) for row in rows):
-        try_objective(found[key], objective)
+        with progress_bar("contexts", quiet=options.run.quiet):
+            found[contexts, sae] = prepare(contexts, options.scoring, options.prompt, model, persona, named, saes[sae])
+    with progress_bar("objectives", quiet=options.run.quiet):
+        for key, objective in dict.fromkeys((row.key, row.options.objective) for row in rows):
+            try_objective(found[key], objective)
     return found
 
 

@@ -165,7 +165,8 @@ def _measured(
 
     Raises ``Unfinished`` when the judge gives no answer."""
     if asked.bare is not None:
-        asked = questions_of(with_replies(model, asked.bare), options)
+        with progress_bar("replies", unit="reply") as advance:
+            asked = questions_of(with_replies(model, asked.bare, progress=advance), options)
     texts = tuple(prompts) if edits is None else ("", *prompts)
     rows = [Measured(prompt="", steered=False), *(Measured(prompt=t, steered=edits is not None) for t in texts)]
     bench = _Bench(model=model, asked=asked, texts=texts, edits=edits, options=options)
@@ -204,7 +205,8 @@ def _measured(
         keep(found(rows))
     for i, row in enumerate(rows if options.judge is not None else ()):
         try:
-            rows[i] = dataclasses.replace(row, judged=bench.judged(row.answers, log))
+            with progress_bar(f"judge, {i + 1} of {len(rows)}"):
+                rows[i] = dataclasses.replace(row, judged=bench.judged(row.answers, log))
         except UserError as error:
             raise Unfinished(str(error), found(rows)) from error
         keep(found(rows))
@@ -235,7 +237,8 @@ class _Bench:
     @functools.cached_property
     def replies(self) -> FreeReplies | None:
         """How replies are measured, where answers are replies."""
-        return free_replies(self.model, self.asked.train, self.asked.held_out)
+        with progress_bar("neutral replies"):
+            return free_replies(self.model, self.asked.train, self.asked.held_out)
 
     def choices(self) -> list[ChoiceResult]:
         """Log-probabilities of two answers."""

@@ -39,7 +39,8 @@ def probe_positions(
     """
     persona = load_persona(persona) if isinstance(persona, str) else persona
     model = load(model) if isinstance(model, str) else model
-    persona = with_replies(model, persona)
+    with progress_bar("replies", unit="reply", quiet=extent.quiet) as advance:
+        persona = with_replies(model, persona, progress=advance)
     splits = split(persona, seed=split_seed)
     allowed = token_mask(model, tokens)
     scorers: dict[str, Scorer] = {}

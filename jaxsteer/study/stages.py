@@ -127,8 +127,9 @@ def persona_setting(
     model = model or load_model(options.model, parallel=options.algorithm.restarts > 1, quiet=options.run.quiet)
     persona = ready(model, persona, options.contexts.goal, Path(options.run.out), say, quiet=options.run.quiet)
     sae = load_sae(objective.sae, mesh=model.mesh) if objective.sae else None
-    setting = prepare(options.contexts, options.scoring, options.prompt, model, persona, named, sae)
-    try_objective(setting, objective)
+    with progress_bar("contexts", quiet=options.run.quiet):
+        setting = prepare(options.contexts, options.scoring, options.prompt, model, persona, named, sae)
+        try_objective(setting, objective)
     return setting
 
 
