@@ -25,11 +25,17 @@ class DataList:
         """Print."""
         from jaxsteer import organisms
         from jaxsteer.display import aligned
+        from jaxsteer.personas.persona_files import CHARACTERS
         from jaxsteer.personas.sources import PERSONA_PREFIX, SOURCES, find_source
 
         rows = [
             {"name": name, "licence": "Apache-2.0", "from": "generated", "hub": "", "about": "of the shipped organisms"}
             for name in organisms.BEHAVIOURS
+        ]
+        about = "in words: a model writes its replies"
+        rows += [
+            {"name": name, "licence": "Apache-2.0", "from": "written by hand", "hub": "", "about": about}
+            for name in CHARACTERS
         ]
         example = find_source(f"{PERSONA_PREFIX}NAME")
         assert example is not None
@@ -80,14 +86,17 @@ class DataShow:
 
     def _found(self) -> dict[str, Any]:
         from jaxsteer import organisms
-        from jaxsteer.personas import load_dataset, load_persona, number_of_questions, split
+        from jaxsteer.personas import OpenQuestion, load_dataset, load_persona, number_of_questions, split
+        from jaxsteer.personas.persona_files import CHARACTERS
 
-        if self.name in organisms.BEHAVIOURS and self.path is None:
+        if self.name in (*organisms.BEHAVIOURS, *CHARACTERS) and self.path is None:
             persona = load_persona(self.name)
-            items, questions = persona.items, persona.questions
+            items, asked = persona.items, (OpenQuestion(id=q, question=q, group=q) for q in persona.ask)
+            questions = (*persona.questions, *asked)
             about: dict[str, Any] = {
-                "name": self.name, "about": persona.description, "licence": "Apache-2.0", "from": "generated",
-                "file": None, "rows": len(items), "dropped": {}, "data_hash": persona.data_hash,
+                "name": self.name, "about": persona.description, "licence": "Apache-2.0",
+                "from": "written by hand" if persona.role else "generated",
+                "file": None, "rows": len(items or questions), "dropped": {}, "data_hash": persona.data_hash,
             }  # fmt: skip
         else:
             dataset = load_dataset(self.name, path=self.path)

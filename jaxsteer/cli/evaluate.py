@@ -28,7 +28,7 @@ class Eval(Steering):
     from_run: Path | None = None
     """Measure the prompts of this run instead, with its model, persona, style and slot."""
     model: str = "organism:llama"
-    """organism:llama, a converted checkpoint, a Hugging Face directory, or a hub id."""
+    """organism:llama, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
     transfer: tuple[str, ...] = ()
     """Further models on which the same prompt texts are measured."""
     persona: str = "sycophancy"

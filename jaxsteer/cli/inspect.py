@@ -16,7 +16,7 @@ class Inspect:
     """Print what a model is: sizes, parameters, attention, sites, memory per device, what would be ignored."""
 
     source: Positional[str]
-    """organism:NAME, a config.json, a Hugging Face directory, a converted checkpoint, or a hub id."""
+    """organism:NAME, a config.json, a Hugging Face directory, a converted checkpoint, a .gguf file, or a hub id."""
     mesh_model: int = 1
     """Devices that weights are split over."""
     mesh_prompts: int = 1

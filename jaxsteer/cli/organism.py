@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,13 +70,14 @@ class Check:
     def run(self) -> int:
         """Measure and print."""
         from jaxsteer.evals.organism_gates import failed, gates_table, organism_gates, to_json
-        from jaxsteer.study.bars import load
+        from jaxsteer.study.bars import load, progress_bar
 
         model = load(self.model)
-        gates = organism_gates(
-            model, behaviours=self.behaviours, n=self.n, random=self.random,
-            progress=lambda what: print(f"measuring {what} ...", file=sys.stderr),
-        )  # fmt: skip
+        with progress_bar("gates") as advance:
+            gates = organism_gates(
+                model, behaviours=self.behaviours, n=self.n, random=self.random,
+                progress=lambda what: advance(0, measuring=what),
+            )  # fmt: skip
         missed = failed(gates)
         if self.json:
             print(document({"model": model.name, "passed": not missed, "gates": to_json(gates)}))

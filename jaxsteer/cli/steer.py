@@ -47,7 +47,7 @@ class Norms:
     """Print the mean norm of the residual stream after every block: the unit of steering coefficients."""
 
     model: str = "organism:llama"
-    """organism:NAME (llama, qwen2 or gemma3), a converted checkpoint, a Hugging Face directory, or a hub id."""
+    """organism:NAME (llama, qwen2, gemma3), a converted checkpoint, a Hugging Face directory, .gguf file or hub id."""
     texts: Path | None = None
     """Text file, one request per line (default: 32 everyday requests; on an organism, sentences of its world)."""
     style: Literal["chat", "plain"] = "chat"

@@ -66,9 +66,9 @@ class SweepOptions:
     out: Path
     """Directory of the results. A sweep that was cut off there goes on; a finished one is kept."""
     model: str = "organism:llama"
-    """organism:llama, a converted checkpoint, a Hugging Face directory, or a hub id."""
+    """organism:llama, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
     persona: str = "sycophancy"
-    """Built-in name or path of a dataset."""
+    """Built-in name, a public dataset (`jaxsteer data list`) or the path of a dataset."""
     direction: Path | None = None
     """direction.safetensors of a run, with a vector at the stream after every layer that is swept. By default the
     difference of means over train questions is made here."""

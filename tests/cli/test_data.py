@@ -13,8 +13,11 @@ def test_list_names_every_dataset_with_its_licence(capsys: pytest.CaptureFixture
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert len([name for name in rows if name.startswith("anthropic/sycophancy")]) == 3
     assert len([name for name in rows if name.startswith("caa/")]) == 24
+    assert rows["characters/pirate"]["licence"] == "Apache-2.0"
     assert rows["truthfulqa"]["licence"] == "Apache-2.0" and rows["halueval/qa"]["licence"] == "MIT"
     assert rows["anthropic/persona/NAME"]["licence"] == "CC BY 4.0" and all(row["licence"] for row in rows.values())
+    assert main(["data", "show", "characters/pirate"]) == 0
+    assert "150 different" in capsys.readouterr().out
     assert main(["data", "list"]) == 0
     assert "anthropic/myopic-reward " in capsys.readouterr().out
 
