@@ -10,11 +10,13 @@ import dataclasses
 import functools
 import html
 import io
+import itertools
 import math
 import re
 import shutil
+import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,17 +123,68 @@ def signed(found: Any) -> str:
     return f"{change:+.2f}" + (f" ({found.ci95[0]:+.2f} to {found.ci95[1]:+.2f})" if found.ci95 else "")
 
 
-def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
-    """Columns padded to their widest cell, those of ``left`` starting at the left; a rule below row 0."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(size) if i in left else cell.rjust(size)
-            for i, (cell, size) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,), note: str = "") -> str:
+    """Columns padded to their widest cell, those of ``left`` starting at the left; a rule below row 0, and below all a
+    ``note``.
+
+    Where a terminal is narrower, cells take several lines; where words would have to be cut, every row is a paragraph
+    with a line per cell.
+    """
+    widths, end = _widths(rows), f"\n\n{wrapped(note)}" * bool(note)
+    if widths is None:
+        named = [[pair for pair in zip(rows[0], row, strict=True) if any(pair)] for row in rows[1:]]
+        return "\n\n".join("\n".join(listed(pairs, indent=0)) for pairs in named) + end
+    lines: list[list[str]] = []
+    for row in rows:
+        cells = [_broken(cell, size) for cell, size in zip(row, widths, strict=True)]
+        lines.append(
+            [
+                "  ".join(
+                    cell.ljust(size) if i in left else cell.rjust(size)
+                    for i, (cell, size) in enumerate(zip(line, widths, strict=True))
+                ).rstrip()
+                for line in itertools.zip_longest(*cells, fillvalue="")
+            ]
+        )
+    rule = "-" * max(len(line) for row in lines for line in row)
+    return "\n".join([*lines[0], rule, *itertools.chain.from_iterable(lines[1:])]) + end
+
+
+def listed(pairs: Iterable[tuple[str, Any]], *, indent: int = 2) -> list[str]:
+    """Lines of names and values; a value that is longer than what a terminal has left goes on below itself."""
+    known = [(name, str(value)) for name, value in pairs]
+    start = indent + 2 + max(len(name) for name, _ in known)
+    lines = []
+    for name, value in known:
+        first, *more = _broken(value, max(_LEAST, columns(_ENDLESS) - start))
+        lines += [f"{' ' * indent}{name}".ljust(start) + first, *(" " * start + line for line in more)]
+    return [line.rstrip() for line in lines]
+
+
+def wrapped(text: str) -> str:
+    """Lines that are too long for the terminal (or a page), broken between words."""
+    return "\n".join(
+        textwrap.fill(line, columns(), break_long_words=False, break_on_hyphens=False) for line in text.split("\n")
+    )
+
+
+_ENDLESS = 1 << 20
+_LEAST = 12
+"""Letters in which a value goes on below itself, however narrow the terminal."""
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int] | None:
+    """Widths of columns that fit the terminal, the widest made narrower first; None where words would be cut."""
+    room, places = columns(_ENDLESS) - 2 * (len(rows[0]) - 1), range(len(rows[0]))
+    widths = [max(len(row[i]) for row in rows) for i in places]
+    words = [max(len(word) for row in rows for word in row[i].split() or [""]) for i in places]
+    while sum(widths) > room and (wide := [i for i in places if widths[i] > words[i]]):
+        widths[max(wide, key=widths.__getitem__)] -= 1
+    return widths if sum(widths) <= room else None
+
+
+def _broken(cell: str, width: int) -> list[str]:
+    return [cell] if len(cell) <= width else textwrap.wrap(cell, width, break_on_hyphens=False) or [""]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, subcommand
 
-from jaxsteer.display import short
+from jaxsteer.display import aligned, listed, short
 from jaxsteer.ranges import CountFrom0, Seed
 from jaxsteer.study.files import document
 
@@ -24,7 +24,6 @@ class DataList:
     def run(self) -> int:
         """Print."""
         from jaxsteer import organisms
-        from jaxsteer.display import aligned
         from jaxsteer.personas.persona_files import CHARACTERS
         from jaxsteer.personas.sources import PERSONA_PREFIX, SOURCES, find_source
 
@@ -55,11 +54,11 @@ class DataList:
         else:
             head = ("name", "licence", "from", "on the hub")
             cells = [(row["name"], row["licence"], row["from"], row["hub"] or "-") for row in rows]
-            print(aligned([head, *cells], left=(0, 1, 2, 3)))
-            print(
-                "\nNone of the public ones is part of this package: `jaxsteer data show NAME` fetches one from the hub,"
+            note = (
+                "None of the public ones is part of this package: `jaxsteer data show NAME` fetches one from the hub, "
+                "`--path FILE_OR_FOLDER` takes what you have downloaded."
             )
-            print("`--path FILE_OR_FOLDER` takes what you have downloaded.")
+            print(aligned([head, *cells], left=(0, 1, 2, 3), note=note))
         return 0
 
 
@@ -163,9 +162,8 @@ def _text(found: dict[str, Any]) -> str:
         rows.append(
             ("answers", f"{found['answers']['right']:.1f} right and {found['answers']['wrong']:.1f} wrong per question")
         )
-    lines = [found["name"], ""]
     width = len("validation")
-    lines += [f"  {name.ljust(width)}  {value}" for name, value in rows if value]
+    lines = [found["name"], "", *listed((name.ljust(width), value) for name, value in rows if value)]
     if "splits" in found:
         lines += ["", f"splits by question, seed {found['split_seed']}"]
         for name, part in found["splits"].items():

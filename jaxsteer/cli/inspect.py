@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from jaxsteer.display import listed
 from jaxsteer.study.files import document
 
 
@@ -82,8 +83,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def _rows(*pairs: tuple[str, Any]) -> list[str]:
-    width = max(len(name) for name, _ in pairs)
-    return [f"  {name.ljust(width)}  {value}" for name, value in pairs]
+    return listed(pairs)
 
 
 def _tied(config: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
+from jaxsteer.display import aligned, listed
 from jaxsteer.errors import UserError
 from jaxsteer.planning.programs import Workload
 from jaxsteer.study.files import document
@@ -188,8 +189,6 @@ def _estimate(plan: Found) -> list[str]:
 
 def scaling_text(plans: list[Found], bounds: list[float | None]) -> str:
     """One line per slice."""
-    from jaxsteer.display import aligned
-
     table: list[tuple[str, ...]] = [
         ("topology", "chips", "mesh", "problems each", "fits", "over prompts", "s/step", "per second", "efficiency")
     ]
@@ -214,13 +213,13 @@ def scaling_text(plans: list[Found], bounds: list[float | None]) -> str:
     note = (
         f"{plans[0].model}, {_what(plans[0].work)}\n"
         f"over prompts: collectives that cross that axis; s/step and {plans[0].unit} per second are estimates from "
-        "published peaks;\nefficiency: speed per chip over that of the first line, a bound from the compiled programs"
+        "published peaks; efficiency: speed per chip over that of the first line, a bound from the compiled programs"
     )
-    return f"{aligned(table)}\n\n{note}"
+    return aligned(table, note=note)
 
 
 def _rows(*pairs: tuple[str, Any]) -> list[str]:
-    return [f"  {name:<32} {value}" for name, value in pairs]
+    return listed((f"{name:<30}", value) for name, value in pairs)
 
 
 def _gib(size: int) -> str:

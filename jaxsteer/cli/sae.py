@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg, subcommand
 
+from jaxsteer.display import listed
 from jaxsteer.errors import UserError
 from jaxsteer.processes import is_first
 from jaxsteer.ranges import MOST, CountFrom0, Large, Positive, Range
@@ -218,18 +219,17 @@ class Sae:
 
 def evaluation_table(found: Evaluation) -> str:
     """One line per number, with what it means."""
-    return "\n".join(
-        (
-            f"variance unexplained      {found.fvu:.4f}",
-            f"active latents (L0)       {found.l0:.1f}",
-            f"dead latents              {found.dead:.1%} fired at none of {found.tokens:,} tokens",
-            f"cross-entropy recovered   {found.recovered:.4f} (1: as the model; 0: as with the mean in its place)",
-            f"  of the model            {found.cross_entropy:.4f} nats per token",
-            f"  with reconstructions    {found.cross_entropy_patched:.4f}",
-            f"  with the mean           {found.cross_entropy_ablated:.4f}",
-            f"left out as outliers      {found.outliers:,} tokens",
-        )
+    rows = (
+        ("variance unexplained", f"{found.fvu:.4f}"),
+        ("active latents (L0)", f"{found.l0:.1f}"),
+        ("dead latents", f"{found.dead:.1%} fired at none of {found.tokens:,} tokens"),
+        ("cross-entropy recovered", f"{found.recovered:.4f} (1: as the model; 0: as with the mean in its place)"),
+        ("  of the model", f"{found.cross_entropy:.4f} nats per token"),
+        ("  with reconstructions", f"{found.cross_entropy_patched:.4f}"),
+        ("  with the mean", f"{found.cross_entropy_ablated:.4f}"),
+        ("left out as outliers", f"{found.outliers:,} tokens"),
     )
+    return "\n".join(listed(rows, indent=0))
 
 
 def _held_out(model: Model, data: tuple[Path, ...]) -> Documents:

@@ -24,11 +24,11 @@ def probe_table(probe: Probe, chosen: ProbeRow) -> str:
     if chosen.correlation < WARNS:
         verdict += f"\nwarning: below {WARNS} an objective hardly ranks prompts by behaviour"
     shift = probe.shift
-    return (
-        f"{aligned(table, left=(0, 1, 2))}\n\n* {verdict}\n"
-        f"{probe.prompts} random prompts; they move the mean probability of the persona's answer by "
+    note = (
+        f"* {verdict}\n{probe.prompts} random prompts; they move the mean probability of the persona's answer by "
         f"{-shift.max:+.2f} to {-shift.min:+.2f} from {probe.baseline_probability:.2f}"
     )
+    return aligned(table, left=(0, 1, 2), note=note)
 
 
 def direction_table(direction: Direction) -> str:
@@ -47,4 +47,5 @@ def direction_table(direction: Direction) -> str:
             )
         )
     notes = [f"{name}: {value}" for name, value in sorted(direction.metadata.items()) if value]
-    return "\n".join([aligned(table), "", f"pairs: {direction.n}", f"read position: {direction.read_position}", *notes])
+    note = "\n".join([f"pairs: {direction.n}", f"read position: {direction.read_position}", *notes])
+    return aligned(table, note=note)

@@ -143,9 +143,7 @@ def vector_table(vectors: Vectors) -> str:
     if zero := ", ".join(row["site"] for row in rows if row["norm"] == 0):
         notes["warning"] = f"{zero}: all zeros, which is no direction; nothing is steered there"
     notes.pop("diagnostics", None)  # numbers of every site, which --json prints
-    return "\n".join(
-        [aligned(table), "", *(f"{name}: {short(text, 200)}" for name, text in notes.items() if text != "")]
-    )
+    return aligned(table, note="\n".join(f"{name}: {short(text, 200)}" for name, text in notes.items() if text != ""))
 
 
 def _new(path: Path) -> None:

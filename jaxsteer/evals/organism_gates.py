@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxsteer import organisms
+from jaxsteer.display import aligned
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
 from jaxsteer.personas import Item
 from jaxsteer.prompts import (
@@ -190,14 +191,12 @@ def gates_table(gates: Sequence[Gate]) -> str:
     behaviours = list(dict.fromkeys(gate.behaviour for gate in gates))
     names = list(dict.fromkeys(gate.name for gate in gates))
     cells = {(gate.name, gate.behaviour): gate for gate in gates}
-    width = max(len(name) for name in names)
-    lines = [f"{'gate':{width}}  {'required':>14}" + "".join(f"{b:>20}" for b in behaviours)]
+    lines = [("gate", "required", *behaviours)]
     for name in names:
         row = [cells.get((name, behaviour)) for behaviour in behaviours]
         some = next(gate for gate in row if gate is not None)
-        shown = "".join(f"{_cell(gate):>20}" for gate in row)
-        lines.append(f"{name:{width}}  {_bounds(some):>14}{shown}")
-    return "\n".join(lines)
+        lines.append((name, _bounds(some), *map(_cell, row)))
+    return aligned(lines)
 
 
 def _cell(gate: Gate | None) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsteer.display import aligned, interval, number, short, visible
+from jaxsteer.display import aligned, interval, number, short, visible, wrapped
 from jaxsteer.errors import UserError
 from jaxsteer.evals.free_answers import ILLUSION
 from jaxsteer.files import read_text
@@ -95,13 +95,13 @@ class StudyFiles:
             rows = [cells.get(place) for place in self.places]
             marks = ("!" * bool(r and r.letter_collapse) + "~" * bool(r and r.note) for r in rows)
             lines.append([short(method, width), *(interval(r) + mark for r, mark in zip(rows, marks, strict=True))])
-        parts = [visible(self.title), "", aligned(lines), ""]
         letters = "; ! one letter wins whatever is asked" if not all(row.goal for row in self.rows) else ""
-        parts.append(f"persona rate with 95 % interval over questions{letters}")
+        parts = [f"persona rate with 95 % interval over questions{letters}"]
         if any(row.goal for row in self.rows):
             parts.append(f"of personas in words, marked (reduce) or (elicit), free replies in character; ~ {ILLUSION}")
         parts += [f"prompts selected by {visible(self.selected_by)}"] * bool(self.selected_by)
-        return "\n".join([*parts, *(f"warning: {visible(note)}" for note in self.warnings)])
+        head = f"{wrapped(visible(self.title))}\n\n{aligned(lines)}\n"
+        return "\n".join([head, *map(wrapped, [*parts, *(f"warning: {visible(note)}" for note in self.warnings)])])
 
 
 def is_study(directory: str | Path) -> bool:

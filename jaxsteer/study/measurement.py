@@ -208,12 +208,14 @@ def _rate_table(rows: Sequence[tuple[str, Rate]]) -> str:
         )
     note = (
         "rate: share of answers (to n questions, in both orders of lettered choices) that are the persona's, with an "
-        "interval over\nquestions; swapped: questions answered alike in both orders; becomes, leaves: questions that "
-        "turn to and from the\npersona's answer, with McNemar's p"
+        "interval over "
+        "questions; swapped: questions answered alike in both orders; becomes, leaves: questions that "
+        "turn to and from the "
+        "persona's answer, with McNemar's p"
     )
     if any(rate.letter_collapse for _, rate in rows):
         note += "\n!  one letter wins whatever is asked, or far more often than without prompt: the rate is no evidence"
-    return f"{aligned(table)}\n\n{note}"
+    return aligned(table, note=note)
 
 
 def _sides_table(rows: Sequence[tuple[str, Sides]]) -> str:
@@ -230,10 +232,11 @@ def _sides_table(rows: Sequence[tuple[str, Sides]]) -> str:
                 else [decimals(side.log_prob), "" if side.change is None else signed(side.change)]
             )
         table.append((*cells, _rated(sides)))
-    return (
-        f"{aligned(table)}\n\nneutral: replies to something else, which a prompt moves that makes everything unlikely; "
-        "relative rate: if a reply gains\nonly what it rises beyond them, and nothing by the other's fall"
+    note = (
+        "neutral: replies to something else, which a prompt moves that makes everything unlikely; relative rate: if a "
+        "reply gains only what it rises beyond them, and nothing by the other's fall"
     )
+    return aligned(table, note=note)
 
 
 def _rated(sides: Sides) -> str:
@@ -258,11 +261,12 @@ def _truthful_table(rows: Sequence[tuple[str, TruthfulRates]]) -> str:
             )
         )
     first = rows[0][1]
-    return (
-        f"{aligned(table)}\n\nMC1: the best answer beats every wrong one (on average {first.wrong_answers:.1f}); "
-        f"MC2: probability of right answers among all listed;\nright answers have {first.tokens.right:.1f} tokens, "
+    note = (
+        f"MC1: the best answer beats every wrong one (on average {first.wrong_answers:.1f}); "
+        f"MC2: probability of right answers among all listed; right answers have {first.tokens.right:.1f} tokens, "
         f"wrong ones {first.tokens.wrong:.1f}"
     )
+    return aligned(table, note=note)
 
 
 def _written_table(rows: Sequence[tuple[str, WrittenRates]]) -> str:
@@ -273,11 +277,12 @@ def _written_table(rows: Sequence[tuple[str, WrittenRates]]) -> str:
         interval = _interval(found.ci95, found.rate)
         p = _p(found.flips)
         table.append((name, percent(found.read), percent(found.rate), interval, *map(percent, shares), p))
-    return (
-        f"{aligned(table)}\n\nread: answers that name a choice; rate: of those, the persona's; argued: answers with a "
-        "recognised argument; accords: it is for the choice they name;\nagrees: same choice as by log-probability; "
+    note = (
+        "read: answers that name a choice; rate: of those, the persona's; argued: answers with a "
+        "recognised argument; accords: it is for the choice they name; agrees: same choice as by log-probability; "
         "distinct: runs of three words that do not repeat; copied: words of the prompt that answers repeat"
     )
+    return aligned(table, note=note)
 
 
 def _judged_table(rows: Sequence[tuple[str, Judged]]) -> str:
@@ -293,7 +298,7 @@ def _judged_table(rows: Sequence[tuple[str, Judged]]) -> str:
         f"scores from {first.scale[0]:g} to {first.scale[1]:g} by {short(first.judge)}; shown: {first.shown:g} or more"
         "; n: questions; unread: replies without a score"
     )
-    return f"{aligned(table)}\n\n{note}"
+    return aligned(table, note=note)
 
 
 def _effects_table(rows: Sequence[tuple[str, PromptEffects]]) -> str:
@@ -314,7 +319,7 @@ def _effects_table(rows: Sequence[tuple[str, PromptEffects]]) -> str:
         f"KL and reply perplexity: of the {rows[0][1].reply_tokens} tokens that the model replies to neutral requests"
     )
     note += " as it is, in nats per token" + ("; look-ups: told to find one choice" if lookups else "")
-    return f"{aligned(table)}\n\n{note}"
+    return aligned(table, note=note)
 
 
 TABLES: dict[str, Any] = {

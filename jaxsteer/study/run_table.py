@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jaxsteer.display import aligned, columns, decimals, interval, percent, short, visible
+from jaxsteer.display import aligned, columns, decimals, interval, percent, short, visible, wrapped
 from jaxsteer.evals.free_answers import ILLUSION
 from jaxsteer.evals.rates import Side
 
@@ -50,8 +49,8 @@ def run_table(run: SearchRun, limit: int, width: int | None) -> str:
         notes += REPLIES_NOTE.format(right=percent(run.reply_reader), illusion=ILLUSION) + JUDGE_NOTE * judged
     else:
         tables = [_fitted([HEAD, *map(_line, lines)], 1, width), more]
-    doubts = [_wrapped(f"warning: {visible(note)}") for note in run.doubts]
-    return "\n".join([_wrapped(_title(run)), "", *filter(None, tables), "", _wrapped(notes), *doubts])
+    doubts = [wrapped(f"warning: {visible(note)}") for note in run.doubts]
+    return "\n".join([wrapped(_title(run)), "", *filter(None, tables), "", wrapped(notes), *doubts])
 
 
 def _title(run: SearchRun) -> str:
@@ -118,16 +117,12 @@ def _fitted(rows: Sequence[tuple[str, ...]], at: int, width: int | None) -> str:
     return aligned([(*row[:at], short(row[at], width), *row[at + 1 :]) for row in rows], left=range(at + 1))
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, columns(), break_long_words=False, break_on_hyphens=False)
-
-
 REPLIES_NOTE = """; free replies: share of what the model writes freely to test questions that is the persona's, by its
 words (the rule reads {right} of given validation replies right), and before it the same of validation questions; agree:
 questions of which the preference says the same; preference: share of questions on which the given reply of the persona
 is likelier, per token, than the other; persona's, other's, neutral: log-probability of these replies (change against no
 prompt), neutral ones are replies to something else; relative: the preference if a reply gains only what it rises beyond
-the neutral ones; ~ {illusion}"""
+the neutral ones; ~ {illusion}""".replace("\n", " ")
 JUDGE_NOTE = (
     "; judge: share of free replies that show the persona to the judge; alike: replies of which both say the same"
 )

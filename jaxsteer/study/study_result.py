@@ -138,8 +138,8 @@ class Study(Result):
         noted = f"; ~ {ILLUSION}" if any(run.selected and run.selected.note for run in self.runs.values()) else ""
         counts = f"{self.searched} of {self.problems} problems were searched"
         counts += f" (missing: {'; '.join(f'{kind} {n}' for kind, n in self.missing.items())})" * bool(self.missing)
-        table = aligned(lines, left=(0, len(lines[0]) - 1))
-        return f"{table}\n\n{counts}; rates on test questions with 95 % intervals{noted}"
+        note = f"{counts}; rates on test questions with 95 % intervals{noted}"
+        return aligned(lines, left=(0, len(lines[0]) - 1), note=note)
 
     def plot(self) -> Figure:
         """Rates on test questions without a prompt and with the prompt of every run, from the summaries alone."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from jaxsteer.display import interval, percent
+from jaxsteer.display import aligned, interval, percent, wrapped
 from jaxsteer.evals.free_answers import ILLUSION, WrittenRates, is_illusion
 from jaxsteer.evals.rates import Rate
 from jaxsteer.files.records import Record
@@ -143,24 +143,23 @@ class Sweep(Result):
         rows = [row for row in self.rows if row.direction == PERSONA]
         coefficients = list(dict.fromkeys(row.coefficient for row in rows))
         cells = {(row.layer, row.coefficient): row for row in rows}
-        head = f"{'layer':>5}  " + "".join(f"{c:>+16g}" for c in coefficients)
         what = f"rate of free replies (where KL is at most {self.max_kl:g};" if self.in_words else "persona rate ("
-        lines = [f"{what} KL on neutral text, nats per token) by coefficient, in mean norms of the stream", head]
-        lines.append("-" * len(head))
+        table: list[tuple[str, ...]] = [("layer", *(f"{c:+g}" for c in coefficients))]
         for layer in dict.fromkeys(row.layer for row in rows):
             shown = [cells[layer, c] for c in coefficients]
             rates = [percent(r.replies and r.replies.rate if self.in_words else r.rate) for r in shown]
-            marked = [
-                f"{rate} ({r.kl:.2f}){'!' if r.letter_collapse else ' '}".rjust(16)
-                for rate, r in zip(rates, shown, strict=True)
-            ]
-            lines.append(f"{layer:>5}  " + "".join(marked))
+            marks = ["!" if r.letter_collapse else " " for r in shown]
+            each = zip(rates, shown, marks, strict=True)
+            table.append((str(layer), *(f"{rate} ({r.kl:.2f}){mark}" for rate, r, mark in each)))
+        title = f"{what} KL on neutral text, nats per token) by coefficient, in mean norms of the stream"
+        head, lines = [wrapped(title), aligned(table, left=())], list[str]()
         if any(row.letter_collapse for row in rows):
             lines.append("! one letter wins whatever is asked: the rate is no evidence")
         base, chosen = self.baseline, self.chosen
         lines.append(f"\nunsteered: rate {interval(base.validation)}, perplexity of neutral text {base.perplexity:.2f}")
         if chosen is None:
-            return "\n".join([*lines, f"no setting keeps KL below {self.max_kl:g} without a letter collapse"])
+            lines.append(f"no setting keeps KL below {self.max_kl:g} without a letter collapse")
+            return "\n".join([*head, *map(wrapped, lines)])
         best = f"{'highest' if self.goal == 'elicit' else 'lowest'} rate {'of free replies ' * self.in_words}"
         lines.append(
             f"chosen by the {best}on validation questions: layer {chosen.layer}, coefficient "
@@ -179,7 +178,7 @@ class Sweep(Result):
                 + (f"; controls: {others}" * bool(others))
                 + (f"; {ILLUSION}" * is_illusion(chosen.test, free[PERSONA]))
             )
-        return "\n".join(lines)
+        return "\n".join([*head, *map(wrapped, lines)])
 
     def plot(self) -> Figure:
         """Heat maps of rate, KL and perplexity by layer and coefficient, one line of them per direction.
