@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from jaxsteer.display import listed
+from jaxsteer.display import listed, wrapped
 from jaxsteer.study.files import document
 
 
@@ -79,7 +79,7 @@ def text(found: dict[str, Any]) -> str:
         "ignored",
         *_rows(*_ignored(found)),
     ]
-    return "\n".join(lines)
+    return "\n".join(line if line.startswith(" ") else wrapped(line) for line in lines)
 
 
 def _rows(*pairs: tuple[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from jaxsteer.display import aligned, listed
+from jaxsteer.display import aligned, listed, wrapped
 from jaxsteer.errors import UserError
 from jaxsteer.planning.programs import Workload
 from jaxsteer.study.files import document
@@ -139,7 +139,7 @@ def text(plan: Found, config: ModelConfig) -> str:
             *_collectives(plan),
         )
         lines += ["", *_estimate(plan)]
-    return "\n".join(lines)
+    return "\n".join(line if line.startswith(" ") else wrapped(line) for line in lines)
 
 
 def _what(work: Workload) -> str:

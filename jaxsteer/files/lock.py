@@ -13,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -84,9 +85,10 @@ def in_use(out: Path, go_on: str = "the same command goes on") -> Iterator[None]
             try:
                 yield
             except BaseException as error:
-                saved = out.is_dir() and any(path.name not in (LOCK, *RECORDS) for path in out.iterdir())
-                for name in RECORDS if made and not saved and is_first() else ():
-                    (out / name).unlink(missing_ok=True)
+                files = {path.name for path in out.rglob("*") if not path.is_dir()}
+                saved = not files <= {LOCK, *RECORDS}
+                if made and not saved and is_first():
+                    shutil.rmtree(out, ignore_errors=True)
                 if isinstance(error, KeyboardInterrupt | SystemExit):
                     kept = f"what was saved is kept in {out}: {go_on}"
                     error.add_note(kept if saved else "nothing was saved yet: the same command begins again")

@@ -24,6 +24,7 @@ from jaxsteer.models.log_probs import label_log_probs
 from jaxsteer.models.params import Params
 from jaxsteer.models.sites import KINDS, parse_site
 from jaxsteer.models.transformer import Context, unembed
+from jaxsteer.processes import PREEMPTED
 
 SPANS = ("prompt", "tail")
 """Stretches of a row's own tokens: the searched ones, and those after them up to the end of the input."""
@@ -237,6 +238,8 @@ def needs(objective: Objective, config: ModelConfig) -> Needs:
     except (UserError, KeyboardInterrupt):
         raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code == PREEMPTED:  # a signal, not the objective
+            raise
         raise UserError(
             f"the objective failed when it was traced with {rows} rows: {type(error).__name__}: {error}. It must be a "
             "pure function of its reads in jax.numpy, without `if` or `while` on their values"

@@ -84,7 +84,7 @@ def test_an_owner_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.Monkey
     ("names", "left", "says"),
     [
         ([], [], "nothing was saved yet: the same command begins again"),
-        (["config.json"], [], "nothing was saved yet: the same command begins again"),
+        (["config.json", "state/"], [], "nothing was saved yet: the same command begins again"),
         (["config.json", "rates"], ["config.json", "rates"], "what was saved is kept in {}: go on"),
     ],
 )
@@ -92,7 +92,7 @@ def test_an_interrupted_command_says_what_it_kept(tmp_path: Path, names: list[st
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt) as ended, in_use(out, "go on"):
         for name in names:
-            (out / name).touch()
+            (out / name).mkdir() if name.endswith("/") else (out / name).touch()
         raise KeyboardInterrupt
     assert ended.value.__notes__ == [says.format(out)]
     assert (sorted(path.name for path in out.iterdir()) if out.exists() else []) == left

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +98,13 @@ def test_needs_are_found_by_tracing() -> None:
     assert needs(lambda reads: reads.target_log_probs.sum(-1), MODEL.config) == Needs(target=True)
     assert needs(lambda reads: reads.logits.max(-1), MODEL.config) == Needs(logits=True)
     assert Needs(target=True).depth(3) == Needs(logits=True).depth(3) == 3
+
+
+def test_a_signal_is_no_fault_of_the_objective() -> None:
+    with pytest.raises(SystemExit):
+        needs(lambda reads: sys.exit(143), MODEL.config)
+    with pytest.raises(UserError, match="failed when it was traced"):
+        needs(lambda reads: sys.exit(1), MODEL.config)
 
 
 @pytest.mark.parametrize(
