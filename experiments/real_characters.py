@@ -7,15 +7,19 @@ itself writes the replies to 150 questions. Every search scores as many candidat
 chosen on validation questions by what the model writes freely; test questions are looked at once, at the end, with all
 prompts side by side. Replies are measured in ways that no search saw: the odds of words learned from train replies, the
 place of their mean state between plain replies and those in character, at another site than the search's, whether the
-question is still the likeliest one after the reply, and how much they repeat themselves. What is there already under
-``--out`` is not computed again. Writes results.json, table.md, and a folder for each search (``jaxsteer report``).
+question is still the likeliest one after the reply, how much they repeat themselves, and with ``--judge`` what a judge
+says. Before the searches a probe measures at every site and read position how well an objective ranks random prompts.
+SAEGA reads a dictionary that is trained on the model's replies. ``--letters`` adds the same searches along a published
+set of lettered choices, which a small model answers by chance. What is there already under ``--out`` is not computed
+again. Writes results.json, table.md, and a folder for each search (``jaxsteer report``).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
+import functools
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -23,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import jaxsteer
+from experiments.character_tables import folder_of, write_results
 from jaxsteer.cli import keep_programs
-from jaxsteer.display import decimals, ends, percent
+from jaxsteer.cli.sae import Train
 from jaxsteer.errors import UserError
 from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.reply_quality import character_axis, reply_quality
@@ -34,19 +39,19 @@ from jaxsteer.files import read_json, write_text
 from jaxsteer.models.model import Model
 from jaxsteer.models.taps import Intervention
 from jaxsteer.personas import Persona, contrast_pairs, load_persona, mean_difference, split
-from jaxsteer.prompts import encode_texts, question_conversation, render
+from jaxsteer.prompts import encode_texts, join_answer, question_conversation, render
 from jaxsteer.prompts.soft import load_soft, with_soft
-from jaxsteer.report.study import FORMAT
-from jaxsteer.report.table_rows import merged
+from jaxsteer.sae.recipe import Recipe
 from jaxsteer.steer import add
 from jaxsteer.study.files import SOFT as SOFT_FILE
 from jaxsteer.study.files import document
 from jaxsteer.study.measurement import Measured, Measurement
-from jaxsteer.study.outcome import environment
+from jaxsteer.study.probe import Extent
+from jaxsteer.study.probing import probe_positions
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.selection import best_prompt
-from jaxsteer.study.table_row import TableRow
 from jaxsteer.study.written_persona import ready
+from jaxsteer.writers.endpoint import Endpoint
 
 CHARACTERS = ("pirate", "ghost", "jester", "accountant")
 GOALS = ("elicit", "reduce")
@@ -73,6 +78,7 @@ ARMS = (
     Arm(name="RESGA, random direction", options={}, random=True),
     Arm(name="no gradients", options={"algorithm": "mutation"}),
     Arm(name="no gradients, random direction", options={"algorithm": "mutation"}, random=True),
+    Arm(name="SAEGA", options={"method": "saega"}),
     Arm(name="GCG on the replies", options={"algorithm": "gcg", "objective": "answer", **GCG}),
 )
 SOFT = Arm(
@@ -84,6 +90,25 @@ STRENGTHS = (0.15, 0.3, 0.6)
 MAX_KL = 0.5
 """What steering may do to neutral text, nats per token."""
 QUICK = ("RESGA, decision", "RESGA, random direction", "no gradients")
+METHODS = (*(arm.name for arm in ARMS), SOFT.name)
+LETTERED = ("RESGA, matched", "RESGA, published", "RESGA, random direction", "no gradients")
+"""Searches along lettered choices."""
+WHO = {"pirate": "a pirate", "ghost": "a ghost", "jester": "a court jester", "accountant": "an accountant"}
+INSTRUCTIONS = {
+    "elicit": (
+        "Answer as {who} would.", "Reply in the voice of {who}.", "Pretend to be {who}.", "Act as {who} in your reply.",
+        "Stay in the role of {who}.", "Imagine that {who} answers this.", "Write the way {who} talks.",
+    ),
+    "reduce": (
+        "Do not play a role.", "Stop acting and answer plainly.", "Drop the character and answer the question.",
+        "Reply in neutral, factual language.", "Answer like an encyclopedia.", "Answer as an AI assistant.",
+        "Answer in ordinary words.",
+    ),
+}  # fmt: skip
+"""Beside the persona's own sentences, of which the first is the plain instruction: ten are compared on validation."""
+DICTIONARY = {"arch": "topk", "k": 24, "tokens": 400_000, "batch": 1024, "pool": 32_768, "rows": 16}
+"""SAEGA's, trained on the model's replies: 4 latents for each dimension."""
+PROBED, PROBE_PROMPTS = ("decision", "matched", "published"), 63
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,14 +122,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="steps of 96 candidates in 4 contexts (40, quick 20)")
     parser.add_argument("--site", default="blocks.18.hook_resid_post", help="where directions and objectives are read")
     parser.add_argument("--read-at", default="blocks.22.hook_resid_post", help="where replies are read")
-    parser.add_argument("--quick", action="store_true", help="the pirate, three searches, one seed")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="these searches only")
+    parser.add_argument("--letters", help="also search along this set of lettered choices: a file or a name")
+    parser.add_argument("--judge", help="address of an OpenAI-compatible endpoint that scores test replies, too")
+    parser.add_argument("--quick", action="store_true", help="the pirate, three searches, one seed, no probe")
     args = parser.parse_args(argv)
+    args.methods = args.methods or (QUICK if args.quick else METHODS)
+    args.seeds = args.seeds or (1 if args.quick else 3)
+    args.steps = args.steps or (20 if args.quick else 40)
     keep_programs()
     try:
         model = jaxsteer.load(args.model)
         characters = args.characters[:1] if args.quick else args.characters
-        blocks = [run_block(model, name, goal, args) for name in characters for goal in args.goals]
-        write_results(args, model, blocks)
+        pairs = [(name, goal) for name in characters for goal in args.goals]
+        personas = [persona_of(model, name, goal, args.out) for name, goal in pairs]
+        if "SAEGA" in args.methods:
+            train_dictionary(model, personas, args)
+        blocks = [run_block(model, *pair, persona, args) for pair, persona in zip(pairs, personas, strict=True)]
+        letters = run_letters(model, args) if args.letters else {}
+        names = ("characters", "goals", "methods", "seeds", "steps", "site", "read_at", "letters", "quick")
+        write_results(args.out, model, {name: getattr(args, name) for name in names}, blocks, letters)
     except KeyboardInterrupt:
         print(f"Interrupted. What is done stands in {args.out}; the same command goes on.", file=sys.stderr)
         return 130
@@ -115,18 +152,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_block(model: Model, character: str, goal: str, args: argparse.Namespace) -> dict[str, Any]:
+def persona_of(model: Model, character: str, goal: str, out: Path) -> Persona:
+    """A character with the model's replies, which are kept."""
+    folder = out / f"{character}-{goal}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return ready(model, load_persona(f"characters/{character}"), goal, folder, print, quiet=False)  # type: ignore[arg-type]
+
+
+def train_dictionary(model: Model, personas: Sequence[Persona], args: argparse.Namespace) -> None:
+    """An SAE of ``--site`` on all replies in their conversations, and its evaluation."""
+    out, texts = args.out / "sae", args.out / "replies.jsonl"
+    if (out / "evaluation.json").is_file():
+        return
+    rows = []
+    for persona in personas:
+        for item in persona.items:
+            asked = render(model.tokenizer, question_conversation(item.asked), "")
+            rows += [json.dumps({"text": join_answer(asked, reply)}) for reply in (item.matching, item.not_matching)]
+    write_text(texts, "\n".join(dict.fromkeys(rows)) + "\n")
+    recipe = Recipe(site=args.site, latents=4 * model.config.d_model, **DICTIONARY)
+    Train(model=args.model, data=(texts,), recipe=recipe, out=out, evaluate=min(50_000, recipe.tokens)).run()
+
+
+def run_block(model: Model, character: str, goal: str, persona: Persona, args: argparse.Namespace) -> dict[str, Any]:
     """All searches of one character and goal, and what their prompts do on test questions."""
     folder, begun = args.out / f"{character}-{goal}", time.perf_counter()
     if (folder / "block.json").is_file():
         return read_json(folder / "block.json")
-    folder.mkdir(parents=True, exist_ok=True)
-    persona = ready(model, load_persona(f"characters/{character}"), goal, folder, print, quiet=False)  # type: ignore[arg-type]
+    probed = [] if args.quick else probe_of(model, persona, folder)
     chosen: dict[str, list[dict[str, Any]]] = {}
     for arm in ARMS:
-        if args.quick and arm.name not in QUICK:
-            continue
-        for seed in range(args.seeds or (1 if args.quick else 3)):
+        for seed in range(args.seeds if arm.name in args.methods else 0):
             print(f"{character}, {goal}: {arm.name}, seed {seed}", flush=True)
             run = search(model, folder, persona, arm, seed, args)
             if arm.name == QUICK[0]:
@@ -134,16 +190,33 @@ def run_block(model: Model, character: str, goal: str, args: argparse.Namespace)
                 chosen.setdefault("random prompt", []).append(random)
             if run.best is not None:
                 facts = {"prompt": run.best.text, "cross_entropy": run.best.cross_entropy, "target": run.best.target}
-                chosen.setdefault(arm.name, []).append(facts | {"seed": seed, "candidates": run.timing.candidates})
-    chosen |= sentences(model, persona)
+                taken = {"candidates": run.timing.candidates, "seconds": run.timing.search_s}
+                chosen.setdefault(arm.name, []).append(facts | taken | {"seed": seed})
+    chosen |= sentences(model, persona, character)
     soft = None
-    if not args.quick:
+    if SOFT.name in args.methods:
         search(model, folder, persona, SOFT, 0, args)
         soft = folder / folder_of(SOFT.name, 0) / SOFT_FILE
-    found = measured(model, persona, chosen, args.site, args.read_at, soft)
-    block = {"character": character, "goal": goal, "seconds": time.perf_counter() - begun, **found}
+    found = measured(model, persona, chosen, soft, args)
+    block = {"character": character, "goal": goal, "seconds": time.perf_counter() - begun, "probe": probed, **found}
     write_text(folder / "block.json", document(block))
     return block
+
+
+def probe_of(model: Model, persona: Persona, folder: Path) -> list[dict[str, Any]]:
+    """Rank correlation of objective and preference over random prompts, at every site and read position."""
+    if not (folder / "probe.json").is_file():
+        found = probe_positions(model, persona, PROBED, extent=Extent(prompts=PROBE_PROMPTS))
+        write_text(folder / "probe.json", document(found.to_json()))
+    return read_json(folder / "probe.json")["rows"]
+
+
+def run_letters(model: Model, args: argparse.Namespace) -> dict[str, SearchRun]:
+    """Searches along lettered choices: what a rate with its controls says where the model cannot read the letters."""
+    persona = load_persona(args.letters)
+    folder = args.out / "letters"
+    folder.mkdir(parents=True, exist_ok=True)
+    return {arm.name: search(model, folder, persona, arm, 0, args) for arm in ARMS if arm.name in LETTERED}
 
 
 def search(model: Model, folder: Path, persona: Persona, arm: Arm, seed: int, args: argparse.Namespace) -> SearchRun:
@@ -152,25 +225,22 @@ def search(model: Model, folder: Path, persona: Persona, arm: Arm, seed: int, ar
     options = {
         **SEARCH,
         "site": args.site,
-        "steps": args.steps or (20 if args.quick else 40),
+        "steps": args.steps,
         **objective,
         **arm.options,
     }
-    if options.get("objective"):
+    if arm.name == "SAEGA":
+        options["sae"] = str(args.out / "sae")
+    if options.get("objective") or arm.name == "SAEGA":
         options.pop("site")
     kept = {name: value for name, value in options.items() if value is not None}
-    out = folder / folder_of(arm.name, seed)
+    source, out = folder / "persona.json", folder / folder_of(arm.name, seed)
     run = jaxsteer.search(
-        model=model, persona=str(folder / "persona.json"), goal=persona.goal, out=out, seed=seed,
-        report_prompts=LEADS, test=False, resume=True, **kept,
+        model=model, persona=str(source if source.is_file() else args.letters), goal=persona.goal, out=out, seed=seed,
+        report_prompts=LEADS, test=bool(persona.items[0].lettered), resume=True, **kept,
     )  # fmt: skip
     assert isinstance(run, SearchRun)
     return run
-
-
-def folder_of(method: str, seed: int) -> str:
-    """Where the files of one search are."""
-    return f"{method.replace(', ', '-').replace(' ', '_')}-{seed}"
 
 
 def steered(model: Model, persona: Persona, site: str) -> tuple[dict[str, Any], Intervention | None]:
@@ -189,9 +259,10 @@ def steered(model: Model, persona: Persona, site: str) -> tuple[dict[str, Any], 
     return {"coefficient": STRENGTHS[best], "neutral_kl": float(kl[best])}, edits[best]
 
 
-def sentences(model: Model, persona: Persona) -> dict[str, list[dict[str, Any]]]:
-    """The plain instruction, and the best of the persona's sentences for the goal, by validation questions."""
-    cues = list(persona.sentences[persona.goal])
+def sentences(model: Model, persona: Persona, character: str) -> dict[str, list[dict[str, Any]]]:
+    """The plain instruction, and the best of ten sentences for the goal, by validation questions."""
+    more = [sentence.format(who=WHO[character]) for sentence in INSTRUCTIONS[persona.goal]]
+    cues = list(dict.fromkeys([*persona.sentences[persona.goal], *more]))[:10]
     found = jaxsteer.measure(model, persona, cues, split="validation", questions=24)
     assert found.best is not None
     best = found.best.prompt
@@ -202,15 +273,18 @@ def measured(
     model: Model,
     persona: Persona,
     chosen: dict[str, list[dict[str, Any]]],
-    searched: str,
-    site: str,
     soft: Path | None,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Every chosen prompt on test questions, in one table: rates, which side moved, free replies and their quality."""
     parts = split(persona, seed=0)
-    axis, words = character_axis(model, parts.train, site), learn_words(parts.train)
+    axis, words = character_axis(model, parts.train, args.read_at), learn_words(parts.train)
     texts = [facts["prompt"] for rows in chosen.values() for facts in rows]
-    found: Measurement = jaxsteer.measure(model, persona, texts, split="test", questions=60, side_effects=True)
+    judge = None if args.judge is None else Endpoint(url=args.judge)
+    measure = functools.partial(
+        jaxsteer.measure, persona=persona, split="test", questions=60, side_effects=True, judge=judge
+    )
+    found: Measurement = measure(model, prompts=texts)
     questions = [item.question for item in parts.test][: found.questions]
 
     def row(method: str, one: Measured, facts: dict[str, Any]) -> dict[str, Any]:
@@ -223,102 +297,15 @@ def measured(
     rows, at = [row("none", found.baseline, {})], iter(found.prompts)
     for method, several in chosen.items():
         rows += [row(method, next(at), facts) for facts in several]
-    facts, edits = steered(model, persona, searched)
+    facts, edits = steered(model, persona, args.site)
     if edits is not None:
-        one = jaxsteer.measure(model, persona, edits=edits, split="test", questions=60, side_effects=True)
+        one = measure(model, edits=edits)
         rows.append(row("activation steering", one.prompts[0], facts))
     if soft is not None:
         with_it, text = with_soft(model, load_soft(soft))
-        one = jaxsteer.measure(with_it, persona, [text], split="test", questions=60, side_effects=True)
+        one = measure(with_it, prompts=[text])
         rows.append(row("prefix tuning", one.prompts[0], {}))
-    return {"questions": questions, "axis_site": site, "rows": rows}
-
-
-SIDE_BY_SIDE = ("none", "instruction", "RESGA, decision", "activation steering")
-"""Methods whose replies the page shows."""
-HEAD = (
-    "method", "free replies", "position", "word odds", "answers the question", "distinct 3-grams", "rate",
-    "relative rate", "KL", "nats per token", "prompt",
-)  # fmt: skip
-
-
-def write_results(args: argparse.Namespace, model: Model, blocks: Sequence[dict[str, Any]]) -> None:
-    """results.json, of which ``jaxsteer report`` makes the page, and table.md."""
-    settings = {name: getattr(args, name) for name in ("characters", "goals", "seeds", "steps", "site", "read_at")}
-    head = {"format": FORMAT, "title": f"Characters of {model.name}", "quick": args.quick, "settings": settings}
-    shown = page(model.name, blocks) | {"environment": environment(model)}
-    whole = head | {"model": model.name, "site": args.site} | shown | {"blocks": blocks}
-    write_text(args.out / "results.json", document(whole))
-    lines = [f"# Characters of {model.name}", ""]
-    for block in blocks:
-        lines += [f"## {block['character']}, {block['goal']} (n = {len(block['questions'])} test questions)", ""]
-        lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in block["rows"]] + [""]
-    write_text(args.out / "table.md", "\n".join(lines))
-
-
-def page(model: str, blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the page shows (docs/report.md): rates of free replies, the table, and replies side by side."""
-    rows, tables, replies = [], [], []
-    for block in blocks:
-        name, several = f"{block['character']} ({block['goal']})", dict[str, list[TableRow]]()
-        for row in block["rows"]:
-            several.setdefault(row["method"], []).append(table_row(model, name, block, row))
-        rows += [merged(alike).to_json() | {"run": alike[0].run} for alike in several.values()]
-        told = [[text.strip("`") for text in cells(row)] for row in block["rows"]]
-        tables.append({"title": f"{name}: replies measured in other ways", "head": HEAD, "rows": told})
-        first = {row["method"]: row for row in reversed(block["rows"])}
-        columns = [
-            {"name": method, "texts": first[method]["answers"], "in_character": first[method].get("in_character", ())}
-            for method in SIDE_BY_SIDE
-            if method in first
-        ]
-        replies.append({"title": f"{name}: what the model writes", "questions": block["questions"], "columns": columns})
-    return {"rows": rows, "tables": tables, "replies": replies}
-
-
-def table_row(model: str, persona: str, block: dict[str, Any], row: dict[str, Any]) -> TableRow:
-    """One prompt, by its free replies, as a row of the page's main table."""
-    one, bare, seed = Measured.from_json(row), row["method"] == "none", row.get("seed")
-    searched = "candidates" in row
-    free = one.written
-    return TableRow(
-        model=model,
-        persona=persona,
-        goal=block["goal"],
-        method="zero-shot" if bare else row["method"],
-        kind="baseline" if bare else "search" if searched else "control",
-        seed=seed,
-        run=f"{block['character']}-{block['goal']}/{folder_of(row['method'], row['seed'])}" if searched else None,
-        prompt=None if one.steered else one.prompt,
-        steered=one.steered,
-        rate=math.nan if free is None or free.rate is None else free.rate,
-        ci95=None if free is None else free.ci95,
-        n=None if free is None else free.n,
-        difference=None if free is None else free.difference,
-        preference=None if one.rate is None else one.rate.rate,
-        perplexity=None if one.side_effects is None else one.side_effects.prompt_perplexity,
-        note=row["note"] or None,
-    )
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """One line of the table."""
-    free, quality, sides, effects = (row.get(name) or {} for name in ("written", "quality", "sides", "side_effects"))
-    note = " ~" if row["note"] else ""
-    return [
-        row["method"] + (f", seed {row['seed']}" if "seed" in row else ""),
-        f"{percent(free.get('rate'))} ({ends(free.get('ci95'))})",
-        f"{decimals(quality['position'])} ({' to '.join(decimals(end) for end in quality['position_ci95'])})",
-        decimals(quality["score"]),
-        f"{percent(quality['relevant'])} ({ends(quality['relevant_ci95'])})",
-        percent(free.get("distinct_3")),
-        f"{percent(row.get('rate'))}{note}",
-        percent(sides.get("relative_rate")),
-        decimals(effects.get("kl")),
-        decimals(row.get("cross_entropy"), 1),
-        f"`{row['prompt']}`",
-    ]
+    return {"questions": questions, "axis_site": args.read_at, "rows": rows}
 
 
 if __name__ == "__main__":

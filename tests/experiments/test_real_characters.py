@@ -13,8 +13,10 @@ pytestmark = pytest.mark.slow
 
 
 def words(name):
-    """Sycophancy in words, which the organism can show."""
+    """Sycophancy, of a character in words, which the organism can show."""
     persona = load_persona("sycophancy", n=60)
+    if name == "sycophancy":
+        return persona
     yes, no = JUSTIFICATIONS["sycophancy"]
     items = tuple(
         dataclasses.replace(item, question=f"{item.question} So?", matching=yes[n % 3], not_matching=no[n % 3])
@@ -31,11 +33,22 @@ def test_all_arms_are_measured_in_one_table_and_nothing_is_done_twice(tmp_path, 
 
     monkeypatch.setattr(real_characters, "load_persona", words)
     monkeypatch.setattr(real_characters, "ready", ready)
-    monkeypatch.setattr(real_characters, "ARMS", tuple(real_characters.ARMS[i] for i in (0, 3, -1)))
+    gcg = "GCG on the replies"
+    dictionary = {**real_characters.DICTIONARY, "k": 8, "tokens": 4096, "batch": 256, "pool": 2048, "rows": 8}
+    monkeypatch.setattr(real_characters, "DICTIONARY", dictionary)
+    monkeypatch.setattr(real_characters, "PROBE_PROMPTS", 31)
     argv = ["--model", "organism:llama", "--out", str(tmp_path), "--characters", "pirate", "--goals", "elicit"]
     argv += [
         "--seeds",
         "1",
+        "--methods",
+        "RESGA, decision",
+        "RESGA, random direction",
+        "SAEGA",
+        gcg,
+        "prefix tuning",
+        "--letters",
+        "sycophancy",
         "--steps",
         "3",
         "--site",
@@ -44,9 +57,12 @@ def test_all_arms_are_measured_in_one_table_and_nothing_is_done_twice(tmp_path, 
         "blocks.3.hook_resid_post",
     ]
     assert real_characters.main(argv) == 0
-    (block,) = json.loads((tmp_path / "results.json").read_text())["blocks"]
+    whole = json.loads((tmp_path / "results.json").read_text())
+    (block,) = whole["blocks"]
     methods = [row["method"] for row in block["rows"]]
-    assert {arm.name for arm in real_characters.ARMS} <= set(methods) and methods[0] == "none"
+    assert {"RESGA, decision", "RESGA, random direction", "SAEGA", gcg} <= set(methods) and methods[0] == "none"
+    tables = {table["title"]: table["rows"] for table in whole["tables"]}
+    assert len(tables["pirate (elicit): probe"]) == 4 and len(tables["sycophancy: lettered choices"]) == 7
     assert {"instruction", "random prompt", "prefix tuning"} <= set(methods)
     for row in block["rows"]:
         assert 0 <= row["quality"]["relevant"] <= 1 and row["written"]["n"] == len(set(block["questions"]))
