@@ -47,8 +47,6 @@ def test_all_arms_are_measured_in_one_table_and_nothing_is_done_twice(tmp_path, 
         "SAEGA",
         gcg,
         "prefix tuning",
-        "--letters",
-        "sycophancy",
         "--steps",
         "3",
         "--site",
@@ -56,7 +54,7 @@ def test_all_arms_are_measured_in_one_table_and_nothing_is_done_twice(tmp_path, 
         "--read-at",
         "blocks.3.hook_resid_post",
     ]
-    assert real_characters.main(argv) == 0
+    assert real_characters.main([*argv, "--letters", "sycophancy"]) == 0
     whole = json.loads((tmp_path / "results.json").read_text())
     (block,) = whole["blocks"]
     methods = [row["method"] for row in block["rows"]]
