@@ -53,6 +53,7 @@ class Plan:
             jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)  # programs for other machines are of no use again
         from jaxsteer.planning import make_plan, topology
+        from jaxsteer.study.bars import progress_bar
 
         config = _config(self.model)
         work = self.work
@@ -60,7 +61,8 @@ class Plan:
         if self.scaling:
             return self._scaling(config, work, mesh)
         target = topology(self.topology)
-        plan = make_plan(self.model, config, target, work, mesh=mesh, micro_batch=self.micro_batch, say=_say)
+        with progress_bar("plan"):
+            plan = make_plan(self.model, config, target, work, mesh=mesh, micro_batch=self.micro_batch, say=_say)
         print(document(plan.to_json()) if self.json else text(plan, config))
         return 0 if plan.fits else 1
 
@@ -68,13 +70,15 @@ class Plan:
         from jaxsteer.planning import efficiency, scaling, topology
         from jaxsteer.planning.chips import slices_up_to
         from jaxsteer.planning.plan import mesh_shapes
+        from jaxsteer.study.bars import progress_bar
 
         targets = [topology(name) for name in slices_up_to(self.topology)]
         model = mesh[1] if mesh else next(mesh_shapes(config, targets[0], work))[1]
         fitting = [target for target in targets if len(target.devices) % model == 0]
         if not fitting:
             raise UserError(f"no slice up to {self.topology} can be divided into groups of {model} devices")
-        plans = scaling(self.model, config, fitting, work, model=model, micro_batch=self.micro_batch, say=_say)
+        with progress_bar("plan"):
+            plans = scaling(self.model, config, fitting, work, model=model, micro_batch=self.micro_batch, say=_say)
         bounds = efficiency(plans)
         if self.json:
             print(document([p.to_json() | {"efficiency_bound": e} for p, e in zip(plans, bounds)]))
@@ -84,7 +88,9 @@ class Plan:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr)
+    from jaxsteer.study.bars import say
+
+    say(message, file=sys.stderr)
 
 
 def _config(name: str) -> ModelConfig:

@@ -75,9 +75,9 @@ def line(what: str, done: float, total: float | None, seconds: float) -> str:
     return f"{what}: {done:.0f} of {total:.0f} ({done / total:.0%}) in {spent}{rest}"
 
 
-def say(message: str) -> None:
-    """Print a line above whatever bar is drawn."""
-    tqdm.write(message)
+def say(message: str, file: Any = None) -> None:
+    """Print a line above whatever bar is drawn (to stdout, or to ``file``)."""
+    tqdm.write(message, file=file)
 
 
 def load(model: str, *, quiet: bool = False, **how: Any) -> Model:
