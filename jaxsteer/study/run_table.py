@@ -37,20 +37,21 @@ def run_table(run: SearchRun, limit: int, width: int | None) -> str:
         lines.append((mark, prompt.text, prompt))
     lines += [("", f"[{name}] {control.text}".rstrip(), control) for name, control in run.controls.items()]
     more = f"... and {len(run.prompts) - len(shown)} more" if len(run.prompts) > len(shown) else ""
-    notes = (
+    notes = [
         f"persona rate with 95 % interval over questions; target in {visible(run.target_units)}; * selected by "
         f"{rule_of(run)}; ! re-tokenises differently"
-    )
+    ]
     if run.in_words:
         judged = run.baseline is not None and run.baseline.test_judged is not None
         tested = run.baseline is None or run.baseline.test is not None
         sides = [line for line in lines if not tested or (line[2] and line[2].test)]
         tables = [_written_table(lines, judged, width), more, _likelihood_table(sides, width)]
-        notes += REPLIES_NOTE.format(right=percent(run.reply_reader), illusion=ILLUSION) + JUDGE_NOTE * judged
+        notes += [JUDGE_NOTE] * judged
+        notes += REPLIES_NOTE.format(right=percent(run.reply_reader), illusion=ILLUSION).split("\n")
     else:
         tables = [_fitted([HEAD, *map(_line, lines)], 1, width), more]
-    doubts = [wrapped(f"warning: {visible(note)}") for note in run.doubts]
-    return "\n".join([wrapped(_title(run)), "", *filter(None, tables), "", wrapped(notes), *doubts])
+    notes += [f"warning: {visible(note)}" for note in run.doubts]
+    return "\n".join([wrapped(_title(run)), "", *filter(None, tables), "", *map(wrapped, notes)])
 
 
 def _title(run: SearchRun) -> str:
@@ -117,14 +118,16 @@ def _fitted(rows: Sequence[tuple[str, ...]], at: int, width: int | None) -> str:
     return aligned([(*row[:at], short(row[at], width), *row[at + 1 :]) for row in rows], left=range(at + 1))
 
 
-REPLIES_NOTE = """; free replies: share of what the model writes freely to test questions that is the persona's, by its
-words (the rule reads {right} of given validation replies right), and before it the same of validation questions; agree:
-questions of which the preference says the same; preference: share of questions on which the given reply of the persona
-is likelier, per token, than the other; persona's, other's, neutral: log-probability of these replies (change against no
-prompt), neutral ones are replies to something else; relative: the preference if a reply gains only what it rises beyond
-the neutral ones; ~ {illusion}""".replace("\n", " ")
+REPLIES_NOTE = """free replies: share of what the model writes freely to test questions that is the persona's, by its \
+words (the rule reads {right} of given validation replies right); before it the same of validation questions
+agree: test questions of which the preference says the same
+preference: share of questions on which the persona's given reply is likelier than the other, per token
+persona's, other's, neutral: log-probability of these replies (change against no prompt); neutral ones answer \
+something else
+relative: the preference if a reply gains only what it rises beyond the neutral ones
+~ {illusion}"""
 JUDGE_NOTE = (
-    "; judge: share of free replies that show the persona to the judge; alike: replies of which both say the same"
+    "judge: share of free replies that show the persona to the judge; alike: replies of which both say the same"
 )
 
 
