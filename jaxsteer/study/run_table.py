@@ -19,7 +19,7 @@ RULES = {
     "replies": "the lowest rate of free replies to validation questions",
 }
 """What ``selected_by`` says, in words; by "validation" a persona in words is selected by free replies."""
-LEAST, MOST = 20, 48
+LEAST, MOST = 14, 48
 """Letters of a prompt that are shown, at least and at most."""
 
 Line = tuple[str, str, "Prompt | None"]
@@ -51,7 +51,8 @@ def run_table(run: SearchRun, limit: int, width: int | None) -> str:
     else:
         tables = [_fitted([HEAD, *map(_line, lines)], 1, width), more]
     notes += [f"warning: {visible(note)}" for note in run.doubts]
-    return "\n".join([wrapped(_title(run)), "", *filter(None, tables), "", *map(wrapped, notes)])
+    whole = [] if run.best is None else [f"* {short(run.best.text, 400)}"]  # in the table it may be cut
+    return "\n".join([wrapped(_title(run)), "", *filter(None, tables), "", *map(wrapped, [*whole, *notes])])
 
 
 def _title(run: SearchRun) -> str:

@@ -185,6 +185,9 @@ def test_terminal_table_is_aligned_and_marks_prompts():
     assert body[1].startswith("* ") and "6.0 % (3.0–9.0)" in body[1]
     assert body[2].startswith("!")
     assert "... and 1 more" in text
+    assert f"\n* {metrics()['prompts'][0]['text']}\n" in SearchRun.from_json(metrics()).table(
+        width=5
+    )  # cut in the table
 
 
 def test_a_selected_prompt_beyond_the_limit_is_still_shown():
