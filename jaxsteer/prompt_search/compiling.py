@@ -237,10 +237,16 @@ def _problem_bytes(params: Params, task: Task, problem: Problem, search: Search)
     return max(1, sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 
+_PROMPT_BYTES = 512
+"""What a prompt that was found takes on the host, as an object with its ids and numbers."""
+
+
 def require_problems(count: int, params: Params, task: Task, problem: Problem, search: Search) -> None:
     """Raise ``UserError`` unless ``count`` problems like this one, and what is found of them, fit on this machine."""
+    found = jax.eval_shape(search.init, params, task, problem).archive.f.size
+    each = _problem_bytes(params, task, problem, search) + found * _PROMPT_BYTES
     advice = "choose fewer --restarts, or fewer in --vary or --problems."
-    require_host_memory(f"{count:,} searches", count * _problem_bytes(params, task, problem, search), advice)
+    require_host_memory(f"A run of {count:,} searches", count * each, advice)
 
 
 def _abstract_arguments(arguments: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
