@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from search_speed import LENGTH, here, organism, projection, shown, slots_of, task_of
+from search_speed import LENGTH, here, organism, projection, seconds_of, shown, slots_of, task_of
 
 from jaxsteer.checkpoints.loading import load
 from jaxsteer.models.config import ModelConfig, llama_config
 from jaxsteer.models.params import init_params
 from jaxsteer.models.sharding import make_mesh
 from jaxsteer.models.sites import parse_site
+from jaxsteer.personas import load_persona
 from jaxsteer.prompt_search import FLUENCY, EpoConfig, Fluency, Resources, make_problem, run_search, standardise
 from jaxsteer.prompt_search.algorithms import epo
+from jaxsteer.prompts import build_slots, question_conversation
 from jaxsteer.study import SearchOptions, choose_objective, persona_setting
 
 SEEDS = (0, 1, 2)
@@ -100,7 +102,7 @@ def _torch_run(
         prompt_length=LENGTH,
         direction=torch.tensor(direction),
         fluency=torch.tensor(weights.weights(16)),
-        contexts=torch.tensor([[1]]),
+        contexts=[(torch.tensor([1]), torch.zeros(0, dtype=torch.long))],
         batch=batch,
         seed=seed,
     )
@@ -141,6 +143,49 @@ def problems(quick: bool) -> list[dict[str, Any]]:
         rows.append({"problems": count, "steps": steps, "candidates_per_s": rate, "compile_s": compile_s})
         print(f"{count:5} problems, {steps:3} steps: {rate:9,.0f} candidates/s", flush=True)
     return rows
+
+
+def real(path: str, steps: int) -> dict[str, Any]:
+    """A step of EPO of a real model and of the published loop: the same weights, conversations, sizes and read site.
+
+    The published loop judges a candidate in one conversation, drawn for every forward call, ours in all four.
+    """
+    model = load(path)
+    config, children = model.config, 16
+    asked = [question_conversation(text) for text in load_persona("characters/pirate").ask[:4]]
+    slots = build_slots(model.tokenizer, asked, LENGTH)
+    objective = projection(config)
+    task = task_of(model.params, config, objective, slots)
+    search = epo(EpoConfig(population=8, children=children))
+    problem = make_problem(objective, 8, seed=2)
+    state = jax.jit(search.init)(model.params, task, problem)
+    step = jax.jit(search.step)
+
+    def one() -> Any:
+        nonlocal state
+        state, summary = step(model.params, task, problem, state)
+        return summary
+
+    ours = 8 * children / statistics.median(seconds_of(one, steps))
+    found: dict[str, Any] = {"model": model.name, "candidates_per_s": ours, "torch": []}
+    print(f"{model.name}: {ours:.1f} candidates/s, each in {len(asked)} conversations", flush=True)
+    if here("torch"):
+        import torch_peer
+
+        theirs = torch_peer.build(config, model.params)
+        for batch in (2, 16, 128):
+            peer = torch_peer.measure(
+                config, model=theirs, prompt_length=LENGTH, population=8, children=children, steps=min(steps, 3),
+                batch=batch, contexts=torch_peer.contexts_of(slots.before, slots.closing),
+            )  # fmt: skip
+            found["torch"].append(peer)
+            rate = peer["candidates_per_s"]
+            print(
+                f"published loop, batch {batch}: {rate:.1f} candidates/s, each in one conversation: {ours / rate:.1f} "
+                f"times by candidate, {len(asked) * ours / rate:.1f} by candidate and conversation",
+                flush=True,
+            )
+    return found
 
 
 def restarts(name: str, config: ModelConfig, steps: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ python experiments/benchmarks/search_speed.py [--quick] [--json [FILE]] [--model
 | target | seconds until a prompt reaches a given projection on the organism, and the same in torch_peer.py |
 | compile | seconds to compile a step at 4 and at 80 layers |
 | problems | candidates per second of ``run_search`` with 1, 16, 256 and 4,096 problems |
+| real | a step of EPO of a real model (``--model FILE``): 8 parents, 128 children, 4 conversations; and torch_peer.py |
 | restarts | four searches per core side by side, beside the published loop alone and in a process per core |
 
 The ceiling is a matrix product timed before and after in the same process; "of peak" counts the multiplications that a
@@ -60,7 +61,7 @@ from jaxsteer.prompts import Slots
 POPULATION, CHILDREN, LENGTH = 16, 32, 8
 CONTEXTS, CONTEXT_LENGTH = 16, 64
 TARGET = 4
-PARTS = ("steps", "gcg", "target", "compile", "problems", "restarts")
+PARTS = ("steps", "gcg", "target", "compile", "problems", "restarts", "real")
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}
 """bf16 FLOP/s of the matrix units as their makers give them (dense), for the utilisation."""
 
@@ -256,6 +257,8 @@ def compare_steps(
         if theirs is not None:
             import torch_peer
 
+            slots = slots_of(contexts, config.vocab_size)
+            around = torch_peer.contexts_of(slots.before, slots.closing) if contexts else ()
             # A candidate of the large model in a context takes seconds at batch 2: only the larger batch is run.
             for batch in (64,) if heavy else (2, 64, 512):
                 steps = 1 if batch == 2 or contexts else min(args.steps, 3)
@@ -266,8 +269,7 @@ def compare_steps(
                         prompt_length=LENGTH,
                         population=POPULATION,
                         children=CHILDREN,
-                        contexts=contexts,
-                        context_length=CONTEXT_LENGTH,
+                        contexts=around,
                         steps=steps,
                         batch=batch,
                     )
@@ -349,6 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--models", nargs="+", choices=SHAPES)
     parser.add_argument("--parts", nargs="+", choices=PARTS)
+    parser.add_argument("--model", help="of the part real: GGUF file, directory or hub id of a Llama-like chat model")
     parser.add_argument("--shape", choices=("tiny", *NAMES), help="random weights of this shape on the device")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--layers", type=int, help="with --shape: this many layers of it")
@@ -356,7 +359,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.steps = min(args.steps, 2) if args.quick else args.steps
     names = args.models or (["organism"] if args.quick else ["organism", "15m", "125m"])
-    parts = args.parts or (PARTS[:2] if args.shape else PARTS)
+    parts = args.parts or (PARTS[:2] if args.shape else PARTS[:-1])
+    if ("real" in parts) != bool(args.model):
+        parser.error("--parts real and --model belong together")
     if {"problems", "restarts"} & set(parts) and "JAX_NUM_CPU_DEVICES" not in os.environ:  # as ``jaxsteer search`` does
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     import search_parts
@@ -373,6 +378,8 @@ def main(argv: list[str] | None = None) -> int:
             found[part] += (compare_steps if part == "steps" else compare_gcg)(name, config, params, theirs, args)
     for part in [p for p in parts if p in ("target", "compile", "problems")]:
         found[part] = getattr(search_parts, part)(args.quick)
+    if "real" in parts:
+        found["real"] = search_parts.real(args.model, args.steps)
     if "restarts" in parts:
         print(HEADS["restarts"])
         found["restarts"] = [

@@ -16,6 +16,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,24 +63,28 @@ def build_random(config: ModelConfig, dtype: str, device: str) -> LlamaForCausal
     return model.eval().requires_grad_(False)
 
 
-def run(
-    model: LlamaForCausalLM, prompt: torch.Tensor, context: torch.Tensor, direction: torch.Tensor, layer: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Target and cross-entropy of prompts given as one-hot rows (B, S, V) behind one context (U,).
+Context = tuple[torch.Tensor, torch.Tensor]
+"""Ids before the prompt and behind it."""
 
-    Target: the stream after block ``layer`` at the last token, projected on ``direction``. Cross-entropy: nats per
-    token that has a predecessor.
+
+def run(
+    model: LlamaForCausalLM, prompt: torch.Tensor, around: Context, direction: torch.Tensor, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Target and cross-entropy of prompts given as one-hot rows (B, S, V) in one context.
+
+    Target: the stream after block ``layer`` at the last token, projected on ``direction``. Cross-entropy of the prompt:
+    nats per token that has a predecessor.
     """
+    context, closing = around
     table = model.get_input_embeddings().weight
-    embeds = prompt @ table
-    if len(context):
-        before = table[context][None].expand(prompt.shape[0], -1, -1)
-        embeds = torch.cat([before, embeds], dim=1)
+    before, behind = (table[ids][None].expand(prompt.shape[0], -1, -1) for ids in (context, closing))
+    embeds = torch.cat([before, prompt @ table, behind], dim=1)
     out = model(inputs_embeds=embeds, output_hidden_states=True, use_cache=False)
     target = out.hidden_states[layer + 1][:, -1] @ direction
     log_probs = torch.log_softmax(out.logits[:, :-1], dim=-1)
     labels = prompt if len(context) else prompt[:, 1:]
-    scored = log_probs[:, -labels.shape[1] :]
+    end = len(context) + prompt.shape[1] - 1
+    scored = log_probs[:, end - labels.shape[1] : end]
     return target, -(scored * labels).sum(-1).mean(-1)
 
 
@@ -95,7 +100,7 @@ class Search:
         population: int = 16,
         children: int = 32,
         top_k: int = 512,
-        contexts: torch.Tensor | None = None,
+        contexts: Sequence[Context] = (),
         batch: int = 512,
         seed: int = 0,
         direction: torch.Tensor | None = None,
@@ -105,9 +110,8 @@ class Search:
         self.vocab, self.device, self.dtype = model.config.vocab_size, model.device, model.dtype
         self.top_k = min(top_k, self.vocab - 1)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        if contexts is None:
-            contexts = torch.zeros((1, 0), dtype=torch.long)
-        self.contexts = contexts.to(self.device)
+        nothing = torch.zeros(0, dtype=torch.long)
+        self.contexts = [tuple(ids.to(self.device) for ids in one) for one in contexts or [(nothing, nothing)]]
         if direction is None:
             direction = torch.randn(model.config.hidden_size, generator=self.generator, device=self.device)
         self.direction = direction.to(self.dtype)
@@ -119,7 +123,7 @@ class Search:
     def _integers(self, high: int, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randint(high, shape, generator=self.generator, device=self.device)
 
-    def _context(self) -> torch.Tensor:
+    def _context(self) -> Context:
         return self.contexts[int(self._integers(len(self.contexts), (1,)))]
 
     def _one_hot(self, ids: torch.Tensor) -> torch.Tensor:
@@ -171,8 +175,7 @@ def measure(
     prompt_length: int = 8,
     population: int = 16,
     children: int = 32,
-    context_length: int = 0,
-    contexts: int = 0,
+    contexts: Sequence[Context] = (),
     steps: int = 10,
     batch: int = 512,
     threads: int | None = None,
@@ -181,24 +184,20 @@ def measure(
     """Time the loop on one model (``model``, or one with ``params``), after a small step that warms up.
 
     ``layer`` is read by the objective (default: the middle one). With ``contexts`` a forward call sees one of them, so
-    a candidate costs one pass over ``context_length + prompt_length`` tokens and is judged in one context only:
+    a candidate costs one pass over its tokens and is judged in one context only:
     compare ``candidate_contexts_per_s`` with a search that judges every candidate in all contexts. ``batch`` rows make
     a forward call. ``threads`` are torch's (default: torch's own choice). Rates are from the median step.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     model = build(config, params) if model is None else model
-    drawn = None
-    if contexts:
-        rng = np.random.default_rng(seed)
-        drawn = torch.tensor(rng.integers(0, config.vocab_size, (contexts, context_length)))
     search = Search(
         model,
         layer=config.n_layers // 2 if layer is None else layer,
         prompt_length=prompt_length,
         population=population,
         children=1,
-        contexts=drawn,
+        contexts=contexts,
         batch=batch,
         seed=seed,
     )
@@ -216,7 +215,6 @@ def measure(
     return {
         "candidates_per_s": candidates / per_step,
         "candidate_contexts_per_s": candidates / per_step,
-        "tokens_per_s": candidates * (context_length * bool(contexts) + prompt_length) / per_step,
         "seconds_per_step": per_step,
         "seconds_per_step_all": seconds,
         "candidates_per_step": candidates,
@@ -225,6 +223,12 @@ def measure(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def contexts_of(before: Sequence[np.ndarray], closing: Sequence[np.ndarray]) -> list[Context]:
+    """Contexts for ``Search`` from the ids of slots."""
+    both = zip(before, closing, strict=True)
+    return [(torch.tensor(b.astype(np.int64)), torch.tensor(c.astype(np.int64))) for b, c in both]
 
 
 def _wait(model: LlamaForCausalLM) -> None:

@@ -20,25 +20,25 @@ CONFIG = llama_config(vocab_size=61, d_model=16, n_layers=3, n_heads=2, d_mlp=24
 LENGTH, LAYER = 5, 1
 
 
-@pytest.mark.parametrize("context", [0, 7])
-def test_same_target_and_cross_entropy(context: int):
-    from experiments.benchmarks.torch_peer import Search, build
+@pytest.mark.parametrize(("context", "behind"), [(0, 0), (7, 0), (7, 4)])
+def test_same_target_and_cross_entropy(context: int, behind: int):
+    from experiments.benchmarks.torch_peer import Search, build, contexts_of
 
     params = init_params(CONFIG, jax.random.key(3))
     rng = np.random.default_rng(0)
     before = rng.integers(0, CONFIG.vocab_size, context).astype(np.int32)
     ids = rng.integers(0, CONFIG.vocab_size, (9, LENGTH)).astype(np.int32)
-    contexts = torch.tensor(before[None].astype(np.int64)) if context else None
+    after = [rng.integers(0, CONFIG.vocab_size, behind).astype(np.int32)]
+    contexts = contexts_of([before], after) if context else ()
     peer = Search(build(CONFIG, params), layer=LAYER, prompt_length=LENGTH, population=4, contexts=contexts)
     theirs = peer.score(torch.tensor(ids.astype(np.int64)))
 
     objective = Projection(delta=peer.direction.numpy(), site=f"blocks.{LAYER}.hook_resid_post")
-    nothing = [np.zeros(0, np.int32)]
     slots = Slots(
         before=[before],
-        after=nothing,
-        read_index=np.array([LENGTH - 1]),
-        closing=nothing,
+        after=after,
+        read_index=np.array([LENGTH - 1 + behind]),
+        closing=after,
         conversations=(),
         length=LENGTH,
         surroundings=(),
@@ -51,7 +51,7 @@ def test_same_target_and_cross_entropy(context: int):
 
 
 def test_the_loop_improves_every_slot_and_is_measured():
-    from experiments.benchmarks.torch_peer import Search, build, measure
+    from experiments.benchmarks.torch_peer import Search, build, contexts_of, measure
 
     search = Search(build(CONFIG), layer=LAYER, prompt_length=LENGTH, population=4, children=8)
     before = search.fluency * search.cross_entropy - search.target
@@ -59,5 +59,7 @@ def test_the_loop_improves_every_slot_and_is_measured():
         search.step()
     after = search.fluency * search.cross_entropy - search.target
     assert (after <= before + 1e-6).all() and (after < before).any()
-    found = measure(CONFIG, population=4, children=8, contexts=2, context_length=6, steps=2)
+    found = measure(
+        CONFIG, population=4, children=8, contexts=contexts_of([np.arange(6)] * 2, [np.arange(2)] * 2), steps=2
+    )
     assert found["candidates_per_s"] > 0 and len(found["seconds_per_step_all"]) == 2
