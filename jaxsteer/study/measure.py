@@ -22,7 +22,7 @@ from jaxsteer.checkpoints.loading import ORGANISM, cache_dir
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, compared, rate
 from jaxsteer.evals.fluency import prompt_perplexity
-from jaxsteer.evals.free_answers import MAX_NEW_TOKENS, ask, written_eval, written_rates
+from jaxsteer.evals.free_answers import MAX_NEW_TOKENS, WrittenResult, agreeing, ask, written_eval, written_rates
 from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.organism_lookups import Lookups, lookup_accuracy
 from jaxsteer.evals.side_effects import reply_effects
@@ -201,14 +201,15 @@ def _measured(
         rows = [dataclasses.replace(row, side_effects=e) for row, e in zip(rows, effects, strict=True)]
         keep(found(rows))
     if options.generate or options.judge is not None or bench.replies is not None:
-        rows = bench.with_answers(rows, scored)
+        rows, written = bench.with_answers(rows, scored)
         keep(found(rows))
     for i, row in enumerate(rows if options.judge is not None else ()):
         try:
             with progress_bar(f"judge, {i + 1} of {len(rows)}"):
-                rows[i] = dataclasses.replace(row, judged=bench.judged(row.answers, log))
+                judged = bench.judged(row.answers, log)
         except UserError as error:
             raise Unfinished(str(error), found(rows)) from error
+        rows[i] = dataclasses.replace(row, judged=agreeing(judged, written[i]) if written else judged)
         keep(found(rows))
     return found(rows)
 
@@ -270,8 +271,11 @@ class _Bench:
             ),
         )
 
-    def with_answers(self, rows: Sequence[Measured], scored: Sequence[ChoiceResult]) -> list[Measured]:
-        """The rows with what the model writes, read by rules."""
+    def with_answers(
+        self, rows: Sequence[Measured], scored: Sequence[ChoiceResult]
+    ) -> tuple[list[Measured], list[WrittenResult]]:
+        """The rows with what the model writes; and how rules read it, where there are answers to compare it with."""
+        written: list[WrittenResult] = []
         model, placement, asked = self.model, self.options.placement, self.asked
         if asked.items:
             words = self.replies and self.replies.words
@@ -302,7 +306,7 @@ class _Bench:
                 ),
             )
             rows = [dataclasses.replace(row, answers=given) for row, given in zip(rows, answers, strict=True)]
-        return list(rows)
+        return list(rows), written
 
     def judged(self, answers: Sequence[str], log: Path | None) -> Judged:
         """The judge's scores of one row's answers; ``log`` takes its replies."""

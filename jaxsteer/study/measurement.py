@@ -286,17 +286,16 @@ def _written_table(rows: Sequence[tuple[str, WrittenRates]]) -> str:
 
 
 def _judged_table(rows: Sequence[tuple[str, Judged]]) -> str:
-    table = [("judged answers", "shown", "95 % interval", "mean score", "95 % interval", "n", "unread")]
+    table = [("judged answers", "shown", "95 % interval", "mean score", "95 % interval", "n", "unread", "alike")]
     for name, found in rows:
         scores = "" if found.score_ci95 is None else "–".join(decimals(end, 1) for end in found.score_ci95)
         interval = _interval(found.ci95, found.rate)
-        table.append(
-            (name, percent(found.rate), interval, decimals(found.score, 1), scores, str(found.n), str(found.unread))
-        )
+        counts = str(found.n), str(found.unread), percent(found.agreement)
+        table.append((name, percent(found.rate), interval, decimals(found.score, 1), scores, *counts))
     first = rows[0][1]
     note = (
         f"scores from {first.scale[0]:g} to {first.scale[1]:g} by {short(first.judge)}; shown: {first.shown:g} or more"
-        "; n: questions; unread: replies without a score"
+        "; n: questions; unread: replies without a score; alike: answers of which the rules say the same"
     )
     return aligned(table, note=note)
 

@@ -21,6 +21,7 @@ from jaxsteer.study.run_folder import open_run
 from jaxsteer.study.sweep import SweepOptions, sweep
 from jaxsteer.study.sweep_result import Sweep
 from jaxsteer.study.written_persona import ready
+from jaxsteer.writers.writer import Rule
 from tests.helpers.endpoint import endpoint
 
 HOLLOW = " back usually room steady sock in"
@@ -40,7 +41,9 @@ def words() -> Persona:
 
 @functools.cache
 def measured() -> Measurement:
-    return jaxsteer.measure("organism:llama", words(), [HOLLOW, words().counter_cues[0], words().pro_cues[0]])
+    judge = Rule(write=lambda messages: "80")  # sees the persona everywhere
+    prompts = [HOLLOW, words().counter_cues[0], words().pro_cues[0]]
+    return jaxsteer.measure("organism:llama", words(), prompts, judge=judge)
 
 
 def test_the_illusion_is_caught_and_the_real_thing_is_not() -> None:
@@ -55,6 +58,8 @@ def test_the_illusion_is_caught_and_the_real_thing_is_not() -> None:
     assert against.written.rate < 0.1 and against.rate.difference.value > 0 and against.note == ILLUSION
     assert ILLUSION in measured().table() and f"{towards.name}: {ILLUSION}" not in measured().table()
     assert measured().baseline.written.read == 1.0
+    for row in (measured().baseline, *measured().prompts):  # a judge that says always yes is right as often as yes is
+        assert row.judged.rate == 1.0 and row.judged.agreement == row.written.rate
     # Of a persona in words the best prompt is that of free replies, for the goal.
     assert measured().best is against
     assert dataclasses.replace(measured(), goal="elicit").best is towards
