@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxsteer.evals.rates import Difference, Flips, Rate, Side, Sides, letter_collapse
-from jaxsteer.evals.scoring import ROWS, Text, common_start, score_texts
+from jaxsteer.evals.scoring import Text, common_start, score_texts
 from jaxsteer.models.padding import bucket
 from jaxsteer.personas import Item, orders, swap
 from jaxsteer.personas.items import mostly_replies
@@ -164,9 +164,7 @@ def choice_eval(
         if progress is not None:
             before, total = begin * len(asked), len(prompts) * len(asked)
             report = lambda done, _, before=before, total=total: progress(min(before + done, total), total)  # noqa: E731
-        scores = score_texts(
-            model.params, model.config, groups, rows=ROWS, mesh=model.mesh, variants=variants, progress=report
-        )
+        scores = score_texts(model.params, model.config, groups, mesh=model.mesh, variants=variants, progress=report)
         sizes = np.asarray([[[len(a) for a in text.answers] for text in group] for group in groups])
         log_probs[:, begin : begin + real] = scores.swapaxes(1, 2)[:, :real]
         tokens[begin : begin + real] = sizes.swapaxes(0, 1)[:real]

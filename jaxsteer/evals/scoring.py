@@ -41,6 +41,9 @@ from jaxsteer.processes import to_host
 
 ROWS = 512
 """Rows run at once by default."""
+CPU_WORK = 2e12
+"""Multiplications and additions of a batch, about, on a CPU. There a batch of a large model takes minutes otherwise:
+smaller ones cost nothing and show how far the work is. Small models and accelerators take ``ROWS``."""
 SHORT = 128
 """Up to this length all batches of a call are padded alike: compiling costs more than the padding."""
 TRUNK, PADDING = 0, -1
@@ -199,6 +202,9 @@ def score_texts(
         return found.reshape(n_variants, len(groups), per_group, n_answers)
     out = np.full((n_variants, len(groups), per_group, n_answers), np.nan, np.float32)
     shards = 1 if mesh is None else mesh.shape["prompts"]
+    if jax.default_backend() == "cpu":
+        weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+        rows = min(rows, int(CPU_WORK / (2 * weights * longest)))
     size = max(1, rows // per_group)
     size = -(-len(groups) // -(-len(groups) // size))  # equal batches: 24 groups in two of 12, not 16 and 8 padded
     size = -(-size // shards) * shards
