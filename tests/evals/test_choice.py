@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import jaxsteer
 from jaxsteer.errors import UserError
-from jaxsteer.evals import choice
+from jaxsteer.evals import scoring
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
 from jaxsteer.evals.rates import Flips, Rate
 from jaxsteer.evals.scoring import Text, score_texts
@@ -89,7 +89,7 @@ def test_scores_equal_a_float64_recomputation(kind: str, style: str, slot: str) 
 def test_scores_depend_on_neither_neighbours_nor_padding(monkeypatch) -> None:
     model = tiny_model()
     together = choice_eval(model, items(), PROMPTS)
-    monkeypatch.setattr(choice, "ROWS", 1)
+    monkeypatch.setattr(scoring, "CPU_WORK", 1.0)  # one group at a time
     for p, prompt in enumerate(PROMPTS):
         for i, item in enumerate(items()):
             (alone,) = choice_eval(model, [item], [prompt])
