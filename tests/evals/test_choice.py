@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import jaxsteer
 from jaxsteer.errors import UserError
-from jaxsteer.evals import scoring
+from jaxsteer.evals import choice, scoring
 from jaxsteer.evals.choice import ChoiceResult, choice_eval, rate
 from jaxsteer.evals.rates import Flips, Rate
 from jaxsteer.evals.scoring import Text, score_texts
