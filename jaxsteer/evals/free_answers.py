@@ -200,7 +200,7 @@ class WrittenRates(Record):
     """What was written under one prompt, in numbers. ``None`` where there is nothing to divide by."""
 
     n: CountFrom0
-    """Questions; each is answered once in either order of its choices."""
+    """Questions of which an answer could be read; each is answered once in either order of its choices."""
     read: Share | None
     """Share of answers that name a choice."""
     rate: Share | None
@@ -224,6 +224,11 @@ class WrittenRates(Record):
     agreement_ci95: Interval | None = None
     difference: Difference | None = None
     """Of the rate, against the baseline, over answers read in both."""
+
+    def at_worst(self, goal: str) -> float:
+        """The rate if every answer that could not be read counted against the goal: what prompts are selected by."""
+        read = self.read or 0.0
+        return read * (self.rate or 0.0) + (1 - read) * (goal == "reduce")
 
 
 def written_rates(
@@ -252,7 +257,7 @@ def written_rates(
             now, was = persona[both].astype(float), (before == PERSONA)[both].astype(float)
             difference = Difference.of_rates(now, was, list(groups[both]))
     return WrittenRates(
-        n=len(set(result.groups)),
+        n=len(set(groups[read])),
         read=_share(read),
         rate=_share(persona[read]),
         ci95=rate_interval(persona[read], groups[read]),

@@ -118,12 +118,14 @@ def _reply_tiles(result: SearchRun) -> list[tuple[str, str, str]]:
     for label, entry in (("without a prompt", result.baseline), ("with the prompt", result.best)):
         if entry is not None and (free := entry.replies) is not None:
             split = "test" if entry.test_replies is not None else "validation"
-            tiles.append((label, percent(free.rate), f"95 %: {ends(free.ci95)}, n = {free.n} questions, {split}"))
+            known = f"95 %: {ends(free.ci95)}, n = {free.n} {split} questions with a reply that was read"
+            tiles.append((label, percent(free.rate), known))
     best, base = result.best or Prompt(), result.baseline or Prompt()
     if best.rate is not None and best.replies is not None:
-        before = f"without a prompt {percent(base.rate and base.rate.rate)}"
+        split = "test" if best.test is not None else "validation"
+        before = f"{split}, without a prompt {percent(base.rate and base.rate.rate)}"
         tiles.append(("preference", percent(best.rate.rate), f"95 %: {ends(best.rate.ci95)}, {before}"))
-        note = f"95 %: {ends(best.replies.agreement_ci95)}, preference and free replies"
+        note = f"95 %: {ends(best.replies.agreement_ci95)}, preference and free replies, {split}"
         tiles.append(("agreement", percent(best.replies.agreement), note))
     if result.reply_reader is not None:
         tiles.append(("replies read right", percent(result.reply_reader), "given ones, by their words"))

@@ -69,6 +69,7 @@ def side_by_side(run: RunFiles) -> SideBySide | None:
     named = [("no prompt", result.baseline), *asked, ("selected prompt", result.best)]
     return SideBySide(
         questions=run.said.questions,
+        split="test" if result.baseline is not None and result.baseline.test is not None else "validation",
         columns=tuple(
             Said(name=name, texts=one.texts, in_character=tuple(READ.get(choice) for choice in one.chose))
             for name, prompt in named

@@ -47,6 +47,8 @@ class SideBySide(Record):
     title: str = ""
     questions: tuple[str, ...]
     columns: tuple[Said, ...]
+    split: str = "test"
+    """Whose questions they are."""
 
     @classmethod
     def from_json(cls, record: object, where: str = "") -> SideBySide:

@@ -276,7 +276,8 @@ def choose(
     found = [rate(result, baseline, draws=1) for result in results]
     edits = variants or (None,)
     said = [one for edit in edits for one in bench.written("validation", prompts, edits=edit)]  # as the results
-    goal, compared = bench.persona.goal, by_replies(found, [written_rates(one) for one in said])
+    goal = bench.persona.goal
+    compared = by_replies(found, [written_rates(one) for one in said], goal)
     by = [bench.persona.sign * row.probability for row in found] if ties is None else ties
     return best_rate(compared, by, goal=goal), [row.rate for row in compared]
 

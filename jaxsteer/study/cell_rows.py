@@ -144,7 +144,7 @@ def _compared(shared: Shared, placement: Placement, found: Sequence[Searched]) -
     texts = list(dict.fromkeys(prompt.text for prompts in seeds for prompt in prompts))
     results = choice_eval(model, bench.validation, texts, placement=placement)
     free = [written_rates(one) for one in bench.written("validation", texts, placement=placement)]
-    compared = by_replies([rate(r, shared.zero("validation"), draws=1) for r in results], free)
+    compared = by_replies([rate(r, shared.zero("validation"), draws=1) for r in results], free, shared.persona.goal)
     rates = dict(zip(texts, compared, strict=True))
 
     def best_of(prompts: Sequence[Prompt]) -> int:

@@ -162,6 +162,10 @@ class Units(Record):
     """Random prompts behind both numbers."""
 
 
+READABLE, READER = 0.8, 0.75
+"""Shares below which free replies are doubted: of those that could be read, and of given ones that are read right."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchRun(Result):
     """One search, from options to files. ``None`` stands for what its kind of search does not have.
@@ -270,6 +274,16 @@ class SearchRun(Result):
                 )
             if self.best.note:
                 found.append(f"With the selected prompt {self.best.note}.")
+            if (free := self.best.replies) is not None and (free.read or 0.0) < READABLE:
+                found.append(
+                    f"Of the free replies under the selected prompt {percent(free.read)} could be read (below "
+                    f"{percent(READABLE)}): the rate is of these alone. Read the replies, or have a judge score them."
+                )
+        if self.reply_reader is not None and self.reply_reader < READER:
+            found.append(
+                f"The rule that reads free replies is right on {percent(self.reply_reader)} of given ones (below "
+                f"{percent(READER)}): read the replies, have a judge score them, or give more questions."
+            )
         return tuple(found)
 
     def table(self, *, limit: int = 10, width: int | None = None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jaxsteer.display import aligned, columns, decimals, interval, percent, short, visible, wrapped
-from jaxsteer.evals.free_answers import ILLUSION
+from jaxsteer.evals.free_answers import ILLUSION, WrittenRates
 from jaxsteer.evals.rates import Side
 
 if TYPE_CHECKING:
@@ -45,9 +45,10 @@ def run_table(run: SearchRun, limit: int, width: int | None) -> str:
         judged = run.baseline is not None and run.baseline.test_judged is not None
         tested = run.baseline is None or run.baseline.test is not None
         sides = [line for line in lines if not tested or (line[2] and line[2].test)]
-        tables = [_written_table(lines, judged, width), more, _likelihood_table(sides, width)]
+        tables = [_written_table(lines, tested, judged, width), more, _likelihood_table(sides, width)]
         notes += [JUDGE_NOTE] * judged
-        notes += REPLIES_NOTE.format(right=percent(run.reply_reader), illusion=ILLUSION).split("\n")
+        facts = {"right": percent(run.reply_reader), "split": "test" if tested else "validation", "illusion": ILLUSION}
+        notes += REPLIES_NOTE.format(**facts).split("\n")
     else:
         tables = [_fitted([HEAD, *map(_line, lines)], 1, width), more]
     notes += [f"warning: {visible(note)}" for note in run.doubts]
@@ -79,18 +80,25 @@ def _scores(mark: str, text: str, prompt: Prompt | None) -> tuple[str, ...]:
     return mark, text, decimals(prompt and prompt.target), decimals(prompt and prompt.cross_entropy)
 
 
-def _written_table(lines: Sequence[Line], judged: bool, width: int | None) -> str:
+def _written_table(lines: Sequence[Line], tested: bool, judged: bool, width: int | None) -> str:
     """What is written freely under every prompt, by the odds of words and by the judge."""
-    more = ("judge", "alike") if judged else ()
-    rows: list[tuple[str, ...]] = [(*HEAD[:4], "validation", "free replies", "agree", *more)]
+    head = (*(("validation",) if tested else ()), "free replies", "read", "agree")
+    rows: list[tuple[str, ...]] = [(*HEAD[:4], *head, *(("judge", "alike") if judged else ()))]
     for mark, text, prompt in lines:
-        free, found = prompt and prompt.test_replies, prompt and prompt.test_judged
-        before = prompt and prompt.validation_replies
+        before, free = (prompt.validation_replies, prompt.test_replies) if prompt else (None, None)
+        found = prompt and prompt.test_judged
+        first = (percent(before and before.rate) + _unread(before),) if tested else ()
+        free = free if tested else before
         last = (interval(found), percent(found and found.agreement)) if judged else ()
         mark += "~" if prompt and prompt.note else ""
-        read = percent(before and before.rate), interval(free), percent(free and free.agreement)
-        rows.append((*_scores(mark, text, prompt), *read, *last))
+        read = interval(free), percent(free and free.read), percent(free and free.agreement)
+        rows.append((*_scores(mark, text, prompt), *first, *read, *last))
     return _fitted(rows, 1, width)
+
+
+def _unread(free: WrittenRates | None) -> str:
+    """How much of the replies a rate is of, where that is not all."""
+    return f" ({percent(free.read)} read)" if free is not None and free.read is not None and free.read < 1 else ""
 
 
 def _likelihood_table(lines: Sequence[Line], width: int | None) -> str:
@@ -119,9 +127,10 @@ def _fitted(rows: Sequence[tuple[str, ...]], at: int, width: int | None) -> str:
     return aligned([(*row[:at], short(row[at], width), *row[at + 1 :]) for row in rows], left=range(at + 1))
 
 
-REPLIES_NOTE = """free replies: share of what the model writes freely to test questions that is the persona's, by its \
-words (the rule reads {right} of given validation replies right); before it the same of validation questions
-agree: test questions of which the preference says the same
+REPLIES_NOTE = """free replies: share of what the model writes freely to {split} questions that is the persona's, by \
+its words (the rule reads {right} of given validation replies right)
+read: replies that the rule could read; others are in no rate, and count against the goal where prompts are selected
+agree: {split} questions of which the preference says the same
 preference: share of questions on which the persona's given reply is likelier than the other, per token
 persona's, other's, neutral: log-probability of these replies (change against no prompt); neutral ones answer \
 something else

@@ -34,20 +34,22 @@ def best_rate(candidates: Sequence[Any], ties: Sequence[Any], *, goal: str = "re
     return min(near, key=lambda i: (ties[i], i))
 
 
-def by_replies(rates: Sequence[Any], replies: Sequence[Any]) -> Sequence[Any]:
-    """What candidates are compared by: the rates of free replies where all have one, else those of choices."""
-    free = [Candidate(found.rate) for found in replies if found is not None and found.rate is not None]
-    return free if len(free) == len(rates) else rates
+def by_replies(rates: Sequence[Any], replies: Sequence[Any], goal: str) -> Sequence[Any]:
+    """What candidates are compared by: the rates of free replies where all have some and any could be read, else those
+    of choices. A reply that could not be read counts against the goal."""
+    free = [found for found in replies if found is not None]
+    if len(free) < len(rates) or not any(found.read for found in free):
+        return rates
+    return [Candidate(found.at_worst(goal)) for found in free]
 
 
 def best_prompt(
     rates: Sequence[Any], replies: Sequence[Any], ties: Sequence[float] | None = None, *, goal: str | None = None
 ) -> int:
-    """The index of the best prompt for the goal (by default less of the persona): by the rates of free replies where
-    all prompts have one, else by those of choices.
+    """The index of the best prompt for the goal (by default less of the persona), by ``by_replies``.
 
     Equal rates are settled by the mean probability of the persona's answer, then by the smallest of ``ties``.
     """
     sign = -1 if goal == "elicit" else 1
     settled = [(sign * rate.probability, tie) for rate, tie in zip(rates, ties or [0.0] * len(rates), strict=True)]
-    return best_rate(by_replies(rates, replies), settled, goal=goal or "reduce")
+    return best_rate(by_replies(rates, replies, goal or "reduce"), settled, goal=goal or "reduce")

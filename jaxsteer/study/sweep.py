@@ -349,7 +349,7 @@ def choose(rows: Sequence[SweepRow], max_kl: Positive, goal: str = "reduce") -> 
     """
     usable = [row for row in rows if row.direction == PERSONA and row.kl <= max_kl and not row.letter_collapse]
     usable = [row for row in usable if row.replies is not None and row.replies.rate is not None] or usable
-    compared = by_replies(usable, [row.replies for row in usable])
+    compared = by_replies(usable, [row.replies for row in usable], goal)
     return usable[best_rate(compared, [row.kl for row in usable], goal=goal)] if usable else None
 
 

@@ -17,7 +17,7 @@ from jaxsteer.evals.rates import Rate
 from jaxsteer.files.records import Record
 from jaxsteer.ranges import CountFrom0, Interval, Share
 from jaxsteer.statistics import wilson
-from jaxsteer.study.results import Result, Timing
+from jaxsteer.study.results import READABLE, Result, Timing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,27 +148,35 @@ class Sweep(Result):
         for layer in dict.fromkeys(row.layer for row in rows):
             shown = [cells[layer, c] for c in coefficients]
             rates = [percent(r.replies and r.replies.rate if self.in_words else r.rate) for r in shown]
-            marks = ["!" if r.letter_collapse else " " for r in shown]
+            marks = ["!" if r.letter_collapse else "?" if _unread(r.replies) else " " for r in shown]
             each = zip(rates, shown, marks, strict=True)
             table.append((str(layer), *(f"{rate} ({r.kl:.2f}){mark}" for rate, r, mark in each)))
         title = f"{what} KL on neutral text, nats per token) by coefficient, in mean norms of the stream"
         head, lines = [wrapped(title), aligned(table, left=())], list[str]()
         if any(row.letter_collapse for row in rows):
             lines.append("! one letter wins whatever is asked: the rate is no evidence")
+        if any(_unread(row.replies) for row in rows):
+            lines.append(
+                f"? fewer than {percent(READABLE)} of the replies could be read, and the rate is of these alone"
+            )
         base, chosen = self.baseline, self.chosen
-        lines.append(f"\nunsteered: rate {interval(base.validation)}, perplexity of neutral text {base.perplexity:.2f}")
+        what = "the persona's reply is likelier on" if self.in_words else "rate"
+        lines.append(
+            f"\nunsteered: {what} {interval(base.validation)}, perplexity of neutral text {base.perplexity:.2f}"
+        )
         if chosen is None:
             lines.append(f"no setting keeps KL below {self.max_kl:g} without a letter collapse")
             return "\n".join([*head, *map(wrapped, lines)])
         best = f"{'highest' if self.goal == 'elicit' else 'lowest'} rate {'of free replies ' * self.in_words}"
         lines.append(
-            f"chosen by the {best}on validation questions: layer {chosen.layer}, coefficient "
-            f"{chosen.coefficient:+g} (KL {chosen.kl:.3f}, perplexity {chosen.perplexity:.2f}, A-rate "
-            f"{percent(chosen.a_rate)})"
+            f"chosen by the {best}on validation questions, of equal ones the lowest KL: layer {chosen.layer}, "
+            f"coefficient {chosen.coefficient:+g} (KL {chosen.kl:.3f}, perplexity {chosen.perplexity:.2f}"
+            + ("" if self.in_words else f", A-rate {percent(chosen.a_rate)}")
+            + ")"
         )
         controls = "; ".join(f"{name} {interval(rate)}" for name, rate in chosen.test_controls.items())
         lines.append(
-            f"{chosen.test.n} test questions (95 %): {interval(chosen.test_baseline)} -> {interval(chosen.test)}"
+            f"{what} ({chosen.test.n} test questions): {interval(chosen.test_baseline)} -> {interval(chosen.test)}"
             + (f"; controls of equal norm: {controls}" * bool(controls))
         )
         if free := chosen.test_replies:
@@ -212,6 +220,11 @@ class Sweep(Result):
                 axes[line, column].set_title(f"{direction}: {title}", fontsize=9)
         figure.suptitle(f"{self.persona} on {self.model}", fontsize=10)
         return figure
+
+
+def _unread(replies: WrittenRates | None) -> bool:
+    """Whether a rate of free replies is of too few of them."""
+    return replies is not None and (replies.read or 0.0) < READABLE
 
 
 R = TypeVar("R", bound=SweepRow)
