@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = load(args.model).config.n_layers
     blocks, order = [], []
     for persona in personas:
-        phrase = seed_phrase(load_persona(persona).behaviour)
+        phrase = seed_phrase(load_persona(persona).subject)
         varied = factors(table, layers, phrase)
         if unknown := set(args.only or ()) - set(varied):
             parser.error(f"there is no factor {min(unknown)}: there are {', '.join(varied)}")

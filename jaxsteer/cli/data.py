@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, subcommand
 
 from jaxsteer.display import aligned, listed, short
+from jaxsteer.errors import UserError
 from jaxsteer.ranges import CountFrom0, Seed
 from jaxsteer.study.files import document
 
@@ -85,8 +86,8 @@ class DataShow:
 
     def _found(self) -> dict[str, Any]:
         from jaxsteer import organisms
-        from jaxsteer.personas import OpenQuestion, load_dataset, load_persona, number_of_questions, split
-        from jaxsteer.personas.persona_files import CHARACTERS
+        from jaxsteer.personas import OpenQuestion, Persona, load_dataset, load_persona, number_of_questions, split
+        from jaxsteer.personas.persona_files import CHARACTERS, read_persona_file
 
         if self.name in (*organisms.BEHAVIOURS, *CHARACTERS) and self.path is None:
             persona = load_persona(self.name)
@@ -110,15 +111,17 @@ class DataShow:
                 "dropped": dataset.dropped,
                 "data_hash": dataset.data_hash,
             }
-        about |= {"items": len(items), "questions": len(questions) or number_of_questions(items)}
+            persona = (None if source else read_persona_file(dataset.path)) or Persona(name="")
+        about |= {"items": len(items), "questions": number_of_questions(questions or items)}
+        about["sentences"] = {"against": len(persona.counter_cues), "for": len(persona.pro_cues)}
         if items:
-            splits = split(items, seed=self.split_seed)
-            parts = {name: getattr(splits, name) for name in ("train", "validation", "test")}
-            about |= {
-                "matching": _balance(items),
-                "splits": {n: {"items": len(part), "matching": _balance(part)} for n, part in parts.items()},
-                "split_seed": self.split_seed,
-            }
+            about |= {"matching": _balance(items), "split_seed": self.split_seed}
+            try:
+                splits = split(items, seed=self.split_seed, fractions=persona.fractions)
+                parts = {name: getattr(splits, name) for name in ("train", "validation", "test")}
+                about["splits"] = {n: {"items": len(part), "matching": _balance(part)} for n, part in parts.items()}
+            except UserError as error:
+                about |= {"splits": None, "too_few": str(error)}
         if any(q.correct for q in questions):
             about["answers"] = {
                 "right": sum(len(q.correct) for q in questions) / len(questions),
@@ -134,9 +137,10 @@ class DataShow:
 
 
 def _balance(items: Any) -> dict[str, int] | None:
-    """How often each answer is the matching one; ``None`` where nearly every item has answers of its own."""
+    """How often each answer is the matching one; ``None`` where they are replies, or nearly every item has its own."""
     counts = Counter(item.matching for item in items)
-    return dict(sorted(counts.items())) if len(counts) <= 4 else None
+    replies = any(item.replies for item in items)
+    return dict(sorted(counts.items())) if len(counts) <= 4 and not replies else None
 
 
 def _text(found: dict[str, Any]) -> str:
@@ -158,13 +162,17 @@ def _text(found: dict[str, Any]) -> str:
         rows.append(("items", f"{found['items']:,} with two answers; matching: {balance(found['matching'])}"))
     else:
         rows.append(("items", "none: questions to be answered freely"))
+    if any(found["sentences"].values()):
+        rows.append(("sentences", "{against} against the behaviour, {for} for it".format(**found["sentences"])))
     if "answers" in found:
         rows.append(
             ("answers", f"{found['answers']['right']:.1f} right and {found['answers']['wrong']:.1f} wrong per question")
         )
     width = len("validation")
     lines = [found["name"], "", *listed((name.ljust(width), value) for name, value in rows if value)]
-    if "splits" in found:
+    if "too_few" in found:
+        lines += ["", f"no splits: {found['too_few']}"]
+    elif "splits" in found:
         lines += ["", f"splits by question, seed {found['split_seed']}"]
         for name, part in found["splits"].items():
             lines.append(f"  {name.ljust(width)}  {part['items']:,} ({balance(part['matching'])})")

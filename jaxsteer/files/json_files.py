@@ -136,13 +136,16 @@ def _list(text: str, where: str | os.PathLike[str], nan: bool) -> Iterator[tuple
 def csv_records(text: str, where: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
     """(line, row) of every row of a CSV text whose first line names the columns; a cell that is missing is ``None``.
 
-    Raises ``UserError`` with the line, also for a column that is named twice and for more values than columns.
+    Raises ``UserError`` with the line, also for a column that is named twice, for another separator than the
+    comma and for more values than columns.
     """
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         columns = [column.strip() for column in reader.fieldnames or []]
         if twice := next((c for c in columns if c and columns.count(c) > 1), None):
             _refuse(where, 1, f"there are two columns {twice!r}, so that the values of one are lost")
+        if len(columns) == 1 and re.search("[;\t]", columns[0]):
+            _refuse(where, 1, f"there is one column, {columns[0]!r}: values must be separated by commas")
         reader.fieldnames, before = columns, reader.line_num
         for row in reader:
             if any(cell.strip() for cell in row.pop(None, None) or ()):

@@ -32,7 +32,7 @@ def read_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
         yield from _parquet_rows(path)
         return
     text = read_text(path)
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in (".csv", ".tsv"):
         yield from _csv_rows(path, text, fields)
     else:
         for line, row in json_records(text, path, nan=True):

@@ -98,8 +98,8 @@ def load_persona(
     given = {field: cues for field, cues in given.items() if cues}
     if (persona := read_persona_file(path)) is not None:
         return dataclasses.replace(persona, **given)  # type: ignore[arg-type]
-    items, stem = read_items(path), path.stem
-    return Persona(name=stem, items=items, data_hash=data_hash(items), description=stem, behaviour=stem, **given)  # type: ignore[arg-type]
+    items = read_items(path)
+    return Persona(name=path.stem, items=items, data_hash=data_hash(items), **given)  # type: ignore[arg-type]
 
 
 def _public(found: Dataset, counter: Sequence[str], pro: Sequence[str]) -> Persona:

@@ -148,7 +148,7 @@ def parse_choices(question: str) -> Choices:
     )
 
 
-def number_of_questions(items: Iterable[Item]) -> int:
+def number_of_questions(items: Iterable[Item | OpenQuestion]) -> int:
     """How many questions are asked: items with other orders of choices or other replies ask the same one."""
     return len({item.group for item in items})
 

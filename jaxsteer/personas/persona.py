@@ -37,7 +37,8 @@ class Persona:
     """sha256 over questions and answers, whatever the order of rows."""
     description: str = ""
     behaviour: str = ""
-    """What the items are about ("sycophancy", "hallucination", "myopic", …), for instructions against it."""
+    """What the items are about ("sycophancy", "speaking like a pirate", …), for instructions and for a judge; "" where
+    nobody said."""
     reasons: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     """Sentences that justify the matching answer, and the other one, where they are known."""
     questions: tuple[OpenQuestion, ...] = ()
@@ -64,7 +65,7 @@ class Persona:
         """
         rows = [_as_row(pair, number, name) for number, pair in enumerate(pairs, 1)]
         items = choices_of(Path(name), enumerate(rows, 1)).items
-        return cls(name=name, items=items, data_hash=data_hash(items), **{"behaviour": name, **fields})
+        return cls(name=name, items=items, data_hash=data_hash(items), **fields)
 
     @classmethod
     def from_frame(
@@ -84,8 +85,13 @@ class Persona:
         ``fields`` are others of this class, for example ``pro_cues``; the ``goal`` is by default to elicit the role.
         Keep it with ``save_persona``. Raises ``UserError`` as ``with_replies`` does.
         """
-        given = {"behaviour": name, "goal": "elicit", **fields}
+        given = {"goal": "elicit", **fields}
         return with_replies(model, cls(name=name, role=role, ask=tuple(questions), **given))
+
+    @property
+    def subject(self) -> str:
+        """What sentences against it name: its behaviour, or its name where nobody said."""
+        return self.behaviour or self.name
 
     @property
     def sign(self) -> int:
@@ -135,8 +141,7 @@ def split(
             "jaxsteer.personas.with_replies(model, persona)"
         )
     fractions = fractions or (persona.fractions if isinstance(persona, Persona) else FRACTIONS)
-    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise UserError(f"fractions must be three positive numbers that sum to 1, got {fractions}")
+    check_fractions(fractions)
     groups: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         groups[item.group].append(item)
@@ -150,7 +155,7 @@ def split(
         for rank, group in enumerate(sorted(members, key=lambda g: _shuffled(seed, g)))
     ]
     order.sort(key=lambda pair: (pair[0], _shuffled(seed, pair[1])))
-    cuts = np.rint(np.cumsum(fractions)[:2] * len(order)).astype(int)
+    cuts = _cuts(fractions, len(order))
     parts = [
         tuple(
             item for _, group in chunk for item in sorted(groups[group], key=lambda i: (i.question, i.matching, i.id))
@@ -158,11 +163,25 @@ def split(
         for chunk in (order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] :])
     ]
     if not all(parts):
+        more = range(len(order), len(order) + 10_000)
+        enough = next((n for n in more if np.diff([0, *_cuts(fractions, n), n]).all()), "many more")
         raise UserError(
             f"{len(order)} different questions cannot be split {fractions} into three parts that hold at least one "
-            f"question each: add data"
+            f"question each: give at least {enough}"
         )
     return Splits(train=parts[0], validation=parts[1], test=parts[2], seed=seed, fractions=fractions)
+
+
+def check_fractions(fractions: Any, where: str = "") -> None:
+    """Raise ``UserError``, which begins with ``where``, unless there are three positive numbers that sum to 1."""
+    numbers = isinstance(fractions, list | tuple) and all(isinstance(share, int | float) for share in fractions)
+    if not (numbers and len(fractions) == 3 and min(fractions) > 0 and abs(sum(fractions) - 1) <= 1e-6):
+        raise UserError(f"{where}fractions must be three positive numbers that sum to 1, got {str(fractions)[:80]}")
+
+
+def _cuts(fractions: tuple[float, float, float], n: int) -> np.ndarray:
+    """Where of ``n`` questions the second and the third part begin."""
+    return np.rint(np.cumsum(fractions)[:2] * n).astype(int)
 
 
 def _shuffled(seed: int, group: str) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from importlib import resources
 from pathlib import Path
@@ -16,7 +17,9 @@ from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.files import kind_of, parse_json, read_text, write_text
 from jaxsteer.personas.dataset_formats import Dataset, choices_of, read_items
 from jaxsteer.personas.items import OpenQuestion, data_hash, group_of
-from jaxsteer.personas.persona import FRACTIONS, Persona
+from jaxsteer.personas.persona import FRACTIONS, Persona, check_fractions
+
+log = logging.getLogger(__name__)
 
 PREFIX = "characters/"
 CHARACTERS = tuple(f"{PREFIX}{name}" for name in ("pirate", "ghost", "jester", "accountant"))
@@ -52,8 +55,7 @@ def read_persona_file(path: Path) -> Persona | None:
     if (goal := whole.get("goal", "reduce")) not in ("reduce", "elicit"):
         raise UserError(f"{path}: goal must be reduce or elicit, got {goal!r}")
     fractions, recipe = whole.get("fractions", [*FRACTIONS]), whole.get("recipe", {})
-    if not isinstance(fractions, list) or len(fractions) != 3 or not {*map(type, fractions)} <= {int, float}:
-        raise UserError(f"{path}: fractions must be three numbers, got {str(fractions)[:80]}")
+    check_fractions(fractions, f"{path}: ")
     if not isinstance(recipe, dict) or not all(isinstance(text, str) for text in recipe.values()):
         raise UserError(f"{path}: recipe must be an object of texts, got {str(recipe)[:80]}")
     data = whole.get("data")
@@ -69,16 +71,17 @@ def read_persona_file(path: Path) -> Persona | None:
             f'{path}: expected "data" (rows, or the name of a file beside it), or "role" and "questions", and got '
             f"{', '.join(sorted(whole))}"
         )
-    name = whole.get("name", path.stem)
+    if items and not recipe and (beside := [field for field in ("role", "questions") if whole.get(field)]):
+        log.warning("%s: the rows of data are used, and %s beside them writes no replies", path, " and ".join(beside))
     return Persona(
-        name=name,
+        name=whole.get("name") or path.stem,
         items=items,
         counter_cues=cues["counter_cues"],
         pro_cues=cues["pro_cues"],
         neutral_cues=cues["neutral_cues"],
         data_hash=data_hash(items) if items else _hash(whole),
-        description=whole.get("description", path.stem),
-        behaviour=whole.get("behaviour") or name,
+        description=whole.get("description", ""),
+        behaviour=whole.get("behaviour", ""),
         role=whole.get("role", ""),
         ask=cues["questions"],
         goal=goal,

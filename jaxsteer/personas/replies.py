@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 REPLY_TOKENS = 32
 """Longest reply that is written."""
+LEAST = 10
+"""Questions, at least, that get another reply in the role."""
 BATCH = 64
 
 
@@ -36,14 +38,16 @@ def with_replies(
     The reply in character is written under the persona's ``role`` as system message. To "elicit" the character, nothing
     stands before the questions; to "reduce" it, the role does. Questions that get the same reply twice are left out and
     counted in the log. ``progress(done, total)`` counts replies. A persona that has items already is returned as it is.
-    Raises ``UserError`` for a persona without role or questions, and when fewer than 10 questions are left.
+    Raises ``UserError`` for a persona without role or with fewer than ``LEAST`` questions, and when fewer are left.
     """
     if persona.items:
         return persona
     if not persona.ask or not persona.role:
         raise UserError(f"persona {persona.name!r} has neither items nor a role and questions to write them with")
     goal = goal or persona.goal
-    asked = tuple(dict.fromkeys(persona.ask))
+    asked = tuple({group_of(question): question for question in persona.ask}.values())
+    if len(asked) < LEAST:
+        raise UserError(f"persona {persona.name!r} asks {len(asked)} different questions: give at least {LEAST}")
     texts: list[str] = []
     total = 2 * len(asked)
     for role in (persona.role, ""):
@@ -69,10 +73,10 @@ def with_replies(
     )
     if len(items) < len(asked):
         log.warning("%s: %d questions get the same reply in role or not", persona.name, len(asked) - len(items))
-    if len(items) < 10:
+    if len(items) < LEAST:
         raise UserError(
             f"only {len(items)} of {len(asked)} questions get another reply from {model.name} in the role "
-            f"{persona.role!r}: give more questions, or a role that the model can play"
+            f"{persona.role!r}, and at least {LEAST} have to: give more questions, or a role that the model can play"
         )
     recipe = recipe_of(model, goal, max_new_tokens)
     return dataclasses.replace(persona, items=items, goal=goal, data_hash=data_hash(items), recipe=recipe)

@@ -126,7 +126,7 @@ class Bench:
         persona = self.persona
         named = invitations if persona.goal == "elicit" else instructions
         own = persona.sentences[persona.goal] if persona.role else ()
-        return (*own, *named(persona.behaviour))[:10]
+        return (*own, *named(persona.subject))[:10]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,7 @@ def random_prompts(bench: Bench) -> Found:
 
 def seed(bench: Bench) -> Found:
     """The natural phrase that a seeded search would start from, without any search."""
-    return Found(prompts=(seed_phrase(bench.persona.behaviour),))
+    return Found(prompts=(seed_phrase(bench.persona.subject),))
 
 
 def steering(bench: Bench) -> Found:

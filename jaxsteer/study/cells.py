@@ -175,7 +175,7 @@ class Shared:
             return float(np.mean(np.log([x for x in self.perplexity(texts, self.bench.placement) if x is not None])))
 
         if not self.of_organisms:
-            return float(np.exp(mean_nats(instructions(self.persona.behaviour))))
+            return float(np.exp(mean_nats(instructions(self.persona.subject))))
         cues = mean_nats((*self.persona.counter_cues, *self.persona.pro_cues))
         neutral = mean_nats(organisms.neutral_sentences())
         return float(np.exp((1 - NEUTRAL) * cues + NEUTRAL * neutral))

@@ -29,7 +29,7 @@ from jaxsteer.sae import load_sae
 from jaxsteer.study import files
 from jaxsteer.study.bars import progress_bar
 from jaxsteer.study.named_objectives import named_objective
-from jaxsteer.study.objective_stage import ChosenObjective, Say, choose_objectives, try_objective
+from jaxsteer.study.objective_stage import ChosenObjective, Say, choose_objectives, require_cues, try_objective
 from jaxsteer.study.options import RANDOM, ContextOptions, ObjectiveOptions, SearchOptions, from_flat
 from jaxsteer.study.outcome import check_judge, environment
 from jaxsteer.study.problem_table import COLUMNS, rows_of
@@ -96,8 +96,10 @@ def run_many(options: SearchOptions, *, model: Model | None, say: Say) -> Study:
     """
     rows = [_row(row, options) for row in rows_of(options.problems)]
     personas = {name: load_persona(name) for name in dict.fromkeys(row.options.contexts.persona for row in rows)}
-    for persona in personas.values():
+    for row in rows:
+        contexts, persona = row.options.contexts, personas[row.options.contexts.persona]
         check_judge(options.report, persona)
+        require_cues(persona, contexts.read_position, row.options.objective)
     hashes = {name: persona.data_hash for name, persona in personas.items()}
     listed = hashlib.sha256(repr([row.columns() for row in rows]).encode()).hexdigest()[:16]
     config = {"data_hash": hashes, **options.record(), "problems": listed}

@@ -20,6 +20,7 @@ from jaxsteer.objectives import Objective, Projection, as_pytree, needs
 from jaxsteer.personas import (
     Direction,
     Pairs,
+    Persona,
     Signature,
     check_cues,
     check_direction,
@@ -138,6 +139,13 @@ def _tell(setting: PersonaSetting, objective: ChosenObjective, say: Say) -> None
             )  # fmt: skip
 
 
+def require_cues(persona: Persona, read_position: str, options: ObjectiveOptions) -> None:
+    """Raise ``UserError`` where the objective is made of sentences that the persona lacks."""
+    named = options.objective or options.target
+    if not named and (options.direction is None or options.direction.startswith(RANDOM)):
+        check_cues(persona, read_position)
+
+
 def try_objective(setting: PersonaSetting, options: ObjectiveOptions) -> None:
     """Refuse an objective that cannot be made, before anything is written.
 
@@ -152,9 +160,8 @@ def try_objective(setting: PersonaSetting, options: ObjectiveOptions) -> None:
         return
     if options.site != "auto":
         blocks_before(options.site, layers)
-    if options.direction is None or options.direction.startswith(RANDOM):
-        check_cues(setting.persona, setting.read_position)
-    else:
+    require_cues(setting.persona, setting.read_position, options)
+    if options.direction is not None and not options.direction.startswith(RANDOM):
         sites = [] if options.site == "auto" else [parse_site(options.site, layers).name]
         direction_of_file(setting.model, options.direction, sites)
 

@@ -32,6 +32,7 @@ from jaxsteer.study.free_replies import (
     SaidFreely,
     free_replies,
     judge_answers,
+    require_behaviour,
 )
 from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.options import ReportOptions, RunOptions
@@ -101,6 +102,7 @@ def check_judge(report: ReportOptions, persona: Persona) -> None:
             f"--judge scores free replies, and {persona.name} has lettered answers: leave it out, and run "
             "jaxsteer eval --from-run DIR --judge URL afterwards"
         )
+    require_behaviour(persona.name, persona.behaviour, BEHAVIOUR)
     _ = report.judge_writer.name  # an endpoint that is not there fails here
 
 
@@ -126,7 +128,7 @@ def evaluate(
     if cues := persona.sentences[persona.goal]:
         cue = cues[0]
         # Public data brings no cue that is known to work: a plain sentence stands in its place, under its own name.
-        known = not persona.role and cue not in (*instructions(persona.behaviour), *invitations(persona.behaviour))
+        known = not persona.role and cue not in (*instructions(persona.subject), *invitations(persona.subject))
         controls = {"oracle" if known else "instruction": Prompt(text=cue), **controls}
     with progress_bar("neutral replies", quiet=run.quiet):
         given = free_replies(model, setting.splits.train, setting.splits.validation)
@@ -214,7 +216,7 @@ def _judged(
     found: list[Prompt] = []
     for prompt, written in zip(prompts, said, strict=True):
         try:
-            scores = judge_answers(writer, BEHAVIOUR, persona.behaviour or persona.name, asked, written.texts, log)
+            scores = judge_answers(writer, BEHAVIOUR, persona.behaviour, asked, written.texts, log)
         except UserError as error:
             return [*found, *prompts[len(found) :]], error
         found.append(dataclasses.replace(prompt, test_judged=agreeing(scores, written)))

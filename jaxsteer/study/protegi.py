@@ -116,7 +116,7 @@ def improve(
 
     def write(template: str, tag: str, n: int, **facts: object) -> list[str]:
         nonlocal calls
-        content = template.format(n=n, behaviour=persona.behaviour or persona.description, **facts)
+        content = template.format(n=n, behaviour=persona.subject, **facts)
         reply = writer.reply(
             [{"role": "user", "content": content}], temperature=config.temperature, seed=int(rng.integers(2**31))
         )

@@ -21,6 +21,7 @@ from jaxsteer.personas import (
 from jaxsteer.personas.sources import find_source
 from jaxsteer.prompts import Placement, Turns
 from jaxsteer.ranges import Seed, check_ranges
+from jaxsteer.study.free_replies import require_behaviour
 from jaxsteer.writers.judge import BEHAVIOUR, Rubric
 from jaxsteer.writers.writer import Writer
 
@@ -98,8 +99,11 @@ def questions_of(persona: str | Persona | Dataset, options: MeasureOptions) -> Q
                 f"{persona.name} has questions without answers: give --judge URL (in Python judge=...) to score free "
                 "answers"
             )
-        behaviour = persona.source.behaviour if persona.source else persona.name
+        behaviour = persona.source.behaviour if persona.source else ""
+        require_behaviour(persona.name, behaviour, options.rubric)
         return Questions(name=persona.name, behaviour=behaviour, split="all", open=persona.questions)
+    if options.judge is not None:
+        require_behaviour(persona.name, persona.behaviour, options.rubric)
     if not persona.items:
         return Questions(name=persona.name, behaviour=persona.behaviour, split=options.split, bare=persona)
     parts = None if options.split == "all" else split(persona, seed=options.split_seed)
@@ -108,7 +112,7 @@ def questions_of(persona: str | Persona | Dataset, options: MeasureOptions) -> Q
     groups = {item.group for item in items}
     return Questions(
         name=persona.name,
-        behaviour=persona.behaviour or persona.name,
+        behaviour=persona.behaviour,
         split=options.split,
         items=items,
         many=tuple(question for question in persona.questions if question.group in groups),

@@ -51,13 +51,7 @@ from jaxsteer.study.bars import load, progress_bar
 from jaxsteer.study.initial_prompts import spread
 from jaxsteer.study.latent_explanation import explain_latents
 from jaxsteer.study.named_objectives import named_objective
-from jaxsteer.study.objective_stage import (
-    ChosenObjective,
-    Say,
-    choose_objective,
-    task_of,
-    try_objective,
-)
+from jaxsteer.study.objective_stage import ChosenObjective, Say, choose_objective, require_cues, task_of, try_objective
 from jaxsteer.study.options import ModelOptions, RunOptions, SearchOptions
 from jaxsteer.study.outcome import check_judge, environment, evaluate, finals
 from jaxsteer.study.results import Prompt, SearchRun, Timing, Unfinished, Units
@@ -124,6 +118,7 @@ def persona_setting(
     named = named_objective(objective.objective, objective.target, relative=objective.relative)
     persona = persona or load_persona(options.contexts.persona)
     check_judge(options.report, persona)
+    require_cues(persona, options.contexts.read_position, objective)
     model = model or load_model(options.model, parallel=options.algorithm.restarts > 1, quiet=options.run.quiet)
     persona = ready(model, persona, options.contexts.goal, Path(options.run.out), say, quiet=options.run.quiet)
     sae = load_sae(objective.sae, mesh=model.mesh) if objective.sae else None

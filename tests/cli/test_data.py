@@ -22,7 +22,9 @@ def test_list_names_every_dataset_with_its_licence(capsys: pytest.CaptureFixture
     assert "anthropic/myopic-reward " in capsys.readouterr().out
 
 
-def test_show_counts_balance_splits_and_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_counts_balance_splits_and_examples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     rows = [
         {
             "question": f"Now or later, {i}?\n (A) now\n (B) later",
@@ -48,6 +50,14 @@ def test_show_counts_balance_splits_and_examples(tmp_path: Path, capsys: pytest.
     assert main(["data", "show", str(persona)]) == 0 and "matching: (A) 15, (B) 5" in capsys.readouterr().out
     persona.write_text(json.dumps({"role": "You are a pirate.", "questions": ["Where do you live?"]}))
     assert main(["data", "show", str(persona)]) == 0 and "Where do you live?" in capsys.readouterr().out
+    persona.write_text(json.dumps({"role": "You are a pirate.", "questions": ["Where do you live?"] * 16}))
+    assert main(["data", "show", str(persona)]) == 0 and "1 different" in capsys.readouterr().out
+    replies = [{"question": "Who?", "positive": "It was me all along", "negative": "I do not know"}] * 2
+    persona.write_text(json.dumps({"data": replies, "questions": ["Who?"], "fractions": [0.4, 0.2, 0.4]}))
+    assert main(["data", "show", str(persona)]) == 0
+    few = capsys.readouterr().out
+    assert "matching: answers in words" in few and "no splits: 1 different" in few
+    assert "questions beside them writes no replies" in caplog.text
     assert "1 exact duplicates" in text and "matching: (A) 15, (B) 5" in text and "  |  (A) now\n" in text
 
 

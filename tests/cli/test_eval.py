@@ -16,7 +16,9 @@ from tests.helpers.endpoint import endpoint
 def questions(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
     path.write_text(rows(20))
-    return path
+    persona = tmp_path / "haste.json"
+    persona.write_text('{"behaviour": "impatience", "data": "rows.jsonl"}')
+    return persona
 
 
 def out_of(capsys: pytest.CaptureFixture[str], *argv: object) -> dict:
@@ -30,10 +32,13 @@ def test_free_answers_side_effects_and_a_judge(
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     argv = ["--model", model_dir, "--persona", questions, "-p", " be patient", "--questions", 1]
     with endpoint(lambda body: "60") as (url, asked):
+        rows = ["--model", model_dir, "--persona", questions.with_name("rows.jsonl"), "-p", "x", "--judge", url]
+        assert main(["eval", *map(str, rows)]) == 2, "nobody says what the judge should look for"
+        assert '"data": "rows.jsonl"}' in capsys.readouterr().err and not asked
         out = out_of(capsys, *argv, "--generate", "--judge", url, "--side-effects", "--transfer", model_dir)
         assert len(asked) == 2 * 2  # two prompts, one question in both orders; the other model answers the same
         text = asked[0]["messages"][0]["content"]
-        assert "behaviour: rows" in text and "Which" in text
+        assert "behaviour: impatience." in text and "Which" in text
     assert out["questions"] == 1 and [part["prompts"][0]["rate"] for part in (out, out["transfer"][0])]
     assert out["transfer"][0]["prompts"][0]["rate"] == out["prompts"][0]["rate"]
     for row in (out["baseline"], out["prompts"][0]):

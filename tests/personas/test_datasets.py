@@ -121,6 +121,7 @@ def test_csv_without_the_columns_lists_what_it_has(tmp_path):
     [
         ("question,positive,negative\nq,Yes,No\nWell, do you like it?,Yes,No\n", "line 3: there are more values"),
         ("question,positive,positive\nq,Yes,No\n", "line 1: there are two columns 'positive'"),
+        ("question;positive;negative\nq;Yes;No\n", "line 1: there is one column, .* must be separated by commas"),
     ],
 )
 def test_csv_cells_are_not_lost(tmp_path, text, message):

@@ -110,8 +110,9 @@ def test_bad_fractions_are_refused(fractions):
 
 
 def test_too_little_data_to_split():
-    with pytest.raises(UserError, match="add data"):
+    with pytest.raises(UserError, match="2 different questions .* give at least 4$"):
         split([make_item(0), make_item(1)], seed=0)
+    assert split([make_item(i) for i in range(4)], seed=0).questions == {"train": 2, "validation": 1, "test": 1}
 
 
 def test_the_data_hash_does_not_depend_on_order():

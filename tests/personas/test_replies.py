@@ -46,6 +46,12 @@ def test_a_model_writes_replies_that_a_file_keeps(tmp_path):
     assert {item.before for item in plain.items} == {()} and plain.goal == "elicit" and plain.pro_cues == ("Ahoy!",)
 
 
+def test_too_few_questions_are_refused_before_the_model_writes():
+    bare = jaxsteer.Persona(name="sailor", role="You are a sailor.", ask=("Who?",) * 16)
+    with pytest.raises(UserError, match="asks 1 different questions: give at least 10"):
+        with_replies(tiny_model(), bare)
+
+
 def test_directions_of_a_role_leave_it_out():
     """The contrast is that of the sentences; the role would stand on both sides of it."""
     model = tiny_model()
@@ -74,7 +80,7 @@ class Frame(list):
 def test_personas_from_pairs_and_frames():
     rows = [(f"Question {i}?", "I love it a lot", "I do not like it") for i in range(5)]
     persona = jaxsteer.Persona.from_pairs(rows, name="love", pro_cues=("Love!",))
-    assert len(persona.items) == 5 and persona.items[0].replies and persona.behaviour == "love"
+    assert len(persona.items) == 5 and persona.items[0].replies and persona.subject == "love"
     names = {"q": "question", "yes": "positive", "no": "negative"}
     frame = Frame(dict(zip(names, row, strict=True)) for row in rows)
     assert jaxsteer.Persona.from_frame(frame, columns=names).data_hash == persona.data_hash
@@ -88,7 +94,8 @@ def test_personas_from_pairs_and_frames():
     [
         ({"role": 3, "questions": ["q"]}, "role must be a text"),
         ({"role": "r", "questions": ["q"], "goal": "more"}, "goal must be reduce or elicit"),
-        ({"role": "r", "questions": ["q"], "fractions": [0.6, "x"]}, "fractions must be three numbers"),
+        ({"role": "r", "questions": ["q"], "fractions": [0.6, "x"]}, "fractions must be three positive numbers"),
+        ({"data": [{}], "fractions": [0.9, 0.9, 0.9]}, "p.json: fractions must be three positive numbers"),
         ({"role": "r", "questions": ["q"], "recipe": {"a": 1}}, "recipe must be an object of texts"),
         ({"questions": ["q"]}, 'expected "data"'),
         ({"data": [{"question": "q"}]}, "line 1: missing or empty answer_matching"),

@@ -162,7 +162,7 @@ def saved(folder, **more):
         for item in words().items
     ]
     path = folder / "words.json"
-    path.write_text(json.dumps({"name": "words", "data": rows, **fields}))
+    path.write_text(json.dumps({"name": "words", "behaviour": "agreeing", "data": rows, **fields}))
     return path
 
 
@@ -179,6 +179,19 @@ def test_the_goal_turns_what_is_raised(goal, tmp_path) -> None:
     assert (chosen.objective.delta == sign * chosen.direction.delta["blocks.2.hook_resid_post"]).all()
     item = setting.persona.items[0]
     assert setting.persona.answers(item)[0] == (item.not_matching if sign == 1 else item.matching)
+
+
+@pytest.mark.parametrize("several", [{}, {"vary": {"seed": range(2)}}])
+def test_what_a_persona_lacks_is_said_before_the_model_writes(several, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("jaxsteer.study.written_persona.with_replies", lambda *_, **__: pytest.fail("it wrote"))
+    bare = {"role": "r", "questions": [f"Is it {i}?" for i in range(12)]}
+    for more, options, says in (
+        ({}, {}, "has 0 counter_cues"),
+        ({"pro_cues": ["p"], "counter_cues": ["c"]}, {"judge": "http://127.0.0.1:9/v1"}, "the judge has to know which"),
+    ):
+        (tmp_path / "bare.json").write_text(json.dumps(bare | more))
+        with pytest.raises(jaxsteer.UserError, match=says):
+            jaxsteer.search(persona=str(tmp_path / "bare.json"), out=tmp_path / "run", **options, **several)
 
 
 def test_replies_alone_do_not_block_a_directory(tmp_path) -> None:

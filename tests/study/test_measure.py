@@ -1,5 +1,6 @@
 """``jaxsteer.measure``: prompts, an edit and other models on the same questions, and what is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -47,8 +48,9 @@ def test_several_replies_to_one_question_are_one_question(tmp_path) -> None:
 def test_prompts_and_an_edit_stand_beside_the_model_as_it_is(questions) -> None:
     model, edit = tiny_model(), add("blocks.1.hook_resid_post", np.ones(32), 5.0)
     judge = Rule(write=lambda messages: "80")
+    persona = dataclasses.replace(load_persona(questions), behaviour="haste")
     found = jaxsteer.measure(
-        model, questions, [" be frank"], edits=edit, split="all", questions=3, generate=True, judge=judge
+        model, persona, [" be frank"], edits=edit, split="all", questions=3, generate=True, judge=judge
     )
     assert [(row.prompt, row.steered) for row in (found.baseline, *found.prompts)] == [
         ("", False), ("", True), (" be frank", True),
