@@ -112,3 +112,18 @@ def test_a_study_shows_free_replies_and_the_goal(tmp_path: Path):
     both = Study(model="m", fingerprint="", problems=2, searched=2, interrupted=False, runs={"x": lesser, "y": summary})
     assert both.best is summary and "y (free replies)  elicit" in both.table() and ILLUSION in both.table()
     assert Study.from_json(json.loads(json.dumps(both.to_json()))) == both
+
+
+def test_a_run_without_test_questions_shows_those_of_validation(tmp_path: Path):
+    run = write_words(tmp_path)
+    numbers = json.loads((run / "metrics.json").read_text())
+    for prompt in (numbers["baseline"], *numbers["prompts"], *numbers["controls"].values()):
+        prompt.pop("test", None), prompt.pop("test_replies", None)
+    (run / "metrics.json").write_text(json.dumps(numbers))
+    said = json.loads((run / "replies.json").read_text())
+    (run / "replies.json").write_text(json.dumps({"validation": said["test"]}))
+    words = " ".join(" ".join(Page(write_report(run).read_text(encoding="utf-8")).text).split())
+    assert "first 10 validation questions" in words and "replies to the validation questions" in words
+    assert "first 10 test questions" not in words
+    table = read_run(run).result.table()
+    assert "freely to validation questions" in table and "freely to test questions" not in table

@@ -8,10 +8,11 @@ import sys
 import pytest
 
 from jaxsteer.errors import UserError
+from jaxsteer.evals.free_answers import OTHER, PERSONA, UNREAD, WrittenRates, WrittenResult, written_rates
 from jaxsteer.evals.rates import Rate, letter_collapse
 from jaxsteer.statistics import wilson
 from jaxsteer.study.results import Prompt, SearchRun
-from jaxsteer.study.selection import best_rate
+from jaxsteer.study.selection import Candidate, best_rate, by_replies
 from jaxsteer.study.study_result import RunSummary, Study
 from jaxsteer.study.table_row import TableRow
 from tests.helpers.rates import made_rate
@@ -134,3 +135,26 @@ def test_the_lowest_rate_wins_unless_a_letter_does() -> None:
     assert best_rate(rates, [1, 0, 0, 0], tolerance=0.02) == 2
     assert best_rate(rates[1:2], [0]) == 0  # when it is the only one
     assert letter_collapse(0.5, 0.8) and letter_collapse(0.05) and not letter_collapse(0.6, 0.5)
+
+
+def test_a_reply_that_could_not_be_read_counts_against_the_goal() -> None:
+    def rates(*chose: str) -> WrittenRates:
+        ids = tuple(map(str, range(len(chose))))
+        texts = ("a",) * len(chose)
+        return written_rates(WrittenResult(prompt="", ids=ids, groups=ids, texts=texts, chose=chose, argues=chose))
+
+    once, often = rates(PERSONA, UNREAD, UNREAD, UNREAD), rates(PERSONA, PERSONA, PERSONA, OTHER)
+    assert (once.rate, once.n, once.read) == (1.0, 1, 0.25) and (often.rate, often.n) == (0.75, 4)
+    same = [Candidate(0.5), Candidate(0.5)]
+    compared = {goal: [one.rate for one in by_replies(same, [once, often], goal)] for goal in ("elicit", "reduce")}
+    assert compared == {"elicit": [0.25, 0.75], "reduce": [1.0, 0.75]}
+    silent = rates(UNREAD, UNREAD)
+    assert by_replies(same, [silent, silent], "elicit") is same  # nothing was read: by choices
+    run = dataclasses.replace(SearchRun.from_json(OLD), probe_correlation=0.9, reply_reader=0.6)
+
+    def doubts(found: WrittenRates, reader: float) -> str:
+        prompts = (dataclasses.replace(run.prompts[0], test_replies=found),)
+        return " ".join(dataclasses.replace(run, prompts=prompts, reply_reader=reader).doubts)
+
+    assert "25.0 % could be read" in doubts(once, 0.6) and "right on 60.0 %" in doubts(once, 0.6)
+    assert not doubts(often, 0.9)
