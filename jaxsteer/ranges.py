@@ -1,5 +1,5 @@
-"""Ranges of numbers in options and in files: part of a field's type, checked by one function for all commands, and
-where a ``Record`` is read.
+"""What options and files may hold, as their fields' types say: ranges of numbers and names of a few, checked by one
+function for all commands, and where a ``Record`` is read.
 
 ``seed: Seed = 0`` or ``share: Annotated[float, Range(0, 1)] = 0.5``. A whole number without a range is a count, a float
 without one is finite.
@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Annotated, Any, get_args, get_type_hints
+import types
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jaxsteer.errors import UserError
 
@@ -58,11 +60,15 @@ Interval = Annotated[tuple[float, float], Rising()]
 
 
 def check_ranges(options: Any) -> None:
-    """Raise ``UserError`` for the first number of an options dataclass that is out of its range; also in those that it
-    holds."""
-    ranges = _ranges(type(options))  # type: ignore[arg-type]
+    """Raise ``UserError`` for the first field of an options dataclass, and of those that it holds, whose number is out
+    of its range or which is none of a ``Literal``'s names."""
+    ranges, kinds = _ranges(type(options)), _hints(type(options))  # type: ignore[arg-type]
     for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
+        value, kind = getattr(options, field.name), kinds[field.name]
+        others = tuple(one for one in alternatives(kind) if isinstance(one, type))
+        if (choices := choices_of(kind)) and value not in choices and not isinstance(value, others):
+            names = ", ".join(map(str, choices))
+            raise UserError(f"--{field.name.replace('_', '-')} is {value!r:.80}, but may be {names}")
         if dataclasses.is_dataclass(value):
             check_ranges(value)
         for number in value if isinstance(value, tuple) else (value,):
@@ -71,6 +77,26 @@ def check_ranges(options: Any) -> None:
             allowed = ranges[field.name] or (COUNT if isinstance(number, int) else FINITE)
             if why := allowed.refusal(number):
                 raise UserError(f"--{field.name.replace('_', '-')} {why}")
+
+
+def choices_of(kind: Any) -> tuple[str, ...]:
+    """The values of an option that has few."""
+    return next((get_args(one) for one in alternatives(kind) if get_origin(one) is Literal), ())
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The types of a union; any other type alone."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """What may be given alone or as several: a text is one thing, not its letters."""
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 @functools.cache

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +55,7 @@ class Search:
                 raise
             runs = found.runs if isinstance(found, Study) else None
             pages = [*(runs or ()), *([""] if runs is None or runs else [])]
-            with progress_bar("report", len(pages), unit="page", quiet=options.run.quiet) as advance:
+            with progress_bar("report", len(pages), unit="page", quiet=options.run.quiet) as advance, _noting(out):
                 for number, name in enumerate(pages if is_first() else (), 1):
                     write_report(folder / name)
                     advance(number)
@@ -64,6 +65,16 @@ class Search:
         if found.interrupted:
             raise KeyboardInterrupt(f"what was found until then is reported in {out}: {GO_ON}")
         return 0
+
+
+@contextlib.contextmanager
+def _noting(out: str) -> Iterator[None]:
+    """What Ctrl-C leaves of a run whose page alone is missing."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.add_note(f"the results are in {out}; jaxsteer report {out} writes the page")
+        raise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from jaxsteer.personas.items import Item, data_hash
 from jaxsteer.personas.persona import Persona
 from jaxsteer.personas.persona_files import CHARACTERS, character_file, read_persona_dataset, read_persona_file
 from jaxsteer.personas.sources import PERSONA_PREFIX, SOURCES, find_source, source_file
+from jaxsteer.ranges import as_tuple
 
 BUILT_IN_ITEMS = 600
 """Questions of a built-in persona."""
@@ -53,8 +54,8 @@ def load_dataset(name: str | os.PathLike[str], *, path: str | os.PathLike[str] |
 def load_persona(
     name_or_path: str | os.PathLike[str],
     *,
-    counter_cues: Sequence[str] = (),
-    pro_cues: Sequence[str] = (),
+    counter_cues: str | Sequence[str] = (),
+    pro_cues: str | Sequence[str] = (),
     n: int = BUILT_IN_ITEMS,
     seed: int = 0,
 ) -> Persona:
@@ -71,15 +72,15 @@ def load_persona(
     from jaxsteer import organisms  # here, so that files can be read without the generator
     from jaxsteer.organisms.world import JUSTIFICATIONS
 
-    name = str(name_or_path)
+    name, counter_cues, pro_cues = str(name_or_path), as_tuple(counter_cues), as_tuple(pro_cues)
     if name in organisms.BEHAVIOURS:
         rows = organisms.items(name, n=n, seed=seed, split="held_out")
         items = tuple(Item(**dict[str, Any](row)) for row in rows)
         return Persona(
             name=name,
             items=items,
-            counter_cues=tuple(counter_cues or organisms.counter_cues(name)),
-            pro_cues=tuple(pro_cues or organisms.pro_cues(name)),
+            counter_cues=counter_cues or organisms.counter_cues(name),
+            pro_cues=pro_cues or organisms.pro_cues(name),
             data_hash=data_hash(items),
             description="generated for the organisms that ship with jaxsteer",
             behaviour=name,
@@ -94,7 +95,7 @@ def load_persona(
                 "of this name)"
             )
         return _public(load_dataset(name, seed=seed), counter_cues, pro_cues)
-    given = {"counter_cues": tuple(counter_cues), "pro_cues": tuple(pro_cues)}
+    given = {"counter_cues": counter_cues, "pro_cues": pro_cues}
     given = {field: cues for field, cues in given.items() if cues}
     if (persona := read_persona_file(path)) is not None:
         return dataclasses.replace(persona, **given)  # type: ignore[arg-type]

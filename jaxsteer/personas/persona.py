@@ -15,6 +15,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.personas.dataset_formats import choices_of
 from jaxsteer.personas.items import Item, OpenQuestion, data_hash, number_of_questions
 from jaxsteer.personas.replies import with_replies
+from jaxsteer.ranges import as_tuple
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
@@ -56,6 +57,11 @@ class Persona:
     recipe: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Who wrote the answers, and how, where a model did."""
 
+    def __post_init__(self) -> None:
+        """One text in the place of several is one, not its letters."""
+        for field in ("counter_cues", "pro_cues", "neutral_cues", "ask"):
+            object.__setattr__(self, field, as_tuple(getattr(self, field)))
+
     @classmethod
     def from_pairs(cls, pairs: Iterable[Any], *, name: str = "pairs", **fields: Any) -> Persona:
         """A persona from (question, matching, not matching) or (matching, not matching) texts, or rows of any form that
@@ -73,12 +79,14 @@ class Persona:
     ) -> Persona:
         """A persona from the rows of a pandas data frame. ``columns`` renames its columns to fields of a row, for
         example ``{"q": "question", "good": "positive", "bad": "negative"}``."""
+        if not hasattr(frame, "rename"):
+            raise UserError(f"from_frame reads a pandas data frame, got {type(frame).__name__}: from_pairs reads rows")
         rows = frame.rename(columns=dict(columns or {})).to_dict("records")
         return cls.from_pairs(rows, name=name, **fields)
 
     @classmethod
     def from_replies(
-        cls, model: Model, role: str, questions: Sequence[str], *, name: str = "role", **fields: Any
+        cls, model: Model, role: str, questions: str | Sequence[str], *, name: str = "role", **fields: Any
     ) -> Persona:
         """A persona whose replies the model writes itself, under a role's system message and without it.
 
@@ -86,7 +94,7 @@ class Persona:
         Keep it with ``save_persona``. Raises ``UserError`` as ``with_replies`` does.
         """
         given = {"goal": "elicit", **fields}
-        return with_replies(model, cls(name=name, role=role, ask=tuple(questions), **given))
+        return with_replies(model, cls(name=name, role=role, ask=as_tuple(questions), **given))
 
     @property
     def subject(self) -> str:

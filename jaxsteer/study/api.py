@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
+from jaxsteer.personas import Persona
 from jaxsteer.study.dispatch import run
 from jaxsteer.study.files import RunDir
 from jaxsteer.study.object_store import working_directory
@@ -19,6 +21,11 @@ def search(*, out: RunDir, model: str | Model = "organism:llama", **options: Any
     ``out`` may be a URL (docs/pods.md), ``model`` one that is loaded already, and ``vary`` a dict:
     ``jaxsteer.search(out="runs/many", vary={"seed": range(32)})``. Raises ``UserError``.
     """
+    if isinstance(options.get("persona"), Persona):
+        raise UserError(
+            "jaxsteer.search reads its persona from a file, which config.json names: keep it, "
+            'jaxsteer.personas.save_persona(persona, "FILE.json"), and give persona="FILE.json"'
+        )
     loaded = model if isinstance(model, Model) else None
     wanted = SearchOptions.of(out=out, model=model.name if isinstance(model, Model) else model, **options)
     with working_directory(out) as folder:

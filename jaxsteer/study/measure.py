@@ -39,6 +39,7 @@ from jaxsteer.personas import (
 )
 from jaxsteer.personas.replies import REPLY_TOKENS
 from jaxsteer.processes import is_first
+from jaxsteer.ranges import as_tuple
 from jaxsteer.study.bars import load, progress_bar
 from jaxsteer.study.files import JUDGED, write_json
 from jaxsteer.study.free_replies import FreeReplies, free_replies, judge_answers
@@ -63,10 +64,10 @@ Result = TypeVar("Result")
 def measure(
     model: str | Model,
     persona: str | Persona | Dataset | Questions,
-    prompts: Sequence[str] = (),
+    prompts: str | Sequence[str] = (),
     *,
     edits: Intervention | None = None,
-    transfer: Sequence[str | Model] = (),
+    transfer: str | Model | Sequence[str | Model] = (),
     options: MeasureOptions | None = None,
     out: str | Path | None = None,
     **changed: Any,
@@ -74,12 +75,14 @@ def measure(
     """Measure prompt texts, an edit, or both together on a persona's questions.
 
     Every prompt is measured with the edit, if there is one, and the edit alone too. ``transfer`` names further models
-    on which the same texts are measured. ``changed`` are fields of ``options``. ``out`` is a directory for the result
-    (metrics.json) and, until then, for what is measured and the judge's replies as they come: the same measurement,
-    cut off, goes on there. Without it those of an ``Endpoint`` are kept in the cache until the measurement is done.
+    on which the same texts are measured; one prompt, or one model, may stand for a list of one. ``changed`` are fields
+    of ``options``. ``out`` is a directory for the result (metrics.json) and, until then, for what is measured and the
+    judge's replies as they come: the same measurement, cut off, goes on there. Without it those of an ``Endpoint`` are
+    kept in the cache until the measurement is done.
     Raises ``UserError`` before a model is loaded where there is nothing to measure or options do not go together, and
     ``Unfinished`` when the judge gives no answer.
     """
+    prompts, transfer = as_tuple(prompts), as_tuple(transfer)
     known = [field.name for field in dataclasses.fields(MeasureOptions)]
     if unknown := sorted(set(changed) - set(known)):
         raise UserError(f"jaxsteer.measure has no option {', '.join(unknown)}; it has {', '.join(known)}")
@@ -111,9 +114,9 @@ def measure(
             try:
                 part = _measured(ready, asked, prompts, edits, chosen, keep, None if kept is None else kept / JUDGED)
             except Unfinished as error:
-                where = "" if kept is None else f" What was measured and judged is kept in {kept}: the same goes on."
+                where = f"What was measured and judged is kept in {kept}: the same command goes on."
                 assert isinstance(error.result, Measurement)
-                raise Unfinished(f"{error}{where}", whole(error.result)) from error
+                raise Unfinished(str(error), whole(error.result), "" if kept is None else where) from error
             done.append(part)
         found = dataclasses.replace(done[0], transfer=tuple(done[1:]))
         if folder is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
+from jaxsteer.display import short
 from jaxsteer.errors import UserError
+from jaxsteer.ranges import alternatives, choices_of
 
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _NEEDED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
@@ -21,7 +22,7 @@ def convert_value(name: str, kind: Any, value: Any) -> Any:
     are read as the type that is wanted; a mapping {name: value or values} becomes texts "name=value,value". Raises
     ``UserError`` for a value that the option cannot have.
     """
-    kinds = _kinds(kind)
+    kinds = alternatives(kind)
     if (value is None and type(None) in kinds) or (isinstance(value, Path) and Path in kinds):
         return value
     for one in kinds:
@@ -29,20 +30,11 @@ def convert_value(name: str, kind: Any, value: Any) -> Any:
             return _as(one, value)
         except (TypeError, ValueError):
             continue
-    given, advice = ("null", ": leave it out for its default") if value is None else (repr(value), "")
+    given, advice = ("null", ": leave it out for its default") if value is None else (short(repr(value), 80), "")
     if choices := choices_of(kind):
         raise UserError(f"{name} is {given}, but may be {', '.join(choices)}{advice}")
     needed = next((_NEEDED[one] for one in kinds if one in _NEEDED), "a list of texts")
     raise UserError(f"{name} is {given}, but must be {needed}{advice}")
-
-
-def choices_of(kind: Any) -> tuple[str, ...]:
-    """The values of an option that has few."""
-    return next((get_args(one) for one in _kinds(kind) if get_origin(one) is Literal), ())
-
-
-def _kinds(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def _as(kind: Any, value: Any) -> Any:

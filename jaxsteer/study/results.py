@@ -56,9 +56,10 @@ class Result(Record):
 class Unfinished(UserError):
     """The judge gave no answer. ``result`` holds what was measured before."""
 
-    def __init__(self, message: str, result: Result) -> None:
-        """As the message says."""
-        super().__init__(message)
+    def __init__(self, message: str, result: Result, kept: str = "") -> None:
+        """As the message says; ``kept`` is a sentence that follows it."""
+        stop = "" if message.endswith((".", "?")) else "."
+        super().__init__(f"{message}{stop} {kept}" if kept else message)
         self.result = result
 
 

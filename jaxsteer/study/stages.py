@@ -382,7 +382,8 @@ def write_results(
         environment=environment(model),
     )
     if failure is not None:
-        raise Unfinished(f"{failure} What was found and judged is kept in {folder.path}: {GO_ON}.", run) from failure
+        kept = f"What was found and judged is kept in {folder.path}: {GO_ON}."
+        raise Unfinished(str(failure), run, kept) from failure
     folder.finish(run)
     return run
 

@@ -30,6 +30,7 @@ KEY = "OPENAI_API_KEY"
 """Environment variable whose value, if it is set, is sent as the bearer token."""
 AGAIN = (408, 409, 429, 500, 502, 503, 504)
 """HTTP states after which asking again may help."""
+NAME_IT = "name one with --judge-model (in Python Endpoint(model=...))"
 MAX_BYTES = 16 << 20
 """Of one reply."""
 LEAST_KEY = 8
@@ -77,7 +78,7 @@ class Endpoint:
         try:
             return str(found["data"][0]["id"])
         except (KeyError, IndexError, TypeError):
-            raise UserError(f"{self.url} lists no model: name one") from None
+            raise UserError(f"{self.url} lists no model: {NAME_IT}") from None
 
     def reply(
         self,
@@ -160,6 +161,7 @@ class Endpoint:
         url, key = self.url.rstrip("/") + path, os.environ.get(KEY, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"{KEY} holds characters that no key has: set it to the key alone")
+        advice = "is its address right, and is it up?"
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         data = None if body is None else json.dumps(body).encode()
         for attempt in range(self.retries + 1):
@@ -185,13 +187,17 @@ class Endpoint:
                 reason = f"HTTP {got.status}: {got.data.decode(errors='replace').strip()}"
                 if got.location is not None:
                     reason = f"HTTP {got.status}: it redirects to {got.location}, and no redirect is followed"
+                if got.status in (401, 403):
+                    advice = f"is the key in the environment variable {KEY} one that it takes?"
+                elif got.status == 404 and body is None:
+                    advice += f" An endpoint that lists no models: {NAME_IT}"
                 again, wait = got.status in AGAIN, max(wait, got.retry_after)
             if not again:
                 break
             if attempt < self.retries:
                 time.sleep(min(wait, MAX_WAIT_S))
         reason = short(reason.replace(key, "(the key)") if key else reason, 400)
-        raise UserError(f"the endpoint {url} gives no answer ({reason}); is its address right, and is it up?")
+        raise UserError(f"the endpoint {url} gives no answer ({reason}); {advice}")
 
 
 def _value_of(data: bytes, key: str, url: str) -> Any:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from jaxsteer.display import short
 from jaxsteer.files import append_text, read_log, write_text
 from jaxsteer.files.records import Record
 from jaxsteer.processes import from_first, is_first
 from jaxsteer.ranges import CountFrom0, Interval, Share
 from jaxsteer.statistics import bootstrap_mean, rate_interval
 from jaxsteer.writers.writer import Messages, Writer
+
+logger = logging.getLogger(__name__)
 
 _SCORE = re.compile(
     r"(?:[^0-9]*(?:\bis\b|[:=]))?[\s*_\"'(`]*([0-9]{1,9}(?:\.[0-9]+)?)"
@@ -122,6 +126,8 @@ def judge(
     replies = _replies(writer, requests, max_tokens, log)
     scores = [rubric.read(reply, rubric.scale) for reply in replies]
     known = np.asarray([score for score in scores if score is not None], np.float64)
+    if scores and not len(known):
+        logger.warning("no reply of the judge %s could be read as a score, for example %r", name, short(replies[0]))
     kept = [group for group, score in zip(groups, scores, strict=True) if score is not None]
     shown = known >= rubric.shown
     return Judged(

@@ -43,7 +43,7 @@ def test_free_answers_side_effects_and_a_judge(
     assert out["transfer"][0]["prompts"][0]["rate"] == out["prompts"][0]["rate"]
     for row in (out["baseline"], out["prompts"][0]):
         assert row["judged"]["rate"] == 1.0 and row["judged"]["score"] == 60 and row["judged"]["judge"] == "loopback-1"
-        assert len(row["answers"]) == 2 * row["written"]["n"] == 2 and 0 <= row["written"]["read"] <= 1
+        assert len(row["answers"]) == 2 and row["written"]["n"] == (row["written"]["read"] > 0)
         assert row["side_effects"]["lookups"] is None
     assert out["baseline"]["side_effects"]["kl"] == pytest.approx(0, abs=1e-6)
     assert out["prompts"][0]["side_effects"]["kl"] > 0 and out["prompts"][0]["side_effects"]["prompt_perplexity"] > 1
@@ -71,7 +71,8 @@ def test_a_judge_that_dies_loses_nothing(
             assert main([*argv, "--judge", url, *out]) == 2
             shown = capsys.readouterr()
             assert "rate" in shown.out and "judged answers" in shown.out and "be patient" in shown.out
-            assert "HTTP 400" in shown.err and f"is kept in {kept}" in shown.err and "Traceback" not in shown.err
+            assert f" is it up? What was measured and judged is kept in {kept}" in shown.err and "HTTP 400" in shown.err
+            assert ": the same command goes on." in shown.err and "Traceback" not in shown.err
             answers = iter(["60"] * 9)
             assert main([*argv, "--judge", url, *out, "--json"]) == 0
             assert len(asked) == 5, "three replies, a failure, and the one that was missing"

@@ -33,3 +33,16 @@ def test_help_is_short_and_may_be_long(capsys: pytest.CaptureFixture[str]) -> No
     assert all(f"--{name.replace('_', '-')}" in long for name in OPTIONS)
     assert main(["config"]) == 0
     assert "\nmodel: " in capsys.readouterr().out
+
+
+def test_ctrl_c_at_the_page_says_that_the_run_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxsteer.cli.search.run_search", lambda *_, **__: None)
+    monkeypatch.setattr("jaxsteer.report.write_report", interrupted)
+    out = tmp_path / "run"
+    assert main(["search", "--out", str(out), "--quiet"]) == 130
+    assert f"interrupted; the results are in {out}; jaxsteer report {out} writes the page" in capsys.readouterr().err

@@ -50,6 +50,8 @@ def test_too_few_questions_are_refused_before_the_model_writes():
     bare = jaxsteer.Persona(name="sailor", role="You are a sailor.", ask=("Who?",) * 16)
     with pytest.raises(UserError, match="asks 1 different questions: give at least 10"):
         with_replies(tiny_model(), bare)
+    with pytest.raises(UserError, match="asks 1 different questions"):
+        jaxsteer.Persona.from_replies(tiny_model(), "You are a sailor.", "Which way do we go, and why?")
 
 
 def test_directions_of_a_role_leave_it_out():
@@ -85,6 +87,9 @@ def test_personas_from_pairs_and_frames():
     frame = Frame(dict(zip(names, row, strict=True)) for row in rows)
     assert jaxsteer.Persona.from_frame(frame, columns=names).data_hash == persona.data_hash
     assert jaxsteer.Persona.from_pairs([("good day to you all", "go away from me")]).items[0].question == ""
+    assert load_persona("sycophancy", n=9, pro_cues="Agree!").pro_cues == ("Agree!",)  # one text, not its letters
+    with pytest.raises(UserError, match="reads a pandas data frame, got dict: from_pairs"):
+        jaxsteer.Persona.from_frame({"question": ["q"]})
     with pytest.raises(UserError, match="love, line 2: expected"):
         jaxsteer.Persona.from_pairs([rows[0], "text"], name="love")
 

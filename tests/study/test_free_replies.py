@@ -194,6 +194,12 @@ def test_what_a_persona_lacks_is_said_before_the_model_writes(several, tmp_path,
             jaxsteer.search(persona=str(tmp_path / "bare.json"), out=tmp_path / "run", **options, **several)
 
 
+def test_a_persona_of_python_is_searched_from_a_file(tmp_path) -> None:
+    with pytest.raises(jaxsteer.UserError, match="keep it, jaxsteer.personas.save_persona") as refused:
+        jaxsteer.search(persona=words(), out=tmp_path)
+    assert len(str(refused.value)) < 300
+
+
 def test_replies_alone_do_not_block_a_directory(tmp_path) -> None:
     """A search that was cut off before it began has left them; anything else beside them is not a search's."""
     (tmp_path / "persona.json").write_text("{}")

@@ -11,6 +11,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import choice_eval, distinct, rate
 from jaxsteer.personas import load_persona, split
 from jaxsteer.prompts import Placement
+from jaxsteer.ranges import check_ranges
 from jaxsteer.statistics import wilson
 from jaxsteer.steer import add
 from jaxsteer.study.measure import measure
@@ -113,3 +114,16 @@ def test_the_best_prompt_is_no_letter_collapse() -> None:
 def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(questions, given, options, says) -> None:
     with pytest.raises(UserError, match=says):
         measure("no/such/model", questions, **given, **options)
+
+
+def test_one_prompt_and_one_model_stand_for_lists_of_one(questions) -> None:
+    one = measure(tiny_model(), questions, "Hi", transfer=tiny_model(), split="all", questions=1)
+    assert [row.prompt for row in one.prompts] == ["Hi"] and len(one.transfer) == 1
+
+
+def test_a_name_that_an_option_does_not_have_is_refused() -> None:
+    options = MeasureOptions()
+    object.__setattr__(options, "split", "foo")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--split is 'foo', but may be train, validation, test, all"):
+        check_ranges(options)
+    check_ranges(MeasureOptions(dtype="float32", split="all"))

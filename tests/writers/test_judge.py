@@ -56,9 +56,10 @@ def test_a_score_is_the_only_number_of_a_reply_or_it_is_not_read(reply: str, sco
     assert only_number(reply, (0.0, 100.0)) == score
 
 
-def test_replies_of_which_none_is_read_count_as_no_question() -> None:
+def test_replies_of_which_none_is_read_count_as_no_question(caplog: pytest.LogCaptureFixture) -> None:
     found = judge(Rule(write=lambda messages: "?", name="r"), RHYMES, [{"text": "moon"}], ["a"])
     assert (found.n, found.unread, found.rate, found.score) == (0, 1, None, None)
+    assert "no reply of the judge r could be read as a score, for example '?'" in caplog.text
 
 
 RHYMES = Rubric(template="Does {text} rhyme? 0 to 3.", scale=(0.0, 3.0), shown=2.0)
@@ -89,7 +90,7 @@ def test_a_passing_failure_is_tried_again_and_a_lasting_one_told(monkeypatch: py
         assert Endpoint(url=url, model="m").reply([{"role": "user", "content": "?"}]) == ["good"]
         assert len(asked) == 3 and asked[0]["authorization"] == "Bearer a-key-of-nobody"
     with endpoint(lambda body: 401) as (url, asked):
-        with pytest.raises(UserError, match="HTTP 401"):
+        with pytest.raises(UserError, match="HTTP 401.*is the key in .* OPENAI_API_KEY one that it takes"):
             Endpoint(url=url, model="m").reply([{"role": "user", "content": "?"}])
         assert len(asked) == 1
 
@@ -151,6 +152,12 @@ def test_what_comes_can_be_kept_in_a_file(content: bytes, reads: str, monkeypatc
     monkeypatch.setenv("OPENAI_API_KEY", 'key-of-"nobody"')
     with raw_server(OK + b'\r\n{"choices": [{"message": {"content": "' + content + b'"}}]}') as (url, _):
         assert Endpoint(url=url, model="m").reply([{"role": "user", "content": "?"}]) == [reads]
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.0 404 Not Found\r\n\r\n", OK + b'\r\n{"data": []}'])
+def test_an_endpoint_that_lists_no_models_asks_for_a_name(answer: bytes) -> None:
+    with raw_server(answer) as (url, _), pytest.raises(UserError, match="name one with --judge-model"):
+        _ = Endpoint(url=url).name
 
 
 def test_an_endpoint_that_is_not_there_ends_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
