@@ -1,5 +1,6 @@
-"""What options and files may hold, as their fields' types say: ranges of numbers and names of a few, checked by one
-function for all commands, and where a ``Record`` is read.
+"""What options and files may hold: ranges of numbers and a few names, part of a field's type.
+
+One function checks them for all commands, and where a ``Record`` is read.
 
 ``seed: Seed = 0`` or ``share: Annotated[float, Range(0, 1)] = 0.5``. A whole number without a range is a count, a float
 without one is finite.

@@ -44,6 +44,7 @@ def render_study(study: StudyFiles) -> str:
         table=_table(study),
         by_place={place: study.of(place) for place in study.places},
         words=any(row.goal for row in study.rows),
+        judged=any(row.judged is not None for row in study.rows),
         letters=not all(row.goal for row in study.rows),
         several=any(row.each for row in study.rows),
         intervals=study.intervals,

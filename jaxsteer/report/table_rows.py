@@ -22,7 +22,7 @@ NOT_METHOD = frozenset(
 """Keys of config.json that do not set one method of a study apart from another."""
 RANKS = {"baseline": 0, "control": 1, "search": 2}
 SHARED = "model persona kind method n prompt site read_position goal".split()
-AVERAGED = "rate preference a_rate swapped_rate auroc debiased_rate probe_correlation".split()
+AVERAGED = "rate preference judged a_rate swapped_rate auroc debiased_rate probe_correlation".split()
 
 
 def rows_of_runs(runs: Mapping[str, SearchRun], configs: Mapping[str, Mapping[str, Any]]) -> list[TableRow]:
@@ -81,6 +81,7 @@ def _rows(name: str, run: SearchRun, method: str) -> Iterator[TableRow]:
                 prompt=prompt.text,
                 target=prompt.target,
                 cross_entropy=prompt.cross_entropy,
+                judged=prompt.judged,
                 **(
                     {**reply_fields(prompt.rate, prompt.replies, run.goal or "reduce"), "note": prompt.note}
                     if run.in_words

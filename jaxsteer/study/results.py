@@ -107,6 +107,11 @@ class Prompt(Record):
         """What is written freely, by the same questions."""
         return self.test_replies or self.validation_replies
 
+    @property
+    def judged(self) -> float | None:
+        """The share of its free replies that show the persona to a judge."""
+        return None if self.test_judged is None else self.test_judged.rate
+
     def with_rate(self, split: str, rate: Rate) -> Prompt:
         """The prompt with its rate on the validation or the test questions."""
         changed: dict[str, Any] = {split: rate}

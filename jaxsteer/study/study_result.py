@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from jaxsteer.display import aligned, decimals, interval, short, visible
+from jaxsteer.display import aligned, decimals, interval, percent, short, visible
 from jaxsteer.evals.free_answers import ILLUSION, WrittenRates
 from jaxsteer.evals.rates import Rate
 from jaxsteer.files.records import Record
@@ -30,6 +30,8 @@ class SelectedPrompt(Record):
     """Over questions (None of files that do not say)."""
     note: str | None = None
     """What has to be said with the rate."""
+    judged: Share | None = None
+    """Share of its free replies to test questions that show the persona to the judge, where there was one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class RunSummary(Record):
     baseline_ci95: Interval | None = None
     n: CountFrom0 | None = None
     """Test questions."""
+    baseline_judged: Share | None = None
+    """Of the free replies without a prompt, the share that show the persona to the judge."""
     selected: SelectedPrompt | None
     goal: str = ""
     """What was wanted: "reduce" or "elicit"; "" of older versions means to reduce a persona with lettered answers."""
@@ -60,8 +64,9 @@ class RunSummary(Record):
         selected, best = None, run.best
         if best is not None and best.target is not None and after is not None and after.rate is not None:
             selected = SelectedPrompt(
-                text=best.text, target=best.target, rate=after.rate, ci95=after.ci95, note=best.note
-            )
+                text=best.text, target=best.target, rate=after.rate, ci95=after.ci95, note=best.note,
+                judged=best.judged,
+            )  # fmt: skip
         return cls(
             problems=problems,
             persona=run.persona,
@@ -71,6 +76,7 @@ class RunSummary(Record):
             baseline=None if base is None else base.rate,
             baseline_ci95=None if base is None else base.ci95,
             n=None if base is None else base.n,
+            baseline_judged=None if run.baseline is None else run.baseline.judged,
             selected=selected,
             goal=run.goal or "reduce",
             free_replies=run.in_words,
@@ -126,7 +132,9 @@ class Study(Result):
         """One line per run."""
         goals = {run.goal or "reduce" for run in self.runs.values()} != {"reduce"}
         goal = ("goal",) if goals else ()
-        lines: list[tuple[str, ...]] = [("run", *goal, "problems", "probe", "target", "baseline", "rate", "prompt")]
+        judge = ("judge",) if any(run.baseline_judged is not None for run in self.runs.values()) else ()
+        head = ("run", *goal, "problems", "probe", "target", "baseline", "rate", *judge, "prompt")
+        lines: list[tuple[str, ...]] = [head]
         for name, run in self.runs.items():
             numbers = (decimals(run.probe_correlation), decimals(run.selected and run.selected.target))
             text = short((run.selected and run.selected.text) or "(none re-tokenises)", 40)
@@ -134,11 +142,14 @@ class Study(Result):
             before, after = map(interval, run.shares)
             after += " ~" if run.selected and run.selected.note else ""
             wanted = (run.goal or "reduce",) if goals else ()
-            lines.append((visible(name), *wanted, str(run.problems), *numbers, before, after, text))
+            shown = f"{percent(run.baseline_judged)} to {percent(run.selected and run.selected.judged)}"
+            row = (visible(name), *wanted, str(run.problems), *numbers, before, after, *(shown for _ in judge), text)
+            lines.append(row)
         noted = f"; ~ {ILLUSION}" if any(run.selected and run.selected.note for run in self.runs.values()) else ""
         counts = f"{self.searched} of {self.problems} problems were searched"
         counts += f" (missing: {'; '.join(f'{kind} {n}' for kind, n in self.missing.items())})" * bool(self.missing)
         note = f"{counts}; rates on test questions with 95 % intervals{noted}"
+        note += "; judge: free replies that show the persona to it, without a prompt and with it" * bool(judge)
         return aligned(lines, left=(0, len(lines[0]) - 1), note=note)
 
     def plot(self) -> Figure:

@@ -71,6 +71,8 @@ class TableRow(Record):
     """Of a persona in words "reduce" or "elicit"; ``rate`` and its ``difference`` are those of free replies."""
     preference: Share | None = None
     """And this is the share of questions on which its given reply is likelier than the other."""
+    judged: Share | None = None
+    """And this is the share of its free replies that show the persona to a judge."""
     note: str | None = None
     """What has to be said with the rate."""
     a_rate: Share | None = None

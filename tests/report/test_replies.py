@@ -49,7 +49,7 @@ def test_a_change_is_told_as_wanted_or_not(tmp_path: Path, goal: str, change: fl
 
 
 def test_what_a_judge_says_stands_beside_the_words(tmp_path: Path):
-    run = write_words(tmp_path)
+    run = write_words(tmp_path / "a")
     assert "Judge:" not in write_report(run).read_text(encoding="utf-8")
     numbers = json.loads((run / "metrics.json").read_text())
     scores = {
@@ -64,6 +64,13 @@ def test_what_a_judge_says_stands_beside_the_words(tmp_path: Path):
     (run / "metrics.json").write_text(json.dumps(numbers))
     words = " ".join(" ".join(Page(write_report(run).read_text(encoding="utf-8")).text).split())
     assert "persona to <b>kind" in words and "25.0 % (10.0–50.0) 75.0 % (50.0–90.0)" in words
+    (run / "metrics.json").write_text(json.dumps(numbers | {"baseline": numbers["baseline"] | {"test_judged": judged}}))
+    write_words(tmp_path / "b", seed=1)
+    words = " ".join(" ".join(Page(write_report(tmp_path).read_text(encoding="utf-8")).text).split())
+    assert "persona to the judge" in words and "zero-shot 15.0 % 25.0 %" in words
+    summary = RunSummary.of(read_run(run).result, problems=1)
+    study = Study(model="m", fingerprint="", problems=1, searched=1, interrupted=False, runs={"x": summary})
+    assert "25.0 % to 25.0 %" in study.table() and Study.from_json(json.loads(json.dumps(study.to_json()))) == study
 
 
 def test_plots_and_summaries_hold_free_replies(tmp_path: Path):
