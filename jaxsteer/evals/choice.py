@@ -21,6 +21,7 @@ from jaxsteer.models.padding import bucket
 from jaxsteer.personas import Item, orders, swap
 from jaxsteer.personas.items import mostly_replies
 from jaxsteer.prompts import Placement, Turns, encode_texts, join_answer, question_conversation, render
+from jaxsteer.ranges import as_tuple
 from jaxsteer.statistics import auroc, bootstrap_auroc, rate_interval
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class ChoiceResult:
 def choice_eval(
     model: Model,
     items: Sequence[Item],
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     placement: Placement = Placement(),
     both_orders: bool = True,
@@ -145,6 +146,7 @@ def choice_eval(
     Returns one result per prompt, or per variant and prompt (all prompts of the first variant first). Raises
     ``UserError`` for texts longer than the model's positions.
     """
+    prompts = as_tuple(prompts)
     both_orders = both_orders and all(item.lettered for item in items)
     asked = [copy for item in items for copy in (orders(item) if both_orders else (item,))]
     answers = [_answers(item) for item in asked]

@@ -9,19 +9,21 @@ import numpy as np
 
 from jaxsteer.evals.scoring import Text, score_texts
 from jaxsteer.prompts import Placement, Turns, build_slots, encode_texts, question_conversation
+from jaxsteer.ranges import as_tuple
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
 
 
 def prompt_perplexity(
-    model: Model, prompts: Sequence[str], questions: Sequence[str | Turns], *, placement: Placement = Placement()
+    model: Model, prompts: str | Sequence[str], questions: Sequence[str | Turns], *, placement: Placement = Placement()
 ) -> list[float | None]:
     """Exp of the mean negative log-probability per token of each prompt in its slot, averaged over questions.
 
     Every token is conditioned on all that stands before it, the question included; ``None`` for an empty prompt.
     Prompts are encoded in place, as text. Compare with the perplexity of ordinary sentences, measured alike.
     """
+    prompts = as_tuple(prompts)
     slots = build_slots(model.tokenizer, [question_conversation(q, placement) for q in questions], 1)
     said = [prompt for prompt in prompts if prompt.strip()]
     if not said:

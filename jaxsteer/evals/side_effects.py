@@ -26,6 +26,7 @@ from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.taps import Intervention
 from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
 from jaxsteer.prompts.generate import generate
+from jaxsteer.ranges import as_tuple
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
@@ -115,8 +116,8 @@ class ReplyEffects:
 
 def reply_effects(
     model: Model,
-    texts: Sequence[str],
-    prompts: Sequence[str],
+    texts: str | Sequence[str],
+    prompts: str | Sequence[str],
     *,
     placement: Placement = Placement(),
     edits: Intervention | None = None,
@@ -128,6 +129,7 @@ def reply_effects(
     with each prompt in its place and under ``edits``, so that every comparison is over the same tokens. Raises
     ``UserError`` where the model replies nothing at all.
     """
+    texts, prompts = as_tuple(texts), as_tuple(prompts)
     contexts = [
         encode_texts(
             model.tokenizer,

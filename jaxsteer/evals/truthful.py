@@ -20,7 +20,7 @@ from jaxsteer.evals.scoring import ROWS, score_texts
 from jaxsteer.files.records import Record
 from jaxsteer.personas import OpenQuestion
 from jaxsteer.prompts import Placement
-from jaxsteer.ranges import CountFrom0, Interval, Share
+from jaxsteer.ranges import CountFrom0, Interval, Share, as_tuple
 from jaxsteer.statistics import bootstrap_mean, rate_interval
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class TruthfulResult:
 def truthful_eval(
     model: Model,
     questions: Sequence[OpenQuestion],
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     placement: Placement = Placement(),
     rows: int = ROWS // 4,
@@ -93,6 +93,7 @@ def truthful_eval(
     answers of a question run side by side in one row and do not see each other; ``rows`` such rows run at once. Raises
     ``UserError`` for texts longer than the model's positions.
     """
+    prompts = as_tuple(prompts)
     answers = [
         (q.best, *(a for a in q.correct if a != q.best), *(a for a in q.incorrect if a != q.best)) for q in questions
     ]

@@ -106,7 +106,8 @@ def require_behaviour(name: str, behaviour: str, rubric: Rubric) -> None:
     """Refuse to ask a judge for a behaviour that nobody named. Raises ``UserError``."""
     if not behaviour and "{behaviour}" in rubric.template:
         raise UserError(
-            f"the judge has to know which behaviour to look for, and {name} names none: give it in a persona file\n"
+            f"the judge has to know which behaviour to look for, and {name} names none: give it in a persona file, "
+            "for example\n"
             '  {"behaviour": "impatience, taking what comes first",\n'
             f'   "data": "{name}.jsonl"}}\n'
             "whose path is then the persona (in Python Persona(behaviour=...))"

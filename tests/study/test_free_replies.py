@@ -16,6 +16,7 @@ from jaxsteer.personas.replies import recipe_of
 from jaxsteer.steer import add
 from jaxsteer.study.baselines import Bench, Found, choose, measure
 from jaxsteer.study.measurement import Measurement
+from jaxsteer.study.probing import probe_positions
 from jaxsteer.study.results import SearchRun, Unfinished
 from jaxsteer.study.run_folder import open_run
 from jaxsteer.study.sweep import SweepOptions, sweep
@@ -192,6 +193,8 @@ def test_what_a_persona_lacks_is_said_before_the_model_writes(several, tmp_path,
         (tmp_path / "bare.json").write_text(json.dumps(bare | more))
         with pytest.raises(jaxsteer.UserError, match=says):
             jaxsteer.search(persona=str(tmp_path / "bare.json"), out=tmp_path / "run", **options, **several)
+    with pytest.raises(jaxsteer.UserError, match="has 0 counter_cues"):
+        probe_positions("no/such/model", Persona(name="x", role="r", ask=("q",)), ["decision"])
 
 
 def test_a_persona_of_python_is_searched_from_a_file(tmp_path) -> None:

@@ -9,6 +9,8 @@ import pytest
 import jaxsteer
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import choice_eval, distinct, rate
+from jaxsteer.evals.fluency import prompt_perplexity
+from jaxsteer.evals.side_effects import reply_effects
 from jaxsteer.personas import load_persona, split
 from jaxsteer.prompts import Placement
 from jaxsteer.ranges import check_ranges
@@ -119,6 +121,9 @@ def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(questions, 
 def test_one_prompt_and_one_model_stand_for_lists_of_one(questions) -> None:
     one = measure(tiny_model(), questions, "Hi", transfer=tiny_model(), split="all", questions=1)
     assert [row.prompt for row in one.prompts] == ["Hi"] and len(one.transfer) == 1
+    assert len(choice_eval(tiny_model(), load_persona(questions).items[:1], "Hi")) == 1
+    assert len(prompt_perplexity(tiny_model(), "Hi", ["Q?"])) == 1
+    assert len(reply_effects(tiny_model(), "Hello.", "Hi").kl) == 1
 
 
 def test_a_name_that_an_option_does_not_have_is_refused() -> None:
