@@ -21,7 +21,7 @@ from jaxsteer.personas import Item, orders, parse_choices
 from jaxsteer.personas.items import normal
 from jaxsteer.prompts import Placement, Turns, encode_texts, question_conversation, render
 from jaxsteer.prompts.generate import generate
-from jaxsteer.ranges import CountFrom0, Interval, Share
+from jaxsteer.ranges import CountFrom0, Interval, Share, as_tuple
 from jaxsteer.statistics import rate_interval
 from jaxsteer.writers.judge import Judged
 
@@ -65,6 +65,7 @@ def ask(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[str, ...]]:
     """Greedy answers to every question under every prompt: one tuple of texts per prompt."""
+    prompts = as_tuple(prompts)
     rendered = [
         render(model.tokenizer, question_conversation(question, placement), prompt)
         for prompt in prompts
@@ -100,7 +101,7 @@ def written_eval(
     ``read_by`` are sentences that are known to argue for the persona's answer and for the other one (without them, the
     rest of an answer argues for the choice whose text it repeats), or the odds of words that tell whose reply it is.
     """
-    asked = [copy for item in items for copy in orders(item)]
+    asked, prompts = [copy for item in items for copy in orders(item)], as_tuple(prompts)
     answers = ask(
         model, [item.asked for item in asked], prompts, placement=placement, max_new_tokens=max_new_tokens,
         edits=edits, progress=progress,

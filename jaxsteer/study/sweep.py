@@ -28,6 +28,7 @@ from jaxsteer.personas import (
     Direction,
     Item,
     Persona,
+    check_cues,
     contrast_pairs,
     load_direction,
     load_persona,
@@ -116,6 +117,8 @@ def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.i
     """
     _check(options)
     persona = load_persona(options.persona)
+    if options.direction is None:
+        check_cues(persona, options.read_position)
     texts = _read_lines(options.neutral) if options.neutral else None
     config = {"data_hash": persona.data_hash, **options.record(), "kind": "sweep"}
     with opened(options.out, config, say) as folder:
