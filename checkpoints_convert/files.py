@@ -273,8 +273,22 @@ def read_headers(directory: Path) -> dict[str, Tensor]:
 
 
 def side_files(directory: Path) -> list[str]:
-    """Those of ``SIDE_FILES`` that the directory has."""
-    return [name for name in SIDE_FILES if (directory / name).is_file()]
+    """Those of ``SIDE_FILES`` that the directory has.
+
+    They are copied, so a link to another place could take along what is not the model's: it is followed within the
+    directory and within a hub's cache only. Raises ``UserError`` for others.
+    """
+    found = [name for name in SIDE_FILES if (directory / name).is_file()]
+    home = directory.resolve()
+    home = home.parent.parent if home.parent.name == "snapshots" else home
+    for name in found:
+        target = (directory / name).resolve()
+        if not target.is_relative_to(home):
+            raise UserError(
+                f"{directory / name} is a link to {target}, outside of the model's directory, and is not copied. If it "
+                f"is the model's, put the file itself there."
+            )
+    return found
 
 
 def combine_hashes(pairs: Iterable[tuple[str, str]]) -> str:

@@ -99,7 +99,15 @@ def append_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def make_directory(path: str | os.PathLike[str]) -> Path:
-    """Make a directory and those above it, unless they exist. Raises ``FileError``. Returns the path."""
+    """Make a directory and those above it, unless they exist. Returns the path. Raises ``FileError``, having made none."""
+    path = Path(path)
+    made = [above for above in path.parents if not os.path.lexists(above)]
     with writing(path):
-        Path(path).mkdir(parents=True, exist_ok=True)
-    return Path(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            for above in made:  # from the innermost
+                with contextlib.suppress(OSError):
+                    above.rmdir()
+            raise
+    return path

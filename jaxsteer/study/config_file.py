@@ -49,12 +49,18 @@ def _yaml(text: str, path: Path) -> dict[str, Any]:
     import yaml
 
     class Texts(yaml.SafeLoader):
-        """Of the types that YAML guesses only null; a name stands once."""
+        """Of the types that YAML guesses only null; a name stands once, and so does a value: aliases of aliases make a
+        short file endlessly long."""
 
         yaml_implicit_resolvers = {
             first: [rule for rule in rules if rule[0] == "tag:yaml.org,2002:null"]
             for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases (*name) are not read: write the value where it is needed")
+            return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             names = [name.value for name, _ in node.value]

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import checkpoints_convert.streaming as module
 from checkpoints_convert import convert, verify, write_hf
 from checkpoints_convert.__main__ import main
-from checkpoints_convert.files import all_finite, read_header, read_headers
+from checkpoints_convert.files import all_finite, read_header, read_headers, side_files
 from checkpoints_convert.names import LAYER_NAMES, TOP_NAMES
 from jaxsteer import UserError, load
 from jaxsteer.models import sharding
@@ -160,6 +160,20 @@ def test_the_record_and_the_files_that_travel(tmp_path: Path) -> None:
     assert len(record["source_hash"]) == len(record["fingerprint"]) == 64
     assert type(CONFIG).from_json(record["config"]) == CONFIG
     assert oct(out.stat().st_mode)[-3:] == "755"
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_side_files_are_not_taken_from_elsewhere(tmp_path: Path, hub: bool) -> None:
+    """Links of a hub's cache lead to its blobs; others could copy what is not the model's."""
+    directory, blobs = tmp_path / "repo/snapshots/1", tmp_path / ("repo/blobs" if hub else "blobs")
+    directory.mkdir(parents=True), blobs.mkdir()
+    (blobs / "0").write_text("{}")
+    (directory / "tokenizer.json").symlink_to(blobs / "0")
+    if hub:
+        assert side_files(directory) == ["tokenizer.json"]
+    else:
+        with pytest.raises(UserError, match="outside of the model's directory"):
+            side_files(directory)
 
 
 def test_tensors_that_mean_nothing_are_listed(tmp_path: Path) -> None:

@@ -50,8 +50,9 @@ def test_what_stands_in_the_way_is_named(tmp_path, name, write):
 def test_directories_and_text_that_cannot_be(tmp_path: Path):
     (tmp_path / "file").write_text("")
     assert make_directory(tmp_path / "a" / "b").is_dir()
-    for name in ("file", "file/below", "n" * 300):
+    for name in ("file", "file/below", "n" * 300, f"c/d/{'n' * 300}"):
         with pytest.raises(FileError, match="cannot be written"):
             make_directory(tmp_path / name)
+    assert not (tmp_path / "c").exists()
     with pytest.raises(UserError, match="surrogates"):
         write_text(tmp_path / "a.txt", "\ud800")

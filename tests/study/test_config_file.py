@@ -56,6 +56,7 @@ def test_texts_are_read_as_the_options_types(tmp_path: Path) -> None:
         ("a.yaml", "fluency:", "fluency is null, but may be ultra_strict, strict, medium, loose: leave it out"),
         ("a.yaml", "quiet: maybe", "must be true or false"),
         ("a.yaml", "steps: 3\nsteps: 4", "steps stands twice"),
+        ("a.yaml", "vary:\n - &a [x, x]\n - [*a, *a]", "aliases (*name) are not read"),
         ("a.yaml", "- steps", "must name options and their values"),
         ("a.yaml", "steps: [", "is not YAML"),
         ("a.toml", "steps = 2.5", "steps is 2.5, but must be a whole number"),
