@@ -236,8 +236,8 @@ def _config(keys: Mapping[str, Any], where: Mapping[str, tuple[Path, GGUFEntry]]
         found = keys.get(f"{family}.{name}", default)
         if found is None:
             raise UserError(f"{path} lacks the key {family}.{name}.")
-        if isinstance(found, bool) or not isinstance(found, int | float):
-            raise UserError(f"{path}: {family}.{name} is {str(found)[:80]}; one number is supported.")
+        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+            raise UserError(f"{path}: {family}.{name} is {str(found)[:80]}; one finite number is supported.")
         return float(str(np.float32(found))) if isinstance(found, float) else found  # 1e-5, stored as 9.99999975e-6
 
     if int(value("expert_count", 0)):
@@ -284,7 +284,10 @@ def _config(keys: Mapping[str, Any], where: Mapping[str, tuple[Path, GGUFEntry]]
     config["layer_types"] = [
         "full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(value("block_count"))
     ]
-    config |= {cap: keys.get(f"{family}.{cap}") for cap in ("attn_logit_softcapping", "final_logit_softcapping")}
+    config |= {
+        cap: value(cap) if f"{family}.{cap}" in keys else None
+        for cap in ("attn_logit_softcapping", "final_logit_softcapping")
+    }
     if family == "gemma2":
         return config | {"rope_parameters": rope}
     local = {"rope_type": "default", "rope_theta": value("rope.freq_base_swa", _GEMMA3_LOCAL_THETA)}

@@ -208,18 +208,26 @@ def _ignored(name: str, family: Family) -> bool:
 def stop_tokens(directory: Path) -> tuple[int, ...]:
     """The tokens that end an answer: of generation_config.json, or where it names none of config.json, as transformers.
 
-    Raises ``UserError`` for a file that cannot be read, and for what is no token.
+    Raises ``UserError`` for a file that cannot be read, and for what is no token of the vocabulary (first tokens too).
     """
-    for name in ("generation_config.json", "config.json"):
-        fields = read_json(directory / name) if (directory / name).is_file() else {}
-        text = fields.get("text_config")
-        for part in (fields, text if isinstance(text, dict) else {}):
-            if (ids := part.get("eos_token_id")) is not None:
-                tokens = ids if isinstance(ids, list) else [ids]
-                if not all(type(token) is int and 0 <= token <= _SIZE for token in tokens):
-                    raise UserError(f"{directory / name} has eos_token_id {ids!r}, which are no ids of tokens.")
-                return tuple(tokens)
-    return ()
+    names = [name for name in ("generation_config.json", "config.json") if (directory / name).is_file()]
+    wholes = {name: read_json(directory / name) for name in names}
+    both = [(name, part) for name, whole in wholes.items() for part in (whole, whole.get("text_config"))]
+    parts = [(name, part) for name, part in both if isinstance(part, dict)]
+    size = next((part["vocab_size"] for _, part in parts if type(part.get("vocab_size")) is int), _SIZE)
+    stops: list[tuple[int, ...]] = []
+    for name, part in parts:
+        for field in ("bos_token_id", "eos_token_id"):
+            if (ids := part.get(field)) is None:
+                continue
+            tokens = ids if isinstance(ids, list) else [ids]
+            if not all(type(token) is int and 0 <= token < size for token in tokens):
+                raise UserError(
+                    f"{directory / name} has {field} {ids!r}, which are no ids of tokens: expected 0 to {size - 1}."
+                )
+            if field == "eos_token_id":
+                stops.append(tuple(tokens))
+    return stops[0] if stops else ()
 
 
 def ignored_fields(raw: dict[str, Any], ignore_fields: Collection[str] = ()) -> list[str]:

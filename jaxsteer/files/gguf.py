@@ -159,8 +159,10 @@ class _Reader:
             dims = tuple(self.number("Q") for _ in range(n_dims))
             found[name] = self.number("I"), dims[::-1], self.number("Q")
         alignment = keys.get("general.alignment", _ALIGNMENT)
-        if not isinstance(alignment, int) or isinstance(alignment, bool) or not 1 <= alignment <= 1 << 16:
-            raise self.damaged(f"general.alignment is {alignment!r}")
+        if type(alignment) is not int or alignment % 8 or not 8 <= alignment <= 1 << 16:
+            raise self.damaged(f"general.alignment is {alignment!r}, expected a multiple of 8")
+        if odd := next((name for name, (_, _, offset) in found.items() if offset % alignment), None):
+            raise self.damaged(f"the offset of tensor {odd!r}, {found[odd][2]}, is no multiple of {alignment}")
         start = -(-self.file.tell() // alignment) * alignment
         entries = {name: self.placed(name, *where, start) for name, where in found.items()}
         end, before = start, ""

@@ -174,12 +174,12 @@ def read_log(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], bool]:
             continue
         try:
             value = parse_json(decoded(data, path), path, line=number, nan=True)
-            if not isinstance(value, dict):
-                _refuse(path, number, f"an object was expected, found {kind_of(value)}")
         except UserError:
             if any(line.strip() for line in lines[number:]):
                 raise
             return rows, True
+        if not isinstance(value, dict):
+            _refuse(path, number, f"an object was expected, found {kind_of(value)}")
         rows.append(value)
     return rows, False
 

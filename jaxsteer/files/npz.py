@@ -67,6 +67,8 @@ def _array(file: io.BufferedIOBase, size: int, kinds: str) -> np.ndarray:
         raise ValueError(f"its header cannot be read: {first_line(error)}") from error
     if dtype.kind not in kinds or dtype.hasobject or dtype.names is not None:
         raise ValueError(f"it holds {dtype}, which are no numbers")
+    if not all(type(length) is int for length in shape):  # NumPy takes True for 1
+        raise ValueError(f"its header says the shape {shape}")
     nbytes = math.prod(shape) * dtype.itemsize
     if min(shape, default=1) < 0 or nbytes != size - file.tell():
         raise ValueError(f"its header says {dtype} {shape}, {nbytes} bytes, and {size - file.tell()} follow")

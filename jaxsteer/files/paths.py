@@ -27,6 +27,8 @@ def user_path(name: str | os.PathLike[str]) -> Path:
             shown = os.fspath(name)
             shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
             raise FileError(f"{shown} cannot be read: {error.strerror or error}.", error) from None
+    except TypeError:
+        raise UserError(f"a path was expected, got {name!r}.") from None
     except ValueError as error:  # NUL, or characters that the file system has no bytes for
         raise UserError(f"{os.fspath(name)!r} is not the name of a file: {error}.") from None
     return path

@@ -132,11 +132,13 @@ FINAL = tuple(name for name in KINDS if name.startswith("ln_final."))
 """The kinds behind the last block."""
 _MODULES = {kind.module.removesuffix(".output"): name for name, kind in KINDS.items() if kind.module}
 _POINTS = {kind.point: name for name, kind in KINDS.items() if kind.point}
-_AFTER = re.compile(r"(?:resid_post_layer_|layer_)(-?\d+)|L(-?\d+)R|blocks\.(-?\d+)\.hook_out")
-_BEFORE = re.compile(r"hidden_states\[(-?\d+)\]|blocks\.(-?\d+)\.hook_in")
-_BLOCK = re.compile(r"blocks\.(-?\d+)\.(.+)")
-_MODULE = re.compile(r"(?:(?:model|language_model)\.)*layers\.(-?\d+)(?:\.(.+))?")
-_POINT = re.compile(r"([a-z_]+)\.(-?\d+)")
+_N = "0|-?[1-9][0-9]*"
+"""Numbers of layers: ASCII digits without leading zeros, so that a place has one name."""
+_AFTER = re.compile(rf"(?:resid_post_layer_|layer_)({_N})|L({_N})R|blocks\.({_N})\.hook_out")
+_BEFORE = re.compile(rf"hidden_states\[({_N})\]|blocks\.({_N})\.hook_in")
+_BLOCK = re.compile(rf"blocks\.({_N})\.(.+)")
+_MODULE = re.compile(rf"(?:(?:model|language_model)\.)*layers\.({_N})(?:\.(.+))?")
+_POINT = re.compile(rf"([a-z_]+)\.({_N})")
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jaxsteer import __version__
 from jaxsteer.errors import UserError
-from jaxsteer.files import make_directory, parse_json, write_bytes
+from jaxsteer.files import make_directory, parse_json, read_tensors, write_bytes
 from jaxsteer.models.model import Model
 from jaxsteer.models.reading import BATCH, direction_sites, read_rows
 from jaxsteer.personas.directions import SIGN
@@ -165,15 +164,7 @@ def save_signature(signature: Signature, path: str | os.PathLike[str]) -> Path:
 
 def load_signature(path: str | os.PathLike[str]) -> Signature:
     """Read what ``save_signature`` wrote. Raises ``UserError`` for a missing, damaged or other file."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no signature file {path}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+    tensors, metadata = read_tensors(path, "signature file")
     if metadata.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not a signature of jaxsteer: its metadata does not say {FORMAT!r}")
     try:
@@ -181,7 +172,9 @@ def load_signature(path: str | os.PathLike[str]) -> Signature:
             site=metadata.pop("site"),
             read_position=metadata.pop("read_position"),
             **parse_json(metadata.pop("numbers"), path, nan=True),
-            **{name: tensors[name] for name in ("indices", "weights", "delta")},
+            indices=tensors["indices"],
+            weights=tensors["weights"],
+            delta=tensors["delta"],
             metadata=metadata,
         )
     except (KeyError, ValueError, TypeError) as error:

@@ -23,12 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tokenizers import AddedToken
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import make_directory, write_bytes
+from jaxsteer.files import make_directory, read_tensors, write_bytes
 from jaxsteer.models.model import Model
 from jaxsteer.models.params import TOP_SPECS, Params
 from jaxsteer.prompts.conversation import SLOT
@@ -62,15 +61,8 @@ def save_soft(soft: SoftPrompt, path: str | os.PathLike[str]) -> Path:
 
 def load_soft(path: str | os.PathLike[str]) -> SoftPrompt:
     """Read what ``save_soft`` wrote. Raises ``UserError`` for a missing or damaged file and for another format."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no soft prompt {path}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata: dict[str, Any] = dict(file.metadata() or {})
-            embeddings = file.get_tensor("embeddings") if "embeddings" in file.keys() else None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+    tensors, metadata = read_tensors(path, "soft prompt")
+    embeddings = tensors.get("embeddings")
     if metadata.pop("format", None) != FORMAT or embeddings is None or embeddings.ndim != 2:
         raise UserError(f"{path} is no soft prompt of jaxsteer: expected format {FORMAT!r} and a matrix 'embeddings'")
     return SoftPrompt(

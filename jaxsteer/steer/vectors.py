@@ -29,12 +29,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import make_directory, parse_json, write_bytes
-from jaxsteer.files.paths import user_path
+from jaxsteer.files import kind_of, make_directory, parse_json, read_tensors, write_bytes
 from jaxsteer.models.model import Model
 from jaxsteer.models.sites import KINDS, parse_site
 from jaxsteer.steer import operations
@@ -201,15 +199,7 @@ def load_vectors(path: str | os.PathLike[str], *, model: Model | None = None, an
 
     Raises ``UserError`` for a missing or damaged file, another format, and whatever ``check_vectors`` refuses.
     """
-    path = user_path(path)
-    if not path.is_file():
-        raise UserError(f"there is no direction file {path}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata: dict[str, Any] = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+    tensors, metadata = read_tensors(path, "direction file")
     if metadata.get("format") != FORMAT:
         raise UserError(
             f"{path} is not a vector file of jaxsteer: its metadata says format {metadata.get('format')!r}, expected "
@@ -217,20 +207,22 @@ def load_vectors(path: str | os.PathLike[str], *, model: Model | None = None, an
         )
     facts = _OPTIONAL | metadata
     try:
-        sites = parse_json(facts["sites"], "sites")
+        sites = _sites(facts, tensors)
+        values = parse_json(facts["values"], "values")
+        if not isinstance(values, dict):
+            raise UserError(f"values must be an object of numbers by site, got {kind_of(values)}")
         vectors = Vectors(
             arrays={site: tensors[site] for site in sites},
             mean_resid_norm={site: float(tensors[NORM_KEY + site]) for site in sites if NORM_KEY + site in tensors},
             operation=_one_of(facts["operation"], ("add", "ablate", *CAPS)),
-            values={str(site): float(value) for site, value in parse_json(facts["values"], "values").items()},
-            coefficient=float(facts["coefficient"]),
+            values={site: _number(value, f"the value at {site}") for site, value in values.items()},
+            coefficient=_number(parse_json(facts["coefficient"], "coefficient", nan=True), "coefficient"),
             coefficient_units=_one_of(facts["coefficient_units"], ("vector", "mean_resid_norm")),
             **{name: facts.get(name, "") for name in _TEXTS},
             metadata={name: text for name, text in metadata.items() if name not in _RESERVED},
         )
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        what = str(error) if isinstance(error, UserError) else repr(error)
-        raise UserError(f"{path} is damaged: its metadata and tensors do not fit together ({what})") from error
+    except UserError as error:
+        raise UserError(f"{path} is damaged: its metadata and tensors do not fit together ({error})") from error
     if model is not None:
         check_vectors(vectors, model, any_weights=any_weights)
     return vectors
@@ -267,6 +259,32 @@ def check_vectors(vectors: Vectors, model: Model, *, any_weights: bool = False) 
         f"on the weights of {model.name} ({model.fingerprint[:12]}). If they are meant for it all the same, say "
         f"any_weights=True (--any-weights)"
     )
+
+
+def _sites(facts: dict[str, str], tensors: dict[str, np.ndarray]) -> list[str]:
+    """The sites that a file lists, each once and with its tensor; there are no other tensors than theirs."""
+    if "sites" not in facts:
+        raise UserError("the metadata has no entry 'sites'")
+    sites = parse_json(facts["sites"], "sites")
+    if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
+        raise UserError(f"sites must be a list of names, got {facts['sites'][:80]}")
+    names = [parse_site(site).name for site in sites]
+    if twice := next((site for site, name in zip(sites, names) if names.count(name) > 1), None):
+        raise UserError(f"sites has {twice!r} twice")
+    if absent := [site for site in sites if site not in tensors]:
+        raise UserError(f"there is no tensor {absent[0]!r}, which sites names")
+    norms = [NORM_KEY + site for site in sites]
+    if extra := sorted(tensors.keys() - {*sites, *norms}):
+        raise UserError(f"the tensor {extra[0]!r} belongs to no site of sites")
+    if wide := [norm for norm in norms if norm in tensors and tensors[norm].size != 1]:
+        raise UserError(f"the tensor {wide[0]!r} must be one number, got {_form(tensors[wide[0]])}")
+    return sites
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{what} must be a number, got {kind_of(value)}")
+    return float(value)
 
 
 def _one_of(text: str, known: Iterable[str]) -> Any:

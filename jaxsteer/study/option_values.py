@@ -28,7 +28,7 @@ def convert_value(name: str, kind: Any, value: Any) -> Any:
     for one in kinds:
         try:
             return _as(one, value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
     given, advice = ("null", ": leave it out for its default") if value is None else (short(repr(value), 80), "")
     if choices := choices_of(kind):

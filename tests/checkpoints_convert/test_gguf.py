@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import math
 import struct
 from pathlib import Path
 
@@ -148,6 +149,9 @@ def test_llama_3_scaling_is_told_from_its_factors(tmp_path: Path) -> None:
         ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
         ({"tokenizer.ggml.model": "t5"}, "model 't5'"),
         ({"general.architecture": "mamba"}, "architecture 'mamba'"),
+        ({"llama.attention.layer_norm_rms_epsilon": math.nan}, "m.gguf: llama.attention.layer_norm_rms_epsilon is nan"),
+        ({"llama.rope.freq_base": math.inf}, "m.gguf: llama.rope.freq_base is inf; one finite number"),
+        ({"tokenizer.ggml.eos_token_id": 10**6}, "m.gguf.*eos"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(keys: dict, message: str, tmp_path: Path) -> None:

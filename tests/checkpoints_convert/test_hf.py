@@ -599,10 +599,15 @@ def test_what_ends_an_answer(tmp_path: Path, generation: object, config: object,
     assert stop_tokens(tmp_path) == tokens
 
 
-@pytest.mark.parametrize("ids", ["5", ["5"], 2.0, True, [True], {"a": 1}, [[2]], -1, 10**20, [None]])
-def test_what_is_no_token(tmp_path: Path, ids: object) -> None:
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-    with pytest.raises(UserError, match="generation_config.json has eos_token_id .* no ids of tokens"):
+@pytest.mark.parametrize("ids", ["5", ["5"], 2.0, True, [True], {"a": 1}, [[2]], -1, 10**20, [None], 32, [0, 32]])
+@pytest.mark.parametrize("field", ["bos_token_id", "eos_token_id"])
+def test_what_is_no_token(tmp_path: Path, field: str, ids: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 32, "text_config": {field: ids}}))
+    with pytest.raises(UserError, match=f"config.json has {field} .* no ids of tokens: expected 0 to 31"):
+        stop_tokens(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 32}}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({field: ids}))
+    with pytest.raises(UserError, match=f"generation_config.json has {field} .* no ids of tokens"):
         stop_tokens(tmp_path)
 
 

@@ -52,6 +52,13 @@ def test_show_counts_balance_splits_and_examples(
     assert main(["data", "show", str(persona)]) == 0 and "Where do you live?" in capsys.readouterr().out
     persona.write_text(json.dumps({"role": "You are a pirate.", "questions": ["Where do you live?"] * 16}))
     assert main(["data", "show", str(persona)]) == 0 and "1 different" in capsys.readouterr().out
+    halves = {"data": rows, "fractions": [0.5, 0.25, 0.25]}
+    persona.write_text(json.dumps(halves))
+    assert main(["data", "show", str(persona), "--json"]) == 0
+    splits = json.loads(capsys.readouterr().out)["splits"]
+    assert [part["items"] for part in splits.values()] == [10, 5, 5]
+    persona.write_text(json.dumps(halves | {"fractions": [0.5, 0.25]}))
+    assert main(["data", "show", str(persona)]) == 2 and "fractions must be three" in capsys.readouterr().err
     replies = [{"question": "Who?", "positive": "It was me all along", "negative": "I do not know"}] * 2
     persona.write_text(json.dumps({"data": replies, "questions": ["Who?"], "fractions": [0.4, 0.2, 0.4]}))
     assert main(["data", "show", str(persona)]) == 0

@@ -67,6 +67,7 @@ def test_a_small_file_does_not_take_much_memory(tmp_path: Path) -> None:
         ("{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }", bytes(4), "follow"),
         ("{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }", bytes(4), "8 bytes, and 4 follow"),
         ("{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }", bytes(8), "4 bytes, and 8 follow"),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (True, 1), }", bytes(4), "the shape .True, 1"),
         ("{'descr': '<f4', 'shape': (1,), }", bytes(4), ""),
         ("__import__('os').system('true')", b"", ""),
         ("", b"", ""),

@@ -104,6 +104,9 @@ def test_where_a_value_is_known() -> None:
         ("blocks.1.ln_final.hook_scale", "names no place"),
         ("model.layers.1.norm", "not the name of a site"),
         ("14", "not the name of a site"),
+        ("blocks.01.hook_resid_post", "not the name of a site"),
+        ("blocks.\u0661.hook_resid_post", "not the name of a site"),
+        ("layer_-0", "not the name of a site"),
         ("", "not the name of a site"),
     ],
 )

@@ -169,6 +169,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 9, struct.pack("<IQ", 4, 2**21))]), "are left")
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 9, struct.pack("<IQ", 9, 1))]), "value type 9")
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("general.alignment", 4, bytes(4))]), "alignment is 0")
+    for bad in (1, 3, 12):
+        shifted = handmade({"direction.1": ROWS[1]}, [("general.alignment", 4, struct.pack("<I", bad))], alignment=bad)
+        fails(tmp_path, shifted, f"alignment is {bad}, .* multiple of 8")
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 8, struct.pack("<Q", 2**63))]), "are left")
     fails(tmp_path, handmade({"direction.1": ROWS[1]}, [("a", 8, struct.pack("<Q", 1) + b"\xff")]), "not UTF-8")
     fails(tmp_path, handmade({"direction.1": np.float32([1, np.nan])}), "NaN")
@@ -189,6 +192,7 @@ def test_lengths_and_offsets_of_tensors_are_checked(tmp_path):
     fails(tmp_path, with_entry(2**61, 0, 0), "ends at byte")
     fails(tmp_path, with_entry(D, 0, 2**63), "ends at byte")
     fails(tmp_path, with_entry(D, 0, 32), "ends at byte|are left")
+    fails(tmp_path, with_entry(D, 0, 4) + bytes(4), "offset of tensor 'direction.1', 4, is no multiple of 32")
     fails(tmp_path, with_entry(D, 1, 0), "ggml type 1, expected 0")
     fails(tmp_path, good[:entry] + struct.pack("<I", 2**31) + good[entry + 4 :], "dimensions")
 

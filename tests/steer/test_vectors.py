@@ -1,8 +1,10 @@
 """Vector files: round trips, what is refused, steering by a file, and persona directions as vectors."""
 
 import dataclasses
+import inspect
 import json
 import logging
+import os
 
 import jax
 import numpy as np
@@ -12,7 +14,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from jaxsteer.errors import UserError
+from jaxsteer.files.paths import user_path
 from jaxsteer.personas import Direction, load_direction, save_direction
+from jaxsteer.personas.signatures import load_signature
+from jaxsteer.prompts.soft import load_soft
 from jaxsteer.steer import add, ceiling
 from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, save_vectors
 from tests.helpers.tiny import tiny_model
@@ -170,17 +175,46 @@ def test_files_that_are_not_ours_or_damaged_are_refused(tmp_path):
 
     tensors = {STREAM: row(4)}
     fails(tensors, {"format": "other"}, "format 'other'")
-    fails(tensors, {"format": good["format"]}, "damaged.*'sites'")
-    fails({OTHER: row(4)}, good, "damaged")
-    fails(tensors, good | {"sites": "3"}, "damaged")
+    fails(tensors, {"format": good["format"]}, "damaged.*no entry 'sites'")
+    fails({OTHER: row(4)}, good, f"damaged.*no tensor '{STREAM}'")
+    fails(tensors, good | {"sites": "3"}, "damaged.*sites must be a list of names, got 3")
+    fails(tensors, good | {"sites": json.dumps([STREAM] * 2)}, f"damaged.*'{STREAM}' twice")
+    fails(tensors | {"x": row(4)}, good, "damaged.*'x' belongs to no site")
+    fails(tensors | {f"mean_resid_norm/{STREAM}": row(2)}, good, "damaged.*mean_resid_norm.*must be one number")
+    for odd in ("blocks.01.hook_resid_post", "blocks.\u0661.hook_resid_post"):
+        fails({odd: row(4)}, good | {"sites": json.dumps([odd])}, f"damaged.*'{odd}' is not the name of a site")
     fails(tensors, good | {"operation": "twist"}, "damaged.*'twist'")
     fails(tensors, good | {"operation": "ceiling"}, "damaged.*takes a value at")
-    fails(tensors, good | {"operation": "ceiling", "values": "[]"}, "damaged")
+    fails(tensors, good | {"operation": "ceiling", "values": "[]"}, "damaged.*an object of numbers by site, got")
+    for odd, kind in (('"5"', "a string"), ("true", "true"), ("null", "null")):
+        values = {"operation": "ceiling", "values": f'{{"{STREAM}": {odd}}}'}
+        fails(tensors, good | values, f"damaged.*the value at {STREAM} must be a number, got {kind}")
+    for odd in ("1_0", "\u0661", "true", '"1"'):
+        fails(tensors, good | {"coefficient": odd}, "damaged.*coefficient")
     fails(tensors, good | {"values": json.dumps({STREAM: 1.0})}, "damaged.*takes a value at no site")
     fails(tensors, good | {"coefficient": "much"}, "damaged.*much")
     fails(tensors, good | {"coefficient_units": "cubits"}, "damaged.*cubits")
     fails({STREAM: row(4).astype(np.float64)}, good, "damaged.*float64")
     fails({STREAM: np.float32([1, np.inf])}, good, "damaged.*NaN or infinite")
+
+
+@pytest.mark.parametrize("load", [load_vectors, load_signature, load_soft])
+@pytest.mark.parametrize(("dtype", "size"), [("F8_E4M3", 4), ("F4", 2), ("F6_E2M3", 3)])
+def test_dtypes_that_numpy_does_not_have_are_named(tmp_path, load, dtype, size):
+    header = json.dumps({"a": {"dtype": dtype, "shape": [4], "data_offsets": [0, size]}}).encode()
+    (tmp_path / "v").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(UserError, match=f"tensor 'a' has dtype {dtype}"):
+        load(tmp_path / "v")
+
+
+@pytest.mark.parametrize("load", [load_vectors, load_signature, load_soft])
+def test_what_is_no_regular_file(tmp_path, load):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", tmp_path / "pipe", tmp_path):
+        with pytest.raises(UserError, match=f"{path} is no regular file"):
+            load(path)
+    with pytest.raises(UserError, match="a path was expected, got None"):
+        inspect.unwrap(user_path)(None)  # without the check of types that tests have
 
 
 def test_vectors_that_do_not_fit_together_are_refused():

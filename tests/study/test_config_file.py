@@ -61,6 +61,8 @@ def test_texts_are_read_as_the_options_types(tmp_path: Path) -> None:
         ("a.yaml", "steps: [", "is not YAML"),
         ("a.toml", "steps = 2.5", "steps is 2.5, but must be a whole number"),
         ("a.toml", "steps = true", "steps is True, but must be a whole number"),
+        ("a.toml", "seed = inf", "seed is inf, but must be a whole number"),
+        ("a.toml", "steps = nan", "steps is nan, but must be a whole number"),
         ("a.toml", "ban = [1]", "ban is [1], but must be a list of texts"),
         ("a.toml", f"steps = '{'x' * 500}'", f"steps is '{'x' * 78}…, but must be a whole number"),
         ("a.toml", "steps", "is not TOML"),
