@@ -178,4 +178,5 @@ def load_signature(path: str | os.PathLike[str]) -> Signature:
             metadata=metadata,
         )
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: its metadata and tensors do not fit together ({error!r})") from error
+        what = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is damaged: its metadata and tensors do not fit together ({what})") from error

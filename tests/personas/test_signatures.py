@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import jaxsteer
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.objectives import Reads, needs
 from jaxsteer.personas import Pairs, load_signature, random_signature, sae_signature, save_signature
+from jaxsteer.personas.signatures import FORMAT
 from jaxsteer.sae import SAE, SAEConfig, encode, latents_objective, promoted_tokens
 from tests.helpers.tiny import tiny_model
 
@@ -135,3 +137,9 @@ def test_promoted_tokens_are_the_largest_logits() -> None:
     order = np.argsort(-logits[: len(tiny.tokenizer)])[:4]
     (found,) = promoted_tokens(tiny, sae, [7], top=4)
     assert found == tuple(tiny.tokenizer.decode([int(token)]) for token in order)
+
+
+def test_an_entry_that_is_missing_is_named(tmp_path: Path) -> None:
+    save_file({"indices": np.zeros(1, np.int32)}, tmp_path / "s.safetensors", {"format": FORMAT})
+    with pytest.raises(UserError, match=r"do not fit together \(there is no 'site'\)"):
+        load_signature(tmp_path / "s.safetensors")
