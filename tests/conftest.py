@@ -16,6 +16,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.pop("COLUMNS", None)  # xdist sets 80 for its workers: tables are tested without a terminal
 # Nearly all of the suite's time is compiling small programs once: half of it is saved without LLVM's optimisations, and
 # a third of the rest without the MLIR emitters, which later releases cannot do without (an unknown flag is fatal).
 # Programs are not split for other threads, which have tests of their own to run.

@@ -99,7 +99,10 @@ def append_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def make_directory(path: str | os.PathLike[str]) -> Path:
-    """Make a directory and those above it, unless they exist. Returns the path. Raises ``FileError``, having made none."""
+    """Make a directory and those above it, unless they exist. Returns the path.
+
+    Raises ``FileError`` where that is impossible; then none of them was made.
+    """
     path = Path(path)
     made = [above for above in path.parents if not os.path.lexists(above)]
     with writing(path):

@@ -1,15 +1,14 @@
 """The page of the study of characters, from its results alone."""
 
-import argparse
 from types import SimpleNamespace
 
-from experiments import real_characters
+from experiments import character_tables
 from jaxsteer.report import read_study, write_report
 from tests.report.pages import Page
 from tests.report.synthetic import HOSTILE, replied
 
 QUALITY = {"position": 0.4, "position_ci95": [0.3, 0.5], "score": -1.0, "relevant": 0.9, "relevant_ci95": [0.8, 1.0]}
-ARGS = argparse.Namespace(characters=["pirate"], goals=["elicit"], seeds=2, steps=3, site="s", read_at="r", quick=True)
+SETTINGS = {"characters": ["pirate"], "goals": ["elicit"], "seeds": 2, "site": "s", "quick": True}
 
 
 def block():
@@ -32,9 +31,8 @@ def block():
 
 
 def test_jaxsteer_report_shows_the_study(tmp_path, monkeypatch):
-    monkeypatch.setattr(real_characters, "environment", lambda model: {"jax": "x"})
-    args = argparse.Namespace(**vars(ARGS), out=tmp_path)
-    real_characters.write_results(args, SimpleNamespace(name="a model"), [block()])
+    monkeypatch.setattr(character_tables, "environment", lambda model: {"jax": "x"})
+    character_tables.write_results(tmp_path, SimpleNamespace(name="a model"), SETTINGS, [block()], {})
     rows = {row.method: row for row in read_study(tmp_path).rows}
     assert (
         rows["RESGA, decision"].note and rows["RESGA, decision"].rate == 0.5 and len(rows["RESGA, decision"].each) == 2
@@ -42,6 +40,6 @@ def test_jaxsteer_report_shows_the_study(tmp_path, monkeypatch):
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     words = " ".join(" ".join(page.text).split())
     assert "zero-shot 10.0 %" in words and "RESGA, decision 50.0 %" in words and "a quick run" in words.lower()
-    assert "pirate (elicit): replies measured in other ways" in words and "0.40 (0.30 to 0.50)" in words
+    assert "pirate (elicit), n = 12 test questions" in words and "0.40 (0.30 to 0.50)" in words
     assert words.count("instruction instruction <script>") == 10 and "Question 10?" not in words
     assert page.seen.count("script") == 1 and "img" not in page.seen
