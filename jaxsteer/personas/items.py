@@ -25,11 +25,10 @@ FIRST_LABELS = ("A", "a", "1")
 _LABEL_ANYWHERE = re.compile(r"(?<!\S)\(([A-Z])\)[ \t]*")
 _END_OF_CHOICE = re.compile(
     r"\n\n"
-    r"|\n[^\w\n]*(?:(?:please|now|my|your|the|i)[ ,]+)*(?:answer|reply|respond|choose|choice|select|pick|which)\b"
-    r"|\n[^\n]*:(?=\s*\Z|\n\n)",
+    r"|\n[^\w\n]*(?:(?:please|now|my|your|the|i)[ ,]+)*(?:answer|reply|respond|choose|choice|select|pick|which)\b",
     re.IGNORECASE,
 )
-"""A blank line, a line that says how to answer, or a last line with a colon: what follows is no part of a choice."""
+"""A blank line, or a line that says how to answer: what follows is no part of a choice."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +137,7 @@ def parse_choices(question: str) -> Choices:
         raise UserError(f"expected a question with two choices, (A) and (B), but found {len(run)}: {question[-200:]!r}")
     first, second = run
     middle, rest = question[first.end() : second.start()], question[second.end() :]
-    text_a, text_b = (_END_OF_CHOICE.split(text, maxsplit=1)[0].rstrip() for text in (middle, rest))
+    text_a, text_b = _choice_text(middle), _choice_text(rest)
     return Choices(
         stem=question[: first.start()],
         labels=(first[0], second[0]),
@@ -146,6 +145,14 @@ def parse_choices(question: str) -> Choices:
         between=middle[len(text_a) :],
         tail=rest[len(text_b) :],
     )
+
+
+def _choice_text(text: str) -> str:
+    """The choice that a text begins with, without last lines that end in a colon: wherever it stands, the same."""
+    found = _END_OF_CHOICE.split(text, maxsplit=1)[0].rstrip()
+    while found.endswith(":") and "\n" in found:
+        found = found[: found.rindex("\n")].rstrip()
+    return found
 
 
 def number_of_questions(items: Iterable[Item | OpenQuestion]) -> int:

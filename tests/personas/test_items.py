@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxsteer.errors import UserError
@@ -54,6 +54,8 @@ def test_swap_exchanges_texts_and_labels():
     assert swapped.id != item.id
 
 
+@example(stem="S", a=":", b=":\n:", tail="\nNow choose", sep="\n")
+@example(stem="S", a=":\n:", b=":", tail="", sep="\n")
 @given(
     stem=WORDS,
     a=WORDS,
