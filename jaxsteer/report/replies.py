@@ -22,16 +22,15 @@ def in_words(run: RunFiles) -> dict[str, Any] | None:
     rows = [("no prompt", result.baseline)]
     rows += [("", prompt) for prompt in result.prompts]
     rows += [(name, control) for name, control in result.controls.items()]
-    tested = result.baseline and result.baseline.test
     return {
-        "split": "test" if tested else "validation",
+        "split": result.split,
         "finding": finding(result),
         "illusion": ILLUSION,
         "rows": rows,
         "sides": [
             (name, prompt, prompt.rate.sides)
             for name, prompt in rows
-            if prompt and prompt.rate and (prompt.test or not tested)
+            if prompt and prompt.rate and (prompt.test or result.split != "test")
         ],
         "reader": result.reply_reader,
         "said": side_by_side(run),
@@ -69,7 +68,7 @@ def side_by_side(run: RunFiles) -> SideBySide | None:
     named = [("no prompt", result.baseline), *asked, ("selected prompt", result.best)]
     return SideBySide(
         questions=run.said.questions,
-        split="test" if result.baseline is not None and result.baseline.test is not None else "validation",
+        split=result.split,
         columns=tuple(
             Said(name=name, texts=one.texts, in_character=tuple(READ.get(choice) for choice in one.chose))
             for name, prompt in named

@@ -247,6 +247,11 @@ class SearchRun(Result):
         return self.prompts[self.selected or 0] if found else None
 
     @property
+    def split(self) -> str:
+        """The questions that its rates are reported on: "test", or "validation" where no test was run."""
+        return "test" if self.baseline is None or self.baseline.test is not None else "validation"
+
+    @property
     def in_words(self) -> bool:
         """Whether answers are replies, of which what the model writes freely is the result."""
         return self.baseline is not None and self.baseline.replies is not None

@@ -43,11 +43,11 @@ def run_table(run: SearchRun, limit: int, width: int | None) -> str:
     ]
     if run.in_words:
         judged = run.baseline is not None and run.baseline.test_judged is not None
-        tested = run.baseline is None or run.baseline.test is not None
+        tested = run.split == "test"
         sides = [line for line in lines if not tested or (line[2] and line[2].test)]
         tables = [_written_table(lines, tested, judged, width), more, _likelihood_table(sides, width)]
         notes += [JUDGE_NOTE] * judged
-        facts = {"right": percent(run.reply_reader), "split": "test" if tested else "validation", "illusion": ILLUSION}
+        facts = {"right": percent(run.reply_reader), "split": run.split, "illusion": ILLUSION}
         notes += REPLIES_NOTE.format(**facts).split("\n")
     else:
         tables = [_fitted([HEAD, *map(_line, lines)], 1, width), more]

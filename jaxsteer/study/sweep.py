@@ -347,11 +347,10 @@ def _known_rows(path: Path) -> dict[int, tuple[SweepRow, ...]]:
 def choose(rows: Sequence[SweepRow], max_kl: Positive, goal: str = "reduce") -> SweepRow | None:
     """The best setting of the persona's direction by ``best_rate``, equal rates settled by the lower KL.
 
-    Where answers are replies, rates are those of free replies, and settings without one that can be read are left out.
+    Where answers are replies, rates are those of free replies (``selection.by_replies``).
     None if all are too disturbing or a letter collapse.
     """
     usable = [row for row in rows if row.direction == PERSONA and row.kl <= max_kl and not row.letter_collapse]
-    usable = [row for row in usable if row.replies is not None and row.replies.rate is not None] or usable
     compared = by_replies(usable, [row.replies for row in usable], goal)
     return usable[best_rate(compared, [row.kl for row in usable], goal=goal)] if usable else None
 
