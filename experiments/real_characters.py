@@ -11,7 +11,8 @@ question is still the likeliest one after the reply, how much they repeat themse
 says. Before the searches a probe measures at every site and read position how well an objective ranks random prompts.
 SAEGA reads a dictionary that is trained on the model's replies. ``--letters`` adds the same searches along a published
 set of lettered choices, which a small model answers by chance. What is there already under ``--out`` is not computed
-again. Writes results.json, table.md, and a folder for each search (``jaxsteer report``).
+again: more seeds or methods of the next call are added to it. Writes results.json and table.md after each character and
+goal, and a folder for each search (``jaxsteer report``).
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--characters", nargs="+", default=CHARACTERS, choices=CHARACTERS)
     parser.add_argument("--goals", nargs="+", default=GOALS, choices=GOALS)
     parser.add_argument("--seeds", type=int, help="seeds of every search, from 0 (3, quick 1)")
-    parser.add_argument("--steps", type=int, help="steps of 96 candidates in 4 contexts (40, quick 20)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of 96 candidates in 4 contexts")
     parser.add_argument("--site", default="blocks.18.hook_resid_post", help="where directions and objectives are read")
     parser.add_argument("--read-at", default="blocks.22.hook_resid_post", help="where replies are read")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="these searches only")
@@ -129,7 +130,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.methods = args.methods or (QUICK if args.quick else METHODS)
     args.seeds = args.seeds or (1 if args.quick else 3)
-    args.steps = args.steps or (20 if args.quick else 40)
     keep_programs()
     try:
         model = jaxsteer.load(args.model)
@@ -138,10 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         personas = [persona_of(model, name, goal, args.out) for name, goal in pairs]
         if "SAEGA" in args.methods:
             train_dictionary(model, personas, args)
-        blocks = [run_block(model, *pair, persona, args) for pair, persona in zip(pairs, personas, strict=True)]
-        letters = run_letters(model, args) if args.letters else {}
         names = ("characters", "goals", "methods", "seeds", "steps", "site", "read_at", "letters", "quick")
-        write_results(args.out, model, {name: getattr(args, name) for name in names}, blocks, letters)
+        settings = {name: getattr(args, name) for name in names}
+        letters = run_letters(model, args) if args.letters else {}
+        blocks = list[dict[str, Any]]()
+        for pair, persona in zip(pairs, personas, strict=True):
+            blocks.append(run_block(model, *pair, persona, args))
+            write_results(args.out, model, settings, blocks, letters)
     except KeyboardInterrupt:
         print(f"Interrupted. What is done stands in {args.out}; the same command goes on.", file=sys.stderr)
         return 130
@@ -177,8 +180,10 @@ def train_dictionary(model: Model, personas: Sequence[Persona], args: argparse.N
 def run_block(model: Model, character: str, goal: str, persona: Persona, args: argparse.Namespace) -> dict[str, Any]:
     """All searches of one character and goal, and what their prompts do on test questions."""
     folder, begun = args.out / f"{character}-{goal}", time.perf_counter()
-    if (folder / "block.json").is_file():
-        return read_json(folder / "block.json")
+    settings = {name: getattr(args, name) for name in ("seeds", "steps", "site", "read_at", "quick", "judge")}
+    settings["methods"] = list(args.methods)
+    if (folder / "block.json").is_file() and (kept := read_json(folder / "block.json")).get("settings") == settings:
+        return kept
     probed = [] if args.quick else probe_of(model, persona, folder)
     chosen: dict[str, list[dict[str, Any]]] = {}
     for arm in ARMS:
@@ -198,7 +203,8 @@ def run_block(model: Model, character: str, goal: str, persona: Persona, args: a
         search(model, folder, persona, SOFT, 0, args)
         soft = folder / folder_of(SOFT.name, 0) / SOFT_FILE
     found = measured(model, persona, chosen, soft, args)
-    block = {"character": character, "goal": goal, "seconds": time.perf_counter() - begun, "probe": probed, **found}
+    told = {"character": character, "goal": goal, "seconds": time.perf_counter() - begun, "settings": settings}
+    block = {**told, "probe": probed, **found}
     write_text(folder / "block.json", document(block))
     return block
 
