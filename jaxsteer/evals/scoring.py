@@ -202,10 +202,7 @@ def score_texts(
         return found.reshape(n_variants, len(groups), per_group, n_answers)
     out = np.full((n_variants, len(groups), per_group, n_answers), np.nan, np.float32)
     shards = 1 if mesh is None else mesh.shape["prompts"]
-    if jax.default_backend() == "cpu":
-        weights = sum(leaf.size for leaf in jax.tree.leaves(params))
-        rows = min(rows, int(CPU_WORK / (2 * weights * longest)))
-    size = max(1, rows // per_group)
+    size = max(1, rows_at_once(params, longest, rows) // per_group)
     size = -(-len(groups) // -(-len(groups) // size))  # equal batches: 24 groups in two of 12, not 16 and 8 padded
     size = -(-size // shards) * shards
     starts = [_shared_start(group) for group in groups]
@@ -242,6 +239,14 @@ def score_texts(
         if progress is not None:
             progress(min(begin + size, len(order)) * per_group, len(order) * per_group)
     return out
+
+
+def rows_at_once(params: Params, longest: int, most: int = ROWS) -> int:
+    """How many rows of ``longest`` tokens to run at once: ``most``, or fewer of a large model on a CPU, at least 1."""
+    if jax.default_backend() == "cpu":
+        weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+        most = min(most, int(CPU_WORK / (2 * weights * longest)))
+    return max(1, most)
 
 
 def _shared_start(group: Sequence[Text]) -> int:
