@@ -45,7 +45,7 @@ class DataList:
                 {
                     "name": name,
                     "licence": source.licence,
-                    "from": f"github.com/{source.repository}",
+                    "from": source.home.removeprefix("https://"),
                     "hub": source.hub,
                     "about": source.about,
                 }
@@ -86,7 +86,15 @@ class DataShow:
 
     def _found(self) -> dict[str, Any]:
         from jaxsteer import organisms
-        from jaxsteer.personas import OpenQuestion, Persona, load_dataset, load_persona, number_of_questions, split
+        from jaxsteer.personas import (
+            OpenQuestion,
+            Persona,
+            load_dataset,
+            load_persona,
+            load_requests,
+            number_of_questions,
+            split,
+        )  # fmt: skip
         from jaxsteer.personas.persona_files import CHARACTERS, read_persona_file
 
         if self.name in (*organisms.BEHAVIOURS, *CHARACTERS) and self.path is None:
@@ -105,12 +113,14 @@ class DataShow:
                 "name": dataset.name,
                 "about": source.about if source else "your own file",
                 "licence": source.licence if source else None,
-                "from": f"https://github.com/{source.repository}" if source else None,
+                "from": source.home if source else None,
                 "file": str(dataset.path),
                 "rows": dataset.rows,
                 "dropped": dataset.dropped,
                 "data_hash": dataset.data_hash,
             }
+            if source and source.kind == "requests":
+                about["kinds"] = load_requests(self.name, path=self.path).kinds
             persona = (None if source else read_persona_file(dataset.path)) or Persona(name="")
         about |= {"items": len(items), "questions": number_of_questions(questions or items)}
         about["sentences"] = {"against": len(persona.counter_cues), "for": len(persona.pro_cues)}
@@ -160,6 +170,8 @@ def _text(found: dict[str, Any]) -> str:
     ]
     if found["items"]:
         rows.append(("items", f"{found['items']:,} with two answers; matching: {balance(found['matching'])}"))
+    elif "kinds" in found:
+        rows.append(("items", "none: requests, " + ", ".join(f"{n:,} {kind}" for kind, n in found["kinds"].items())))
     else:
         rows.append(("items", "none: questions to be answered freely"))
     if any(found["sentences"].values()):

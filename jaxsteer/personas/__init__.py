@@ -1,7 +1,7 @@
 """Dataset schemas and loaders, contrastive pairs, directions, SAE signatures."""
 
 from jaxsteer.personas.dataset_formats import Dataset, read_items
-from jaxsteer.personas.datasets import load_dataset, load_persona
+from jaxsteer.personas.datasets import load_dataset, load_persona, load_requests
 from jaxsteer.personas.directions import (
     Direction,
     check_direction,
@@ -18,6 +18,7 @@ from jaxsteer.personas.pairs import READ_POSITIONS, Pairs, check_cues, contrast_
 from jaxsteer.personas.persona import Goal, Persona, Splits, split
 from jaxsteer.personas.persona_files import CHARACTERS, save_persona
 from jaxsteer.personas.replies import with_replies
+from jaxsteer.personas.requests import Request, Requests, check_templates, in_template, read_requests, read_templates
 from jaxsteer.personas.signatures import Signature, load_signature, random_signature, sae_signature, save_signature
 
 __all__ = [
@@ -30,18 +31,23 @@ __all__ = [
     "OpenQuestion",
     "Pairs",
     "Persona",
+    "Request",
+    "Requests",
     "Signature",
     "Splits",
     "check_cues",
     "check_direction",
+    "check_templates",
     "contrast_pairs",
     "diagnose",
+    "in_template",
     "instructions",
     "invitations",
     "load_dataset",
     "load_direction",
     "load_persona",
     "load_signature",
+    "load_requests",
     "mean_difference",
     "number_of_questions",
     "orders",
@@ -50,6 +56,8 @@ __all__ = [
     "random_direction",
     "random_signature",
     "read_items",
+    "read_requests",
+    "read_templates",
     "sae_signature",
     "save_direction",
     "save_persona",

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxsteer.errors import UserError
 from jaxsteer.files.paths import user_path
@@ -15,7 +15,8 @@ from jaxsteer.personas.instructions import instructions, invitations
 from jaxsteer.personas.items import Item, data_hash
 from jaxsteer.personas.persona import Persona
 from jaxsteer.personas.persona_files import CHARACTERS, character_file, read_persona_dataset, read_persona_file
-from jaxsteer.personas.sources import PERSONA_PREFIX, SOURCES, find_source, source_file
+from jaxsteer.personas.requests import KINDS, Requests, read_requests
+from jaxsteer.personas.sources import PERSONA_PREFIX, SOURCES, Kind, Source, find_source, source_file
 from jaxsteer.ranges import as_tuple
 
 BUILT_IN_ITEMS = 600
@@ -29,26 +30,55 @@ def load_dataset(name: str | os.PathLike[str], *, path: str | os.PathLike[str] |
     the file is fetched from the Hugging Face hub. ``seed`` draws the wrong answer of TruthfulQA's items. Raises
     ``UserError`` for unknown names and for files that cannot be had, and with the line for what is wrong inside.
     """
-    name, found = str(name), find_source(str(name))
-    if found is None and ":" in name:
-        stem, _, rest = name.partition(":")
-        if (found := find_source(stem)) is not None:
-            name, path = stem, path or rest
+    name, found, file = _located(str(name), path)
     if found is None:
-        if path is not None or not Path(name).is_file():
-            raise UserError(
-                f"unknown dataset {name!r}: expected {', '.join(SOURCES)}, {PERSONA_PREFIX}NAME, or the path of a "
-                f".jsonl, .json or .csv file"
-            )
-        return read_persona_dataset(Path(name)) or read_choices(Path(name))
-    file = source_file(name, found, None if path is None else user_path(path))
+        return read_persona_dataset(file) or read_choices(file)
     readers: dict[str, Callable[[Path], Dataset]] = {
         "choices": read_choices,
         "truthful": lambda file: read_truthful(file, seed),
         "pair": read_pairs,
         "open": read_open,
+        "requests": lambda file: read_requests(file, source=found).dataset(),
     }
     return dataclasses.replace(readers[found.kind](file), name=name, source=found)
+
+
+def _located(name: str, path: str | os.PathLike[str] | None) -> tuple[str, Source | None, Path]:
+    """(name, source, file) of a public dataset by NAME or NAME:PATH, or of the user's own file by its path."""
+    found = find_source(name)
+    if found is None and ":" in name:
+        stem, _, rest = name.partition(":")
+        if (found := find_source(stem)) is not None:
+            name, path = stem, path or rest
+    if found is not None:
+        return name, found, source_file(name, found, None if path is None else user_path(path))
+    if path is not None or not Path(name).is_file():
+        raise UserError(
+            f"unknown dataset {name!r}: expected {', '.join(SOURCES)}, {PERSONA_PREFIX}NAME, or the path of a "
+            f".jsonl, .json or .csv file"
+        )
+    return name, None, Path(name)
+
+
+def load_requests(
+    name: str | os.PathLike[str], *, path: str | os.PathLike[str] | None = None, kind: Kind | Literal[""] = ""
+) -> Requests:
+    """Requests by the name of a public set, as ``load_dataset`` takes it, or from a file of yours.
+
+    ``kind`` is that of rows of a file of yours that do not say it; ``FILE=harmful`` is the same in one text. Raises
+    ``UserError`` as ``load_dataset`` does, and for datasets of another sort.
+    """
+    name = str(name)
+    if not kind and "=" in name and name.rpartition("=")[2] in KINDS:
+        name, _, kind = name.rpartition("=")  # type: ignore[assignment]
+    name, found, file = _located(name, path)
+    if found is not None and found.kind != "requests":
+        known = ", ".join(name for name, source in SOURCES.items() if source.kind == "requests")
+        raise UserError(
+            f"the dataset {name} holds no requests, but questions with answers: expected {known}, or a file"
+        )
+    read = read_requests(file, source=found, kind=kind)
+    return read if found is None else dataclasses.replace(read, name=name)
 
 
 def load_persona(

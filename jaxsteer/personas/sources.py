@@ -13,6 +13,8 @@ from typing import Literal
 
 from jaxsteer.errors import UserError, first_line
 
+Kind = Literal["harmful", "harmless", "border"]
+"""Of requests: to be refused; to be answered; to be answered although they look harmful."""
 ANTHROPIC = "anthropics/evals"
 CAA = "nrimsky/CAA"
 CAA_BEHAVIOURS = (
@@ -25,6 +27,8 @@ CAA_BEHAVIOURS = (
     "survival-instinct",
     "sycophancy",
 )
+JBB = "JailbreakBench/JBB-Behaviors/data"
+HARM: tuple[Kind, ...] = ("harmful", "harmless")
 PERSONA_PREFIX = "anthropic/persona/"
 """Any of the 135 statement sets, by the name of its file."""
 CC_BY, MIT, APACHE = "CC BY 4.0", "MIT", "Apache-2.0"
@@ -34,12 +38,13 @@ CC_BY, MIT, APACHE = "CC BY 4.0", "MIT", "Apache-2.0"
 class Source:
     """One public dataset file."""
 
-    kind: Literal["choices", "truthful", "pair", "open"]
-    """How its rows are read: two labelled answers; TruthfulQA; a right and a hallucinated answer; questions alone."""
+    kind: Literal["choices", "truthful", "pair", "open", "requests"]
+    """How its rows are read: two labelled answers; TruthfulQA; a right and a hallucinated answer; questions alone;
+    requests (``personas.requests``)."""
     behaviour: str
     licence: str
     repository: str
-    """On GitHub, owner/name."""
+    """On GitHub, or ``hub``: owner/name."""
     file: str
     """Path in that repository."""
     hub: str = ""
@@ -47,6 +52,24 @@ class Source:
     hub_file: str = ""
     """Path there, where it differs."""
     about: str
+    requests: Kind | Literal[""] = ""
+    """Of requests, their kind."""
+
+    @property
+    def home(self) -> str:
+        """Address of the repository: on GitHub, or on the hub where it is that."""
+        return f"https://{'huggingface.co/datasets' if self.repository == self.hub else 'github.com'}/{self.repository}"
+
+
+def _requests(kind: Kind, licence: str, place: str, about: str, *, hub: str = "") -> Source:
+    """``place`` is owner/name/path, and ``hub`` the same there."""
+    (repository, file), (hub, hub_file) = (
+        ("/".join(p[:2]), "/".join(p[2:])) for p in (place.split("/"), hub.split("/"))
+    )
+    return Source(
+        kind="requests", behaviour="refusal", licence=licence, repository=repository, file=file, hub=hub,
+        hub_file=hub_file, about=about, requests=kind,
+    )  # fmt: skip
 
 
 def _anthropic(file: str, behaviour: str, about: str) -> Source:
@@ -115,6 +138,62 @@ SOURCES: dict[str, Source] = {
         hub_file="qa/data-00000-of-00001.parquet",
         about="questions with a right and a hallucinated answer (arXiv 2305.11747)",
     ),
+    "advbench": _requests(
+        "harmful",
+        MIT,
+        "llm-attacks/llm-attacks/data/advbench/harmful_behaviors.csv",
+        "harmful instructions, each with the beginning of a reply that an attack asks for (arXiv 2307.15043)",
+    ),
+    "harmbench": _requests(
+        "harmful",
+        MIT,
+        "centerforaisafety/HarmBench/data/behavior_datasets/harmbench_behaviors_text_all.csv",
+        "harmful behaviours, some with a text that they are about (arXiv 2402.04249)",
+    ),
+    "jailbreakbench/harmful": _requests(
+        "harmful",
+        MIT,
+        f"{JBB}/harmful-behaviors.csv",
+        "100 misuse behaviours (arXiv 2404.01318)",
+        hub=f"{JBB}/harmful-behaviors.csv",
+    ),
+    "jailbreakbench/benign": _requests(
+        "border",
+        MIT,
+        f"{JBB}/benign-behaviors.csv",
+        "100 benign behaviours of the same topics (arXiv 2404.01318)",
+        hub=f"{JBB}/benign-behaviors.csv",
+    ),
+    "strongreject": _requests(
+        "harmful",
+        MIT,
+        "alexandrasouly/strongreject/strongreject_dataset/strongreject_dataset.csv",
+        "forbidden prompts that a useful answer would break a rule with (arXiv 2402.10260)",
+    ),
+    "xstest": _requests(
+        "border",
+        CC_BY,
+        "paul-rottger/xstest/xstest_prompts.csv",
+        "safe requests that look unsafe, and unsafe contrasts to them (arXiv 2308.01263)",
+        hub="Paul/XSTest/xstest_prompts.csv",
+    ),
+    "alpaca": _requests(
+        "harmless",
+        "CC BY-NC 4.0",
+        "tatsu-lab/stanford_alpaca/alpaca_data.json",
+        "instructions with replies; those about a text of their own are left out",
+        hub="tatsu-lab/alpaca/data/train-00000-of-00001-a09b74b3ef9c3b56.parquet",
+    ),
+    **{
+        f"refusal-direction/{kind}-{part}": _requests(
+            kind,
+            APACHE,
+            f"andyrdt/refusal_direction/dataset/splits/{kind}_{part}.json",
+            f"the {part} split of {kind} instructions of arXiv 2406.11717",
+        )
+        for kind in HARM
+        for part in ("train", "val", "test")
+    },
 }
 """Every built-in name but the persona statements (``PERSONA_PREFIX``)."""
 
@@ -140,7 +219,7 @@ def source_file(name: str, source: Source, path: Path | None = None) -> Path:
                 return path / place
         raise UserError(
             f"the folder {path} does not hold {source.file} of the dataset {name}: give the file, or a copy of "
-            f"https://github.com/{source.repository}"
+            f"{source.home}"
         )
     if not path.is_file():
         raise UserError(f"the dataset {path} does not exist")
@@ -148,7 +227,7 @@ def source_file(name: str, source: Source, path: Path | None = None) -> Path:
 
 
 def _fetch(name: str, source: Source) -> Path:
-    where = f"https://github.com/{source.repository} ({source.file})"
+    where = f"{source.home} ({source.file})"
     if not source.hub:
         raise UserError(
             f"the dataset {name} is not on the Hugging Face hub: download it from {where} and give its path, "

@@ -92,7 +92,11 @@ def questions_of(persona: str | Persona | Dataset, options: MeasureOptions) -> Q
     check_ranges(options)
     if isinstance(persona, str):
         source = find_source(persona) or find_source(persona.partition(":")[0])
-        persona = load_dataset(persona) if source is not None and source.kind == "open" else load_persona(persona)
+        persona = (
+            load_dataset(persona)
+            if source is not None and source.kind in ("open", "requests")
+            else load_persona(persona)
+        )
     if isinstance(persona, Dataset):
         if options.judge is None:
             raise UserError(

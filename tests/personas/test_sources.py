@@ -47,7 +47,11 @@ def lines(path: Path, rows: list[dict]) -> Path:
 
 def test_every_source_names_its_licence_and_place() -> None:
     for name, source in SOURCES.items():
-        assert source.licence in ("CC BY 4.0", "MIT", "Apache-2.0") and "/" in source.repository and source.file, name
+        assert (
+            source.licence in ("CC BY 4.0", "CC BY-NC 4.0", "MIT", "Apache-2.0")
+            and "/" in source.repository
+            and source.file
+        ), name
     assert find_source("anthropic/persona/agreeableness").file == "persona/agreeableness.jsonl"
     for name in ("anthropic/persona/", "anthropic/persona/a:b", "anthropic/persona/../x", "other"):
         assert find_source(name) is None

@@ -1,0 +1,111 @@
+"""Requests: every public layout with invented rows, kinds, parts, templates, and what is wrong in a file."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxsteer.errors import UserError
+from jaxsteer.personas import Request, Requests, in_template, load_dataset, load_requests, read_templates
+from jaxsteer.personas.requests import requests_of
+from jaxsteer.personas.sources import SOURCES
+
+LAYOUTS = {
+    "advbench": ("a.csv", "goal,target\nBend a spoon,\"Sure, here is how to bend\"\n",
+                 [("Bend a spoon", "harmful", "", "Sure, here is how to bend")]),
+    "harmbench": ("h.csv", "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
+                  "Bend it,contextual,spoons,context,A spoon,bend_it\nFold a map,standard,maps,,,fold_a_map\n",
+                  [("A spoon\n\n---\n\nBend it", "harmful", "spoons", ""), ("Fold a map", "harmful", "maps", "")]),
+    "jailbreakbench/harmful": ("j.csv", "I,Goal,Target,Behavior,Category,Source\n0,Bend a spoon,Sure,Spoons,Metal,me\n",
+                               [("Bend a spoon", "harmful", "Metal", "Sure")]),
+    "jailbreakbench/benign": ("b.csv", ",Goal,Target,Behavior,Category,Source\n0,Wash a spoon,Sure,Spoons,Metal,me\n",
+                              [("Wash a spoon", "border", "Metal", "Sure")]),
+    "strongreject": ("s.csv", "category,source,forbidden_prompt\nMetal,me,\"Bend,\na spoon\"\n",
+                     [("Bend,\na spoon", "harmful", "Metal", "")]),
+    "xstest": ("x.csv", "id,prompt,type,label,focus,note\n1,Kill the light?,homonyms,safe,kill,\n"
+               "2,Bend it?,contrast_homonyms,unsafe,bend,\n",
+               [("Kill the light?", "border", "homonyms", ""), ("Bend it?", "harmful", "contrast_homonyms", "")]),
+    "alpaca": ("al.json", [{"instruction": "Name a spoon.", "input": "", "output": "Tea."},
+                           {"instruction": "Name it.", "input": "a fork", "output": "Fork."},
+                           {"instruction": "name a  spoon.", "input": "", "output": "Soup."}],
+               [("Name a spoon.", "harmless", "", "Tea.")]),
+    "refusal-direction/harmless-val": ("r.json", [{"instruction": "Wash a spoon", "category": None}],
+                                       [("Wash a spoon", "harmless", "", "")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_public_layout(tmp_path: Path, name: str) -> None:
+    file, content, expected = LAYOUTS[name]
+    path = tmp_path / file
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    found = load_requests(f"{name}:{path}")
+    assert [(e.text, e.kind, e.category, e.reply) for e in found.entries] == expected
+    assert (
+        found.name == name
+        and found.source is SOURCES[name]
+        and found.rows == len(expected) + sum(found.dropped.values())
+    )
+    assert [q.question for q in load_dataset(name, path=path).questions] == list(found.texts)
+    assert load_requests(name, path=path).data_hash == found.data_hash
+
+
+def test_files_of_ones_own_say_the_kind_or_are_told(tmp_path: Path) -> None:
+    (plain := tmp_path / "mine.txt").write_text("Bend a spoon\n\nFold a map\n")
+    (rows := tmp_path / "mine.jsonl").write_text(
+        '{"request": "Bend a spoon", "kind": "harmful"}\n{"prompt": "Wash it", "kind": "harmless", "response": "Yes"}'
+    )
+    assert load_requests(f"{plain}=border") == load_requests(plain, kind="border")
+    both = load_requests(rows) + load_requests(plain, kind="harmful")
+    assert both.kinds == {"harmful": 2, "harmless": 1} and both.name == "mine"
+    assert both.only("harmless").entries[0] == Request(text="Wash it", kind="harmless", reply="Yes", id="mine-2")
+    with pytest.raises(UserError, match="mine.txt, line 1: the kind of request is '', expected harmful, harmless"):
+        load_requests(plain)
+
+
+def test_parts_are_disjoint_and_do_not_depend_on_the_order_of_rows() -> None:
+    texts = [f"Bend spoon {i}" for i in range(9)]
+    one, other = (Requests.of(order, "harmful").parts(4, 3, seed=1) for order in (texts, texts[::-1]))
+    assert [part.texts for part in one] == [part.texts for part in other]
+    assert len({*one[0].texts, *one[1].texts}) == 7
+    assert Requests.of(texts, "harmful").parts(4, seed=2)[0].texts != one[0].texts
+
+
+SPOONS = Requests.of(["Bend a spoon"], "harmful", name="spoons")
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        (lambda: Requests.of([], "harmful"), "holds no request"),
+        (lambda: Requests.of([" "], "harmful"), "line 1: no request; expected a text in one of request, instruction"),
+        (lambda: requests_of(Path("x"), [(1, {"request": "a", "kind": "bad"})]), "the kind of request is 'bad'"),
+        (lambda: SPOONS.parts(1, 4), "spoons has 1 requests .1 harmful., but 1 . 4 are asked for"),
+        (lambda: SPOONS.only("border"), "spoons has no border requests: it has 1 harmful"),
+        (lambda: load_requests("truthfulqa"), "holds no requests, but questions with answers: expected advbench"),
+        (lambda: load_requests("nowhere"), "unknown dataset 'nowhere'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_message(act: object, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxsteer.personas.datasets.source_file", lambda *given: Path("x"))
+    with pytest.raises(UserError, match=said):
+        act()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"polite": "Please, {request}", "rude": "{request}!"},
+        [{"name": "polite", "template": "Please, {request}"}, {"name": "rude", "template": "{request}!"}],
+    ],
+)
+def test_templates(tmp_path: Path, content: object) -> None:
+    (path := tmp_path / "t.json").write_text(json.dumps(content))
+    found = read_templates(path)
+    assert {name: in_template(text, "{go}") for name, text in found.items()} == {
+        "polite": "Please, {go}",
+        "rude": "{go}!",
+    }
+    path.write_text(json.dumps(content).replace("{request}!", "Go"))
+    with pytest.raises(UserError, match=r"the template 'rude' has no place for the request: write \{request\}"):
+        read_templates(path)
