@@ -2,9 +2,11 @@
 
 from jaxsteer.steer.batching import stack_rows, take_rows
 from jaxsteer.steer.capping import Cap, read_capping
+from jaxsteer.steer.completions import Example
 from jaxsteer.steer.edits import Edit, Edits
 from jaxsteer.steer.gguf import read_control_vector, write_control_vector
 from jaxsteer.steer.imports import import_vectors
+from jaxsteer.steer.learning import Learning, learn_vectors
 from jaxsteer.steer.norms import count_positions, mean_norms
 from jaxsteer.steer.operations import ablate, ablate_everywhere, add, ceiling, clamp, floor, replace, scale
 from jaxsteer.steer.selectors import Selector, select
@@ -14,6 +16,8 @@ __all__ = [
     "Cap",
     "Edit",
     "Edits",
+    "Example",
+    "Learning",
     "Selector",
     "Vectors",
     "ablate",
@@ -25,6 +29,7 @@ __all__ = [
     "count_positions",
     "floor",
     "import_vectors",
+    "learn_vectors",
     "load_vectors",
     "mean_norms",
     "read_capping",
