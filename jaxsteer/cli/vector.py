@@ -123,6 +123,7 @@ def facts(vectors: Vectors) -> dict[str, Any]:
     ]
     fields = ("operation", "coefficient", "coefficient_units", "sign", "model", "fingerprint", "read_position")
     named = {name: getattr(vectors, name) for name in (*fields, "positions", "source_format")}
+    named["gate"] = "" if vectors.gate is None else vectors.gate.to_json()
     return {**named, "sites": rows, "metadata": vectors.metadata}
 
 

@@ -36,7 +36,7 @@ from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import put
 from jaxsteer.models.sites import FINAL
 from jaxsteer.models.taps import NO_TAP, Intervention, Visit, Where, checked, make_where
-from jaxsteer.models.transformer import embed, final_norm, make_context
+from jaxsteer.models.transformer import embed, final_norm, make_context, positions_of
 from jaxsteer.processes import to_host
 
 ROWS = 512
@@ -146,6 +146,8 @@ def _score(
         behind, final = edit.tap(where), edit.tap(where.at(at))
         before = edit.tap(make_where(shared, jnp.arange(shared.shape[1])[None], shared_mask, prompt_length))
     prefix, _ = prefill(params, config, shared, shared_mask, before)
+    if edit is not None:
+        prefix = edit.cached(prefix, config)
     context = make_context(config, positions, segment != PADDING, prefix)
     queries, keys = segment[:, :, None], segment[:, None, :]
     own_branch = (keys == TRUNK) | (keys == queries)
@@ -160,6 +162,15 @@ def _score(
         x = final_norm(params, config, x, Visit(final))
     flat = x.reshape(-1, x.shape[-1])
     return label_log_probs(params, config, flat, target.reshape(-1), normed=normed).reshape(target.shape)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _decide(
+    params: Params, config: ModelConfig, tokens: Int[Array, "B T"], mask: Array, edits: Intervention
+) -> Intervention:
+    """Every edit of a stack, decided by the contexts of the B rows."""
+    where = make_where(tokens, positions_of(mask), mask)
+    return lax.map(lambda edit: edit.decided(params, config, where), edits)
 
 
 def score_texts(
@@ -222,7 +233,14 @@ def score_texts(
         if stacked is None:
             scores = to_host(_score(params, config, *arrays))
         else:
-            scores = to_host(_score_edits(params, config, tuple(arrays), stacked))
+            ready = stacked
+            if stacked.conditional:
+                contexts = [text.context for g in padded for text in groups[g]]
+                whole: list[Any] = list(pad_rows(contexts, bucket(longest, 8)))
+                if mesh is not None:
+                    whole = [put(a, NamedSharding(mesh, P("prompts"))) for a in whole]
+                ready = _decide(params, config, *whole, stacked)
+            scores = to_host(_score_edits(params, config, tuple(arrays), ready))
         scores = scores.reshape(n_variants, size, per_group, -1).astype(np.float64)
         if not all(
             np.isfinite(scores[:, i, p, : len(row.answer)]).all()

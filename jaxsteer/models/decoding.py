@@ -23,12 +23,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.models.attention import Cache, Prefix
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.layers import CACHE, prefill, scan_blocks
+from jaxsteer.models.layers import CACHE, prefill, run_and_cache, scan_blocks
 from jaxsteer.models.params import Params
 from jaxsteer.models.roles import ASSISTANT, Roles
 from jaxsteer.models.sampling import Sampling, choose, of_rows, plain_sampling
 from jaxsteer.models.sharding import place
-from jaxsteer.models.taps import Intervention, make_where, of_one_token, tap_of
+from jaxsteer.models.taps import Intervention, Where, make_where, of_one_token, tap_of
 from jaxsteer.models.transformer import embed, make_context, positions_of, unembed
 
 NOT_FINITE = -2
@@ -104,15 +104,43 @@ def _run_prompts(
     params: Params, config: ModelConfig, batch: Batch, edits: Intervention | None
 ) -> tuple[Prefix, Float[Array, "C V"]]:
     """Keys and values of the prompt of every group, and the logits after it."""
-    where = make_where(batch.tokens, positions_of(batch.mask), batch.mask, batch.mask.sum(-1), batch.roles)
-    prefix, x = prefill(params, config, batch.tokens, batch.mask, tap_of(edits, where))
-    last = where.at(jnp.full((len(x), 1), x.shape[1] - 1))
+    where = where_prompts(batch)
+    last = where.at(jnp.full((len(batch.tokens), 1), batch.tokens.shape[1] - 1))
+    if edits is not None and edits.on_cache:
+        prefix, x = _run_behind_cache(params, config, batch, edits, last)
+    else:
+        prefix, x = prefill(params, config, batch.tokens, batch.mask, tap_of(edits, where))
     logits = unembed(params, config, x[:, -1], of_one_token(tap_of(edits, last)))
     if len(batch.groups) != len(batch.tokens):  # as many as there are prompts are the prompts themselves
         pick = partial(jnp.take, indices=batch.groups, mode="clip")
         prefix = jax.tree.map(lambda a: pick(a, axis=1 if a.ndim == 5 else 0), prefix)
         logits = pick(logits, axis=0)
     return prefix, logits
+
+
+def where_prompts(batch: Batch) -> Where:
+    """What an intervention is told of the prompts."""
+    return make_where(batch.tokens, positions_of(batch.mask), batch.mask, batch.mask.sum(-1), batch.roles)
+
+
+@partial(jax.jit, static_argnames="config")
+def decide(params: Params, config: ModelConfig, batch: Batch, edits: Intervention) -> Intervention:
+    """The edits, decided by the prompts (``Intervention.decided``)."""
+    return edits.decided(params, config, where_prompts(batch))
+
+
+def _run_behind_cache(
+    params: Params, config: ModelConfig, batch: Batch, edits: Intervention, last: Where
+) -> tuple[Prefix, Float[Array, "P 1 D"]]:
+    """``prefill`` of prompts whose last token looks back on keys and values that the edits have changed."""
+    where = where_prompts(batch)
+    before = where.at(jnp.broadcast_to(jnp.arange(batch.tokens.shape[1] - 1), batch.tokens[:, 1:].shape))
+    prefix, _ = prefill(params, config, before.tokens, before.valid, tap_of(edits, before))
+    prefix, tap = edits.cached(prefix, config), tap_of(edits, last)
+    context = make_context(config, last.positions, None, prefix)
+    x, kv = run_and_cache(params, config, embed(params, config, last.tokens, tap), context, config.n_layers, tap=tap)
+    k, v = (jnp.concatenate(pair, axis=-1) for pair in zip((prefix.k, prefix.v), kv, strict=True))
+    return Prefix(k=k, v=v, mask=batch.mask, positions=where.positions), x
 
 
 def _begun(

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.decoding import NOT_FINITE, Batch, State, decode, grow, start
+from jaxsteer.models.decoding import NOT_FINITE, Batch, State, decide, decode, grow, start
 from jaxsteer.models.log_probs import LOGITS_NOT_FINITE
 from jaxsteer.models.model import Model
 from jaxsteer.models.padding import bucket
@@ -186,6 +186,12 @@ def _decode_batch(
         require_memory(f"Decoding {rows.size:,} rows at a time", needed, mesh, "choose a smaller batch.")
 
     make_room(slots)
+    of_rows = edits
+    if edits is not None and edits.conditional:
+        edits = decide(params, config, placed, edits)
+        # Without edits where all gates are closed: the same program, and so the same bits, as ever.
+        edits = None if edits.neutral else edits
+        of_rows = edits and edits.of_rows(placed.groups.repeat(rows.shape[1]))
     prefix, state = start(params, config, placed, sampling, edits, slots=slots, mesh=mesh)
     state, progress = look(state)
     while not progress.done.all():
@@ -196,6 +202,6 @@ def _decode_batch(
             if length == state.tokens.shape[1]:
                 make_room(2 * length)
                 state = grow(state, slots=2 * length, mesh=mesh)
-            state = decode(params, config, prefix, state, edits, np.int32(goal - length))
+            state = decode(params, config, prefix, state, of_rows, np.int32(goal - length))
             state, progress = look(state)
     yield progress

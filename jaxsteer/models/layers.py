@@ -6,6 +6,7 @@ L layers, l layers that are run.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -16,11 +17,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsteer.models.attention import Prefix
+from jaxsteer.models.attention import Prefix, Shared
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Layers, Params
 from jaxsteer.models.sites import FINAL, KINDS, Site, layers_by_kind
-from jaxsteer.models.taps import NO_TAP, Intervention, Tap, Visit, adding, joined, make_where, tap_of
+from jaxsteer.models.taps import NO_TAP, Intervention, Tap, Visit, Where, adding, joined, make_where
 from jaxsteer.models.transformer import Context, block, embed, final_norm, make_context, positions_of, unembed
 
 
@@ -209,6 +210,30 @@ def run_and_cache(
     return x, cache
 
 
+def tap_and_context(
+    params: Params, config: ModelConfig, context: Context, where: Where, edits: Intervention | None
+) -> tuple[Tap, Context]:
+    """The tap of ``edits`` for whole texts, and the context in which they are run.
+
+    Edits of the cache change it: the last token of a prompt, and what follows, look back on the changed keys and values
+    of the tokens before, which a pass of their own computes; those tokens themselves do not.
+    """
+    if edits is None:
+        return NO_TAP, context
+    edits = edits.decided(params, config, where)
+    tap = edits.tap(where)
+    if not edits.on_cache:
+        return tap, context
+    x = embed(params, config, where.tokens, tap)
+    _, (k, v) = run_and_cache(params, config, x, context, config.n_layers, tap=tap)
+    behind = where.positions >= where.prompt_length[:, None] - 1
+    before = where.valid & ~behind
+    prefix = edits.cached(Prefix(k=k, v=v, mask=before, positions=where.positions), config)
+    crossing = behind[:, :, None] & before[:, None, :]
+    past = Shared(k=prefix.k, v=prefix.v, mask=crossing[:, None], positions=where.positions)
+    return tap, dataclasses.replace(context, past=(*context.past, past), self_mask=context.self_mask & ~crossing)
+
+
 def forward(
     params: Params,
     config: ModelConfig,
@@ -222,7 +247,7 @@ def forward(
         positions = jnp.arange(tokens.shape[1])[None]
     else:
         positions = positions_of(mask)
-    tap = tap_of(edits, make_where(tokens, positions, mask, prompt_length))
-    context = make_context(config, positions, mask)
+    where = make_where(tokens, positions, mask, prompt_length)
+    tap, context = tap_and_context(params, config, make_context(config, positions, mask), where, edits)
     x = run_layers(params, config, embed(params, config, tokens, tap), context, 0, config.n_layers, tap=tap)
     return unembed(params, config, x, tap)

@@ -18,7 +18,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Int
 
 from jaxsteer.errors import UserError
+from jaxsteer.models.attention import Prefix
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.params import Params
 from jaxsteer.models.roles import ASSISTANT, Roles
 from jaxsteer.models.sites import KINDS
 
@@ -131,6 +133,28 @@ class Intervention:
         same bits.
         """
         return False
+
+    @property
+    def conditional(self) -> bool:
+        """Whether prompts decide what it does: it makes no tap before it is ``decided``. Static."""
+        return False
+
+    @property
+    def on_cache(self) -> bool:
+        """Whether it changes keys and values of prompts that have been run (``cached``). Static."""
+        return False
+
+    def decided(self, params: Params, config: ModelConfig, where: Where) -> Intervention:
+        """The same for the rows of ``where`` alone, whose prompts have decided. Traced under jit."""
+        return self
+
+    def of_rows(self, index: Int[Array, " B"]) -> Intervention:
+        """What was decided for some prompts, for rows of which row b continues prompt ``index[b]``."""
+        return self
+
+    def cached(self, prefix: Prefix, config: ModelConfig) -> Prefix:
+        """Keys and values of the prompts without their last tokens, changed as what follows shall see them."""
+        return prefix
 
     def check(self, config: ModelConfig, rows: int | None = None) -> None:
         """Raise ``UserError`` if it does not fit a model of this ``config``, or a batch of ``rows`` rows."""

@@ -4,12 +4,14 @@ from jaxsteer.steer.batching import stack_rows, take_rows
 from jaxsteer.steer.capping import Cap, read_capping
 from jaxsteer.steer.completions import Example
 from jaxsteer.steer.edits import Edit, Edits
+from jaxsteer.steer.gates import Gate, Gated, gated
 from jaxsteer.steer.gguf import read_control_vector, write_control_vector
 from jaxsteer.steer.imports import import_vectors
 from jaxsteer.steer.learning import Learning, learn_vectors
 from jaxsteer.steer.norms import count_positions, mean_norms
 from jaxsteer.steer.operations import ablate, ablate_everywhere, add, ceiling, clamp, floor, replace, scale
 from jaxsteer.steer.selectors import Selector, select
+from jaxsteer.steer.tuning import tune_gate
 from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, save_vectors
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "Edits",
     "Example",
     "Learning",
+    "Gate",
+    "Gated",
     "Selector",
     "Vectors",
     "ablate",
@@ -28,6 +32,7 @@ __all__ = [
     "clamp",
     "count_positions",
     "floor",
+    "gated",
     "import_vectors",
     "learn_vectors",
     "load_vectors",
@@ -40,5 +45,6 @@ __all__ = [
     "select",
     "stack_rows",
     "take_rows",
+    "tune_gate",
     "write_control_vector",
 ]

@@ -23,7 +23,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
+from jaxsteer.models.attention import Prefix
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.params import Params
 from jaxsteer.models.sites import KINDS
 from jaxsteer.models.taps import Intervention, Tap, Where, checked, joined
 from jaxsteer.steer.selectors import Selector
@@ -61,12 +63,12 @@ class Edit(Intervention):
     @property
     def rows(self) -> int | None:
         """Rows of the batch that the arrays are made for; None if they serve any number."""
-        return _common_rows(leaf.shape[0] for leaf in jax.tree.leaves(self))
+        return common_rows(leaf.shape[0] for leaf in jax.tree.leaves(self))
 
     @property
     def neutral(self) -> bool:
         """Whether this is known to change nothing: coefficient 0, factor 1, or no layer. Not known inside jit."""
-        layers, amount = _known(self.layers), _known(self.amount)
+        layers, amount = known(self.layers), known(self.amount)
         if layers is None or amount is None:
             return False
         idle = {"add": 0.0, "add_keep_norm": 0.0, "ablate": 0.0, "scale": 1.0}.get(self.operation)
@@ -100,7 +102,7 @@ class Edit(Intervention):
                 f"The vector for {self.kind} has {self.vector.shape[-1]} components, but values there have the shape "
                 f"{list(size)} in this model: it belongs to another model or another site."
             )
-        layers, heads = _known(self.layers), _known(self.head)
+        layers, heads = known(self.layers), known(self.head)
         highest, head = (-1 if known is None else int(known.max()) for known in (layers, heads))
         if highest >= config.n_layers:
             raise UserError(
@@ -127,12 +129,36 @@ class Edits(Intervention):
     @property
     def rows(self) -> int | None:
         """Rows of the batch that the arrays are made for; None if they serve any number."""
-        return _common_rows(edit.rows or 1 for edit in self.edits)
+        return common_rows(edit.rows or 1 for edit in self.edits)
 
     @property
     def neutral(self) -> bool:
         """Whether none of the edits changes anything."""
         return all(edit.neutral for edit in self.edits)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether prompts decide what any of the edits does."""
+        return any(edit.conditional for edit in self.edits)
+
+    @property
+    def on_cache(self) -> bool:
+        """Whether any of the edits changes keys and values of prompts that have been run."""
+        return any(edit.on_cache for edit in self.edits)
+
+    def decided(self, params: Params, config: ModelConfig, where: Where) -> Edits:
+        """Each edit decided."""
+        return Edits(tuple(edit.decided(params, config, where) for edit in self.edits))
+
+    def of_rows(self, index: Int[Array, " B"]) -> Edits:
+        """Each edit for the rows that continue prompts ``index``."""
+        return Edits(tuple(edit.of_rows(index) for edit in self.edits))
+
+    def cached(self, prefix: Prefix, config: ModelConfig) -> Prefix:
+        """What all edits make of the prompts' keys and values, one after the other."""
+        for edit in self.edits:
+            prefix = edit.cached(prefix, config)
+        return prefix
 
     def touched(self, where: Where) -> Bool[Array, "B T"]:
         """True at positions that any of the edits reaches."""
@@ -157,7 +183,7 @@ class Edits(Intervention):
             raise UserError(f"The edits are made for {self.rows} rows, but the batch has {rows}.")
 
 
-def _known(array: Any) -> np.ndarray | None:
+def known(array: Any) -> np.ndarray | None:
     """The entries, or None where they are not known: inside jit, or on other hosts."""
     if isinstance(array, jax.core.Tracer) or (isinstance(array, jax.Array) and not array.is_fully_addressable):
         return None
@@ -170,18 +196,19 @@ def _refuse_crossed(edits: tuple[Any, ...]) -> None:
     for low, high in itertools.product(caps, caps):
         if (low.operation, high.operation, low.kind) != ("floor", "ceiling", high.kind):
             continue
-        known: list[list[Any]] = [[_known(a) for a in (edit.layers, edit.vector, edit.amount)] for edit in (low, high)]
-        if any(a is None for arrays in known for a in arrays):
+        found: list[list[Any]] = [[known(a) for a in (edit.layers, edit.vector, edit.amount)] for edit in (low, high)]
+        if any(a is None for arrays in found for a in arrays):
             continue
-        same = all(a.shape == b.shape and np.allclose(a, b) for a, b in zip(known[0][:2], known[1][:2]))
-        if same and (known[0][2] > known[1][2]).any():
+        same = all(a.shape == b.shape and np.allclose(a, b) for a, b in zip(found[0][:2], found[1][:2]))
+        if same and (found[0][2] > found[1][2]).any():
             raise UserError(
-                f"At {low.kind} the floor {known[0][2].max():g} lies above the ceiling {known[1][2].min():g} on the "
+                f"At {low.kind} the floor {found[0][2].max():g} lies above the ceiling {found[1][2].min():g} on the "
                 f"same vector: exchange the two values."
             )
 
 
-def _common_rows(sizes: Iterable[int]) -> int | None:
+def common_rows(sizes: Iterable[int]) -> int | None:
+    """The one number of rows among these sizes, None where all are 1. Raises ``UserError`` for several."""
     found = {size for size in sizes if size != 1}
     if len(found) > 1:
         raise UserError(f"The edits are made for different numbers of rows: {', '.join(map(str, sorted(found)))}.")

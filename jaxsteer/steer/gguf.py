@@ -94,6 +94,8 @@ def write_control_vector(vectors: Vectors, path: str | os.PathLike[str], *, mode
     logged warning. Raises ``UserError`` for vectors that are not added to the stream between blocks, and where nothing
     is left.
     """
+    if vectors.gate is not None:
+        raise UserError("a GGUF control vector is added always, and these vectors stand behind a gate: take it off")
     if vectors.operation != "add":
         raise UserError(f"a GGUF control vector is added, and the operation of these vectors is {vectors.operation!r}")
     numbered: dict[int, np.ndarray] = {}

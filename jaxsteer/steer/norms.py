@@ -14,9 +14,8 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.roles import Roles
 from jaxsteer.models.run import Lengths, Mask, Tokens, capture
 from jaxsteer.models.sites import KINDS, find_sites
-from jaxsteer.models.taps import make_where
+from jaxsteer.models.taps import Intervention, make_where
 from jaxsteer.models.transformer import positions_of
-from jaxsteer.steer.edits import Edit, Edits
 
 
 def mean_norms(
@@ -49,7 +48,7 @@ def mean_norms(
 
 
 def count_positions(
-    edits: Edit | Edits,
+    edits: Intervention,
     tokens: Tokens,
     mask: Mask | None = None,
     *,

@@ -14,6 +14,8 @@ One format serves persona directions, steering vectors and caps: a safetensors f
     read_position       the token at which it was read
     positions           tokens to steer where the user does not say: a name of ``select`` ("all" when it is missing)
     source_format       the format it was imported from; missing in files of our own making
+    gate                JSON: site, threshold, sign ... of the gate that the edit stands behind (``Gate``); its vector
+                        is the tensor ``gate/<site>``
     anything else       the recipe, as strings
 """
 
@@ -37,12 +39,14 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.sites import KINDS, parse_site
 from jaxsteer.steer import operations
 from jaxsteer.steer.edits import Edit, Edits
+from jaxsteer.steer.gates import Gate, gated
 from jaxsteer.steer.selectors import Positions, select
 
 log = logging.getLogger(__name__)
 
 FORMAT = "jaxsteer.direction/1"
 NORM_KEY = "mean_resid_norm/"
+GATE_KEY = "gate/"
 CAPS = ("floor", "ceiling", "clamp")
 """Operations that need a value per site."""
 
@@ -51,7 +55,7 @@ Units = Literal["vector", "mean_resid_norm"]
 
 _OPTIONAL = {"coefficient": "1", "coefficient_units": "vector", "operation": "add", "values": "{}"}
 _TEXTS = ("sign", "model", "fingerprint", "read_position", "source_format", "positions")
-_RESERVED = frozenset({"format", "sites", *_OPTIONAL, *_TEXTS})
+_RESERVED = frozenset({"format", "sites", "gate", *_OPTIONAL, *_TEXTS})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,8 @@ class Vectors:
     source_format: str = ""
     positions: str = ""
     """Tokens to steer where nobody says otherwise: a name of ``select``; none for "all"."""
+    gate: Gate | None = None
+    """Steer only the rows whose prompt opens it."""
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
     """Everything else: recipe, convention of the indices, what was lost in an import."""
 
@@ -144,7 +150,8 @@ class Vectors:
             if site in zero:
                 continue
             by_kind.setdefault(parse_site(site).kind, []).append(site)
-        return Edits(tuple(self._edit(sites, amount, positions) for sites in by_kind.values()))
+        edits = Edits(tuple(self._edit(sites, amount, positions) for sites in by_kind.values()))
+        return edits if self.gate is None else Edits((gated(edits, self.gate),))
 
     def _edit(self, sites: list[str], amount: float, positions: Positions) -> Edit:
         vectors = np.stack([self.arrays[site] for site in sites])
@@ -176,7 +183,10 @@ def save_vectors(vectors: Vectors, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     tensors = {site: np.ascontiguousarray(array, np.float32) for site, array in vectors.arrays.items()}
     tensors |= {NORM_KEY + site: np.asarray(norm, np.float32) for site, norm in vectors.mean_resid_norm.items()}
+    if vectors.gate is not None:
+        tensors[GATE_KEY + vectors.gate.site] = np.ascontiguousarray(vectors.gate.vector)
     written = {
+        "gate": "" if vectors.gate is None else vectors.gate.to_json(),
         "operation": vectors.operation,
         "values": json.dumps(vectors.values),
         "coefficient": repr(vectors.coefficient),
@@ -219,6 +229,7 @@ def load_vectors(path: str | os.PathLike[str], *, model: Model | None = None, an
             coefficient=_number(parse_json(facts["coefficient"], "coefficient", nan=True), "coefficient"),
             coefficient_units=_one_of(facts["coefficient_units"], ("vector", "mean_resid_norm")),
             **{name: facts.get(name, "") for name in _TEXTS},
+            gate=Gate.from_json(facts["gate"], _gate_vectors(tensors)) if "gate" in facts else None,
             metadata={name: text for name, text in metadata.items() if name not in _RESERVED},
         )
     except UserError as error:
@@ -234,6 +245,8 @@ def check_vectors(vectors: Vectors, model: Model, *, any_weights: bool = False) 
     Other weights are a ``UserError`` unless ``any_weights``; then, and where the file does not say what it was made on,
     they are a logged warning.
     """
+    if vectors.gate is not None:
+        gated(Edits(()), vectors.gate).check(model.config)
     for site, array in vectors.arrays.items():
         kind = KINDS[parse_site(site, model.config.n_layers).kind]
         shape = kind.token_shape(model.config)
@@ -274,11 +287,16 @@ def _sites(facts: dict[str, str], tensors: dict[str, np.ndarray]) -> list[str]:
     if absent := [site for site in sites if site not in tensors]:
         raise UserError(f"there is no tensor {absent[0]!r}, which sites names")
     norms = [NORM_KEY + site for site in sites]
-    if extra := sorted(tensors.keys() - {*sites, *norms}):
+    gates = [GATE_KEY + site for site in _gate_vectors(tensors)] if "gate" in facts else []
+    if extra := sorted(tensors.keys() - {*sites, *norms, *gates}):
         raise UserError(f"the tensor {extra[0]!r} belongs to no site of sites")
     if wide := [norm for norm in norms if norm in tensors and tensors[norm].size != 1]:
         raise UserError(f"the tensor {wide[0]!r} must be one number, got {_form(tensors[wide[0]])}")
     return sites
+
+
+def _gate_vectors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(GATE_KEY): array for name, array in tensors.items() if name.startswith(GATE_KEY)}
 
 
 def _number(value: Any, what: str) -> float:
