@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.evals.scoring import common_start, rows_at_once, stack_edits
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.layers import run_layers
+from jaxsteer.models.layers import ready_for, run_layers
 from jaxsteer.models.log_probs import LOGITS_NOT_FINITE, VOCABULARY_BLOCK
 from jaxsteer.models.padding import bucket, pad_rows
 from jaxsteer.models.params import Params
@@ -153,8 +153,9 @@ def _first_tokens(
 
     def logits(edit: Intervention | None) -> Float[Array, "n V"]:
         where = Where(tokens=tokens, positions=positions, valid=valid, prompt_length=length)
+        edit, seen = ready_for(params, config, edit, where, context)
         tap = tap_of(edit, where)
-        x = run_layers(params, config, embed(params, config, tokens, tap), context, 0, config.n_layers, tap=tap)
+        x = run_layers(params, config, embed(params, config, tokens, tap), seen, 0, config.n_layers, tap=tap)
         x = jnp.take_along_axis(x, last[:, :, None], axis=1)
         return unembed(params, config, x, tap_of(edit, where.at(last)))[:, 0]
 

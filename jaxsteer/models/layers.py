@@ -21,7 +21,7 @@ from jaxsteer.models.attention import Prefix, Shared
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Layers, Params
 from jaxsteer.models.sites import FINAL, KINDS, Site, layers_by_kind
-from jaxsteer.models.taps import NO_TAP, Intervention, Tap, Visit, Where, adding, joined, make_where
+from jaxsteer.models.taps import NO_TAP, Intervention, Tap, Visit, Where, adding, joined, make_where, tap_of
 from jaxsteer.models.transformer import Context, block, embed, final_norm, make_context, positions_of, unembed
 
 
@@ -210,20 +210,20 @@ def run_and_cache(
     return x, cache
 
 
-def tap_and_context(
-    params: Params, config: ModelConfig, context: Context, where: Where, edits: Intervention | None
-) -> tuple[Tap, Context]:
-    """The tap of ``edits`` for whole texts, and the context in which they are run.
+def ready_for(
+    params: Params, config: ModelConfig, edits: Intervention | None, where: Where, context: Context
+) -> tuple[Intervention | None, Context]:
+    """The edits, decided by the prompts of whole texts, and the context in which these are run with them.
 
     Edits of the cache change it: the last token of a prompt, and what follows, look back on the changed keys and values
     of the tokens before, which a pass of their own computes; those tokens themselves do not.
     """
     if edits is None:
-        return NO_TAP, context
+        return None, context
     edits = edits.decided(params, config, where)
-    tap = edits.tap(where)
     if not edits.on_cache:
-        return tap, context
+        return edits, context
+    tap = edits.tap(where)
     x = embed(params, config, where.tokens, tap)
     _, (k, v) = run_and_cache(params, config, x, context, config.n_layers, tap=tap)
     behind = where.positions >= where.prompt_length[:, None] - 1
@@ -231,7 +231,7 @@ def tap_and_context(
     prefix = edits.cached(Prefix(k=k, v=v, mask=before, positions=where.positions), config)
     crossing = behind[:, :, None] & before[:, None, :]
     past = Shared(k=prefix.k, v=prefix.v, mask=crossing[:, None], positions=where.positions)
-    return tap, dataclasses.replace(context, past=(*context.past, past), self_mask=context.self_mask & ~crossing)
+    return edits, dataclasses.replace(context, past=(*context.past, past), self_mask=context.self_mask & ~crossing)
 
 
 def forward(
@@ -248,6 +248,7 @@ def forward(
     else:
         positions = positions_of(mask)
     where = make_where(tokens, positions, mask, prompt_length)
-    tap, context = tap_and_context(params, config, make_context(config, positions, mask), where, edits)
+    edits, context = ready_for(params, config, edits, where, make_context(config, positions, mask))
+    tap = tap_of(edits, where)
     x = run_layers(params, config, embed(params, config, tokens, tap), context, 0, config.n_layers, tap=tap)
     return unembed(params, config, x, tap)

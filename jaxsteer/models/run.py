@@ -23,13 +23,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.layers import run_and_read, tap_and_context
+from jaxsteer.models.layers import ready_for, run_and_read
 from jaxsteer.models.model import Model
 from jaxsteer.models.params import Params
 from jaxsteer.models.roles import Roles
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.sites import KINDS, Site, find_sites
-from jaxsteer.models.taps import Intervention, adding, checked, joined, make_where
+from jaxsteer.models.taps import Intervention, adding, checked, joined, make_where, tap_of
 from jaxsteer.models.transformer import embed, make_context, positions_of, unembed
 
 Tokens = Int[np.ndarray, "B T"] | Int[Array, "B T"]
@@ -206,7 +206,8 @@ def _forward(
     mask, tokens = rows.mask, rows.tokens
     positions = jnp.arange(tokens.shape[1])[None] if mask is None else positions_of(mask)
     where = make_where(tokens, positions, mask, rows.prompt_length, rows.roles)
-    tap, context = tap_and_context(params, config, make_context(config, positions, mask), where, rows.edits)
+    edits, context = ready_for(params, config, rows.edits, where, make_context(config, positions, mask))
+    tap = tap_of(edits, where)
     ends = joined(tap, adding({site.kind: value for site, value in added.items() if not KINDS[site.kind].in_block}))
     x = embed(params, config, tokens, ends)
     depth = max((site.depth(config.n_layers) for site in sites), default=0)

@@ -12,6 +12,7 @@ import pytest
 import jaxsteer
 from jaxsteer import steer
 from jaxsteer.errors import UserError
+from jaxsteer.evals.refusal import first_tokens
 from jaxsteer.evals.scoring import Text, score_texts
 from jaxsteer.evals.side_effects import side_effects
 from jaxsteer.models.padding import pad_rows
@@ -102,6 +103,8 @@ def test_answers_and_side_effects_are_scored_behind_it() -> None:
     np.testing.assert_array_equal(mixed, np.where(open[:, None, None], wide, shut))
     assert (wide != shut).all()
     np.testing.assert_allclose(shut, score_texts(MODEL.params, CONFIG, groups)[0], atol=1e-4)
+    (mixed, shut, wide), _ = first_tokens(MODEL, ROWS, np.asarray([3, 4]), variants)
+    np.testing.assert_array_equal(mixed, np.where(open, wide, shut))
     effects = side_effects(MODEL, ROWS, variants)
     assert abs(effects.kl[1]) < 1e-6 < 1e-3 < effects.kl[0] < effects.kl[2]
 
