@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jaxsteer.sae import load_sae as load_sae
     from jaxsteer.study.api import search as search
     from jaxsteer.study.measure import measure as measure
+    from jaxsteer.study.refusal import measure_refusal as measure_refusal
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ _PUBLIC = {
     "logits": "jaxsteer.models.run",
     "make_mesh": "jaxsteer.models.sharding",
     "measure": "jaxsteer.study.measure",
+    "measure_refusal": "jaxsteer.study.refusal",
     "parse_site": "jaxsteer.models.sites",
     "resid_site": "jaxsteer.models.sites",
     "run": "jaxsteer.models.run",

@@ -18,6 +18,7 @@ from jaxsteer.cli.inspect import Inspect
 from jaxsteer.cli.organism import Organism
 from jaxsteer.cli.parsing import parse_as
 from jaxsteer.cli.plan import Plan
+from jaxsteer.cli.refusal import Refusal
 from jaxsteer.cli.report import Report
 from jaxsteer.cli.sae import Sae
 from jaxsteer.cli.search import Config, Search, parse_search
@@ -31,6 +32,7 @@ Command = (
     | Annotated[Report, subcommand("report")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Eval, subcommand("eval")]
+    | Annotated[Refusal, subcommand("refusal")]
     | Annotated[Generate, subcommand("generate")]
     | Annotated[Chat, subcommand("chat")]
     | Annotated[Inspect, subcommand("inspect")]

@@ -72,7 +72,7 @@ class Requests:
         return tuple(entry.text for entry in self.entries)
 
     @property
-    def kinds(self) -> dict[str, int]:
+    def kinds(self) -> dict[Kind, int]:
         """How many there are of each kind."""
         return dict(Counter(entry.kind for entry in self.entries))
 
@@ -131,6 +131,14 @@ class Requests:
             name=self.name, path=self.path, source=self.source, questions=questions, rows=self.rows,
             dropped=self.dropped,
         )  # fmt: skip
+
+
+def limited(requests: Requests, most: int | None, seed: int = 0) -> Requests:
+    """At most so many of each kind, drawn by ``seed``; all for None."""
+    if most is None:
+        return requests
+    some = [requests.only(kind).parts(min(most, n), seed=seed)[0] for kind, n in requests.kinds.items()]
+    return dataclasses.replace(requests, entries=tuple(entry for part in some for entry in part.entries))
 
 
 def _keys(*sets: Requests) -> list[str]:

@@ -48,7 +48,8 @@ from jaxsteer.study.questions import MeasureOptions, Questions, questions_of
 from jaxsteer.study.results import Unfinished
 from jaxsteer.study.run_folder import opened
 from jaxsteer.writers.endpoint import Endpoint
-from jaxsteer.writers.judge import Judged
+from jaxsteer.writers.judge import Judged, Rubric
+from jaxsteer.writers.writer import Writer
 
 OPEN_TOKENS = 128
 """Longest free answer to a question without choices."""
@@ -136,23 +137,32 @@ def _config(
     options: MeasureOptions,
 ) -> dict[str, Any]:
     """What decides a measurement, for config.json."""
-    leaves, shape = jax.tree.flatten(edits)
-    digest = hashlib.sha256(str(shape).encode())
-    for leaf in leaves:
-        digest.update(np.asarray(leaf).tobytes())
-    judge = options.judge
     return {
         "kind": "measurement",
         "models": [one if isinstance(one, str) else [one.name, one.fingerprint] for one in models],
         "persona": asked.name,
         "questions": hashlib.sha256(repr(asked).encode()).hexdigest(),
         "prompts": list(prompts),
-        "edits": None if edits is None else digest.hexdigest(),
+        "edits": None if edits is None else edits_hash(edits),
         "placement": dataclasses.asdict(options.placement),
         **{name: getattr(options, name) for name in ("per_token", "generate", "side_effects")},
-        "judge": [judge.url, judge.model] if isinstance(judge, Endpoint) else judge and type(judge).__name__,
-        "rubric": options.rubric.template_hash,
+        **judge_config(options.judge, options.rubric),
     }
+
+
+def judge_config(judge: Writer | None, rubric: Rubric) -> dict[str, Any]:
+    """Who judges, and by what, for config.json."""
+    named = [judge.url, judge.model] if isinstance(judge, Endpoint) else judge and type(judge).__name__
+    return {"judge": named, "rubric": rubric.template_hash}
+
+
+def edits_hash(edits: Intervention) -> str:
+    """sha256 over an edit's structure and arrays."""
+    leaves, shape = jax.tree.flatten(edits)
+    digest = hashlib.sha256(str(shape).encode())
+    for leaf in leaves:
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _measured(

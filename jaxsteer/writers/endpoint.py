@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from jaxsteer.display import short
 from jaxsteer.errors import UserError
 from jaxsteer.files import parse_json
+from jaxsteer.ranges import CountFrom0
 from jaxsteer.writers.writer import Keep, Messages
 
 KEY = "OPENAI_API_KEY"
@@ -48,7 +49,7 @@ class Endpoint:
     """Its name there (default: the first that the endpoint lists)."""
     timeout_s: float = 60.0
     """Longest time for one whole reply, from looking up the host to the last byte."""
-    retries: int = 2
+    retries: CountFrom0 = 2
     """Further attempts after a failure that may pass."""
     workers: int = 4
     """Requests at the same time."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsteer.display import short
+from jaxsteer.errors import UserError
 from jaxsteer.files import append_text, read_log, write_text
 from jaxsteer.files.records import Record
 from jaxsteer.processes import from_first, is_first
@@ -144,6 +145,17 @@ def judge(
         scores=tuple(scores),
         replies=tuple(replies),
     )
+
+
+def require_scores(*found: Judged) -> None:
+    """Refuse a judge none of whose replies could be read. Raises ``UserError``, which quotes one of them."""
+    replies = [reply for one in found for reply in one.replies]
+    if replies and all(score is None for one in found for score in one.scores):
+        low, high = found[0].scale
+        raise UserError(
+            f"no reply of the judge {found[0].judge} to {len(replies)} answers holds one number from {low:g} to "
+            f"{high:g}, for example {short(replies[0])!r}: take another judge, or another rubric"
+        )
 
 
 def _replies(writer: Writer, requests: Sequence[Messages], max_tokens: int, log: Path | None) -> list[str]:

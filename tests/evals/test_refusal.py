@@ -32,7 +32,7 @@ def test_log_odds_and_divergence_of_many_edits_agree_with_the_public_logits(
     openings = opening_ids(model, ["I", "people"])
     edits = [edit(0), edit(1), edit(2, 0.0)]
     with compile_counter() as count:
-        odds, kl = first_tokens(model, rows, openings, edits)
+        odds, kl, plain = first_tokens(model, rows, openings, edits)
     assert count["_first_tokens"] == 1
     assert odds.shape == kl.shape == (3, 4)
     for e, changed in enumerate(edits):
@@ -42,7 +42,8 @@ def test_log_odds_and_divergence_of_many_edits_agree_with_the_public_logits(
             assert odds[e, i] == pytest.approx(np.log(p) - np.log1p(-p), abs=1e-4)
             assert kl[e, i] == pytest.approx((np.exp(base) * (base - found)).sum(), abs=1e-4)
     assert (kl[2] == 0).all()
-    np.testing.assert_array_equal(refusal_log_odds(model, rows, openings)[0], odds[2])
+    np.testing.assert_array_equal(plain, odds[2])
+    np.testing.assert_array_equal(refusal_log_odds(model, rows, openings), plain[None])
 
 
 def test_the_score_is_exact_far_out_and_differentiable() -> None:
