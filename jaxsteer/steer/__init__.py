@@ -1,6 +1,8 @@
 """Steering: edits at the model's named places, which tokens they touch, and vector files."""
 
 from jaxsteer.steer.batching import stack_rows, take_rows
+from jaxsteer.steer.cache_contrast import cache_vectors
+from jaxsteer.steer.caching import CacheEdit
 from jaxsteer.steer.capping import Cap, read_capping
 from jaxsteer.steer.completions import Example
 from jaxsteer.steer.edits import Edit, Edits
@@ -15,6 +17,7 @@ from jaxsteer.steer.tuning import tune_gate
 from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, save_vectors
 
 __all__ = [
+    "CacheEdit",
     "Cap",
     "Edit",
     "Edits",
@@ -27,6 +30,7 @@ __all__ = [
     "ablate",
     "ablate_everywhere",
     "add",
+    "cache_vectors",
     "ceiling",
     "check_vectors",
     "clamp",

@@ -5,9 +5,10 @@ One format serves persona directions, steering vectors and caps: a safetensors f
 
     format              "jaxsteer.direction/1"
     sites               JSON list, in order
-    operation           "add" (when it is missing), "ablate", "floor", "ceiling" or "clamp"
+    operation           "add" (when it is missing), "add_keep_norm", "ablate", "floor", "ceiling", "clamp", or "cache":
+                        added once to cached keys and values (``caching``)
     values              JSON: the projection of floor, ceiling and clamp by site, in units of the stream
-    coefficient         of add and ablate ("1" when it is missing)
+    coefficient         of add, ablate and cache ("1" when it is missing)
     coefficient_units   "vector" (when it is missing) or "mean_resid_norm"
     sign                what going along the vector means
     model, fingerprint  what it was made on: name, and hash of config and weights
@@ -28,7 +29,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from safetensors.numpy import save
@@ -38,6 +39,7 @@ from jaxsteer.files import kind_of, make_directory, parse_json, read_tensors, wr
 from jaxsteer.models.model import Model
 from jaxsteer.models.sites import KINDS, parse_site
 from jaxsteer.steer import operations
+from jaxsteer.steer.caching import cache_edit
 from jaxsteer.steer.edits import Edit, Edits
 from jaxsteer.steer.gates import Gate, gated
 from jaxsteer.steer.selectors import Positions, select
@@ -50,7 +52,7 @@ GATE_KEY = "gate/"
 CAPS = ("floor", "ceiling", "clamp")
 """Operations that need a value per site."""
 
-Operation = Literal["add", "ablate", "floor", "ceiling", "clamp"]
+Operation = Literal["add", "add_keep_norm", "ablate", "floor", "ceiling", "clamp", "cache"]
 Units = Literal["vector", "mean_resid_norm"]
 
 _OPTIONAL = {"coefficient": "1", "coefficient_units": "vector", "operation": "add", "values": "{}"}
@@ -94,6 +96,13 @@ class Vectors:
             )
         if clash := _RESERVED & self.metadata.keys():
             raise UserError(f"metadata may not use the keys {_listed(clash)}: these are fields of their own")
+        if self.operation == "cache":
+            cache_edit(self.arrays, 1.0)  # raises for what no cache holds
+            if self.positions or self.coefficient_units != "vector":
+                raise UserError(
+                    "a cache is changed at its newest token, by the vectors as they are: it takes no positions and no "
+                    "other units"
+                )
         if self.positions:
             select(self.positions)  # raises for a name that it does not know
         for site, array in self.arrays.items():
@@ -137,9 +146,14 @@ class Vectors:
         mean norm of the stream and the file does not hold it.
         """
         amount = self.coefficient if coefficient is None else coefficient
+        if self.operation == "cache":
+            if positions is not None:
+                raise UserError("a cache is changed at its newest token: it takes no positions")
+            return self._behind_gate(Edits((cache_edit(self.arrays, amount),)))
         positions = self.positions or "all" if positions is None else positions
         zero = [site for site, array in self.arrays.items() if not array.any()]
-        if zero and (self.operation != "add" or self.coefficient_units != "vector" or len(zero) == len(self.arrays)):
+        harmless = self.operation in ("add", "add_keep_norm") and self.coefficient_units == "vector"
+        if zero and (not harmless or len(zero) == len(self.arrays)):
             raise UserError(
                 f"the vector at {zero[0]} is zero: it has no direction. Choose other sites (Vectors.at, --steer-sites)"
             )
@@ -150,15 +164,18 @@ class Vectors:
             if site in zero:
                 continue
             by_kind.setdefault(parse_site(site).kind, []).append(site)
-        edits = Edits(tuple(self._edit(sites, amount, positions) for sites in by_kind.values()))
+        return self._behind_gate(Edits(tuple(self._edit(sites, amount, positions) for sites in by_kind.values())))
+
+    def _behind_gate(self, edits: Edits) -> Edits:
         return edits if self.gate is None else Edits((gated(edits, self.gate),))
 
     def _edit(self, sites: list[str], amount: float, positions: Positions) -> Edit:
         vectors = np.stack([self.arrays[site] for site in sites])
-        if self.operation == "add":
+        if self.operation in ("add", "add_keep_norm"):
             in_norms = self.coefficient_units == "mean_resid_norm"
             norms = np.asarray([self.stream_norm(site) for site in sites]) if in_norms else None
-            return operations.add(sites, vectors, amount, positions=positions, mean_norm=norms)
+            keep = self.operation == "add_keep_norm"
+            return operations.add(sites, vectors, amount, positions=positions, mean_norm=norms, keep_norm=keep)
         if self.operation == "ablate":
             return operations.ablate(sites, vectors, amount, positions=positions)
         cap = {"floor": operations.floor, "ceiling": operations.ceiling, "clamp": operations.clamp}[self.operation]
@@ -224,7 +241,7 @@ def load_vectors(path: str | os.PathLike[str], *, model: Model | None = None, an
         vectors = Vectors(
             arrays={site: tensors[site] for site in sites},
             mean_resid_norm={site: float(tensors[NORM_KEY + site]) for site in sites if NORM_KEY + site in tensors},
-            operation=_one_of(facts["operation"], ("add", "ablate", *CAPS)),
+            operation=_one_of(facts["operation"], get_args(Operation)),
             values={site: _number(value, f"the value at {site}") for site, value in values.items()},
             coefficient=_number(parse_json(facts["coefficient"], "coefficient", nan=True), "coefficient"),
             coefficient_units=_one_of(facts["coefficient_units"], ("vector", "mean_resid_norm")),

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from jaxsteer import capture
 from jaxsteer.errors import UserError
 from jaxsteer.files.paths import user_path
 from jaxsteer.personas import Direction, load_direction, save_direction
@@ -283,3 +284,13 @@ def test_steering_by_a_file(model):
     )
     (gone,) = dataclasses.replace(vectors.at(STREAM), operation="ablate").edits(coefficient=1.0).edits
     assert gone.operation == "ablate" and float(gone.amount[0, 0]) == 1.0
+
+
+def test_a_file_that_keeps_the_norm(tmp_path, model):
+    vectors = made_on(model, operation="add_keep_norm", coefficient=2.0).at(STREAM)
+    edits = load_vectors(save_vectors(vectors, tmp_path / "norm.safetensors"), model=model).edits()
+    tokens = np.asarray([[1, 40, 41, 42]])
+    found, plain = (np.asarray(capture(model, tokens, [STREAM], edits=e)[STREAM][0]) for e in (edits, None))
+    moved = plain + 2.0 * vectors.arrays[STREAM]
+    expected = moved * np.linalg.norm(plain, axis=-1, keepdims=True) / np.linalg.norm(moved, axis=-1, keepdims=True)
+    np.testing.assert_allclose(found[1:], expected[1:], atol=1e-5)
