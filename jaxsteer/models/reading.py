@@ -46,16 +46,16 @@ def _padded_length(length: int) -> int:
 def read_rows(
     model: Model,
     rows: Sequence[np.ndarray],
-    reads: Int[np.ndarray, " n"] | Sequence[Bool[np.ndarray, " _"] | Float[np.ndarray, " _"]],
+    reads: Int[np.ndarray, " n"] | Int[np.ndarray, "n p"] | Sequence[Bool[np.ndarray, " _"] | Float[np.ndarray, " _"]],
     sites: Sequence[Site],
     *,
     batch_size: int = BATCH,
-) -> Iterator[tuple[Int[np.ndarray, " b"], Float[np.ndarray, "s b D"]]]:
-    """Yield (row numbers, float32 streams at ``sites`` read from each row), every row exactly once.
+) -> Iterator[tuple[Int[np.ndarray, " b"], Float[np.ndarray, "s b ..."]]]:
+    """Yield (row numbers, float32 streams [s, b, D] at ``sites`` read from each row), every row exactly once.
 
-    ``reads`` are one position for each row, or for each row a mask over its tokens, whose mean is read, or weights of
-    its tokens, whose sum is. The mean over the last response of conversations ``c`` in token space
-    (``prompts.encode_turns``)::
+    ``reads`` are one position for each row, or p of them (then streams are [s, b, p, D]), or for each row a mask over
+    its tokens, whose mean is read, or weights of its tokens, whose sum is. The mean over the last response of
+    conversations ``c`` in token space (``prompts.encode_turns``)::
 
         read_rows(model, [r.ids for r in c], [r.mask("assistant", turns=[-1]) for r in c], sites)
 
@@ -64,7 +64,8 @@ def read_rows(
     """
     if len(reads) != len(rows):
         raise UserError(f"{len(reads)} reads were given for {len(rows)} rows: give one for each")
-    weights = None if isinstance(reads, np.ndarray) and reads.ndim == 1 else [*map(_weights, rows, reads)]
+    places = np.asarray(reads, np.int32) if isinstance(reads, np.ndarray) and reads.dtype.kind in "iu" else None
+    weights = [] if places is not None else [*map(_weights, rows, reads)]
     longest = max(len(row) for row in rows)
     if longest > model.config.max_positions:
         raise UserError(
@@ -78,11 +79,12 @@ def read_rows(
         for start in range(0, len(numbers), batch_size):
             chunk = np.asarray(numbers[start : start + batch_size])
             tokens, _ = pad_rows([rows[number] for number in chunk] + [rows[0][:0]] * (batch_size - len(chunk)), length)
-            read = np.zeros(batch_size, np.int32) if weights is None else np.zeros(tokens.shape, np.float32)
-            for at, number in enumerate(chunk):
-                if weights is None:
-                    read[at] = reads[number]
-                else:
+            if places is not None:
+                read = np.zeros((batch_size, *places.shape[1:]), np.int32)
+                read[: len(chunk)] = places[chunk]
+            else:
+                read = np.zeros(tokens.shape, np.float32)
+                for at, number in enumerate(chunk):
                     read[at, : len(rows[number])] = weights[number]
             states = _read(
                 model.params,
@@ -109,16 +111,17 @@ def _read(
     params: Params,
     config: ModelConfig,
     tokens: Int[Array, "B T"],
-    read: Int[Array, " B"] | Float[Array, "B T"],
+    read: Int[Array, "B ..."] | Float[Array, "B T"],
     *,
     sites: tuple[Site, ...],
-) -> Float[Array, "s B D"]:
+) -> Float[Array, "s B ... D"]:
     """One scan up to the deepest site; each layer keeps what is read of B rows only."""
 
-    def pick(_: str, value: Float[Array, "B T D"]) -> Float[Array, "B D"]:
-        if read.ndim == 2:
+    def pick(_: str, value: Float[Array, "B T D"]) -> Float[Array, "B ... D"]:
+        if jnp.issubdtype(read.dtype, jnp.floating):
             return jnp.einsum("bt,btd->bd", read, value.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-        return jnp.take_along_axis(value, read[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+        found = jnp.take_along_axis(value, read.reshape(len(read), -1)[:, :, None], axis=1)
+        return found.reshape(*read.shape, -1).astype(jnp.float32)
 
     context = make_context(config, jnp.arange(tokens.shape[1])[None])
     depth = max(site.depth(config.n_layers) for site in sites)
