@@ -42,7 +42,7 @@ class Direction:
     metadata: dict[str, str]
     """Model, fingerprint, persona, data hash, template, split seed, sign, units, version: what the file carries."""
     diagnostics: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    """Per site: norm, split_half_cosine, letter_cosine, and auroc once ``diagnose`` has measured it."""
+    """Per site: norm, split_half_cosine, letter_cosine; agreement, separability and auroc of ``diagnose``."""
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -136,27 +136,97 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / scale) if scale > 0 else float("nan")
 
 
-def projections(
-    model: Model, direction: Direction, pairs: Pairs, *, batch_size: int = BATCH
-) -> dict[str, tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
-    """Per site, ``<r, v>`` of every good and every bad row, with v the unit direction."""
-    check_direction(direction, model)
-    parsed = direction_sites(model, direction.sites)
-    units = np.stack([direction.unit(site) for site in direction.sites]).astype(np.float64)
-    n = len(pairs)
-    out = np.zeros((len(parsed), 2 * n))
+def pair_states(
+    model: Model, pairs: Pairs, sites: str | Sequence[str], *, batch_size: int = BATCH
+) -> Float[np.ndarray, "s 2 n D"]:
+    """float32 streams at sites, read from the good and the bad row of every pair."""
+    parsed, n = direction_sites(model, sites), len(pairs)
+    found = np.zeros((len(parsed), 2 * n, model.config.d_model), np.float32)
     rows, reads = (*pairs.good, *pairs.bad), np.concatenate([pairs.good_read, pairs.bad_read])
     for chunk, states in read_rows(model, rows, reads, parsed, batch_size=batch_size):
-        out[:, chunk] = np.einsum("sbd,sd->sb", states, units)
-    return {site: (row[:n], row[n:]) for site, row in zip(direction.sites, out, strict=True)}
+        found[:, chunk] = states
+    return found.reshape(len(parsed), 2, n, -1)
+
+
+ESTIMATORS = ("mean difference", "pca", "logistic")
+"""Of ``fit_direction``."""
+
+
+def fit_direction(
+    model: Model,
+    pairs: Pairs,
+    sites: str | Sequence[str],
+    estimator: str = "mean difference",
+) -> Direction:
+    """The direction of ``pairs`` by an estimator; all have the length and the sign of the difference of means.
+
+    ``pca``: the axis along which the differences of pairs are largest (2310.01405, without its random signs).
+    ``logistic``: the weights of a logistic regression that tells good from bad, with scikit-learn's default L2 penalty,
+    on states that are centred and divided by their mean norm. Raises ``UserError`` as ``mean_difference``.
+    """
+    if estimator not in ESTIMATORS:
+        raise UserError(f"unknown estimator {estimator!r}: expected {', '.join(ESTIMATORS)}")
+    mean = mean_difference(model, pairs, sites)
+    if estimator == "mean difference":
+        return mean
+    delta = {}
+    for site, (good, bad) in zip(mean.sites, pair_states(model, pairs, sites).astype(np.float64), strict=True):
+        if not mean.delta[site].any():
+            delta[site] = mean.delta[site]
+            continue
+        if estimator == "pca":
+            axis = np.linalg.svd(good - bad, full_matrices=False)[2][0]
+        else:
+            from sklearn.linear_model import LogisticRegression
+
+            both = np.concatenate([good, bad])
+            scaled = (both - both.mean(0)) / np.linalg.norm(both, axis=-1).mean()
+            axis = LogisticRegression(max_iter=1000).fit(scaled, np.arange(len(both)) < len(good)).coef_[0]
+        axis *= np.sign(axis @ mean.delta[site]) or 1.0
+        delta[site] = (axis / np.linalg.norm(axis) * np.linalg.norm(mean.delta[site])).astype(np.float32)
+    metadata = {**mean.metadata, "estimator": estimator}
+    facts = {site: {"norm": float(np.linalg.norm(vector))} for site, vector in delta.items()}
+    return dataclasses.replace(mean, delta=delta, metadata=metadata, diagnostics=facts)
+
+
+def shuffled(pairs: Pairs, seed: int) -> Pairs:
+    """A control: the same rows, and of a random half of the questions good and bad exchanged."""
+    rng, numbers = np.random.default_rng(seed), {g: i for i, g in enumerate(dict.fromkeys(pairs.groups))}
+    half = rng.permutation(len(numbers)) < (len(numbers) + 1) // 2
+    swap = np.asarray([half[numbers[group]] for group in pairs.groups])
+    rows = [(b, g) if s else (g, b) for g, b, s in zip(pairs.good, pairs.bad, swap, strict=True)]
+    return dataclasses.replace(
+        pairs,
+        good=tuple(good for good, _ in rows),
+        bad=tuple(bad for _, bad in rows),
+        good_read=np.where(swap, pairs.bad_read, pairs.good_read),
+        bad_read=np.where(swap, pairs.good_read, pairs.bad_read),
+        good_letter=("",) * len(pairs),
+        recipe={**pairs.recipe, "contrast": f"{pairs.recipe.get('contrast', '')}, labels shuffled by seed {seed}"},
+    )
 
 
 def diagnose(model: Model, direction: Direction, pairs: Pairs) -> Direction:
-    """The direction with ``auroc`` of ``<r, v>`` on held-out ``pairs`` (good above bad) among its diagnostics."""
+    """The direction with what held-out ``pairs`` say of it among its diagnostics: what predicts that steering works.
+
+    ``agreement`` is the mean cosine of the pairs' differences and the direction, ``separability`` is d', the distance
+    of the means of <r, v> in their pooled standard deviation (2505.22637, 2602.17881), and ``auroc`` that of <r, v>
+    (good above bad). NaN where states do not differ.
+    """
+    check_direction(direction, model)
     diagnostics = {site: dict(facts) for site, facts in direction.diagnostics.items()}
-    for site, (good, bad) in projections(model, direction, pairs).items():
-        area = auroc(np.concatenate([good, bad]), np.arange(len(good) + len(bad)) < len(good))
-        diagnostics.setdefault(site, {})["auroc"] = float("nan") if area is None else area
+    for site, states in zip(direction.sites, pair_states(model, pairs, direction.sites), strict=True):
+        good, bad = states.astype(np.float64)
+        unit = direction.unit(site).astype(np.float64)
+        along, gaps = (good @ unit, bad @ unit), good - bad
+        lengths = np.linalg.norm(gaps, axis=-1)
+        some, spread = lengths > 0, np.sqrt((along[0].var() + along[1].var()) / 2)
+        area = auroc(np.concatenate(along), np.arange(2 * len(good)) < len(good))
+        diagnostics.setdefault(site, {}).update(
+            agreement=float((gaps[some] @ unit / lengths[some]).mean()) if some.any() else float("nan"),
+            separability=float((along[0].mean() - along[1].mean()) / spread) if spread > 0 else float("nan"),
+            auroc=float("nan") if area is None else area,
+        )
     return dataclasses.replace(direction, diagnostics=diagnostics)
 
 

@@ -19,12 +19,14 @@ from jaxsteer.personas import (
     check_direction,
     contrast_pairs,
     diagnose,
+    fit_direction,
     load_direction,
     mean_difference,
-    projections,
+    pair_states,
     random_direction,
     save_direction,
     search_conversations,
+    shuffled,
     swap,
 )
 from jaxsteer.personas.items import data_hash, group_of
@@ -188,11 +190,34 @@ def test_a_planted_direction_is_recovered_and_points_from_bad_to_good():
         np.testing.assert_allclose(flipped.delta[site], -direction.delta[site], atol=1e-5)
 
 
-def test_projections(model, pairs):
-    direction = mean_difference(model, pairs, SITES)
-    good, bad = projections(model, direction, pairs)["blocks.0.hook_resid_post"]
-    delta = direction.delta["blocks.0.hook_resid_post"]
-    assert np.mean(good - bad) == pytest.approx(np.linalg.norm(delta), rel=1e-4)
+def test_estimators_and_what_held_out_pairs_say(model, pairs):
+    """Against NumPy on the same states; a planted axis; labels that mean nothing."""
+    site = "blocks.2.hook_resid_post"
+    (states,) = pair_states(model, pairs, site).astype(np.float64)
+    good, bad = states
+    mean = fit_direction(model, pairs, site).delta[site]
+    np.testing.assert_allclose(mean, (good - bad).mean(0), atol=1e-5)
+    found = {name: fit_direction(model, pairs, site, name) for name in ("pca", "logistic")}
+    for direction in found.values():
+        assert np.linalg.norm(direction.delta[site]) == pytest.approx(np.linalg.norm(mean), rel=1e-5)
+        assert direction.delta[site] @ mean > 0
+    values, axes = np.linalg.eigh((good - bad).T @ (good - bad))
+    assert abs(axes[:, -1] @ found["pca"].unit(site)) == pytest.approx(1, abs=1e-5)
+    facts = diagnose(model, found["logistic"], pairs).diagnostics[site]
+    unit = found["logistic"].unit(site)
+    gaps = (good - bad) / np.linalg.norm(good - bad, axis=-1, keepdims=True)
+    assert facts["agreement"] == pytest.approx((gaps @ unit).mean(), abs=1e-5)
+    spread = np.sqrt(((good @ unit).var() + (bad @ unit).var()) / 2)
+    assert facts["separability"] == pytest.approx(((good - bad) @ unit).mean() / spread, rel=1e-3)
+    mixed = shuffled(pairs, 0)
+    swapped = {
+        group for group, now, before in zip(pairs.groups, mixed.good, pairs.good, strict=True) if now is not before
+    }
+    assert len(swapped) == (len(set(pairs.groups)) + 1) // 2 and "shuffled" in mixed.recipe["contrast"]
+    signs = np.where([group in swapped for group in pairs.groups], -1, 1)[:, None]
+    np.testing.assert_allclose(fit_direction(model, mixed, site).delta[site], ((good - bad) * signs).mean(0), atol=1e-5)
+    with pytest.raises(UserError, match="unknown estimator 'median'"):
+        fit_direction(model, pairs, SITES, "median")
 
 
 def test_letter_diagnostics_are_only_there_for_answers(model, pairs):

@@ -1,0 +1,179 @@
+"""Strengths at equal disturbance: how much of each vector moves neutral text by so many nats.
+
+Letters: E edits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jaxsteer.errors import UserError
+from jaxsteer.evals.neutral_texts import neutral_texts
+from jaxsteer.evals.side_effects import side_effects
+from jaxsteer.files.records import Record
+from jaxsteer.models.model import Model
+from jaxsteer.models.taps import Intervention
+from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
+from jaxsteer.ranges import as_tuple
+from jaxsteer.steer.selectors import Positions
+from jaxsteer.steer.vectors import Vectors
+
+FIRST, MOST = 0.1, 64.0
+"""Strengths, in mean norms of the stream: the first that is tried, and the largest."""
+TOLERANCE, ROUNDS = 0.03, 14
+"""How near the divergence must come to what is asked, as a share of it, and how often strengths are tried."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibrated(Record):
+    """A strength and what it does to neutral text."""
+
+    coefficient: float
+    """In the units of the vectors; its sign is the one that was asked for."""
+    kl: float
+    """Mean KL(model || steered) of neutral text, nats per token."""
+    perplexity: float
+    """Of neutral text, steered."""
+
+
+def neutral_rows(
+    model: Model, texts: str | Sequence[str] = (), *, placement: Placement = Placement(), most: int | None = None
+) -> list[np.ndarray]:
+    """Neutral requests (default: those that fit the model) as rows of ids."""
+    asked = as_tuple(texts) or neutral_texts(model)
+    rendered = [render(model.tokenizer, question_conversation(text, placement), "") for text in asked[:most]]
+    return encode_texts(model.tokenizer, rendered, style=placement.style)
+
+
+def calibrate(
+    model: Model,
+    vectors: Vectors | Sequence[Vectors],
+    kl: float = 0.1,
+    *,
+    signs: Sequence[int] = (1,),
+    texts: str | Sequence[str] = (),
+    positions: Positions | None = None,
+    placement: Placement = Placement(),
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Calibrated]:
+    """By vector and sign (all signs of the first vector first) nats.
+
+    That is the smallest one found: divergence rises with strength near 0, as its square. Vectors of the same form are
+    tried side by side in one program; other strengths compile nothing. ``texts`` are requests that have nothing to do
+    with what the vectors are for (default: ``neutral_texts``), ``positions`` those of ``Vectors.edits``.
+    ``progress(done, total)`` counts strengths that are found.
+
+    Raises ``UserError`` for a ``kl`` that is not above 0, for vectors whose operation has no strength, and, by name,
+    for vectors that reach ``kl`` at no strength: those that do not move the model, and those whose divergence jumps
+    over it or is not finite.
+    """
+    if not 0 < kl < np.inf or not set(signs) <= {1, -1} or not len(signs):
+        raise UserError(f"calibrate needs a divergence above 0 and signs 1 or -1, got {kl} and {list(signs)}")
+    many = [vectors] if isinstance(vectors, Vectors) else list(vectors)
+    for one in many:
+        if one.operation not in ("add", "ablate"):
+            raise UserError(f"{one.operation} has no strength to calibrate: its value says where the stream is held")
+    rows = neutral_rows(model, texts, placement=placement)
+    wanted = [(one, sign) for one in many for sign in signs]
+    units = np.asarray([_unit(one) for one, _ in wanted])
+    search = _Search(kl, len(wanted))
+    found = np.zeros((2, len(wanted)))
+    for _ in range(ROUNDS):
+        open_ = np.flatnonzero(~search.done)
+        if not len(open_):
+            break
+        edits = [
+            wanted[i][0].edits(coefficient=wanted[i][1] * units[i] * search.strength[i], positions=positions)
+            for i in open_
+        ]
+        found[:, open_] = _measured(model, rows, edits)
+        search.told(open_, found[0, open_])
+        if progress is not None:
+            progress(int(search.done.sum()), len(wanted))
+    for i, (one, sign) in enumerate(wanted):
+        if not search.done[i]:
+            raise UserError(
+                f"the vector at {', '.join(one.sites)} ({one.metadata.get('estimator', 'of unknown make')}) reaches a "
+                f"divergence of {kl:g} nats at no strength of sign {sign}: at {search.strength[i] * units[i]:.3g} it "
+                f"is {found[0, i]:.3g}, between {search.low[i] * units[i]:.3g} (less) and "
+                f"{search.high[i] * units[i]:.3g} (more, or not finite). Ask for another divergence"
+            )
+    return [
+        Calibrated(
+            coefficient=float(sign * units[i] * search.strength[i]),
+            kl=float(found[0, i]),
+            perplexity=float(found[1, i]),
+        )
+        for i, (_, sign) in enumerate(wanted)
+    ]
+
+
+def _unit(vectors: Vectors) -> float:
+    """One mean norm of the stream in the vectors' units, about; the file's own coefficient where norms are unknown."""
+    if vectors.operation == "ablate":
+        return 1.0
+    if vectors.coefficient_units == "mean_resid_norm":
+        return 1.0
+    ratios = [norm / vectors.norm(site) for site, norm in vectors.mean_resid_norm.items() if vectors.norm(site) > 0]
+    return float(np.mean(ratios)) if ratios else abs(vectors.coefficient) or 1.0
+
+
+def _measured(
+    model: Model, rows: Sequence[np.ndarray], edits: Sequence[Intervention]
+) -> tuple[Float[np.ndarray, " E"], Float[np.ndarray, " E"]]:
+    """KL and perplexity under every edit; those of one form in one program, always as many as a power of two."""
+    forms: dict[str, list[int]] = {}
+    for i, edit in enumerate(edits):
+        leaves, form = jax.tree.flatten(edit)
+        forms.setdefault(f"{form}{[np.shape(leaf) for leaf in leaves]}", []).append(i)
+    found = np.zeros((2, len(edits)))
+    for members in forms.values():
+        size = 1 << (len(members) - 1).bit_length()
+        padded = [edits[i] for i in members] + [edits[members[-1]]] * (size - len(members))
+        with np.errstate(over="ignore"):
+            effects = side_effects(model, rows, padded)
+        found[:, members] = effects.kl[: len(members)], effects.perplexity[: len(members)]
+    return found[0], found[1]
+
+
+class _Search:
+    """Strengths that approach a divergence from both sides, many at once; log-log, where a small push is a line."""
+
+    def __init__(self, kl: float, n: int) -> None:
+        """All begin at ``FIRST``."""
+        self.kl = kl
+        self.strength = np.full(n, FIRST)
+        self.low, self.high = np.zeros(n), np.full(n, np.inf)
+        self.low_kl, self.high_kl = np.zeros(n), np.full(n, np.inf)
+        self.done = np.zeros(n, bool)
+
+    def told(self, index: np.ndarray, kl: Float[np.ndarray, " E"]) -> None:
+        """Take in the divergences at the strengths ``index``, and choose the next ones."""
+        for i, value in zip(map(int, index), map(float, kl), strict=True):
+            at = self.strength[i]
+            if np.isfinite(value) and abs(value / self.kl - 1) <= TOLERANCE:
+                self.done[i] = True
+                continue
+            if np.isfinite(value) and value < self.kl:
+                self.low[i], self.low_kl[i] = at, value
+            else:
+                self.high[i], self.high_kl[i] = at, value
+            self.strength[i] = self._next(i)
+
+    def _next(self, i: int) -> float:
+        low, high = self.low[i], self.high[i]
+        if not low:
+            by = np.sqrt(self.kl / self.high_kl[i]) if np.isfinite(self.high_kl[i]) else 0.25
+            return float(high * np.clip(by, 0.05, 0.9))
+        if np.isinf(high):
+            by = np.sqrt(self.kl / self.low_kl[i]) if self.low_kl[i] > 0 else 8.0
+            return float(min(low * np.clip(by, 1.1, 8.0), MOST))
+        share = 0.5
+        if np.isfinite(self.high_kl[i]) and self.low_kl[i] > 0:
+            share = np.log(self.kl / self.low_kl[i]) / np.log(self.high_kl[i] / self.low_kl[i])
+        return float(low * (high / low) ** np.clip(share, 0.1, 0.9))
