@@ -16,6 +16,7 @@ from jaxsteer.personas.directions import (
 )
 from jaxsteer.personas.instructions import instructions, invitations, seed_phrase
 from jaxsteer.personas.items import Item, OpenQuestion, number_of_questions, orders, parse_choices, swap
+from jaxsteer.personas.latent_vectors import latents_vector, sta_vector
 from jaxsteer.personas.pairs import READ_POSITIONS, Pairs, check_cues, contrast_pairs, search_conversations
 from jaxsteer.personas.persona import Goal, Persona, Splits, split
 from jaxsteer.personas.persona_files import CHARACTERS, save_persona
@@ -46,6 +47,7 @@ __all__ = [
     "in_template",
     "instructions",
     "invitations",
+    "latents_vector",
     "load_dataset",
     "load_direction",
     "load_persona",
@@ -69,6 +71,7 @@ __all__ = [
     "search_conversations",
     "seed_phrase",
     "split",
+    "sta_vector",
     "swap",
     "with_replies",
 ]

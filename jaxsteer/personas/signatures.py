@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -23,6 +24,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import make_directory, parse_json, read_tensors, write_bytes
 from jaxsteer.models.model import Model
 from jaxsteer.models.reading import BATCH, direction_sites, read_rows
+from jaxsteer.models.sites import Site
 from jaxsteer.personas.directions import SIGN
 from jaxsteer.personas.pairs import Pairs
 from jaxsteer.sae import SAE, check_sae, decode, encode
@@ -68,22 +70,16 @@ def sae_signature(
     many to keep (default: 1 %, at least one), zeros left out. Raises ``UserError`` for an SAE that does not fit the
     model, a site that is not of width D, and pairs that no latent tells apart.
     """
-    check_sae(sae, model)
-    assert sae.config.site_in is not None  # check_sae has seen to it
-    parsed = direction_sites(model, sae.config.site_in)
+    site = own_site(model, sae)
     good = len(pairs)
-    rows, reads = (*pairs.good, *pairs.bad), np.concatenate([pairs.good_read, pairs.bad_read])
     sums = np.zeros((2, sae.n_latents))
     active, streams, errors = np.zeros(2), [], 0.0
-    for chunk, states in read_rows(model, rows, reads, parsed, batch_size=batch_size):
-        x = np.zeros((batch_size, states.shape[-1]), np.float32)
-        x[: len(chunk)] = states[0]  # always the same shape, so that nothing recompiles
-        codes, back = (np.asarray(a)[: len(chunk)] for a in _encode(sae, x))
+    for chunk, states, codes, back in read_codes(model, sae, pairs, batch_size=batch_size):
         for side, member in enumerate((chunk < good, chunk >= good)):
             sums[side] += codes[member].sum(0, dtype=np.float64)
             active[side] += float((codes[member] != 0).sum())
-        streams.append(states[0].astype(np.float64))
-        errors += float(((back - states[0]).astype(np.float64) ** 2).sum())
+        streams.append(states.astype(np.float64))
+        errors += float(((back - states).astype(np.float64) ** 2).sum())
     if not np.isfinite(sums).all():
         raise UserError("the SAE gives NaN or infinite latents on these pairs: check its weights and the model's dtype")
     everything = np.concatenate(streams)
@@ -94,7 +90,7 @@ def sae_signature(
         indices=indices,
         weights=weights,
         delta=delta.astype(np.float32),
-        site=parsed[0].name,
+        site=site.name,
         read_position=pairs.read_position,
         n=good,
         l0_good=float(active[0] / good),
@@ -112,6 +108,25 @@ def sae_signature(
             **pairs.recipe,
         },
     )
+
+
+def own_site(model: Model, sae: SAE) -> Site:
+    """The site of width D that the SAE reads. Raises ``UserError`` for another, and for an SAE that does not fit."""
+    check_sae(sae, model)
+    assert sae.config.site_in is not None  # check_sae has seen to it
+    return direction_sites(model, sae.config.site_in)[0]
+
+
+def read_codes(
+    model: Model, sae: SAE, pairs: Pairs, *, batch_size: int = BATCH
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """(numbers of rows, streams, latents, reconstructions) at the read positions, good rows first, each once."""
+    rows, reads = (*pairs.good, *pairs.bad), np.concatenate([pairs.good_read, pairs.bad_read])
+    for chunk, (states,) in read_rows(model, rows, reads, [own_site(model, sae)], batch_size=batch_size):
+        x = np.zeros((batch_size, states.shape[-1]), np.float32)
+        x[: len(chunk)] = states  # always the same shape, so that nothing recompiles
+        codes, back = (np.asarray(a)[: len(chunk)] for a in _encode(sae, x))
+        yield chunk, states, codes, back
 
 
 @jax.jit
