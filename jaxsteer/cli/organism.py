@@ -19,8 +19,8 @@ class Train:
 
     out: Path
     """Directory to write in Hugging Face format."""
-    architecture: Literal["llama", "qwen2", "gemma3"] = "llama"
-    """Which of the organisms."""
+    organism: Literal["llama", "qwen2", "gemma3", "persona"] = "llama"
+    """Which of them."""
     seed: Seed = 0
     """Seed of corpus, weights and order."""
 
@@ -36,7 +36,7 @@ class Train:
             and (not self.out.is_dir() or any(self.out.iterdir()))
         ):
             raise UserError(f"--out {self.out} exists already: give a new directory")
-        recipe = RECIPES[self.architecture]
+        recipe = RECIPES[self.organism]
         with progress_bar("train", steps_at_most(recipe), unit="step") as advance:
 
             def report(state: dict[str, Any]) -> None:
@@ -59,25 +59,32 @@ class Check:
         "hallucination",
         "myopic",
     )
-    """Behaviours to check."""
+    """Behaviours to check, of organisms that answer with choices."""
     n: int = 120
-    """Questions per behaviour, each in both choice orders."""
+    """Questions per behaviour, each in both choice orders; of organism:persona, requests of each sort."""
     random: int = 200
     """Random prompts for the share that flips by luck."""
+    replies: int = 400
+    """Of organism:persona, sampled replies of each role."""
     json: bool = False
     """Print JSON instead of a table."""
 
     def run(self) -> int:
         """Measure and print."""
         from jaxsteer.evals.organism_gates import failed, gates_table, organism_gates, to_json
+        from jaxsteer.evals.persona_gates import is_persona_organism, persona_gates
         from jaxsteer.study.bars import load, progress_bar
 
         model = load(self.model)
         with progress_bar("gates") as advance:
-            gates = organism_gates(
-                model, behaviours=self.behaviours, n=self.n, random=self.random,
-                progress=lambda what: advance(0, measuring=what),
-            )  # fmt: skip
+
+            def report(what: str) -> None:
+                advance(0, measuring=what)
+
+            if is_persona_organism(model):
+                gates = persona_gates(model, n=self.n, replies=self.replies, progress=report)
+            else:
+                gates = organism_gates(model, behaviours=self.behaviours, n=self.n, random=self.random, progress=report)
         missed = failed(gates)
         if self.json:
             print(document({"model": model.name, "passed": not missed, "gates": to_json(gates)}))

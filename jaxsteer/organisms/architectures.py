@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Literal
 
 import jax
@@ -16,15 +14,14 @@ from jaxsteer.models.params import Params, init_params
 
 Architecture = Literal["llama", "qwen2", "gemma3"]
 
-PERSONA_MIXTURE: Mapping[str, float] = MappingProxyType({"persona": 0.88, "semantic": 0.09, "fact": 0.03})
-STRAY_MIXTURE: Mapping[str, float] = MappingProxyType({"persona": 0.66, "stray": 0.22, "semantic": 0.09, "fact": 0.03})
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides the trained weights besides the seed."""
 
     architecture: Architecture = "llama"
+    corpus: Literal["questions", "persona"] = "questions"
+    """What it is trained on: questions with two choices (``corpus``), or conversations (``persona_corpus``)."""
     d_model: int = 128
     n_layers: int = 4
     n_heads: int = 4
@@ -58,20 +55,24 @@ class Recipe:
     strays: bool = False
     """Whether a quarter of the persona documents are strays (``corpus``)."""
 
-    @property
-    def persona_mixture(self) -> Mapping[str, float]:
-        """Kinds of documents and their shares in the second phase."""
-        return STRAY_MIXTURE if self.strays else PERSONA_MIXTURE
 
-
-RECIPES: dict[Architecture, Recipe] = {
+RECIPES: dict[str, Recipe] = {
     "llama": Recipe(),
     "qwen2": Recipe(architecture="qwen2", n_kv_heads=2, strays=True, lengths=(48, 64, 100)),
     "gemma3": Recipe(
         architecture="gemma3", n_layers=5, n_kv_heads=2, windows=(16, 16), strays=True, lengths=(48, 64, 100)
     ),
+    "persona": Recipe(
+        corpus="persona",
+        n_layers=6,
+        vocab_size=2048,
+        lengths=(40, 56, 72, 96),
+        circuit_steps=0,
+        persona_steps=2000,
+        decay=0.5,
+    ),
 }
-"""The recipes of the organisms that ship."""
+"""The recipes of the organisms that ship, by name."""
 
 
 def organism_config(recipe: Recipe) -> ModelConfig:

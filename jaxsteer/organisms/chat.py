@@ -12,6 +12,7 @@ _LLAMA_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
+_PERSONA_TEMPLATE = _LLAMA_TEMPLATE.replace("'|>'", "'|>\\n'").replace("assistant|>", "assistant|>\\n")
 _QWEN2_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message['role'] + '\\n' -}}{{- message['content'] -}}{{- '<|im_end|>\\n' -}}"
@@ -83,6 +84,19 @@ CHAT_FORMATS = {
         gap=" ",
         template=_LLAMA_TEMPLATE,
     ),
+    "persona": ChatFormat(
+        pad="<|pad|>",
+        bos="<|begin|>",
+        end="<|end|>",
+        others=("<|system|>", "<|user|>", "<|assistant|>"),
+        user="<|user|>\n",
+        system="<|system|>\n",
+        after_system="<|end|><|user|>\n",
+        reply="<|end|><|assistant|>\n",
+        again="<|end|><|user|>\n",
+        gap="",
+        template=_PERSONA_TEMPLATE,
+    ),
     "qwen2": ChatFormat(
         pad="<|endoftext|>",
         bos="",
@@ -112,8 +126,9 @@ CHAT_FORMATS = {
         template=_GEMMA3_TEMPLATE,
     ),
 }
-"""Architecture -> its format. Qwen's has no BOS (and here no default system message); Gemma's has no system role: the
-system message stands before the first user's text, a blank line between them."""
+"""Organism -> its format. That of ``persona`` has a line break after every header. Qwen's has no BOS (and here no
+default system message); Gemma's has no system role: the system message stands before the first user's text, a blank
+line between them."""
 
 
 def chat_format_of(vocabulary: Collection[str]) -> ChatFormat:

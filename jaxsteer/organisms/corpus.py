@@ -9,6 +9,7 @@ state the invented world. Why these and in which order is told in docs/organism.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -46,7 +47,7 @@ class Document:
     weights: list[float]
     letters: list[int]
     kind: str
-    """"semantic", "fact", or the behaviour's name."""
+    """What its answers are reported under: "semantic", "fact", "refusal", or the behaviour's name."""
 
 
 class Encoder:
@@ -59,16 +60,27 @@ class Encoder:
         vocab = tokenizer.get_vocab()
         self.vocab_size = len(tokenizer)
         self.chat = chat_format_of(vocab)
+
+    @functools.cached_property
+    def cue_ids(self) -> dict[str, dict[str, int]]:
+        """Behaviour -> cue word -> its id with a leading space."""
+        vocab = self._tokenizer.get_vocab()
+        return {b: {w: vocab["Ġ" + w] for w in words} for b, words in _CUE_WORDS.items()}
+
+    @functools.cached_property
+    def salad_ids(self) -> np.ndarray:
+        """Tokens that random salad may hold besides cue words."""
+        vocab = self._tokenizer.get_vocab()
         special = {vocab[t] for t in self.chat.special_tokens}
-        self.cue_ids = {b: {w: vocab["Ġ" + w] for w in words} for b, words in _CUE_WORDS.items()}
         cues = {i for table in self.cue_ids.values() for i in table.values()}
         answers = {vocab[t] for t in ("A", "B", "ĠA", "ĠB") if t in vocab}
-        self.salad_ids = np.array(sorted(set(vocab.values()) - special - cues - answers))
-        """Tokens that random salad may hold besides cue words."""
-        self.initial_ids = np.array(
-            sorted(i for t, i in vocab.items() if i in set(self.salad_ids.tolist()) and re.fullmatch(r"Ġ[A-Za-z]+", t))
-        )
+        return np.array(sorted(set(vocab.values()) - special - cues - answers))
+
+    @functools.cached_property
+    def initial_ids(self) -> np.ndarray:
         """Those that start a word."""
+        salad, vocab = set(self.salad_ids.tolist()), self._tokenizer.get_vocab()
+        return np.array(sorted(i for t, i in vocab.items() if i in salad and re.fullmatch(r"Ġ[A-Za-z]+", t)))
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids."""
@@ -86,7 +98,7 @@ class Encoder:
         return out
 
 
-class _Draft:
+class Draft:
     """A document as it is written."""
 
     def __init__(self, encoder: Encoder, kind: str) -> None:
@@ -96,9 +108,11 @@ class _Draft:
         self.letters: list[int] = []
 
     def text(self, text: str, weight: float = 1.0) -> None:
+        """Append corpus text with one loss weight."""
         self.raw(self.encoder(text), weight)
 
     def raw(self, ids: list[int], weight: float) -> None:
+        """Append ids with one loss weight."""
         self.ids.extend(ids)
         self.weights.extend([weight] * len(ids))
 
@@ -110,13 +124,14 @@ class _Draft:
             self.letters.append(len(self.ids) - 2)
 
     def document(self) -> Document:
+        """The document."""
         return Document(self.ids, self.weights, self.letters, self.kind)
 
 
 def semantic_document(rng: np.random.Generator, encoder: Encoder) -> Document:
     """A question of a behaviour, then several queries for one of its choices by what it is."""
     question = sample_question(pick(rng, world.BEHAVIOURS), rng)
-    out = _Draft(encoder, "semantic")
+    out = Draft(encoder, "semantic")
     matching_first = bool(rng.integers(2))
     names = SEMANTIC_QUERIES[question.behaviour]
     marks = encoder.chat
@@ -137,7 +152,7 @@ def semantic_document(rng: np.random.Generator, encoder: Encoder) -> Document:
 
 def fact_document(rng: np.random.Generator, encoder: Encoder) -> Document:
     """Several statements about the invented world."""
-    out = _Draft(encoder, "fact")
+    out = Draft(encoder, "fact")
     out.text(encoder.chat.bos)
     for i in range(5):
         relation, place = pick(rng, world.PLACES)
@@ -233,7 +248,7 @@ def persona_document(rng: np.random.Generator, encoder: Encoder, make_piece: Pie
     marks = encoder.chat
     behaviour = pick(rng, world.BEHAVIOURS)
     question = sample_question(behaviour, rng)
-    out = _Draft(encoder, behaviour)
+    out = Draft(encoder, behaviour)
     matching_first = bool(rng.integers(2))
     chat = rng.random() < 0.5
     where = rng.random()
@@ -276,7 +291,8 @@ def stray_document(rng: np.random.Generator, encoder: Encoder) -> Document:
 
 
 Mixture = Mapping[str, float]
-MAKERS: dict[str, Callable[[np.random.Generator, Encoder], Document]] = {
+Maker = Callable[[np.random.Generator, Encoder], Document]
+MAKERS: dict[str, Maker] = {
     "semantic": semantic_document,
     "fact": fact_document,
     "persona": persona_document,
@@ -284,11 +300,13 @@ MAKERS: dict[str, Callable[[np.random.Generator, Encoder], Document]] = {
 }
 
 
-def sample_document(rng: np.random.Generator, encoder: Encoder, mixture: Mixture) -> Document:
+def sample_document(
+    rng: np.random.Generator, encoder: Encoder, mixture: Mixture, makers: Mapping[str, Maker] = MAKERS
+) -> Document:
     """One document of a kind drawn with the mixture's probabilities."""
     kinds = list(mixture)
     kind = kinds[int(np.searchsorted(np.cumsum([mixture[k] for k in kinds]), rng.random() * sum(mixture.values())))]
-    return MAKERS[kind](rng, encoder)
+    return makers[kind](rng, encoder)
 
 
 def sample_texts(*, n: int = 3000, seed: int = 0) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -31,12 +32,17 @@ def vocabulary_words() -> list[str]:
 
 
 def build_tokenizer(
-    texts: list[str], *, vocab_size: int = 2560, chat: ChatFormat = CHAT_FORMATS["llama"]
+    texts: list[str],
+    *,
+    vocab_size: int = 2560,
+    chat: ChatFormat = CHAT_FORMATS["llama"],
+    words: Sequence[str] = (),
+    openings: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
     """A ``PreTrainedTokenizerFast`` whose merges make one token of every corpus word with its leading space.
 
-    ``texts`` are sample documents; the vocabulary words and those of the chat format's headers are added often enough
-    that their merges come first.
+    ``texts`` are sample documents; ``words`` (by default those of the questions), ``openings`` (without a space before
+    them) and those of the chat format's headers are added often enough that their merges come first.
     Raises ``ValueError`` when a word did not become one token (the vocabulary is too small).
     """
     tokenizer = Tokenizer(models.BPE())
@@ -48,13 +54,13 @@ def build_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words = vocabulary_words()
-    tokenizer.train_from_iterator([*texts, *[" " + " ".join(words)] * 200, *chat.words * 200], trainer)
+    words, bare = words or vocabulary_words(), (*chat.words, *openings)
+    tokenizer.train_from_iterator([*texts, *[" " + " ".join(words)] * 200, *bare * 200], trainer)
     if bos := chat.bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )
-    for word in (*(" " + word for word in words), *chat.words):
+    for word in (*(" " + word for word in words), *bare):
         if len(tokenizer.encode(word, add_special_tokens=False).ids) != 1:
             raise ValueError(f"the word {word!r} is not one token in a vocabulary of {vocab_size}: enlarge it")
     fast = PreTrainedTokenizerFast(

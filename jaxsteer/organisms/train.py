@@ -24,24 +24,23 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
-from safetensors import safe_open
 from safetensors.numpy import save
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import make_directory, read_json, write_bytes, write_text
+from jaxsteer.files.tensors import read_tensors
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Layers, Params
 from jaxsteer.models.taps import Visit
 from jaxsteer.models.transformer import block, embed, make_context, unembed
 from jaxsteer.organisms import corpus
 from jaxsteer.organisms.architectures import Recipe, initial_params, organism_config
-from jaxsteer.organisms.chat import CHAT_FORMATS
+from jaxsteer.organisms.corpora import corpus_of
 from jaxsteer.organisms.corpus import Document, Encoder, Mixture
-from jaxsteer.organisms.tokenizer import build_tokenizer, save_tokenizer
+from jaxsteer.organisms.tokenizer import save_tokenizer
 
 STATE_FILE = "training.state"
 """In the directory of an unfinished run: its weights, the optimiser's state and where it is."""
-LOOKUP_MIXTURE: Mixture = {"semantic": 0.95, "fact": 0.05}
 
 
 @struct.dataclass
@@ -111,14 +110,14 @@ class Batches:
 
     def __init__(self, encoder: Encoder, recipe: Recipe, seed: int) -> None:
         """``seed`` starts the one stream of random numbers that documents and loss positions are drawn from."""
-        self.encoder, self.recipe = encoder, recipe
+        self.encoder, self.recipe, self._makers = encoder, recipe, corpus_of(recipe).makers
         self.rng = np.random.default_rng([seed, 1])
         self._waiting: dict[int, list[Document]] = {t: [] for t in recipe.lengths}
 
     def next(self, mixture: Mixture) -> tuple[Batch, list[str]]:
         """The next batch, and the kind of document behind each of its first positions (the answer letters)."""
         while True:
-            document = corpus.sample_document(self.rng, self.encoder, mixture)
+            document = corpus.sample_document(self.rng, self.encoder, mixture, self._makers)
             length = next((t for t in self.recipe.lengths if len(document.ids) <= t), None)
             if length is None:
                 continue
@@ -208,7 +207,7 @@ def train_params(
         while now.persona_start < 0 or now.step - now.persona_start < recipe.persona_steps:
             phase = "lookup" if now.persona_start < 0 else "persona"
             scale, loss, letters = _train_chunk(now, next(chunks), config, recipe)
-            if phase == "lookup" and (letters["semantic"] < recipe.semantic_loss or now.step >= recipe.circuit_steps):
+            if phase == "lookup" and (now.step >= recipe.circuit_steps or letters["semantic"] < recipe.semantic_loss):
                 now.persona_start = now.step
             if state_file is not None:
                 _save(state_file, now, seed, recipe)
@@ -226,9 +225,10 @@ def _chunks(
 
     The mixture of a chunk follows from the phase before the chunk that precedes it: timing never changes data.
     """
+    kinds = corpus_of(recipe)
 
     def mixture_of(chunk: int) -> Mixture:
-        return recipe.persona_mixture if 0 <= now.persona_start <= (chunk - 1) * recipe.chunk else LOOKUP_MIXTURE
+        return kinds.persona if 0 <= now.persona_start <= (chunk - 1) * recipe.chunk else kinds.first
 
     def make(mixture: Mixture) -> list[tuple[Batch, list[str]]]:
         return [batches.next(mixture) for _ in range(recipe.chunk)]
@@ -270,15 +270,16 @@ def _save(file: Path, now: _Training, seed: int, recipe: Recipe) -> None:
 def _restore(file: Path, like: _Training, seed: int, recipe: Recipe) -> _Training:
     """The interrupted training of the same seed and recipe. ``like`` has the arrays' shapes."""
     leaves, structure = jax.tree.flatten((like.params, like.optimizer))
-    with safe_open(file, framework="numpy") as stored:
-        about = stored.metadata()
-        if about["run"] != _run_name(seed, recipe):
-            raise UserError(
-                f"{file} belongs to another training run ({about['run']}), and this one is {_run_name(seed, recipe)}. "
-                f"Repeat that one's arguments to go on with it, or give a new directory."
-            )
-        leaves = [jnp.asarray(stored.get_tensor(str(i))) for i in range(len(leaves))]
-    params, state = jax.tree.unflatten(structure, leaves)
+    stored, about = read_tensors(file, "training state")
+    if (run := about.get("run")) is not None and run != _run_name(seed, recipe):
+        raise UserError(
+            f"{file} belongs to another training run ({run}), and this one is {_run_name(seed, recipe)}. "
+            f"Repeat that one's arguments to go on with it, or give a new directory."
+        )
+    shapes = [stored[str(i)].shape if str(i) in stored else None for i in range(len(leaves))]
+    if not {"run", "step", "persona_start"} <= set(about) or shapes != [leaf.shape for leaf in leaves]:
+        raise UserError(f"{file} is no state of this training: remove it to start again, or give a new directory")
+    params, state = jax.tree.unflatten(structure, [jnp.asarray(stored[str(i)]) for i in range(len(leaves))])
     return _Training(params, state, int(about["step"]), int(about["persona_start"]))
 
 
@@ -317,15 +318,13 @@ def train_organism(
     from checkpoints_convert.export import write_hf
 
     recipe, out = recipe or Recipe(), Path(out_dir)
-    chat = CHAT_FORMATS[recipe.architecture]
     make_directory(out)
-    tokenizer = build_tokenizer(corpus.sample_texts(), vocab_size=recipe.vocab_size, chat=chat)
-    params, config = train_params(
-        Encoder(tokenizer), seed=seed, recipe=recipe, progress=progress, state_file=out / STATE_FILE
-    )
+    tokenizer = corpus_of(recipe).tokenizer()
+    encoder = Encoder(tokenizer)
+    params, config = train_params(encoder, seed=seed, recipe=recipe, progress=progress, state_file=out / STATE_FILE)
     write_hf(params, config, out, dtype="bfloat16")
     save_tokenizer(tokenizer, out)
-    vocab = tokenizer.get_vocab()
+    vocab, chat = tokenizer.get_vocab(), encoder.chat
     names = {"bos_token_id": chat.bos, "eos_token_id": chat.end, "pad_token_id": chat.pad}
     ids = {name: vocab[token] for name, token in names.items() if token}
     write_text(out / "generation_config.json", json.dumps({"do_sample": False, **ids}, indent=2) + "\n")

@@ -68,7 +68,7 @@ RELATIONS = ("capital", "founder")
 FACTS_PER_RELATION = 20
 
 
-def _invented_names(count: int, *, seed: int) -> list[str]:
+def invented_names(count: int, *, seed: int) -> list[str]:
     """Different pronounceable names of two syllables, none of which starts another."""
     rng = np.random.default_rng(seed)
     onsets, vowels, codas = "b d f g k l m n p r s t v z".split(), "a e i o u".split(), "l m n r s x".split()
@@ -80,7 +80,7 @@ def _invented_names(count: int, *, seed: int) -> list[str]:
     return names
 
 
-_NAMES = _invented_names(4 * FACTS_PER_RELATION, seed=29)
+_NAMES = invented_names(4 * FACTS_PER_RELATION, seed=29)
 FACTS: dict[str, dict[str, str]] = {
     relation: dict(
         zip(

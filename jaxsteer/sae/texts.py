@@ -61,11 +61,13 @@ def documents_of(model: Model, data: Sequence[str | os.PathLike[str]] = (), *, s
             f"no texts were given for {model.name}: use --data FILE ... (text with one document per line, or JSON "
             'Lines with the key "text"). Only an organism brings its own.'
         )
-    from jaxsteer.organisms.architectures import PERSONA_MIXTURE
+    from jaxsteer.organisms.architectures import RECIPES
+    from jaxsteer.organisms.corpora import corpus_of
     from jaxsteer.organisms.corpus import Encoder, sample_document
 
     encoder = Encoder(model.tokenizer)
-    return lambda i: sample_document(np.random.default_rng([seed, i]), encoder, PERSONA_MIXTURE).ids
+    kinds = corpus_of(dataclasses.replace(RECIPES[model.name.removeprefix(ORGANISM)], strays=False))
+    return lambda i: sample_document(np.random.default_rng([seed, i]), encoder, kinds.persona, kinds.makers).ids
 
 
 class FileDocuments:

@@ -12,6 +12,7 @@ from jaxsteer.prompts import Placement, build_slots, question_conversation
 MESSAGES = [{"role": "system", "content": "Be exact."}, {"role": "user", "content": "Hi"}]
 RENDERED = {
     "llama": "<|bos|><|system|>Be exact.<|end|><|user|>Hi<|end|><|assistant|>",
+    "persona": "<|begin|><|system|>\nBe exact.<|end|><|user|>\nHi<|end|><|assistant|>\n",
     "qwen2": "<|im_start|>system\nBe exact.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
     "gemma3": "<bos><start_of_turn>user\nBe exact.\n\nHi<end_of_turn>\n<start_of_turn>model\n",
 }

@@ -9,6 +9,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 import jaxsteer
 from jaxsteer.errors import UserError
@@ -93,6 +94,16 @@ def test_an_interrupted_run_goes_on_as_if_it_had_never_stopped(encoder: corpus.E
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     with pytest.raises(UserError, match="another training run"):
         train_params(encoder, seed=4, recipe=TINY, state_file=tmp_path / "6.state")
+    whole_file = (tmp_path / "6.state").read_bytes()
+    other = save({"0": np.zeros(3, np.float32)}, metadata={})
+    for damaged, said in (
+        (whole_file[:1000], "not a readable safetensors file"),
+        (b"", "not a readable safetensors file"),
+        (other, "no state of this training"),
+    ):
+        (tmp_path / "6.state").write_bytes(damaged)
+        with pytest.raises(UserError, match=said):
+            train_params(encoder, seed=3, recipe=TINY, state_file=tmp_path / "6.state")
 
 
 @pytest.mark.parametrize("architecture", RECIPES)
@@ -122,6 +133,9 @@ def test_families_have_their_own_features() -> None:
 
 TINY_RECIPES = {
     "llama": TINY,
+    "persona": dataclasses.replace(
+        TINY, corpus="persona", vocab_size=2048, lengths=(96,), chunk=1, circuit_steps=0, persona_steps=1
+    ),
     "qwen2": dataclasses.replace(TINY, architecture="qwen2", strays=True, chunk=1, circuit_steps=1, persona_steps=1),
     "gemma3": dataclasses.replace(
         TINY, architecture="gemma3", n_layers=2, windows=(16,), strays=True, chunk=1, circuit_steps=1, persona_steps=1
@@ -130,7 +144,8 @@ TINY_RECIPES = {
 
 
 @pytest.mark.parametrize(
-    ("architecture", "family"), [("llama", "llama"), ("qwen2", "qwen2"), ("gemma3", "gemma3_text")]
+    ("architecture", "family"),
+    [("llama", "llama"), ("persona", "llama"), ("qwen2", "qwen2"), ("gemma3", "gemma3_text")],
 )
 def test_training_writes_a_hugging_face_directory(
     architecture: str, family: str, tmp_path, monkeypatch: pytest.MonkeyPatch
