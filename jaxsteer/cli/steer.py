@@ -9,6 +9,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import subcommand
 
+from jaxsteer.cli.steering import Steering
+from jaxsteer.errors import UserError
+from jaxsteer.ranges import Positive
 from jaxsteer.study.files import document
 from jaxsteer.study.sweep import SweepOptions
 
@@ -73,10 +76,67 @@ class Norms:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibrate(Steering):
+    """Find the strength at which a vector file changes neutral text by so many nats per token; both signs."""
+
+    model: str = "organism:llama"
+    """organism:NAME (llama, qwen2, gemma3), a converted checkpoint, a Hugging Face directory, .gguf file or hub id."""
+    kl: Positive = 0.1
+    """Mean over neutral tokens of the divergence from the unedited model, nats."""
+    texts: Path | None = None
+    """Text file, one request per line (default: 32 everyday requests; on an organism, sentences of its world)."""
+    style: Literal["chat", "plain"] = "chat"
+    """Chat template of the model, or plain text."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights."""
+    out: Path | None = None
+    """Write the vectors with the strength that was found, of the sign of their own."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> int:
+        """Measure and print."""
+        from jaxsteer.display import aligned
+        from jaxsteer.evals.calibration import calibrate
+        from jaxsteer.prompts import Placement
+        from jaxsteer.steer import save_vectors
+        from jaxsteer.study.bars import load, progress_bar
+        from jaxsteer.study.sweep import read_requests
+
+        if self.steer is None or self.coefficient is not None:
+            raise UserError("give --steer FILE, and no --coefficient: the strength is what is looked for")
+        model = load(self.model, dtype=self.dtype)
+        vectors = self.vectors(model)
+        assert vectors is not None
+        if self.positions is not None:
+            vectors = dataclasses.replace(vectors, positions=self.positions)
+        own = -1 if vectors.coefficient < 0 else 1
+        with progress_bar("strengths", 2) as advance:
+            found = calibrate(
+                model, vectors, self.kl, signs=(own, -own), texts=read_requests(self.texts) if self.texts else (),
+                placement=Placement(style=self.style), progress=advance,
+            )  # fmt: skip
+        if self.json:
+            print(document([one.to_json() for one in found]))
+        else:
+            rows = [(f"{o.coefficient:.4g}", f"{o.kl:.4g}", f"{o.perplexity:.4g}") for o in found]
+            note = f"units: {vectors.coefficient_units}"
+            print(aligned([("coefficient", "KL", "perplexity"), *rows], note=note))
+        if self.out is not None:
+            save_vectors(dataclasses.replace(vectors, coefficient=found[0].coefficient), self.out)
+            print(f"Wrote {self.out}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Steer:
     """Steering: what changing activations along a direction does, and its units."""
 
-    action: Annotated[Sweep, subcommand("sweep")] | Annotated[Norms, subcommand("norms")]
+    action: (
+        Annotated[Sweep, subcommand("sweep")]
+        | Annotated[Norms, subcommand("norms")]
+        | Annotated[Calibrate, subcommand("calibrate")]
+    )
 
     def run(self) -> int:
         """Run the chosen action."""

@@ -11,7 +11,7 @@ from jaxsteer.errors import UserError
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
-    from jaxsteer.steer import Edits
+    from jaxsteer.steer import Edits, Vectors
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,11 @@ class Steering:
     any_weights: bool = False
     """Use the vectors although they were made on other weights."""
 
-    def edits(self, model: Model) -> Edits | None:
-        """What the options ask for, or None. Raises ``UserError`` for a file or sites that do not fit the model."""
+    def vectors(self, model: Model) -> Vectors | None:
+        """The vectors of the file at the sites that are steered, or None without a file.
+
+        Raises ``UserError`` for a file or sites that do not fit the model.
+        """
         if self.steer is None:
             for name in ("steer_sites", "coefficient", "units", "positions"):
                 if getattr(self, name):
@@ -52,6 +55,9 @@ class Steering:
             )  # fmt: skip
         chosen = self.steer_sites or ((vectors.metadata["site"],) if "site" in vectors.metadata else vectors.sites)
         vectors = vectors.at(chosen)
-        if self.units is not None:
-            vectors = dataclasses.replace(vectors, coefficient_units=self.units)
-        return vectors.edits(coefficient=self.coefficient, positions=self.positions)
+        return vectors if self.units is None else dataclasses.replace(vectors, coefficient_units=self.units)
+
+    def edits(self, model: Model) -> Edits | None:
+        """What the options ask for, or None. Raises ``UserError`` as ``vectors``."""
+        vectors = self.vectors(model)
+        return None if vectors is None else vectors.edits(coefficient=self.coefficient, positions=self.positions)

@@ -76,8 +76,9 @@ def calibrate(
         raise UserError(f"calibrate needs a divergence above 0 and signs 1 or -1, got {kl} and {list(signs)}")
     many = [vectors] if isinstance(vectors, Vectors) else list(vectors)
     for one in many:
-        if one.operation not in ("add", "ablate"):
-            raise UserError(f"{one.operation} has no strength to calibrate: its value says where the stream is held")
+        if one.operation not in ("add", "add_keep_norm", "ablate", "scale"):
+            why = "it acts behind a prompt" if one.operation == "cache" else "its value says where the stream is held"
+            raise UserError(f"{one.operation} has no strength to calibrate on neutral text: {why}")
     rows = neutral_rows(model, texts, placement=placement)
     wanted = [(one, sign) for one in many for sign in signs]
     units = np.asarray([_unit(one) for one, _ in wanted])
@@ -115,9 +116,7 @@ def calibrate(
 
 def _unit(vectors: Vectors) -> float:
     """One mean norm of the stream in the vectors' units, about; the file's own coefficient where norms are unknown."""
-    if vectors.operation == "ablate":
-        return 1.0
-    if vectors.coefficient_units == "mean_resid_norm":
+    if vectors.operation in ("ablate", "scale") or vectors.coefficient_units == "mean_resid_norm":
         return 1.0
     ratios = [norm / vectors.norm(site) for site, norm in vectors.mean_resid_norm.items() if vectors.norm(site) > 0]
     return float(np.mean(ratios)) if ratios else abs(vectors.coefficient) or 1.0

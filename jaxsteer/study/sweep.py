@@ -119,7 +119,7 @@ def sweep(options: SweepOptions, *, model: Model | None = None, say: Say = log.i
     persona = load_persona(options.persona)
     if options.direction is None:
         check_cues(persona, options.read_position)
-    texts = _read_lines(options.neutral) if options.neutral else None
+    texts = read_requests(options.neutral) if options.neutral else None
     config = {"data_hash": persona.data_hash, **options.record(), "kind": "sweep"}
     with opened(options.out, config, say) as folder:
         if folder.finished is not None:
@@ -208,12 +208,13 @@ def _check(options: SweepOptions) -> None:
 
 def stream_norms(model: Model, texts: Path | None = None, *, placement: Placement) -> dict[str, float]:
     """Mean norm of the stream after every block on the lines of a file, or on neutral texts: by site."""
-    encoded = _encode(model, _read_lines(texts) if texts else neutral_texts(model), placement)
+    encoded = _encode(model, read_requests(texts) if texts else neutral_texts(model), placement)
     tokens, mask = pad_rows(encoded)
     return mean_norms(model, tokens, [resid_site(layer) for layer in range(model.config.n_layers)], mask)
 
 
-def _read_lines(path: Path) -> tuple[str, ...]:
+def read_requests(path: Path) -> tuple[str, ...]:
+    """The lines of a text file, one request each. Raises ``UserError`` for a file without any."""
     texts = tuple(line.strip() for line in read_text(path).split("\n") if line.strip())
     if not texts:
         raise UserError(f"{path} is empty: expected one request per line.")

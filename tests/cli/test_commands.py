@@ -10,6 +10,7 @@ import pytest
 import jaxsteer
 from jaxsteer.cli import main
 from jaxsteer.cli.demo import told
+from jaxsteer.steer import load_vectors
 from jaxsteer.study.results import Prompt, SearchRun
 from tests.helpers.rates import made_rate
 
@@ -139,6 +140,14 @@ def test_steer_sweep_and_norms(
     assert main(["steer", "norms", "--model", str(model_dir), "--texts", str(tmp_path / "neutral.txt"), "--json"]) == 0
     norms = json.loads(capsys.readouterr().out)
     assert list(norms) == [f"blocks.{i}.hook_resid_post" for i in range(len(norms))] and min(norms.values()) > 0
+    argv = ["steer", "calibrate", "--model", model_dir, "--steer", tmp_path / "s" / "direction.safetensors"]
+    argv += ["--steer-sites", "blocks.1.hook_resid_post", "--kl", 0.05, "--texts", tmp_path / "neutral.txt"]
+    assert main([str(a) for a in [*argv, "--out", tmp_path / "c.safetensors", "--json"]]) == 0
+    first, second = json.loads(capsys.readouterr().out.partition("Wrote")[0])
+    assert first["kl"] == pytest.approx(0.05, rel=0.04) and first["coefficient"] > 0 > second["coefficient"]
+    assert load_vectors(tmp_path / "c.safetensors").coefficient == first["coefficient"]
+    assert main([str(a) for a in [*argv, "--coefficient", 1]]) == 2
+    assert "is what is looked for" in capsys.readouterr().err
 
 
 def test_convert(model_dir: Path, tmp_path: Path) -> None:
