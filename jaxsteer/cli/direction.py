@@ -81,10 +81,52 @@ class Show:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """Vectors of a trait from answers under instructions for and against it, as a judge scores them."""
+
+    trait: Positional[Path]
+    """Trait file of persona_vectors' layout: instruction, questions, eval_prompt."""
+    out: Path
+    """Directory for answers and scores as they come, and for the vectors; what was cut off there goes on."""
+    judge: str
+    """OpenAI-compatible address of the judge, e.g. http://127.0.0.1:8000/v1."""
+    judge_model: str = ""
+    """Name of the judge there (default: the first that it lists)."""
+    model: str = "organism:llama"
+    """organism:NAME, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
+    samples: int = 1
+    """Answers to each question under each instruction: greedy for one, else drawn at temperature 1."""
+    max_new_tokens: int = 256
+    """Longest answer."""
+    least: int = 10
+    """Pairs that have to be left after the judge's scores."""
+    seed: Seed = 0
+    """Seed of what is drawn."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> int:
+        """Write, judge, read and print."""
+        from jaxsteer.study.rollouts import persona_rollouts
+        from jaxsteer.writers.endpoint import Endpoint
+
+        found = persona_rollouts(
+            self.model, self.trait, Endpoint(url=self.judge, model=self.judge_model), out=self.out,
+            samples=self.samples, max_new_tokens=self.max_new_tokens, least=self.least, seed=self.seed,
+        ).result  # fmt: skip
+        print(document(found.to_json()) if self.json else f"{found.table()}\n\nWrote vectors to {self.out}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Direction:
     """Directions of a persona in a model."""
 
-    action: Annotated[Probe, subcommand("probe")] | Annotated[Show, subcommand("show")]
+    action: (
+        Annotated[Probe, subcommand("probe")]
+        | Annotated[Rollouts, subcommand("rollouts")]
+        | Annotated[Show, subcommand("show")]
+    )
 
     def run(self) -> int:
         """Run the chosen action."""

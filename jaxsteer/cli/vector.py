@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg, subcommand
 
@@ -95,13 +95,42 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Project(_Source):
+    """Project replies on vectors: how far each lies along them, in the mean over its tokens."""
+
+    replies: Path
+    """CSV, JSON Lines or JSON: rows with prompt (or question) and answer (or response), or with messages."""
+    out: Path
+    """CSV file to write: the rows' columns, and one for each site; it must not exist."""
+    model: str = "organism:llama"
+    """organism:NAME, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
+    average: Literal["response_avg", "prompt_avg", "prompt_last"] = "response_avg"
+    """What is read: the mean over the reply, over the prompt, or the prompt's last token."""
+    any_weights: bool = False
+    """Use the vectors although they were made on other weights."""
+
+    def run(self) -> int:
+        """Read, write and print the means."""
+        from jaxsteer.study.bars import load
+        from jaxsteer.study.projection import project_file
+
+        _new(self.out)
+        vectors = self.read()
+        model = load(self.model)
+        print(project_file(model, vectors, self.replies, self.out, average=self.average, any_weights=self.any_weights))
+        print(f"\nWrote {self.out}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Vector:
-    """Files of steering vectors: look into them, import those of other tools, export for llama.cpp."""
+    """Files of steering vectors: look into them, import, export for llama.cpp, project replies on them."""
 
     action: (
         Annotated[Show, subcommand("show")]
         | Annotated[Import, subcommand("import")]
         | Annotated[Export, subcommand("export")]
+        | Annotated[Project, subcommand("project")]
     )
 
     def run(self) -> int:

@@ -77,14 +77,13 @@ def mean_difference(
     n = len(pairs)
     sums = np.zeros((len(parsed), len(weights), model.config.d_model))
     norms, done = np.zeros(len(parsed)), 0
-    rows, reads = (*pairs.good, *pairs.bad), np.concatenate([pairs.good_read, pairs.bad_read])
-    for chunk, states in read_rows(model, rows, reads, parsed, batch_size=batch_size):
+    for chunk, states in read_rows(model, pairs.rows, pairs.reads, parsed, batch_size=batch_size):
         wide = states.astype(np.float64)
         sums += np.einsum("kb,sbd->skd", weights[:, chunk], wide)
         norms += np.linalg.norm(wide, axis=-1).sum(-1)
         done += len(chunk)
         if progress is not None:
-            progress(done, len(rows))
+            progress(done, 2 * n)
     if not np.isfinite(sums).all():
         raise UserError("the model gives NaN or infinite activations on these pairs: check its weights and dtype")
     names = [site.name for site in parsed]
@@ -142,8 +141,7 @@ def pair_states(
     """float32 streams at sites, read from the good and the bad row of every pair."""
     parsed, n = direction_sites(model, sites), len(pairs)
     found = np.zeros((len(parsed), 2 * n, model.config.d_model), np.float32)
-    rows, reads = (*pairs.good, *pairs.bad), np.concatenate([pairs.good_read, pairs.bad_read])
-    for chunk, states in read_rows(model, rows, reads, parsed, batch_size=batch_size):
+    for chunk, states in read_rows(model, pairs.rows, pairs.reads, parsed, batch_size=batch_size):
         found[:, chunk] = states
     return found.reshape(len(parsed), 2, n, -1)
 
@@ -194,13 +192,16 @@ def shuffled(pairs: Pairs, seed: int) -> Pairs:
     rng, numbers = np.random.default_rng(seed), {g: i for i, g in enumerate(dict.fromkeys(pairs.groups))}
     half = rng.permutation(len(numbers)) < (len(numbers) + 1) // 2
     swap = np.asarray([half[numbers[group]] for group in pairs.groups])
-    rows = [(b, g) if s else (g, b) for g, b, s in zip(pairs.good, pairs.bad, swap, strict=True)]
+    both = zip(zip(pairs.good, pairs.good_read, strict=True), zip(pairs.bad, pairs.bad_read, strict=True), strict=True)
+    good, bad = zip(*(pair[::-1] if s else pair for pair, s in zip(both, swap, strict=True)), strict=True)
+    reads = [tuple(read for _, read in side) for side in (good, bad)]
+    good_read, bad_read = map(np.asarray, reads) if isinstance(pairs.good_read, np.ndarray) else reads
     return dataclasses.replace(
         pairs,
-        good=tuple(good for good, _ in rows),
-        bad=tuple(bad for _, bad in rows),
-        good_read=np.where(swap, pairs.bad_read, pairs.good_read),
-        bad_read=np.where(swap, pairs.good_read, pairs.bad_read),
+        good=tuple(row for row, _ in good),
+        bad=tuple(row for row, _ in bad),
+        good_read=good_read,
+        bad_read=bad_read,
         good_letter=("",) * len(pairs),
         recipe={**pairs.recipe, "contrast": f"{pairs.recipe.get('contrast', '')}, labels shuffled by seed {seed}"},
     )

@@ -39,9 +39,9 @@ class Pairs:
     good: tuple[np.ndarray, ...]
     """int32 ids of every good row, one BOS included where the model has one; unpadded."""
     bad: tuple[np.ndarray, ...]
-    good_read: Int[np.ndarray, " n"]
-    """The read position in every good row, an index into it."""
-    bad_read: Int[np.ndarray, " n"]
+    good_read: Int[np.ndarray, " n"] | tuple[np.ndarray, ...]
+    """The read position in every good row, an index into it; or a mask over its tokens, whose mean is read."""
+    bad_read: Int[np.ndarray, " n"] | tuple[np.ndarray, ...]
     good_letter: tuple[str, ...]
     """The answer label in the good row, or "" where rows hold no answer or one in words."""
     groups: tuple[str, ...]
@@ -52,6 +52,18 @@ class Pairs:
     def __len__(self) -> int:
         """Number of pairs n."""
         return len(self.good)
+
+    @property
+    def rows(self) -> tuple[np.ndarray, ...]:
+        """All rows, the good ones first."""
+        return (*self.good, *self.bad)
+
+    @property
+    def reads(self) -> Int[np.ndarray, " m"] | list[np.ndarray]:
+        """Where each of ``rows`` is read."""
+        if isinstance(self.good_read, np.ndarray):
+            return np.concatenate([self.good_read, self.bad_read])
+        return [*self.good_read, *self.bad_read]
 
 
 def both_orders(items: Sequence[Item]) -> Iterator[tuple[int, Item]]:

@@ -121,8 +121,7 @@ def read_codes(
     model: Model, sae: SAE, pairs: Pairs, *, batch_size: int = BATCH
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """(numbers of rows, streams, latents, reconstructions) at the read positions, good rows first, each once."""
-    rows, reads = (*pairs.good, *pairs.bad), np.concatenate([pairs.good_read, pairs.bad_read])
-    for chunk, (states,) in read_rows(model, rows, reads, [own_site(model, sae)], batch_size=batch_size):
+    for chunk, (states,) in read_rows(model, pairs.rows, pairs.reads, [own_site(model, sae)], batch_size=batch_size):
         x = np.zeros((batch_size, states.shape[-1]), np.float32)
         x[: len(chunk)] = states  # always the same shape, so that nothing recompiles
         codes, back = (np.asarray(a)[: len(chunk)] for a in _encode(sae, x))

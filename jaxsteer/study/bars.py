@@ -66,6 +66,11 @@ def progress_bar(what: str, total: float | None = None, *, unit: str = "it", qui
         bar.close()
 
 
+def behind(advance: Advance, before: float, done: float, total: float) -> None:
+    """Move the bar of several parts by what is done of one, which has ``before`` ahead of it."""
+    advance(before + done)
+
+
 def line(what: str, done: float, total: float | None, seconds: float) -> str:
     """Progress as a line of a log."""
     spent = tqdm.format_interval(seconds)

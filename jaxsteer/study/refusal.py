@@ -36,10 +36,10 @@ from jaxsteer.models.taps import Intervention
 from jaxsteer.personas.requests import KINDS, Requests, check_templates, in_template
 from jaxsteer.prompts import Placement
 from jaxsteer.ranges import as_tuple, check_ranges
-from jaxsteer.study.bars import Advance, load, progress_bar
+from jaxsteer.study.bars import behind, load, progress_bar
 from jaxsteer.study.files import JUDGED, append_line, read_lines
 from jaxsteer.study.measure import edits_hash, judge_config
-from jaxsteer.study.results import Result, Unfinished
+from jaxsteer.study.results import KEPT, Result, Unfinished
 from jaxsteer.study.run_folder import opened
 from jaxsteer.writers.judge import Rubric, judge, require_scores
 from jaxsteer.writers.writer import Writer
@@ -336,7 +336,7 @@ class _Bench:
                     (known[attack, edit],) = ask(
                         model, self.asked(attack), [self.attacks[attack][0]], placement=options.placement,
                         max_new_tokens=options.max_new_tokens, edits=self.edits.get(edit),
-                        progress=partial(_behind, advance, at * n),
+                        progress=partial(behind, advance, at * n),
                     )  # fmt: skip
                     if log is not None:
                         append_line(log, {"row": [attack, edit], "replies": known[attack, edit]})
@@ -362,12 +362,7 @@ class _Bench:
                         kinds.append(dataclasses.replace(one, judged=found))
                     require_scores(*(one.judged for one in kinds if one.judged))
             except UserError as error:
-                where = "" if log is None else f"What came is kept in {log.parent}: the same command goes on."
+                where = "" if log is None else KEPT.format(log.parent)
                 raise Unfinished(str(error), dataclasses.replace(result, rows=tuple(rows)), where) from error
             rows[at] = dataclasses.replace(row, kinds=tuple(kinds))
         return dataclasses.replace(result, rows=tuple(rows))
-
-
-def _behind(advance: Advance, before: int, done: int, total: int) -> None:
-    """Move a bar of several parts by what is done of one."""
-    advance(before + done)

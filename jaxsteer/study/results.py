@@ -53,6 +53,9 @@ class Result(Record):
         return f"<pre>{html.escape(self.table())}</pre>"
 
 
+KEPT = "What came is kept in {}: the same command goes on."
+
+
 class Unfinished(UserError):
     """The judge gave no answer. ``result`` holds what was measured before."""
 

@@ -116,15 +116,17 @@ def judge(
     max_tokens: int = 16,
     draws: int = 2000,
     log: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Judged:
     """Let ``writer`` score every answer at temperature 0; ``facts`` fill the rubric's template, answer by answer.
 
     ``groups`` names the question of every answer. ``log`` is a file that takes every reply as it comes; what stands
-    there is not asked for again. Raises ``UserError`` when the writer gives no reply.
+    there is not asked for again. ``progress(done, total)`` counts replies. Raises ``UserError`` when the writer gives
+    no reply.
     """
     requests = [[{"role": "user", "content": rubric.template.format(**named)}] for named in facts]
     name = writer.name  # an endpoint that is not there fails here
-    replies = _replies(writer, requests, max_tokens, log)
+    replies = _replies(writer, requests, max_tokens, log, progress)
     scores = [rubric.read(reply, rubric.scale) for reply in replies]
     known = np.asarray([score for score in scores if score is not None], np.float64)
     if scores and not len(known):
@@ -158,18 +160,26 @@ def require_scores(*found: Judged) -> None:
         )
 
 
-def _replies(writer: Writer, requests: Sequence[Messages], max_tokens: int, log: Path | None) -> list[str]:
+def _replies(
+    writer: Writer,
+    requests: Sequence[Messages],
+    max_tokens: int,
+    log: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> list[str]:
     """The writer's replies, without those that stand in the log; all that came are there when the writer fails."""
-    if log is None:
-        return writer.reply_each(requests, max_tokens=max_tokens)
     keys = [hashlib.sha256(json.dumps([writer.name, max_tokens, *asked]).encode()).hexdigest() for asked in requests]
-    known: dict[str, str] = from_first(lambda: _logged(log))
+    known: dict[str, str] = {} if log is None else from_first(lambda: _logged(log))
     missing = {key: asked for key, asked in zip(keys, requests, strict=True) if key not in known}
-    names = list(missing)
+    names, came = list(missing), 0
 
     def keep(i: int, reply: str) -> None:
-        if is_first():
+        nonlocal came
+        came += 1
+        if log is not None and is_first():
             append_text(log, json.dumps({"request": names[i], "reply": reply}) + "\n")
+        if progress is not None:
+            progress(len(keys) - len(names) + came, len(keys))
 
     found = writer.reply_each(list(missing.values()), max_tokens=max_tokens, keep=keep) if missing else []
     known |= dict(zip(names, found, strict=True))
