@@ -10,9 +10,8 @@ from typing import Any
 from jaxsteer.display import decimals, ends, interval, percent, points
 from jaxsteer.files import write_text
 from jaxsteer.models.model import Model
-from jaxsteer.report.study import FORMAT
 from jaxsteer.report.table_rows import merged
-from jaxsteer.study.files import document
+from jaxsteer.study.files import TABLE_FORMAT, document
 from jaxsteer.study.measurement import Measured
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.results import Prompt, SearchRun
@@ -40,7 +39,7 @@ def write_results(
     """results.json and table.md of all characters and goals, and of the searches along lettered choices."""
     shown = page(model.name, blocks, letters)
     whole = {
-        "format": FORMAT,
+        "format": TABLE_FORMAT,
         "title": f"Characters of {model.name}",
         "quick": settings["quick"],
         "settings": dict(settings),

@@ -13,6 +13,7 @@ from jaxsteer.cli.steering import Steering
 from jaxsteer.errors import UserError
 from jaxsteer.ranges import Positive
 from jaxsteer.study.files import document
+from jaxsteer.study.steer_compare import CompareOptions
 from jaxsteer.study.sweep import SweepOptions
 
 
@@ -42,6 +43,24 @@ class Sweep(SweepOptions):
                 *["--plain"] * (self.style == "plain"),
             ]
             print(f"Steer by the chosen setting: {shlex.join(command)} 'Your question'")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare(CompareOptions):
+    """Make a persona's vectors by every method and measure them at equal disturbance, with controls."""
+
+    def run(self) -> int:
+        """Compare, draw and print the tables."""
+        from jaxsteer.display import write_figure
+        from jaxsteer.study.bars import say
+        from jaxsteer.study.steer_compare import FIGURE, VECTORS, compare
+
+        options = CompareOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(CompareOptions)})
+        found = compare(options, say=say)
+        drawn = write_figure(self.out / FIGURE, found.plot())
+        print(f"\n{found.table()}\n\nEffect against disturbance: {drawn}\nVector files: {self.out / VECTORS}")
+        print(f"Page: {shlex.join(['jaxsteer', 'report', str(self.out)])}")
         return 0
 
 
@@ -130,12 +149,13 @@ class Calibrate(Steering):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Steer:
-    """Steering: what changing activations along a direction does, and its units."""
+    """Steering: what changing activations along a direction does, which vectors do most, and their units."""
 
     action: (
         Annotated[Sweep, subcommand("sweep")]
-        | Annotated[Norms, subcommand("norms")]
+        | Annotated[Compare, subcommand("compare")]
         | Annotated[Calibrate, subcommand("calibrate")]
+        | Annotated[Norms, subcommand("norms")]
     )
 
     def run(self) -> int:

@@ -18,14 +18,13 @@ from jaxsteer.report.problems import problem_lines, read_problems
 from jaxsteer.report.run_files import is_run, read_lines, read_object, read_result
 from jaxsteer.report.said import ShownTable, SideBySide
 from jaxsteer.report.table_rows import Place, persona_of, rows_of_runs
+from jaxsteer.study.files import TABLE_FORMAT
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.run_table import rule_of
 from jaxsteer.study.study_result import Study
 from jaxsteer.study.table_row import TableRow, not_complete
 
 PARETO, PROGRESS = "pareto.jsonl", "progress.jsonl"
-FORMAT = "jaxsteer.study/1"
-"""Of results.json, the table that a script over many searches writes (docs/report.md)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,7 +208,7 @@ def _table(path: Path) -> dict[str, Any] | None:
     if not found.exists() or not read_text(found).lstrip().startswith("{"):
         return None
     table = read_object(found)
-    return table if table is not None and table.get("format") == FORMAT else None
+    return table if table is not None and table.get("format") == TABLE_FORMAT else None
 
 
 def _study(path: Path) -> Study | None:

@@ -20,6 +20,8 @@ JUDGED = "judged.jsonl"
 STATE, PROBED = "search-state", "probe-state"
 """Directories of what a search and a probe that are cut off need to go on."""
 FORMAT = "jaxsteer.run/1"
+TABLE_FORMAT = "jaxsteer.study/1"
+"""Of results.json, the table of many searches or methods (docs/report.md)."""
 
 RunDir = str | Path
 """Where the files of a run go: a directory, or the URL of a place in an object store, which stays a text (a path would

@@ -1,0 +1,191 @@
+"""What a comparison of steering vectors found: every method at equal disturbance, with controls and predictors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from jaxsteer.display import aligned, decimals, interval, percent, wrapped
+from jaxsteer.evals.free_answers import ILLUSION, WrittenRates, is_illusion
+from jaxsteer.evals.rates import Rate
+from jaxsteer.evals.steerability import Steerability
+from jaxsteer.files.records import Record
+from jaxsteer.ranges import CountFrom0
+from jaxsteer.study.results import Result, Timing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WAYS = {1: "away", -1: "towards"}
+"""Of a push, by its sign: from the persona, or to it."""
+PREDICTORS = {
+    "agreement": "agreement", "separability": "d'", "auroc": "AUROC", "split_half_cosine": "split-half",
+    "cosine": "cosine to the mean difference",
+}  # fmt: skip
+"""What is known of a vector before it steers, by its heading."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Push(Record):
+    """One strength of a vector, on test questions."""
+
+    strength: float
+    """In units of the strength that was calibrated, with the sign of the push: 1 is away from the persona."""
+    coefficient: float
+    """In mean norms of the stream."""
+    kl: float
+    """On neutral text, nats per token."""
+    perplexity: float
+    rate: Rate
+    replies: WrittenRates | None = None
+    """What is written freely, where answers are replies; at the calibrated strengths."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparedVector(Record):
+    """One method's vector at the site that validation questions chose."""
+
+    method: str
+    site: str
+    control: bool = False
+    predictors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """On validation questions: agreement, separability, auroc; split_half_cosine of train questions; cosine to the mean
+    difference at the same site."""
+    steerability: Steerability
+    contexts: Mapping[str, Steerability] = dataclasses.field(default_factory=dict)
+    """Under other prompts, and on other data."""
+    pushes: tuple[Push, ...]
+
+    def at(self, strength: float) -> Push | None:
+        """The push of this strength."""
+        return next((push for push in self.pushes if push.strength == strength), None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison(Result):
+    """Methods of steering side by side; metrics.json is its serialised form."""
+
+    kind: str = "comparison"
+    model: str
+    fingerprint: str
+    persona: str
+    goal: str = "reduce"
+    kl: float
+    """The disturbance that strength 1 and -1 are calibrated to, nats per token of neutral text."""
+    read_position: str
+    baseline: Rate
+    """Without steering."""
+    baseline_replies: WrittenRates | None = None
+    vectors: tuple[ComparedVector, ...]
+    questions: CountFrom0
+    neutral_tokens: CountFrom0
+    timing: Timing
+    environment: Mapping[str, Any]
+
+    @property
+    def in_words(self) -> bool:
+        """Whether the result is what is written freely."""
+        return self.baseline_replies is not None
+
+    def row(self, vector: ComparedVector, sign: int) -> dict[str, str]:
+        """A method's push of one sign, in cells by heading."""
+        push = vector.at(float(sign))
+        if push is None:
+            return {}
+        replies, margin = push.replies, push.rate.margin_difference
+        mark = "~" * (self.in_words and is_illusion(push.rate, replies))
+        cells = {
+            "method": vector.method + " (control)" * vector.control,
+            "site": vector.site.replace("hook_", ""),
+            "push": WAYS[sign],
+            "strength": f"{push.coefficient:.2f}",
+            "KL": f"{push.kl:.2f}",
+            "rate": interval(push.rate) + mark,
+            "margin": "-" if margin is None else decimals(margin.value, 2),
+        }
+        if self.in_words:
+            cells["free replies"] = "-" if replies is None or replies.rate is None else interval(replies)
+            cells["distinct 3-grams"] = "-" if replies is None else percent(replies.distinct_3)
+        return cells
+
+    def facts(self, vector: ComparedVector) -> dict[str, str]:
+        """What is known of a method's vector and how questions follow it, in cells by heading."""
+        found, slope = vector.steerability, vector.steerability.slope
+        ends = "" if slope.ci95 is None else f" ({slope.ci95[0]:.2f} to {slope.ci95[1]:.2f})"
+        return {
+            "method": vector.method,
+            **{head: decimals(vector.predictors.get(name, math.nan), 2) for name, head in PREDICTORS.items()},
+            "slope": f"{slope.value:.2f}{ends}",
+            "spread": f"{found.spread:.2f}",
+            "against": percent(found.anti),
+            **{name: decimals(other.slope.value, 2) for name, other in vector.contexts.items()},
+        }
+
+    def tables(self) -> dict[str, list[dict[str, str]]]:
+        """Cells of the tables by title."""
+        pushed = [row for vector in self.vectors for sign in (1, -1) if (row := self.row(vector, sign))]
+        none = {name: "" for name in pushed[0]} if pushed else {}
+        none |= {"method": "no steering", "KL": "0", "rate": interval(self.baseline)}
+        if self.baseline_replies is not None:
+            none |= {"free replies": interval(self.baseline_replies)}
+            none["distinct 3-grams"] = percent(self.baseline_replies.distinct_3)
+        return {
+            f"At a KL of {self.kl:g} nats on neutral text": [none, *pushed],
+            "What predicts it, and how questions follow": [self.facts(vector) for vector in self.vectors],
+        }
+
+    def table(self) -> str:
+        """Both tables for the terminal."""
+        head = f"Steering vectors for {self.persona} on {self.model}: {self.questions} test questions"
+        parts = [head]
+        for title, rows in self.tables().items():
+            columns = list(dict.fromkeys(name for row in rows for name in row))
+            cells = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+            parts.append(f"{title}\n\n{aligned(cells)}")
+        parts.append(wrapped(self.legend()))
+        return "\n\n".join(parts)
+
+    def legend(self) -> str:
+        """What the headings mean."""
+        illusion = f" ~ {ILLUSION}." if self.in_words else ""
+        return (
+            "Rates are those of the persona, with 95 % intervals over questions. Strength: mean norms of the stream. "
+            "Margin: mean change of the persona's log-odds, nats. Slope: of these log-odds over strength, in nats per "
+            "calibrated strength; below 0 where going along the vector leads away from the persona. Spread: its "
+            f"standard deviation between questions. Against: questions that move against the mean.{illusion}"
+        )
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One row per method and strength."""
+        return [
+            {
+                "method": vector.method,
+                "site": vector.site,
+                **{name: getattr(push, name) for name in ("strength", "coefficient", "kl", "perplexity")},
+                "rate": push.rate.rate,
+                "replies_rate": None if push.replies is None else push.replies.rate,
+                "slope": vector.steerability.slope.value,
+                **{name: vector.predictors.get(name) for name in PREDICTORS},
+            }
+            for vector in self.vectors
+            for push in vector.pushes
+        ]
+
+    def plot(self) -> Figure:
+        """Effect against disturbance, both signs: it need not rise with strength."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
+        for axis, sign in zip(axes, (1, -1), strict=True):
+            for vector in self.vectors:
+                some = sorted((p for p in vector.pushes if p.strength * sign > 0), key=lambda p: abs(p.strength))
+                x, y = [0.0, *(p.kl for p in some)], [self.baseline.rate, *(p.rate.rate for p in some)]
+                axis.plot(x, y, "--o" if vector.control else "-o", label=vector.method, markersize=3, linewidth=1)
+            axis.set(xlabel="KL on neutral text (nats per token)", title=WAYS[sign], ylim=(-0.02, 1.02))
+        axes[0].set_ylabel("rate of the persona")
+        axes[1].legend(fontsize=8)
+        figure.suptitle(f"{self.persona} on {self.model}", fontsize=10)
+        return figure

@@ -1,0 +1,152 @@
+"""Steering vectors of a persona, by every method, from the same train questions.
+
+All point from the persona to its absence, so that adding one reduces the persona, and all are ``Vectors``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+
+from jaxsteer.errors import UserError
+from jaxsteer.evals.choice import encode_answers
+from jaxsteer.models.model import Model
+from jaxsteer.personas import (
+    Direction,
+    Item,
+    Persona,
+    contrast_pairs,
+    diagnose,
+    fit_direction,
+    mean_difference,
+    random_direction,
+    shuffled,
+)
+from jaxsteer.personas.directions import SIGN, to_vectors
+from jaxsteer.personas.pairs import Pairs
+from jaxsteer.prompts import Placement
+from jaxsteer.ranges import Range, Seed
+from jaxsteer.steer import Example, Learning, Vectors, learn_vectors
+
+Method = Literal["mean difference", "pca", "logistic", "ntp", "po", "random", "shuffled labels"]
+FITTED: tuple[Method, ...] = ("mean difference", "pca", "logistic")
+LEARNED: tuple[Method, ...] = ("ntp", "po")
+CONTROLS: tuple[Method, ...] = ("random", "shuffled labels")
+METHODS: tuple[Method, ...] = (*FITTED, *LEARNED, *CONTROLS)
+
+Advance = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VectorOptions:
+    """What a persona's vectors are made of."""
+
+    read_position: Literal["published", "matched", "decision"] | None = None
+    """Where directions are read (default: decision where the persona has cue sentences, else matched)."""
+    train: int = 48
+    """Train questions."""
+    epochs: int = 10
+    """Of ntp and po: times that every question is seen, with either sign."""
+    tokens: Annotated[int, Range(1, 4096)] = 64
+    """Of ntp and po: of a reply; what is longer is cut."""
+    seed: Seed = 0
+    """Of ntp, po and the controls."""
+
+    def position(self, persona: Persona) -> str:
+        """The read position."""
+        return self.read_position or ("decision" if persona.counter_cues and persona.pro_cues else "matched")
+
+
+def examples_of(model: Model, items: Sequence[Item], placement: Placement = Placement()) -> list[Example]:
+    """Two examples of every item: added, its vector makes the answer without the persona likely; subtracted, the other.
+
+    Raises ``UserError`` where both answers of an item are the same tokens.
+    """
+    answers = [(item.not_matching, item.matching) for item in items]
+    groups, _ = encode_answers(model.tokenizer, [item.asked for item in items], answers, [""], placement)
+    found = []
+    for item, (text,) in zip(items, groups, strict=True):
+        without, shown = text.answers
+        if np.array_equal(without, shown):
+            raise UserError(f"both answers of {item.question[:60]!r} are the same tokens: there is nothing to learn")
+        found.append(Example(context=text.context, wanted=without, unwanted=shown, sign=1))
+        found.append(Example(context=text.context, wanted=shown, unwanted=without, sign=-1))
+    return found
+
+
+def make_vectors(
+    model: Model,
+    persona: Persona,
+    train: Sequence[Item],
+    method: Method,
+    sites: Sequence[str],
+    *,
+    options: VectorOptions = VectorOptions(),
+    placement: Placement = Placement(),
+    held_out: Sequence[Item] = (),
+    state: Path | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> list[Vectors]:
+    """A vector of ``persona`` at each of ``sites``, from ``train`` questions, by one method.
+
+    ``held_out`` questions give every vector what predicts that it works (``personas.diagnose``), in its metadata.
+    ``state`` and ``progress`` are those of ``learn_vectors``. Raises ``UserError`` for a persona whose train questions
+    all have the same answer, and as ``contrast_pairs`` and ``learn_vectors``.
+    """
+    pairs_of = functools.partial(contrast_pairs, model, persona, placement=placement)
+    position = options.position(persona)
+    pairs = pairs_of(train, position)
+    _require_contrast(persona, pairs)
+    if method in LEARNED:
+        learning = Learning(method=method, epochs=options.epochs, tokens=options.tokens)  # type: ignore[arg-type]
+        made = learn_vectors(
+            model, examples_of(model, train, placement), list(sites), learning=learning, seeds=[options.seed],
+            state=state, progress=progress,
+        )  # fmt: skip
+        more = {"persona": persona.name, "dataset_hash": persona.data_hash}
+        found = [dataclasses.replace(one, sign=SIGN, metadata={**one.metadata, **more}) for one in made]
+        direction = as_direction(found, position)
+    elif method == "random":
+        direction = random_direction(mean_difference(model, pairs, list(sites)), options.seed)
+    elif method == "shuffled labels":
+        direction = mean_difference(model, shuffled(pairs, options.seed), list(sites))
+        direction = dataclasses.replace(direction, metadata={**direction.metadata, "estimator": method})
+    else:
+        direction = fit_direction(model, pairs, list(sites), method)
+    if held_out:
+        direction = diagnose(model, direction, pairs_of(held_out, position))
+    facts = {site: json.dumps({site: direction.diagnostics[site]}) for site in direction.diagnostics}
+    if method not in LEARNED:
+        whole = dataclasses.replace(to_vectors(direction), coefficient_units="mean_resid_norm")
+        found = [whole.at(site) for site in whole.sites]
+    return [
+        dataclasses.replace(one, metadata={**one.metadata, "diagnostics": facts.get(one.sites[0], "{}")})
+        for one in found
+    ]
+
+
+def as_direction(vectors: Sequence[Vectors], read_position: str) -> Direction:
+    """Vectors of one site each as one direction, which is what ``diagnose`` looks at."""
+    return Direction(
+        delta={site: array for one in vectors for site, array in one.arrays.items()},
+        mean_resid_norm={site: norm for one in vectors for site, norm in one.mean_resid_norm.items()},
+        n=0,
+        read_position=read_position,
+        metadata={"model": vectors[0].model, "fingerprint": vectors[0].fingerprint},
+        diagnostics={site: {"norm": one.norm(site)} for one in vectors for site in one.sites},
+    )
+
+
+def _require_contrast(persona: Persona, pairs: Pairs) -> None:
+    same = sum(np.array_equal(a, b) for a, b in zip(pairs.good, pairs.bad, strict=True))
+    if same == len(pairs):
+        raise UserError(
+            f"the {len(pairs)} pairs of {persona.name} are the same text twice: a vector is made of texts that differ "
+            f"in whether they show the behaviour"
+        )
