@@ -40,7 +40,7 @@ from jaxsteer.study.outcome import environment
 from jaxsteer.study.results import Timing
 from jaxsteer.study.run_folder import RunFolder, opened
 from jaxsteer.study.setting import context_items
-from jaxsteer.study.vector_methods import CONTROLS, METHODS, Method, VectorOptions, make_vectors
+from jaxsteer.study.vector_methods import CONTROLS, METHODS, Method, VectorOptions, diagnosed, make_vectors
 from jaxsteer.study.written_persona import ready
 
 log = logging.getLogger(__name__)
@@ -250,12 +250,12 @@ def _vectors(bench: _Bench, method: Method, sites: Sequence[str], state: Path, p
     options = bench.options
     how = VectorOptions(
         read_position=options.read_position, train=options.train, epochs=options.epochs, tokens=options.tokens,
-        seed=options.seed,
+        seed=options.seed, placement=bench.placement,
     )  # fmt: skip
-    return make_vectors(
-        bench.model, bench.persona, bench.train, method, sites, options=how, placement=bench.placement,
-        held_out=bench.validation, state=state, progress=progress,
-    )  # fmt: skip
+    made = make_vectors(
+        bench.model, bench.persona, bench.train, method, sites, options=how, state=state, progress=progress
+    )
+    return diagnosed(bench.model, bench.persona, bench.validation, made, how)
 
 
 def _chosen(bench: _Bench, made: Sequence[Vectors]) -> Vectors:

@@ -6,7 +6,6 @@ All point from the persona to its absence, so that adding one reduces the person
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,6 +56,8 @@ class VectorOptions:
     """Of ntp and po: of a reply; what is longer is cut."""
     seed: Seed = 0
     """Of ntp, po and the controls."""
+    placement: Placement = Placement()
+    """How questions are asked."""
 
     def position(self, persona: Persona) -> str:
         """The read position."""
@@ -88,47 +89,49 @@ def make_vectors(
     sites: Sequence[str],
     *,
     options: VectorOptions = VectorOptions(),
-    placement: Placement = Placement(),
-    held_out: Sequence[Item] = (),
     state: Path | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> list[Vectors]:
     """A vector of ``persona`` at each of ``sites``, from ``train`` questions, by one method.
 
-    ``held_out`` questions give every vector what predicts that it works (``personas.diagnose``), in its metadata.
     ``state`` and ``progress`` are those of ``learn_vectors``. Raises ``UserError`` for a persona whose train questions
     all have the same answer, and as ``contrast_pairs`` and ``learn_vectors``.
     """
-    pairs_of = functools.partial(contrast_pairs, model, persona, placement=placement)
-    position = options.position(persona)
-    pairs = pairs_of(train, position)
+    pairs = contrast_pairs(model, persona, train, options.position(persona), placement=options.placement)
     _require_contrast(persona, pairs)
     if method in LEARNED:
         learning = Learning(method=method, epochs=options.epochs, tokens=options.tokens)  # type: ignore[arg-type]
         made = learn_vectors(
-            model, examples_of(model, train, placement), list(sites), learning=learning, seeds=[options.seed],
+            model, examples_of(model, train, options.placement), list(sites), learning=learning, seeds=[options.seed],
             state=state, progress=progress,
         )  # fmt: skip
         more = {"persona": persona.name, "dataset_hash": persona.data_hash}
-        found = [dataclasses.replace(one, sign=SIGN, metadata={**one.metadata, **more}) for one in made]
-        direction = as_direction(found, position)
-    elif method == "random":
+        return [dataclasses.replace(one, sign=SIGN, metadata={**one.metadata, **more}) for one in made]
+    if method == "random":
         direction = random_direction(mean_difference(model, pairs, list(sites)), options.seed)
     elif method == "shuffled labels":
         direction = mean_difference(model, shuffled(pairs, options.seed), list(sites))
         direction = dataclasses.replace(direction, metadata={**direction.metadata, "estimator": method})
     else:
         direction = fit_direction(model, pairs, list(sites), method)
-    if held_out:
-        direction = diagnose(model, direction, pairs_of(held_out, position))
-    facts = {site: json.dumps({site: direction.diagnostics[site]}) for site in direction.diagnostics}
-    if method not in LEARNED:
-        whole = dataclasses.replace(to_vectors(direction), coefficient_units="mean_resid_norm")
-        found = [whole.at(site) for site in whole.sites]
-    return [
-        dataclasses.replace(one, metadata={**one.metadata, "diagnostics": facts.get(one.sites[0], "{}")})
-        for one in found
-    ]
+    whole = dataclasses.replace(to_vectors(direction), coefficient_units="mean_resid_norm")
+    return [whole.at(site) for site in whole.sites]
+
+
+def diagnosed(
+    model: Model, persona: Persona, held_out: Sequence[Item], made: Sequence[Vectors], options: VectorOptions
+) -> list[Vectors]:
+    """Vectors of one site each with what ``held_out`` questions say of them (``personas.diagnose``) in the metadata."""
+    position = options.position(persona)
+    pairs = contrast_pairs(model, persona, held_out, position, placement=options.placement)
+    facts = diagnose(model, as_direction(made, position), pairs).diagnostics
+    found = []
+    for one in made:
+        (site,) = one.sites
+        known = json.loads(one.metadata.get("diagnostics", "{}")).get(site, {})
+        told = json.dumps({site: {**known, **facts[site]}})
+        found.append(dataclasses.replace(one, metadata={**one.metadata, "diagnostics": told}))
+    return found
 
 
 def as_direction(vectors: Sequence[Vectors], read_position: str) -> Direction:
