@@ -11,7 +11,18 @@ from jaxsteer.steer.gguf import read_control_vector, write_control_vector
 from jaxsteer.steer.imports import import_vectors
 from jaxsteer.steer.learning import Learning, learn_vectors
 from jaxsteer.steer.norms import count_positions, mean_norms
-from jaxsteer.steer.operations import ablate, ablate_everywhere, add, ceiling, clamp, floor, replace, scale
+from jaxsteer.steer.operations import (
+    ablate,
+    ablate_everywhere,
+    add,
+    ceiling,
+    clamp,
+    floor,
+    replace,
+    scale,
+    scale_prompt,
+)
+from jaxsteer.steer.scaling import Scaling, learn_scaling
 from jaxsteer.steer.selectors import Selector, select
 from jaxsteer.steer.tuning import tune_gate
 from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, save_vectors
@@ -46,6 +57,9 @@ __all__ = [
     "replace",
     "save_vectors",
     "scale",
+    "scale_prompt",
+    "learn_scaling",
+    "Scaling",
     "select",
     "stack_rows",
     "take_rows",

@@ -48,9 +48,11 @@ class Edit(Intervention):
     layers: Int[Array | np.ndarray, "R M"]
     """The layers that the M settings are for; ``EVERY``, or ``OFF`` (this setting does nothing)."""
     amount: Float[Array | np.ndarray, "R M"]
-    """Coefficient (add, ablate), projection (floor, ceiling, clamp), factor (scale), number of positions (replace)."""
+    """Coefficient (add, ablate, scale_prompt), projection (floor, ceiling, clamp), factor (scale), number of positions
+    (replace)."""
     vector: Float[Array | np.ndarray, "R M k F"] | None
-    """As it is used: of norm 1 except in add; orthonormal rows where k > 1; [R, M, T, F] in replace."""
+    """As it is used: of norm 1 except in add; orthonormal rows where k > 1; [R, M, T, F] in replace; [R, M, P, 1] in
+    scale_prompt, from the prompt's last token backwards."""
     head: Int[Array | np.ndarray, "R M"]
     """The one head that is edited, where there are heads; -1 for all of them."""
     selector: Selector
@@ -71,7 +73,7 @@ class Edit(Intervention):
         layers, amount = known(self.layers), known(self.amount)
         if layers is None or amount is None:
             return False
-        idle = {"add": 0.0, "add_keep_norm": 0.0, "ablate": 0.0, "scale": 1.0}.get(self.operation)
+        idle = {"add": 0.0, "add_keep_norm": 0.0, "ablate": 0.0, "scale": 1.0, "scale_prompt": 0.0}.get(self.operation)
         return bool(np.all((layers == OFF) | (amount == idle)))
 
     def touched(self, where: Where) -> Bool[Array, "B T"]:
@@ -80,6 +82,8 @@ class Edit(Intervention):
         touched = self.selector.touched(where) & on[:, None]
         if self.operation == "replace":
             touched = touched & (where.positions < self.amount.max(-1)[:, None])
+        if self.operation == "scale_prompt" and self.vector is not None:
+            touched = touched & (_from_end(where) >= 0) & (_from_end(where) < self.vector.shape[2])
         return touched
 
     def tap(self, where: Where) -> Tap:
@@ -97,7 +101,13 @@ class Edit(Intervention):
         size = KINDS[self.kind].token_shape(config)
         if rows is not None and self.rows not in (None, rows):
             raise UserError(f"The edit at {self.kind} is made for {self.rows} rows, but the batch has {rows}.")
-        if self.vector is not None and size[-1] >= 0 and self.vector.shape[-1] not in (math.prod(size), size[-1]):
+        flat = self.vector is not None and self.operation != "scale_prompt"
+        if (
+            flat
+            and self.vector is not None
+            and size[-1] >= 0
+            and self.vector.shape[-1] not in (math.prod(size), size[-1])
+        ):
             raise UserError(
                 f"The vector for {self.kind} has {self.vector.shape[-1]} components, but values there have the shape "
                 f"{list(size)} in this model: it belongs to another model or another site."
@@ -249,9 +259,19 @@ OPERATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "ceiling": lambda h, v, a: h - _back(jnp.maximum(_project(h, v) - a, 0), v),
     "clamp": lambda h, v, a: h + _back(a - _project(h, v), v),
     "scale": lambda h, v, a: h * a,
+    "scale_prompt": lambda h, v, a: h * (1 + a * v),
     "replace": lambda h, v, a: v,
 }
 """What becomes of h, by the name of the operation."""
+
+
+def _from_end(where: Where) -> Int[Array, "B T"]:
+    """How many tokens of the prompt stand behind each token; negative in the response."""
+    return where.prompt_length[:, None] - 1 - where.positions
+
+
+def _at(values: Float[Array, "R P F"], index: Int[Array, "B T"]) -> Float[Array, "B T F"]:
+    return values[jnp.arange(values.shape[0])[:, None] if values.shape[0] > 1 else 0, index]
 
 
 def _apply(edit: Edit, where: Where, selected: Bool[Array, "B T"], layer: Any, value: Array) -> Array:
@@ -277,14 +297,17 @@ def _apply(edit: Edit, where: Where, selected: Bool[Array, "B T"], layer: Any, v
         if vector is not None and vector.shape[-1] == shape[-1] != h.shape[-1]:  # the vector of one head
             spread = jnp.where(own[:, None, :, None], vector[:, :, None], 0)
             vector = spread.reshape(*spread.shape[:2], -1)
-    if vector is not None and vector.shape[-1] != h.shape[-1]:
+    if edit.operation == "scale_prompt":
+        back = _from_end(where)
+        mask = mask & ((back >= 0) & (back < vector.shape[1]))[:, :, None]
+        vector = _at(vector, jnp.clip(back, 0, vector.shape[1] - 1))
+    elif vector is not None and vector.shape[-1] != h.shape[-1]:
         raise UserError(
             f"The edit at {edit.kind} has width {vector.shape[-1]}, but values there are {list(shape[2:])}."
         )
     if edit.operation == "replace":
         mask = mask & (where.positions[:, :, None] < amount)
-        at = jnp.minimum(where.positions, vector.shape[1] - 1)
-        vector = vector[jnp.arange(vector.shape[0])[:, None] if vector.shape[0] > 1 else 0, at]
+        vector = _at(vector, jnp.minimum(where.positions, vector.shape[1] - 1))
     new = OPERATIONS[edit.operation](h.astype(jnp.float32), vector, amount)
     h = jnp.where(mask, new.astype(value.dtype), h).reshape(shape)
     return jnp.moveaxis(h, 2, 1) if kind.over_keys else h

@@ -135,6 +135,24 @@ def scale(site: Sites, factor: Numbers, *, positions: Positions = "all", head: i
     return _edit("scale", kind, layers, None, _numbers(factor, len(layers), "factor"), head, positions)
 
 
+def scale_prompt(site: Sites, alphas: Numbers, coefficient: Numbers = 1.0) -> Edit:
+    """Scale the prompt's last P tokens, each by its own number: h + coefficient * alpha_j * h (2410.04962).
+
+    ``alphas`` are [P] or, for a list of M sites, [M, P]; alpha_0 is that of the prompt's last token, alpha_1 that of
+    the one before it. Tokens further back and those of the response are left alone. Coefficient 0 changes no bit.
+    """
+    kind, layers, many = _sites(site)
+    array = _array(alphas, "alphas")
+    array = array[None] if array.ndim == 1 else array
+    if array.ndim != 2 or array.shape[0] not in (1, len(layers)) or not array.shape[1] or (len(array) > 1 and not many):
+        raise UserError(
+            f"alphas are [P] or, for {len(layers)} sites, [{len(layers)}, P]; got {list(np.shape(alphas))}."
+        )
+    vectors = (jnp if isinstance(array, jax.Array) else np).broadcast_to(array, (len(layers), array.shape[1]))
+    amount = _numbers(coefficient, len(layers), "coefficient")
+    return _edit("scale_prompt", kind, layers, vectors[None, :, :, None], amount, None, slice(0, None))
+
+
 def replace(
     site: str | Site,
     value: Numbers,

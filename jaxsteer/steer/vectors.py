@@ -5,10 +5,11 @@ One format serves persona directions, steering vectors and caps: a safetensors f
 
     format              "jaxsteer.direction/1"
     sites               JSON list, in order
-    operation           "add" (when it is missing), "add_keep_norm", "ablate", "floor", "ceiling", "clamp", or "cache":
-                        added once to cached keys and values (``caching``)
+    operation           "add" (when it is missing), "add_keep_norm", "ablate", "floor", "ceiling", "clamp", "cache":
+                        added once to cached keys and values (``caching``), or "scale": tensors (P,) scale the last P
+                        tokens of a prompt (``scale_prompt``)
     values              JSON: the projection of floor, ceiling and clamp by site, in units of the stream
-    coefficient         of add, ablate and cache ("1" when it is missing)
+    coefficient         of add, ablate, cache and scale ("1" when it is missing)
     coefficient_units   "vector" (when it is missing) or "mean_resid_norm"
     sign                what going along the vector means
     model, fingerprint  what it was made on: name, and hash of config and weights
@@ -51,8 +52,10 @@ NORM_KEY = "mean_resid_norm/"
 GATE_KEY = "gate/"
 CAPS = ("floor", "ceiling", "clamp")
 """Operations that need a value per site."""
+FIXED = {"cache": "a cache is changed at its newest token", "scale": "a prompt is scaled token by token"}
+"""Operations that act at places of their own."""
 
-Operation = Literal["add", "add_keep_norm", "ablate", "floor", "ceiling", "clamp", "cache"]
+Operation = Literal["add", "add_keep_norm", "ablate", "floor", "ceiling", "clamp", "cache", "scale"]
 Units = Literal["vector", "mean_resid_norm"]
 
 _OPTIONAL = {"coefficient": "1", "coefficient_units": "vector", "operation": "add", "values": "{}"}
@@ -98,11 +101,8 @@ class Vectors:
             raise UserError(f"metadata may not use the keys {_listed(clash)}: these are fields of their own")
         if self.operation == "cache":
             cache_edit(self.arrays, 1.0)  # raises for what no cache holds
-            if self.positions or self.coefficient_units != "vector":
-                raise UserError(
-                    "a cache is changed at its newest token, by the vectors as they are: it takes no positions and no "
-                    "other units"
-                )
+        if self.operation in FIXED and (self.positions or self.coefficient_units != "vector"):
+            raise UserError(f"{FIXED[self.operation]}: it takes no positions, and its units are 'vector'")
         if self.positions:
             select(self.positions)  # raises for a name that it does not know
         for site, array in self.arrays.items():
@@ -146,13 +146,13 @@ class Vectors:
         mean norm of the stream and the file does not hold it.
         """
         amount = self.coefficient if coefficient is None else coefficient
+        if self.operation in FIXED and positions is not None:
+            raise UserError(f"{FIXED[self.operation]}: it takes no positions")
         if self.operation == "cache":
-            if positions is not None:
-                raise UserError("a cache is changed at its newest token: it takes no positions")
             return self._behind_gate(Edits((cache_edit(self.arrays, amount),)))
         positions = self.positions or "all" if positions is None else positions
         zero = [site for site, array in self.arrays.items() if not array.any()]
-        harmless = self.operation in ("add", "add_keep_norm") and self.coefficient_units == "vector"
+        harmless = self.operation in ("add", "add_keep_norm", "scale") and self.coefficient_units == "vector"
         if zero and (not harmless or len(zero) == len(self.arrays)):
             raise UserError(
                 f"the vector at {zero[0]} is zero: it has no direction. Choose other sites (Vectors.at, --steer-sites)"
@@ -170,7 +170,11 @@ class Vectors:
         return edits if self.gate is None else Edits((gated(edits, self.gate),))
 
     def _edit(self, sites: list[str], amount: float, positions: Positions) -> Edit:
-        vectors = np.stack([self.arrays[site] for site in sites])
+        width = max(len(self.arrays[site]) for site in sites) if self.operation == "scale" else 0
+        arrays = [self.arrays[site] for site in sites]
+        vectors = np.stack([np.pad(a, (0, width - len(a))) if width else a for a in arrays])
+        if self.operation == "scale":
+            return operations.scale_prompt(sites, vectors, amount)
         if self.operation in ("add", "add_keep_norm"):
             in_norms = self.coefficient_units == "mean_resid_norm"
             norms = np.asarray([self.stream_norm(site) for site in sites]) if in_norms else None
@@ -266,9 +270,10 @@ def check_vectors(vectors: Vectors, model: Model, *, any_weights: bool = False) 
         gated(Edits(()), vectors.gate).check(model.config)
     for site, array in vectors.arrays.items():
         kind = KINDS[parse_site(site, model.config.n_layers).kind]
-        shape = kind.token_shape(model.config)
+        shape = kind.token_shape(model.config) if vectors.operation != "scale" else array.shape[:1]
         if kind.over_keys:
             raise UserError(f"{site} holds numbers for keys, not vectors")
+        kind.shape(model.config)  # which refuses sites that the model does not have
         if array.shape != shape:
             there = f"width {shape[0]}" if len(shape) == 1 else f"the shape {shape}"
             raise UserError(
