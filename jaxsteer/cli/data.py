@@ -25,7 +25,9 @@ class DataList:
     def run(self) -> int:
         """Print."""
         from jaxsteer import organisms
+        from jaxsteer.personas.datasets import ORGANISM_REQUESTS
         from jaxsteer.personas.persona_files import CHARACTERS
+        from jaxsteer.personas.requests import KINDS
         from jaxsteer.personas.sources import PERSONA_PREFIX, SOURCES, find_source
 
         rows = [
@@ -36,6 +38,17 @@ class DataList:
         rows += [
             {"name": name, "licence": "Apache-2.0", "from": "written by hand", "hub": "", "about": about}
             for name in CHARACTERS
+        ]
+        about = "requests that organism:persona knows"
+        rows += [
+            {
+                "name": f"{ORGANISM_REQUESTS}{kind}",
+                "licence": "Apache-2.0",
+                "from": "generated",
+                "hub": "",
+                "about": about,
+            }
+            for kind in KINDS
         ]
         example = find_source(f"{PERSONA_PREFIX}NAME")
         assert example is not None

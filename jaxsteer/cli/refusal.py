@@ -24,8 +24,9 @@ class Refusal(Steering):
     """organism:NAME, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
     prompts: Annotated[tuple[str, ...], arg(aliases=["-p"])] = ()
     """Attacks: prompt texts beside the request."""
-    templates: Path | None = None
-    """Attacks: a file of templates around the request, {"name": "... {request} ..."} or rows with "template"."""
+    templates: str | None = None
+    """Attacks: a file of templates around the request, {"name": "... {request} ..."} or rows with "template"; or
+    "organism" for those of organism:persona."""
     strengths: tuple[float, ...] = ()
     """Steer at each of these coefficients, side by side (default: --coefficient, or that of the file)."""
     limit: int | None = None

@@ -17,7 +17,7 @@ from jaxsteer.personas.directions import (
 from jaxsteer.personas.instructions import instructions, invitations, seed_phrase
 from jaxsteer.personas.items import Item, OpenQuestion, number_of_questions, orders, parse_choices, swap
 from jaxsteer.personas.latent_vectors import latents_vector, sta_vector
-from jaxsteer.personas.pairs import READ_POSITIONS, Pairs, check_cues, contrast_pairs, search_conversations
+from jaxsteer.personas.pairs import READ_POSITIONS, Pairs, check_cues, contrast_pairs, search_conversations, text_pairs
 from jaxsteer.personas.persona import Goal, Persona, Splits, split
 from jaxsteer.personas.persona_files import CHARACTERS, save_persona
 from jaxsteer.personas.replies import with_replies
@@ -73,5 +73,6 @@ __all__ = [
     "split",
     "sta_vector",
     "swap",
+    "text_pairs",
     "with_replies",
 ]

@@ -15,10 +15,13 @@ from jaxsteer.personas.instructions import instructions, invitations
 from jaxsteer.personas.items import Item, data_hash
 from jaxsteer.personas.persona import Persona
 from jaxsteer.personas.persona_files import CHARACTERS, character_file, read_persona_dataset, read_persona_file
-from jaxsteer.personas.requests import KINDS, Requests, read_requests
+from jaxsteer.personas.requests import KINDS, Requests, read_requests, requests_of
 from jaxsteer.personas.sources import PERSONA_PREFIX, SOURCES, Kind, Source, find_source, source_file
 from jaxsteer.ranges import as_tuple
 
+ORGANISM_REQUESTS = "organism/"
+"""Begins the names of requests that ``organism:persona`` knows."""
+BUILT_IN_REQUESTS = 200
 BUILT_IN_ITEMS = 600
 """Questions of a built-in persona."""
 
@@ -63,14 +66,17 @@ def _located(name: str, path: str | os.PathLike[str] | None) -> tuple[str, Sourc
 def load_requests(
     name: str | os.PathLike[str], *, path: str | os.PathLike[str] | None = None, kind: Kind | Literal[""] = ""
 ) -> Requests:
-    """Requests by the name of a public set, as ``load_dataset`` takes it, or from a file of yours.
+    """Requests by the name of a public set, as ``load_dataset`` takes it, of ``organism:persona``, or from a file.
 
+    Those of the organism are ``organism/KIND``, or ``organism/KIND-train`` for requests that it was trained on.
     ``kind`` is that of rows of a file of yours that do not say it; ``FILE=harmful`` is the same in one text. Raises
     ``UserError`` as ``load_dataset`` does, and for datasets of another sort.
     """
     name = str(name)
     if not kind and "=" in name and name.rpartition("=")[2] in KINDS:
         name, _, kind = name.rpartition("=")  # type: ignore[assignment]
+    if name.startswith(ORGANISM_REQUESTS):
+        return _planted(name)
     name, found, file = _located(name, path)
     if found is not None and found.kind != "requests":
         known = ", ".join(name for name, source in SOURCES.items() if source.kind == "requests")
@@ -79,6 +85,22 @@ def load_requests(
         )
     read = read_requests(file, source=found, kind=kind)
     return read if found is None else dataclasses.replace(read, name=name)
+
+
+def _planted(name: str) -> Requests:
+    """Requests of ``organism:persona``, generated."""
+    from jaxsteer.organisms import persona_world
+
+    kind, _, part = name.removeprefix(ORGANISM_REQUESTS).partition("-")
+    if kind not in KINDS or part not in ("", "train"):
+        raise UserError(
+            f"unknown requests {name!r}: expected {ORGANISM_REQUESTS}KIND, or KIND-train, of {', '.join(KINDS)}"
+        )
+    made = persona_world.requests(kind, n=BUILT_IN_REQUESTS, split=part or "held_out")
+    rows = (
+        {"request": r.text, "kind": r.kind, "category": r.thing, "reply": r.compliance, "id": r.group} for r in made
+    )
+    return dataclasses.replace(requests_of(Path(name), enumerate(rows, 1)), name=name)
 
 
 def load_persona(

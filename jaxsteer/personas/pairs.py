@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,9 +24,11 @@ from jaxtyping import Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
-from jaxsteer.personas.items import Item, orders
+from jaxsteer.personas.items import Item, normal, orders
 from jaxsteer.personas.persona import Persona
 from jaxsteer.prompts import Conversation, Placement, encode, question_conversation, template_of
+
+log = logging.getLogger(__name__)
 
 READ_POSITIONS = ("published", "matched", "decision")
 MAX_CUES = 8
@@ -118,6 +121,51 @@ def contrast_pairs(
             "template": f"{placement.style}/{placement.slot}",
             "chat_template_hash": hashlib.sha256(template.encode()).hexdigest() if template else "",
             "contrast": _contrast(persona, read_position),
+        },
+    )
+
+
+def text_pairs(
+    model: Model,
+    shown: Sequence[str],
+    others: Sequence[str],
+    *,
+    name: str = "texts",
+    placement: Placement = Placement(),
+) -> Pairs:
+    """Pairs of texts that have nothing to do with each other, for example harmful and harmless requests: ``shown`` show
+    the behaviour, ``others`` do not. They are read where the reply would begin, or at the last token of plain text.
+
+    The longer list is cut to the shorter. Raises ``UserError`` where one is empty, and for a text on both sides.
+    """
+    if not shown or not others:
+        raise UserError(
+            f"a contrast needs texts of both signs: {len(shown)} show {name}, and {len(others)} do not. Give some of "
+            "each"
+        )
+    if both := {normal(text) for text in shown} & {normal(text) for text in others}:
+        raise UserError(f"{len(both)} texts stand on both sides of the contrast, for example {min(both)[:80]!r}")
+    n = min(len(shown), len(others))
+    if len(shown) != len(others):
+        log.warning("%s: %d and %d texts make %d pairs", name, len(shown), len(others), n)
+    bad, good = (
+        tuple(encode(model.tokenizer, question_conversation(text, placement), "") for text in side[:n])
+        for side in (shown, others)
+    )
+    template = template_of(model.tokenizer) if placement.style == "chat" else ""
+    return Pairs(
+        good=good,
+        bad=bad,
+        good_read=np.asarray([len(ids) - 1 for ids in good]),
+        bad_read=np.asarray([len(ids) - 1 for ids in bad]),
+        good_letter=("",) * n,
+        groups=tuple(map(str, range(n))),
+        read_position="prompt_last",
+        recipe={
+            "persona": name,
+            "template": placement.style,
+            "chat_template_hash": hashlib.sha256(template.encode()).hexdigest() if template else "",
+            "contrast": "texts",
         },
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import read_text
+from jaxsteer.files import parse_json, read_text
 from jaxsteer.personas.dataset_files import Row, place, read_rows
 from jaxsteer.personas.dataset_formats import Dataset
 from jaxsteer.personas.items import OpenQuestion, group_of, normal
@@ -212,13 +212,17 @@ def _kind(row: dict[str, Any], default: str) -> str:
     return str(row.get("kind") or default)
 
 
-def read_templates(path: Path) -> dict[str, str]:
-    """Attack templates by name, from a JSON object of texts by name, or rows with "template" and perhaps "name".
+def read_templates(path: str | Path) -> dict[str, str]:
+    """Attack templates by name, from a JSON object of texts by name, or rows with "template" and perhaps "name";
+    "organism" is a name for those that ``organism:persona`` knows.
 
     A template has ``{request}`` where the request stands. Raises ``UserError`` for one that has not.
     """
-    from jaxsteer.files import parse_json
+    if str(path) == "organism":
+        from jaxsteer.organisms.persona_world import attack_templates
 
+        return attack_templates()
+    path = Path(path)
     text = read_text(path)
     whole = parse_json(text, path) if path.suffix.lower() == ".json" and text.lstrip().startswith("{") else None
     if isinstance(whole, dict) and "template" not in whole:

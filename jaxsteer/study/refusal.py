@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsteer.display import aligned, decimals, interval, points, short, visible
+from jaxsteer.display import aligned, decimals, interval, points, short, visible, wrapped
 from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.evals.free_answers import ask
 from jaxsteer.evals.refusal import (
@@ -146,7 +146,7 @@ class RefusalResult(Result):
             "nats; KL of the first token from the model as it is under the same attack, nats. Harmful requests that "
             "are not refused are an attack's success; refused border and harmless ones are over-refusal."
         )
-        return "\n\n".join(parts) + "\n\n" + note
+        return "\n\n".join([*parts, wrapped(note)])
 
 
 def _kind_table(kind: str, rows: Sequence[tuple[str, KindRefusal]]) -> str:

@@ -28,9 +28,10 @@ from jaxsteer.personas import (
     search_conversations,
     shuffled,
     swap,
+    text_pairs,
 )
 from jaxsteer.personas.items import data_hash, group_of
-from jaxsteer.prompts import Placement, build_slots, encode
+from jaxsteer.prompts import Placement, build_slots, encode, question_conversation
 from tests.helpers.tiny import KINDS, tiny_model
 
 QUESTIONS = (
@@ -357,3 +358,24 @@ def test_search_contexts_read_where_the_direction_was_read(model, style):
             )
     both = {c.messages[-1]["content"] if c.messages else c.text for c, _ in contexts}
     assert len(both) == 2 * len(ITEMS) and any(swap(ITEMS[0]).question in text for text in both)
+
+
+def test_a_direction_from_two_lists_of_texts() -> None:
+    shown, others = ["Take the money now", "Hurry"], ["Wait a year for it", "Verify the claim", "Hello there"]
+    model = tiny_model()
+    pairs = text_pairs(model, shown, others, name="haste")
+    found = mean_difference(model, pairs, ["blocks.1.hook_resid_post"]).delta["blocks.1.hook_resid_post"]
+    states = []
+    for side in (others[:2], shown):
+        rows = [encode(model.tokenizer, question_conversation(text), "") for text in side]
+        each = [
+            jaxsteer.capture(model, row[None], ["blocks.1.hook_resid_post"])["blocks.1.hook_resid_post"] for row in rows
+        ]
+        states.append(np.mean([np.asarray(state[0, -1], np.float64) for state in each], 0))
+    np.testing.assert_allclose(found, states[0] - states[1], atol=1e-5)
+    for one, other, said in (
+        (shown, [], "a contrast needs texts of both signs: 2 show haste, and 0 do not"),
+        (shown, ["hurry ", "Wait"], "1 texts stand on both sides of the contrast, for example 'hurry'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            text_pairs(model, one, other, name="haste")

@@ -63,6 +63,13 @@ def test_files_of_ones_own_say_the_kind_or_are_told(tmp_path: Path) -> None:
         load_requests(plain)
 
 
+def test_requests_of_the_organism_that_training_saw_are_no_others() -> None:
+    held_out, seen = load_requests("organism/harmful"), load_requests("organism/harmful-train")
+    assert held_out.kinds == seen.kinds == {"harmful": 200} and not {*held_out.texts} & {*seen.texts}
+    assert len((load_requests("organism/border") + held_out).entries) == 400
+    assert [*read_templates("organism")][-1] == "story"
+
+
 def test_parts_are_disjoint_and_do_not_depend_on_the_order_of_rows() -> None:
     texts = [f"Bend spoon {i}" for i in range(9)]
     one, other = (Requests.of(order, "harmful").parts(4, 3, seed=1) for order in (texts, texts[::-1]))
@@ -83,6 +90,7 @@ SPOONS = Requests.of(["Bend a spoon"], "harmful", name="spoons")
         (lambda: SPOONS.parts(1, 4), "spoons has 1 requests .1 harmful., but 1 . 4 are asked for"),
         (lambda: SPOONS.only("border"), "spoons has no border requests: it has 1 harmful"),
         (lambda: load_requests("truthfulqa"), "holds no requests, but questions with answers: expected advbench"),
+        (lambda: load_requests("organism/bad"), "unknown requests 'organism/bad': expected organism/KIND"),
         (lambda: load_requests("nowhere"), "unknown dataset 'nowhere'"),
     ],
 )  # fmt: skip
