@@ -22,7 +22,7 @@ WAYS = {1: "away", -1: "towards"}
 """Of a push, by its sign: from the persona, or to it."""
 PREDICTORS = {
     "agreement": "agreement", "separability": "d'", "auroc": "AUROC", "split_half_cosine": "split-half",
-    "cosine": "cosine to the mean difference",
+    "cosine": "cosine to the mean difference", "latents": "share of latents",
 }  # fmt: skip
 """What is known of a vector before it steers, by its heading."""
 
@@ -52,7 +52,7 @@ class ComparedVector(Record):
     control: bool = False
     predictors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """On validation questions: agreement, separability, auroc; split_half_cosine of train questions; cosine to the mean
-    difference at the same site."""
+    difference at the same site; share of the SAE's latents that make it."""
     steerability: Steerability
     contexts: Mapping[str, Steerability] = dataclasses.field(default_factory=dict)
     """Under other prompts, and on other data."""
@@ -116,7 +116,11 @@ class Comparison(Result):
         ends = "" if slope.ci95 is None else f" ({slope.ci95[0]:.2f} to {slope.ci95[1]:.2f})"
         return {
             "method": vector.method,
-            **{head: decimals(vector.predictors.get(name, math.nan), 2) for name, head in PREDICTORS.items()},
+            **{
+                head: decimals(vector.predictors.get(name, math.nan), 2)
+                for name, head in PREDICTORS.items()
+                if any(name in one.predictors for one in self.vectors)
+            },
             "slope": f"{slope.value:.2f}{ends}",
             "spread": f"{found.spread:.2f}",
             "against": percent(found.anti),

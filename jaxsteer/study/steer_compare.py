@@ -30,6 +30,7 @@ from jaxsteer.models.sites import find_sites, resid_site
 from jaxsteer.personas import Item, Persona, load_persona, number_of_questions, split
 from jaxsteer.prompts import Placement
 from jaxsteer.ranges import Positive, Range, Seed, as_tuple, check_ranges
+from jaxsteer.sae import SAE, load_sae
 from jaxsteer.steer import Edits, Vectors, load_vectors, save_vectors
 from jaxsteer.study import files
 from jaxsteer.study.bars import load, progress_bar
@@ -74,6 +75,8 @@ class CompareOptions:
     """Of the curve and of steerability, in units of the strength at that divergence; 1 is always among them."""
     read_position: Literal["published", "matched", "decision"] | None = None
     """Where directions are read (default: decision where the persona has cue sentences, else matched)."""
+    sae: str | None = None
+    """An SAE of the stream: its latents steer, too (sta), at its site. organism:NAME-sae, a directory or a hub id."""
     train: int = 48
     """Train questions that make the vectors."""
     questions: int = 60
@@ -101,6 +104,14 @@ class CompareOptions:
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "quiet")}
 
     @property
+    def compared(self) -> tuple[Method, ...]:
+        """The methods, with sta before the controls where there is an SAE."""
+        if self.sae is None or "sta" in self.methods:
+            return self.methods
+        controls = tuple(method for method in self.methods if method in CONTROLS)
+        return (*(method for method in self.methods if method not in CONTROLS), "sta", *controls)
+
+    @property
     def both_signs(self) -> tuple[float, ...]:
         """Strengths of both signs, without 0."""
         sizes = sorted({1.0, *self.strengths})
@@ -123,6 +134,7 @@ class _Bench:
     free: FreeReplies | None
     said: WrittenResult | None
     """What is written without steering."""
+    sae: SAE | None
 
     @property
     def placement(self) -> Placement:
@@ -149,6 +161,8 @@ def compare(options: CompareOptions, *, model: Model | None = None, say: Say = l
             raise UserError(f"--{name} names a value twice: {' '.join(map(str, values))}")
     if not options.methods:
         raise UserError(f"--methods names none: give some of {', '.join(METHODS)}")
+    if "sta" in options.methods and options.sae is None:
+        raise UserError("--methods sta steers by latents of an SAE: give --sae")
     persona = load_persona(options.persona)
     others = {name: load_persona(name) for name in options.also}
     config = {"data_hash": persona.data_hash, **options.record(), "kind": "comparison"}
@@ -179,14 +193,14 @@ def _compared(
     folder.begin()
     bench = _bench(options, model, persona, others)
     say(
-        f"Comparison: {len(options.methods)} methods x {len(sites)} sites at {options.kl:g} nats of disturbance, "
+        f"Comparison: {len(options.compared)} methods x {len(sites)} sites at {options.kl:g} nats of disturbance, "
         f"{len(bench.train)} train, {number_of_questions(bench.validation)} validation and "
         f"{number_of_questions(bench.test)} test questions"
     )
     rows = _known_rows(folder.path / ROWS_FILE)
     files.write_lines(folder.path / ROWS_FILE, (row.to_json() for row in rows.values()))
     vectors: dict[str, Vectors] = {}
-    for method in options.methods:
+    for method in options.compared:
         file = folder.path / VECTORS / f"{method.replace(' ', '_')}.safetensors"
         with progress_bar(f"vectors: {method}", quiet=options.quiet) as advance:
             if method not in rows or not file.is_file():
@@ -210,7 +224,7 @@ def _compared(
         read_position=VectorOptions(read_position=options.read_position).position(persona),
         baseline=zero,
         baseline_replies=said,
-        vectors=tuple(rows[method] for method in options.methods),
+        vectors=tuple(rows[method] for method in options.compared),
         questions=number_of_questions(bench.test),
         neutral_tokens=sum(map(len, bench.neutral)),
         timing=Timing(sweep_s=time.perf_counter() - started),
@@ -241,6 +255,7 @@ def _bench(options: CompareOptions, model: Model, persona: Persona, others: dict
         baseline=baseline,
         free=free,
         said=None,
+        sae=None if options.sae is None else load_sae(options.sae, mesh=model.mesh),
     )
     with progress_bar("free replies without steering", quiet=options.quiet):
         return dataclasses.replace(bench, said=bench.written(None))
@@ -250,7 +265,7 @@ def _vectors(bench: _Bench, method: Method, sites: Sequence[str], state: Path, p
     options = bench.options
     how = VectorOptions(
         read_position=options.read_position, train=options.train, epochs=options.epochs, tokens=options.tokens,
-        seed=options.seed, placement=bench.placement,
+        seed=options.seed, placement=bench.placement, sae=bench.sae,
     )  # fmt: skip
     made = make_vectors(
         bench.model, bench.persona, bench.train, method, sites, options=how, state=state, progress=progress

@@ -28,16 +28,19 @@ from jaxsteer.personas import (
     shuffled,
 )
 from jaxsteer.personas.directions import SIGN, to_vectors
+from jaxsteer.personas.latent_vectors import sta_vector
 from jaxsteer.personas.pairs import Pairs
 from jaxsteer.prompts import Placement
 from jaxsteer.ranges import Range, Seed
+from jaxsteer.sae import SAE
 from jaxsteer.steer import Example, Learning, Vectors, learn_vectors
 
-Method = Literal["mean difference", "pca", "logistic", "ntp", "po", "random", "shuffled labels"]
+Method = Literal["mean difference", "pca", "logistic", "ntp", "po", "sta", "random", "shuffled labels"]
 FITTED: tuple[Method, ...] = ("mean difference", "pca", "logistic")
 LEARNED: tuple[Method, ...] = ("ntp", "po")
 CONTROLS: tuple[Method, ...] = ("random", "shuffled labels")
 METHODS: tuple[Method, ...] = (*FITTED, *LEARNED, *CONTROLS)
+"""Those that need no SAE."""
 
 Advance = Callable[[int, int], None]
 
@@ -58,6 +61,10 @@ class VectorOptions:
     """Of ntp, po and the controls."""
     placement: Placement = Placement()
     """How questions are asked."""
+    sae: SAE | None = None
+    """Of sta, which steers at its site."""
+    trim: Annotated[float, Range(0, 1)] = 0.95
+    """Of sta: the share of latents that is left out at least."""
 
     def position(self, persona: Persona) -> str:
         """The read position."""
@@ -94,8 +101,8 @@ def make_vectors(
 ) -> list[Vectors]:
     """A vector of ``persona`` at each of ``sites``, from ``train`` questions, by one method.
 
-    ``state`` and ``progress`` are those of ``learn_vectors``. Raises ``UserError`` for a persona whose train questions
-    all have the same answer, and as ``contrast_pairs`` and ``learn_vectors``.
+    ``sites`` are not read for ``sta``. ``state`` and ``progress`` are those of ``learn_vectors``. Raises ``UserError``
+    for a persona whose train questions all have the same answer, and as ``contrast_pairs`` and ``learn_vectors``.
     """
     pairs = contrast_pairs(model, persona, train, options.position(persona), placement=options.placement)
     _require_contrast(persona, pairs)
@@ -107,6 +114,15 @@ def make_vectors(
         )  # fmt: skip
         more = {"persona": persona.name, "dataset_hash": persona.data_hash}
         return [dataclasses.replace(one, sign=SIGN, metadata={**one.metadata, **more}) for one in made]
+    if method == "sta":
+        if options.sae is None:
+            raise UserError("sta steers by latents of an SAE: give one (--sae)")
+        atoms = sta_vector(model, options.sae, pairs, trim=options.trim)
+        norms = mean_difference(model, pairs, list(atoms.sites)).mean_resid_norm
+        share = len(json.loads(atoms.metadata["latents"])) / options.sae.n_latents
+        facts = {"diagnostics": json.dumps({atoms.sites[0]: {"latents": share}})}
+        atoms = dataclasses.replace(atoms, coefficient_units="mean_resid_norm", mean_resid_norm=norms)
+        return [dataclasses.replace(atoms, metadata={**atoms.metadata, **facts})]
     if method == "random":
         direction = random_direction(mean_difference(model, pairs, list(sites)), options.seed)
     elif method == "shuffled labels":

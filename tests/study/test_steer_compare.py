@@ -21,7 +21,7 @@ from jaxsteer.study.steer_compare import CompareOptions, compare
 from jaxsteer.study.vector_methods import VectorOptions, examples_of, make_vectors
 
 SITE = "blocks.1.hook_resid_post"
-METHODS = ("mean difference", "po", "random")
+METHODS = ("mean difference", "po", "sta", "random")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def organism() -> Model:
 def options(tmp_path_factory: pytest.TempPathFactory) -> CompareOptions:
     out = tmp_path_factory.mktemp("compare") / "out"
     return CompareOptions(
-        out=out, methods=METHODS, sites=(SITE,), strengths=(0.5,), train=16, questions=12, epochs=4, quiet=True
+        out=out, methods=METHODS, sites=(SITE,), sae="organism:llama", strengths=(0.5,), train=16, questions=12, epochs=4, quiet=True
     )
 
 
@@ -50,15 +50,17 @@ def test_methods_are_compared_at_equal_disturbance(found: Comparison) -> None:
             assert push is not None and push.kl == pytest.approx(found.kl, rel=0.05)
         assert vector.steerability.n == found.questions == 12
         assert set(vector.contexts) == {"with a sentence", "with a system message"}
-    mean, po, random = found.vectors
+    mean, po, sta, random = found.vectors
     assert mean.at(1.0).rate.rate < 0.3 < 0.7 < mean.at(-1.0).rate.rate
+    assert sta.site == "blocks.2.hook_resid_post" and 0 < sta.predictors["latents"] <= 0.051
+    assert sta.at(1.0).rate.rate < 0.3
     assert po.at(1.0).rate.margin_difference.value < -2
     assert abs(random.steerability.slope.value) < 1 < -mean.steerability.slope.value and random.control
     assert mean.predictors["auroc"] > 0.95 > abs(random.predictors["agreement"]) + 0.5
     assert mean.predictors["cosine"] == pytest.approx(1) and abs(random.predictors["cosine"]) < 0.4
     assert Comparison.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert "random (control)" in found.table() and "KL of 0.1 nats" in found.table()
-    assert len(found.to_rows()) == 12 and found.plot().axes
+    assert len(found.to_rows()) == 16 and found.plot().axes
 
 
 def test_vector_files_steer_as_they_were_measured(found: Comparison, options: CompareOptions, organism: Model) -> None:
@@ -72,7 +74,7 @@ def test_a_comparison_that_was_cut_off_goes_on(
 ) -> None:
     (options.out / "metrics.json").unlink()
     rows = options.out / "vectors.jsonl"
-    rows.write_text("".join(line + "\n" for line in rows.read_text().splitlines()[:2]) + '{"method": "ra')
+    rows.write_text("".join(line + "\n" for line in rows.read_text().splitlines()[:3]) + '{"method": "ra')
     measured = []
     whole = steer_compare._measured
     monkeypatch.setattr(
