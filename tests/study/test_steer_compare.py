@@ -33,7 +33,15 @@ def organism() -> Model:
 def options(tmp_path_factory: pytest.TempPathFactory) -> CompareOptions:
     out = tmp_path_factory.mktemp("compare") / "out"
     return CompareOptions(
-        out=out, methods=METHODS, sites=(SITE,), sae="organism:llama", strengths=(0.5,), train=16, questions=12, epochs=4, quiet=True
+        out=out,
+        methods=METHODS,
+        sites=(SITE,),
+        sae="organism:llama",
+        strengths=(0.5,),
+        train=16,
+        questions=12,
+        epochs=4,
+        quiet=True,
     )
 
 
