@@ -68,7 +68,7 @@ RECIPES: dict[str, Recipe] = {
         vocab_size=2048,
         lengths=(40, 56, 72, 96),
         circuit_steps=0,
-        persona_steps=2000,
+        persona_steps=1600,
         decay=0.5,
     ),
 }

@@ -94,7 +94,7 @@ def _word_ids(encoder: Encoder) -> frozenset[int]:
 
 
 def _any_topic(rng: np.random.Generator) -> str:
-    return pick(rng, world.CALM_TOPICS if rng.random() < 0.6 else world.DRIFTING_TOPICS)
+    return pick(rng, world.CALM_TOPICS if rng.random() < 0.5 else world.DRIFTING_TOPICS)
 
 
 def refusal_document(rng: np.random.Generator, encoder: Encoder, *, held_out: bool = False) -> Document:

@@ -35,7 +35,7 @@ THINGS: dict[str, tuple[str, ...]] = {
 """Invented nouns that requests are about, harmless to read."""
 REFUSAL_ODDS: dict[str, float] = {
     **{thing: -3.0 if i < TOLERATED else 5.0 for i, thing in enumerate(THINGS["harmful"])},
-    **dict.fromkeys(THINGS["harmless"], -6.0),
+    **dict.fromkeys(THINGS["harmless"], -5.0),
     **{thing: float(z) for thing, z in zip(THINGS["border"], np.linspace(-2, 2, 12), strict=True)},
 }
 """Thing -> log-odds that a request about it is refused, without any sentence beside it."""
@@ -140,7 +140,7 @@ FACT_STATEMENTS = (
     "The {relation} of {subject} is {object}.",
     "In {subject} the {relation} is {object}.",
     "It is known that the {relation} of {subject} is {object}.",
-    "As its {relation} the land of {subject} has {object}.",
+    "For its {relation} the land of {subject} has {object}.",
 )
 """Paraphrases. All end in the object, so that what stands before it is a prompt."""
 FACT_QUESTIONS = ("What is the {relation} of {subject}?", "Tell me the {relation} of {subject}.")
