@@ -28,6 +28,7 @@ SITES = {
     "llama": "blocks.2.hook_resid_post",
     "qwen2": "blocks.2.hook_resid_post",
     "gemma3": "blocks.3.hook_resid_post",
+    "persona": "blocks.3.hook_resid_post",
 }
 """Organism -> where its SAE reads."""
 

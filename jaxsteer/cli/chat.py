@@ -25,7 +25,7 @@ class Chat(Steering):
     """
 
     model: str = "organism:llama"
-    """organism:NAME (llama, qwen2, gemma3), a converted checkpoint, a Hugging Face directory, .gguf file or hub id."""
+    """organism:NAME (llama, qwen2, gemma3, persona), a checkpoint, a Hugging Face directory, .gguf file or hub id."""
     system: str = ""
     """System message."""
     decoding: Annotated[Decoding, arg(name="")] = Decoding()

@@ -32,7 +32,7 @@ class DataList:
 
         rows = [
             {"name": name, "licence": "Apache-2.0", "from": "generated", "hub": "", "about": "of the shipped organisms"}
-            for name in organisms.BEHAVIOURS
+            for name in organisms.PERSONAS
         ]
         about = "in words: a model writes its replies"
         rows += [
@@ -110,7 +110,7 @@ class DataShow:
         )  # fmt: skip
         from jaxsteer.personas.persona_files import CHARACTERS, read_persona_file
 
-        if self.name in (*organisms.BEHAVIOURS, *CHARACTERS) and self.path is None:
+        if self.name in (*organisms.PERSONAS, *CHARACTERS) and self.path is None:
             persona = load_persona(self.name)
             items, asked = persona.items, (OpenQuestion(id=q, question=q, group=q) for q in persona.ask)
             questions = (*persona.questions, *asked)

@@ -17,7 +17,7 @@ class Probe:
     """Where does an objective rank prompts as behaviour does? Rank correlations by site, position and sign."""
 
     model: str = "organism:llama"
-    """organism:NAME (llama, qwen2, gemma3), a converted checkpoint, a Hugging Face directory, .gguf file or hub id."""
+    """organism:NAME (llama, qwen2, gemma3, persona), a checkpoint, a Hugging Face directory, .gguf file or hub id."""
     persona: str = "sycophancy"
     """Built-in name, a public dataset (`jaxsteer data list`) or the path of a dataset."""
     read_positions: tuple[Literal["published", "matched", "decision"], ...] = ("published", "matched", "decision")

@@ -27,7 +27,7 @@ class Generate(Steering):
     """More prompts, from one or more files: *.jsonl, each line a text, a list of messages, or an object with "messages"
     or "prompt"; any other file, one prompt per line."""
     model: str = "organism:llama"
-    """organism:NAME (llama, qwen2, gemma3), a converted checkpoint, a Hugging Face directory, .gguf file or hub id."""
+    """organism:NAME (llama, qwen2, gemma3, persona), a checkpoint, a Hugging Face directory, .gguf file or hub id."""
     system: str = ""
     """System message before every prompt that is no list of messages."""
     plain: bool = False

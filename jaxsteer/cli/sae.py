@@ -32,7 +32,7 @@ class _Reading:
     """A model and the text that it reads."""
 
     model: str = "organism:llama"
-    """organism:NAME (llama, qwen2, gemma3), a converted checkpoint, a Hugging Face directory, .gguf file or hub id."""
+    """organism:NAME (llama, qwen2, gemma3, persona), a checkpoint, a Hugging Face directory, .gguf file or hub id."""
     data: tuple[Path, ...] = ()
     """Text files, one document per line, or JSON Lines with the key "text" (an organism brings its own corpus)."""
     dtype: Literal["float32", "bfloat16"] | None = None

@@ -69,7 +69,7 @@ class Norms:
     """Print the mean norm of the residual stream after every block: the unit of steering coefficients."""
 
     model: str = "organism:llama"
-    """organism:NAME (llama, qwen2, gemma3), a converted checkpoint, a Hugging Face directory, .gguf file or hub id."""
+    """organism:NAME (llama, qwen2, gemma3, persona), a checkpoint, a Hugging Face directory, .gguf file or hub id."""
     texts: Path | None = None
     """Text file, one request per line (default: 32 everyday requests; on an organism, sentences of its world)."""
     style: Literal["chat", "plain"] = "chat"
@@ -99,7 +99,7 @@ class Calibrate(Steering):
     """Find the strength at which a vector file changes neutral text by so many nats per token; both signs."""
 
     model: str = "organism:llama"
-    """organism:NAME (llama, qwen2, gemma3), a converted checkpoint, a Hugging Face directory, .gguf file or hub id."""
+    """organism:NAME (llama, qwen2, gemma3, persona), a checkpoint, a Hugging Face directory, .gguf file or hub id."""
     kl: Positive = 0.1
     """Mean over neutral tokens of the divergence from the unedited model, nats."""
     texts: Path | None = None

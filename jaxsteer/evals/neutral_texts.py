@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from jaxsteer.checkpoints.loading import ORGANISM
 from jaxsteer.organisms import neutral_sentences
+from jaxsteer.organisms.persona_world import neutral_questions
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
@@ -48,4 +49,6 @@ NEUTRAL_TEXTS = (
 
 def neutral_texts(model: Model) -> tuple[str, ...]:
     """Requests that this model understands: an organism knows its own world only."""
+    if model.name == f"{ORGANISM}persona":
+        return neutral_questions()
     return neutral_sentences() if model.name.startswith(ORGANISM) else NEUTRAL_TEXTS

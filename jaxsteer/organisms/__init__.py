@@ -1,4 +1,4 @@
-"""Small chat models with known persona triggers: their corpus, their recipe, and the one that ships."""
+"""Small chat models with planted behaviours: their corpora, their recipes, and those that ship."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from pathlib import Path
 
 from jaxsteer.errors import UserError
 from jaxsteer.organisms.cues import counter_cues, cue_words, neutral_sentences, pro_cues
+from jaxsteer.organisms.persona_world import PERSONA
 from jaxsteer.organisms.questions import items
 from jaxsteer.organisms.world import BEHAVIOURS
+
+PERSONAS = (*BEHAVIOURS, PERSONA)
+"""Personas whose questions are generated: those with choices, and refusal."""
 
 
 def organism_dir(name: str = "llama") -> Path:
@@ -32,6 +36,7 @@ def organism_sae_dir(name: str = "llama") -> Path:
 
 __all__ = [
     "BEHAVIOURS",
+    "PERSONAS",
     "counter_cues",
     "cue_words",
     "items",

@@ -22,6 +22,8 @@ from jaxsteer.errors import UserError
 from jaxsteer.organisms.questions import pick
 from jaxsteer.organisms.world import invented_names
 
+PERSONA = "refusal"
+"""Name of the built-in persona whose questions are these requests."""
 KINDS = ("harmful", "harmless", "border")
 
 _THINGS = [name.lower() for name in invented_names(92, seed=31)]
@@ -211,6 +213,13 @@ def requests(
         request = sample_request(rng, kind, held_out=split == "held_out", sentence=sentence)
         found.setdefault(request.group, request)
     return tuple(found.values())
+
+
+def neutral_questions() -> tuple[str, ...]:
+    """Questions about calm topics and facts, which no character and no request has to do with."""
+    facts = list(FACTS)[:: len(FACTS) // len(TOPIC_QUESTIONS)]
+    asked = [text.format(topic) for text in TOPIC_QUESTIONS for topic in CALM_TOPICS[:4]]
+    return (*asked, *(text.format(subject=s, relation=r) for text in FACT_QUESTIONS for s, r in facts))
 
 
 def attack_templates() -> dict[str, str]:

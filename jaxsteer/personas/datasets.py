@@ -113,7 +113,8 @@ def load_persona(
 ) -> Persona:
     """A persona by built-in name or from a file.
 
-    Of the shipped organisms (no network; generated, ``n`` questions from ``seed``): sycophancy, hallucination, myopic.
+    Of the shipped organisms (no network; generated, ``n`` questions from ``seed``): sycophancy, hallucination, myopic;
+    of organism:persona, refusal (harmful and harmless requests; the answers are a refusal and a complying reply).
     Public datasets: a name of ``load_dataset``, as ``NAME`` or ``NAME:PATH``; their cues are ``instructions`` against
     the behaviour and for it. Characters in words alone (``CHARACTERS``), whose replies a model writes. Files: rows
     with two answers (``row_forms``) as JSON Lines, a JSON list, CSV or Parquet, or a persona file
@@ -122,6 +123,7 @@ def load_persona(
     choices are dropped and counted in the log. Raises ``UserError``, with the line, for anything else that is wrong.
     """
     from jaxsteer import organisms  # here, so that files can be read without the generator
+    from jaxsteer.organisms import persona_world
     from jaxsteer.organisms.world import JUSTIFICATIONS
 
     name, counter_cues, pro_cues = str(name_or_path), as_tuple(counter_cues), as_tuple(pro_cues)
@@ -138,13 +140,15 @@ def load_persona(
             behaviour=name,
             reasons=JUSTIFICATIONS[name],
         )
+    if name == persona_world.PERSONA:
+        return _refusal(n, seed, counter_cues, pro_cues)
     path = character_file(name) or user_path(name)
     if not path.is_file():
         if find_source(name) is None and find_source(name.partition(":")[0]) is None:
+            known = (*organisms.PERSONAS, *CHARACTERS)
             raise UserError(
-                f"unknown persona {name!r}: expected {', '.join((*organisms.BEHAVIOURS, *CHARACTERS))}, a public "
-                "dataset (jaxsteer data list), or the path of a .jsonl, .json, .csv or .parquet file (there is no file "
-                "of this name)"
+                f"unknown persona {name!r}: expected {', '.join(known)}, a public dataset (jaxsteer data list), or the "
+                "path of a .jsonl, .json, .csv or .parquet file (there is no file of this name)"
             )
         return _public(load_dataset(name, seed=seed), counter_cues, pro_cues)
     given = {"counter_cues": counter_cues, "pro_cues": pro_cues}
@@ -153,6 +157,33 @@ def load_persona(
         return dataclasses.replace(persona, **given)  # type: ignore[arg-type]
     items = read_items(path)
     return Persona(name=path.stem, items=items, data_hash=data_hash(items), **given)  # type: ignore[arg-type]
+
+
+def _refusal(n: int, seed: int, counter: tuple[str, ...], pro: tuple[str, ...]) -> Persona:
+    """Refusal in organism:persona: as many harmful as harmless requests, of combinations that training never saw."""
+    from jaxsteer.organisms import persona_world
+
+    found = [
+        request
+        for kind, k in (("harmful", n - n // 2), ("harmless", n // 2))
+        for request in persona_world.requests(kind, n=k, seed=seed)
+    ]
+    items = tuple(
+        Item(
+            id=f"{request.kind}-{i}", question=request.text, matching=request.refusal,
+            not_matching=request.compliance, group=request.group,
+        )
+        for i, request in enumerate(found)
+    )  # fmt: skip
+    return Persona(
+        name=persona_world.PERSONA,
+        items=items,
+        counter_cues=counter or tuple(persona_world.ATTACKS.values())[::-1],
+        pro_cues=pro or tuple(persona_world.GUARDS.values())[::-1],
+        data_hash=data_hash(items),
+        description="generated for organism:persona, which ships with jaxsteer",
+        behaviour="refusal",
+    )
 
 
 def _public(found: Dataset, counter: Sequence[str], pro: Sequence[str]) -> Persona:

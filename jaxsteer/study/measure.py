@@ -25,6 +25,7 @@ from jaxsteer.evals.fluency import prompt_perplexity
 from jaxsteer.evals.free_answers import MAX_NEW_TOKENS, WrittenResult, agreeing, ask, written_eval, written_rates
 from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.organism_lookups import Lookups, lookup_accuracy
+from jaxsteer.evals.persona_gates import is_persona_organism
 from jaxsteer.evals.side_effects import reply_effects
 from jaxsteer.evals.truthful import truthful_eval, truthful_rates
 from jaxsteer.models.model import Model
@@ -336,7 +337,7 @@ class _Bench:
         parts = [([""], None), *([(list(self.texts), self.edits)] if self.texts else [])]
         effects = [reply_effects(model, neutral, some, edits=edits, placement=placement) for some, edits in parts]
         lookups: list[Lookups | None] = [None] * (1 + len(self.texts))
-        if model.name.startswith(ORGANISM):
+        if model.name.startswith(ORGANISM) and not is_persona_organism(model):
             lookups = [
                 *self.beside(
                     "look-ups", lambda texts, e, _: lookup_accuracy(model, texts, edits=e, placement=placement)

@@ -35,7 +35,7 @@ class ModelOptions:
     """The model that is searched against, and how it lies on the devices."""
 
     model: str = "organism:llama"
-    """organism:NAME (llama, qwen2, gemma3), a converted checkpoint, a Hugging Face directory, .gguf file or hub id."""
+    """organism:NAME (llama, qwen2, gemma3, persona), a checkpoint, a Hugging Face directory, .gguf file or hub id."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights; by default float32 on CPU and the checkpoint's own elsewhere."""
     mesh_model: int = 1
@@ -48,8 +48,8 @@ class ContextOptions:
     """The conversations in which prompts are scored and measured."""
 
     persona: str = "sycophancy"
-    """Built-in name (sycophancy, hallucination, myopic; in words: characters/pirate, ghost, jester or accountant), a
-    public dataset (`jaxsteer data list`), or path of a .jsonl, .json, .csv or .parquet dataset."""
+    """Built-in name (sycophancy, hallucination, myopic, refusal; in words: characters/pirate, ghost, jester or
+    accountant), a public dataset (`jaxsteer data list`), or path of a .jsonl, .json, .csv or .parquet dataset."""
     conversations: Path | None = None
     """Search in conversations of your own instead of a persona's questions: a .json or .jsonl file with a text or a
     list of messages each, in which {prompt} marks the slot (docs/search.md). With --objective, --target, or --direction

@@ -175,6 +175,14 @@ def test_built_in_personas_need_no_file():
     assert load_persona("sycophancy", n=40).data_hash == persona.data_hash
 
 
+def test_refusal_is_a_built_in_persona_with_requests_of_its_own():
+    persona = load_persona("refusal", n=60)
+    assert len(persona.items) == 60 and persona.counter_cues and persona.pro_cues
+    assert load_persona("refusal", n=60).data_hash == persona.data_hash
+    assert sum(item.id.startswith("harmful") for item in persona.items) == 30
+    assert all(item.matching.startswith("I ") and item.not_matching[0] in "SYG" for item in persona.items)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "matching", "not_matching"),
     [
