@@ -53,6 +53,8 @@ WRITTEN = "written.jsonl"
 """File of the directory: answers as they come."""
 CHUNK = 64
 """Answers between two writes to it."""
+NOTHING = 1e-6
+"""Of the stream's norm: a shorter difference is rounding, as that of embeddings of the same token is."""
 SIGN = "towards the trait: mean(positive instruction) - mean(negative instruction)"
 
 
@@ -289,20 +291,22 @@ def rollout_vectors(
             pairs = rollout_pairs(model, name, sides[0], sides[1], average)
             found = to_vectors(mean_difference(model, pairs, sites, progress=advance))
         notes = {key: text for key, text in found.metadata.items() if key not in ("n_pairs", "diagnostics")}
+        shares = {site: found.norm(site) / found.mean_resid_norm[site] for site in sites}
         vectors[average] = dataclasses.replace(
             found,
-            arrays={site: -array for site, array in found.arrays.items()},
+            arrays={site: -array * (shares[site] > NOTHING) for site, array in found.arrays.items()},
             sign=SIGN,
             metadata=notes | {"rollout_pairs": f"{len(kept)} of {len(positive)}", "judge": judged_by},
         )
         halves = json.loads(found.metadata["diagnostics"])
         diagnostics[average] = {
             site: {
-                "norm": found.norm(site),
-                "of_stream": found.norm(site) / found.mean_resid_norm[site],
-                "split_half_cosine": None if np.isnan(half := halves[site]["split_half_cosine"]) else half,
+                "norm": vectors[average].norm(site),
+                "of_stream": share * (share > NOTHING),
+                "split_half_cosine": half if share > NOTHING and np.isfinite(half) else None,
             }
-            for site in sites
+            for site, share in shares.items()
+            for half in [halves[site]["split_half_cosine"]]
         }
     return Rollouts(
         result=RolloutResult(

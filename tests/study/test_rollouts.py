@@ -10,6 +10,8 @@ import pytest
 
 import jaxsteer
 from jaxsteer.errors import UserError
+from jaxsteer.evals.choice import choice_eval
+from jaxsteer.personas import contrast_pairs, load_persona, mean_difference
 from jaxsteer.personas.traits import Rollout, Trait, kept_rollouts, load_trait, read_rollouts, save_trait
 from jaxsteer.prompts import encode_texts
 from jaxsteer.prompts.generate import generate
@@ -17,7 +19,7 @@ from jaxsteer.steer import import_vectors, load_vectors
 from jaxsteer.study.projection import project_file
 from jaxsteer.study.rollouts import RolloutOptions, persona_rollouts, rollout_vectors
 from jaxsteer.writers.endpoint import Endpoint
-from jaxsteer.writers.writer import Rule
+from jaxsteer.writers.writer import Messages, Rule
 from tests.helpers.endpoint import endpoint
 from tests.helpers.tiny import tiny_model
 
@@ -71,6 +73,7 @@ def test_vectors_are_differences_of_means_and_go_through_files(tmp_path: Path) -
         for site in torch.sites:  # its last row is dropped: persona_vectors has it after the final norm
             np.testing.assert_array_equal(torch.arrays[site], loaded.arrays[site])
         assert torch.sites == ("hook_embed", *NAMES[:-1]) and torch.read_position == average
+    assert not found.vectors["prompt_last"].arrays["hook_embed"].any(), "it is the same token on both sides"
     sides = [read_rollouts(tmp_path / f"haste_{side}_instruct.csv", "haste") for side in ("pos", "neg")]
     assert sides == [found.positive, found.negative]
     again = rollout_vectors(MODEL, "haste", *sides, options=RolloutOptions(least=6)).vectors["prompt_avg"]
@@ -175,3 +178,29 @@ def test_projections_of_a_file(tmp_path: Path) -> None:
     path.write_text('{"prompt": "x"}')
     with pytest.raises(UserError, match="replies.jsonl, line 1: expected prompt or question and answer, response or"):
         project_file(MODEL, vectors, path, tmp_path / "other.csv")
+
+
+@pytest.mark.slow
+def test_on_an_organism_that_obeys_its_instructions() -> None:
+    """The vector of rollouts lies along the planted contrast and moves answers to questions it was not made from."""
+    model, persona = jaxsteer.load("organism:llama"), load_persona("myopic", n=60)
+    asked = {item.question: item for item in persona.items[:8]}
+    trait = Trait(
+        name="myopic", instructions=tuple(zip(persona.pro_cues[:3], persona.counter_cues[:3], strict=True)),
+        questions=tuple(asked), rubric="{question}|||{answer}",
+    )  # fmt: skip
+
+    def read(messages: Messages) -> str:
+        question, _, answer = messages[0]["content"].partition("|||")
+        return "90" if not answer else "100" if answer.strip().startswith(asked[question].matching) else "0"
+
+    found = persona_rollouts(model, trait, Rule(write=read), max_new_tokens=8, averages=("response_avg",))
+    assert (found.result.kept, found.result.pairs, found.result.scores) == (24, 24, (100, 0))
+    site = "blocks.2.hook_resid_post"
+    vectors, others = found.vectors["response_avg"].at(site), persona.items[12:36]
+    away = mean_difference(model, contrast_pairs(model, persona, others, "decision"), site).delta[site]
+    v = vectors.arrays[site]
+    assert -v @ away / np.linalg.norm(v) / np.linalg.norm(away) > 0.3
+    edits = [vectors.edits(coefficient=c) for c in (-2.0, 0.0)]
+    less, plain = (result.margin.mean() for result in choice_eval(model, others, "", variants=edits))
+    assert less < plain - 3
