@@ -35,4 +35,6 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str], what: str, where:
 
 def first_line(error: BaseException) -> str:
     """What another library's error says, without the lines that follow; its type where it says nothing."""
+    if isinstance(error, KeyError):
+        return f"there is no {str(error)[:80]}"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -57,15 +57,20 @@ _SHARING, _EXPANDED = 4, 1 << 28
 _OPCODES = frozenset(
     "PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE EMPTY_TUPLE TUPLE "
     "TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT "
-    "GLOBAL REDUCE BUILD BINPERSID".split()
+    "GLOBAL REDUCE BUILD BINPERSID NEWOBJ".split()
 )
+
+
+_RECORDS = frozenset({"steering_vectors.steering_vector.SteeringVector"})
+"""Classes that only hold fields, which are read without them."""
 
 
 def read_torch(path: str | os.PathLike[str]) -> Any:
     """What ``torch.save`` wrote: tensors as read-only NumPy arrays in the dicts, lists and tuples that held them.
 
-    Parameters become arrays, ordered dicts (state dicts) plain ones, bfloat16 is that of ``ml_dtypes``; devices are
-    forgotten. Views keep their storage, offset and strides; ``numpy.array(x)`` makes a copy that can be written to.
+    Parameters become arrays, ordered dicts (state dicts) and records of fields (``_RECORDS``) plain ones, bfloat16 is
+    that of ``ml_dtypes``; devices are forgotten. Views keep their storage, offset and strides; ``numpy.array(x)`` makes
+    a copy that can be written to.
 
     Raises ``UserError`` for a missing or damaged file, one of torch before 1.6 or of another protocol, and for every
     object that is neither a tensor nor a plain container, by its name. Nothing in the file is ever executed.
@@ -116,6 +121,18 @@ class _Storage:
 class _Tensor:
     __slots__ = ("data",)
     data: np.ndarray
+
+
+class _Fields(dict):
+    """Stands for an object of ``_RECORDS``: its attributes."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        """What BUILD does with the attributes."""
+        if type(state) is not dict:
+            raise ValueError("the attributes of an object are not a dict")
+        self.update(state)
 
 
 class _Dict(dict):
@@ -251,9 +268,11 @@ class _Archive:
             self.refuse(f"it makes a parameter of {_short(data)}, which is not a tensor")
         return data
 
-    def find(self, module: str, name: str) -> _Global:
+    def find(self, module: str, name: str) -> _Global | type[_Fields]:
         """What stands for a global. Whole names are looked up, so that dotted ones find nothing."""
         full = f"{module}.{name}"
+        if full in _RECORDS:
+            return _Fields
         if full == "collections.OrderedDict":
             return _Global(full, lambda pairs=(): _Dict(pairs))
         if full == "torch._utils._rebuild_tensor_v2":
@@ -281,10 +300,10 @@ class _Archive:
             self.refuse(f"its containers nest deeper than {_MAX_DEPTH}")
         if id(value) in seen:
             return seen[id(value)]
-        if type(value) not in (list, tuple, dict, _Dict):
+        if type(value) not in (list, tuple, dict, _Dict, _Fields):
             name = value.name if type(value) is _Global else type(value).__name__
             self.refuse(f"it holds {name} as a value, not as part of a tensor")
-        is_dict = type(value) in (dict, _Dict)
+        is_dict = type(value) in (dict, _Dict, _Fields)
         inner = [part for item in value.items() for part in item] if is_dict else value
         parts = [self.plain(part, depth + 1, seen) for part in inner]
         values, size = [part for part, _ in parts], 1 + sum(n for _, n in parts)
@@ -319,11 +338,11 @@ def describe(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {list(value.shape)}"
     if isinstance(value, dict):
-        inner = [f"{key!r}: {describe(v) if not isinstance(v, dict | list) else _many(v)}" for key, v in value.items()]
+        inner = [f"{_short(k)}: {_many(v) if isinstance(v, dict | list) else describe(v)}" for k, v in value.items()]
         return "{" + ", ".join(inner[:8]) + (f", … {len(inner) - 8} more" if len(inner) > 8 else "") + "}"
     return _many(value) if isinstance(value, list | tuple) else f"{type(value).__name__}"
 
 
 def _many(value: Any) -> str:
-    keys = f" of {', '.join(map(repr, list(value)[:3]))} …" if isinstance(value, dict) and value else ""
+    keys = f" of {', '.join(map(_short, list(value)[:3]))} …" if isinstance(value, dict) and value else ""
     return f"{type(value).__name__} of length {len(value)}{keys}"

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from safetensors.numpy import save
 
 from jaxsteer import __version__
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import make_directory, parse_json, read_tensors, write_bytes
 from jaxsteer.models.model import Model
 from jaxsteer.models.reading import BATCH, direction_sites, read_rows
@@ -192,5 +192,6 @@ def load_signature(path: str | os.PathLike[str]) -> Signature:
             metadata=metadata,
         )
     except (KeyError, ValueError, TypeError) as error:
-        what = f"there is no {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} is damaged: its metadata and tensors do not fit together ({what})") from error
+        raise UserError(
+            f"{path} is damaged: its metadata and tensors do not fit together ({first_line(error)})"
+        ) from error

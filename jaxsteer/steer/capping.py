@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxsteer.errors import UserError
+from jaxsteer.display import short
+from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import describe, read_torch
 from jaxsteer.models.sites import resid_site
 
@@ -63,18 +64,20 @@ def caps_of(data: Mapping[Any, Any]) -> dict[str, tuple[Cap, ...]]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"this is no whole capping configuration: {error!r}; it holds {describe(data)}") from error
+        raise UserError(
+            f"this is no whole capping configuration: {first_line(error)}; it holds {describe(data)}"
+        ) from error
 
 
 def _cap(item: dict[str, Any], stored: dict[str, Any]) -> Cap:
     vector, layer = stored["vector"], stored["layer"]
     if not isinstance(vector, np.ndarray) or vector.ndim != 1 or type(layer) is not int or layer < 0:
         raise UserError(
-            f"the vector {item['vector']!r} is {describe(vector)} at layer {layer!r}; expected [D] at a layer"
+            f"the vector {short(item['vector'])} is {describe(vector)} at layer {short(layer)}; expected [D] at a layer"
         )
     value = np.asarray(item["cap"], np.float64)
     if value.size != 1 or not np.isfinite(value):
-        raise UserError(f"the cap of {item['vector']!r} is {item['cap']!r}, not a number")
+        raise UserError(f"the cap of '{short(item['vector'])}' is '{short(item['cap'])}', not a number")
     name = str(item["vector"])
     return Cap(name=name, site=resid_site(layer), vector=np.array(vector, np.float32), value=float(value.item()))
 
@@ -90,7 +93,7 @@ def check_against_axis(caps: Iterable[Cap], axis: Mapping[str, np.ndarray]) -> b
             return False
         if float(along.astype(np.float64) @ cap.vector) >= 0:
             raise UserError(
-                f"the vector {cap.name!r} points to the Assistant, like the axis: a ceiling on it would push the model "
-                f"away from the Assistant. Its negative with the negative cap as a floor says the same"
+                f"the vector '{short(cap.name)}' points to the Assistant, like the axis: a ceiling on it pushes the "
+                f"model away from the Assistant. Its negative with the negative cap as a floor says the same"
             )
     return True

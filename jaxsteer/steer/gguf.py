@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxsteer.errors import UserError
+from jaxsteer.display import short
+from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import parse_json
 from jaxsteer.files.gguf import read_gguf, write_gguf
 from jaxsteer.models.sites import resid_site
@@ -41,14 +42,16 @@ def read_control_vector(path: str | os.PathLike[str]) -> Vectors:
     for key, value in keys.items():
         if _SAYS_WHAT_FOR.search(key) and value not in ("add", "additive"):
             raise UserError(
-                f"{path} says {key} = {value!r}, and a control vector is added. If you know what its vectors are for, "
-                f"read them with jaxsteer.files.gguf.read_gguf and make Vectors of that operation"
+                f"{path} says {short(key)} = '{short(value)}', and a control vector is added. If you know what its "
+                f"vectors are for, read them with jaxsteer.files.gguf.read_gguf and make Vectors of that operation"
             )
     numbered = {}
     for name, array in tensors.items():
         match = _DIRECTION.fullmatch(name)
         if match is None or array.ndim != 1:
-            raise UserError(f"{path} has a tensor {name!r} of shape {array.shape}; expected direction.<block>, 1-D")
+            raise UserError(
+                f"{path} has a tensor '{short(name)}' of shape {array.shape}; expected direction.<block>, 1-D"
+            )
         numbered[int(match.group(1))] = array
     if not numbered or len({len(array) for array in numbered.values()}) != 1:
         raise UserError(f"{path} holds vectors of widths {sorted({len(a) for a in numbered.values()})}; expected one")
@@ -63,7 +66,7 @@ def read_control_vector(path: str | os.PathLike[str]) -> Vectors:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: its keys {OURS}* do not fit its vectors ({error!r})") from error
+        raise UserError(f"{path} is damaged: its keys {OURS}* do not fit its vectors ({first_line(error)})") from error
     others = {key: value for key, value in keys.items() if not key.startswith(OURS) and key != "general.architecture"}
     source = own.get("source_format", "")
     try:

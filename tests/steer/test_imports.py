@@ -218,14 +218,15 @@ def test_svec_of_both_kinds(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"directions": {"1": [[1.0], [2.0]]}}, r"shape \(2, 1\)"),
+        ({"directions": {"1": [[1.0], [2.0]]}}, r"shape \[2, 1\]"),
         ({"directions": {"x": [1.0]}}, "direction 'x'"),
         ({"directions": {"1": [1.0], "01": [2.0]}}, "direction '01'"),
         ({"directions": {"1": [1.0, "a"]}}, "not a list of numbers"),
         ({"directions": {"1": [1.0, [2.0]]}}, "not a list of numbers"),
         ({"directions": {}}, "no .svec"),
         ({"directions": {"1": [float("nan")]}}, "NaN"),
-        ({"num_heads": 4}, "single heads"),
+        ({"num_heads": 4, "head_dim": 9}, r"num_heads, head_dim\] = \[4, 9\]"),
+        ({"num_heads": 4}, r"num_heads, head_dim"),
     ],
 )
 def test_other_svec_files_are_refused(tmp_path, changes, message):
