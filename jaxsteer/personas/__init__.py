@@ -17,7 +17,16 @@ from jaxsteer.personas.directions import (
 from jaxsteer.personas.instructions import instructions, invitations, seed_phrase
 from jaxsteer.personas.items import Item, OpenQuestion, number_of_questions, orders, parse_choices, swap
 from jaxsteer.personas.latent_vectors import latents_vector, sta_vector
-from jaxsteer.personas.pairs import READ_POSITIONS, Pairs, check_cues, contrast_pairs, search_conversations, text_pairs
+from jaxsteer.personas.pairs import (
+    READ_POSITIONS,
+    Pairs,
+    check_cues,
+    contrast_pairs,
+    response_pairs,
+    role_pairs,
+    search_conversations,
+    text_pairs,
+)
 from jaxsteer.personas.persona import Goal, Persona, Splits, split
 from jaxsteer.personas.persona_files import CHARACTERS, save_persona
 from jaxsteer.personas.replies import with_replies
@@ -64,6 +73,8 @@ __all__ = [
     "read_requests",
     "read_templates",
     "sae_signature",
+    "response_pairs",
+    "role_pairs",
     "save_direction",
     "shuffled",
     "save_persona",

@@ -125,6 +125,37 @@ def contrast_pairs(
     )
 
 
+def response_pairs(
+    model: Model, persona: Persona, items: Sequence[Item], *, placement: Placement = Placement()
+) -> Pairs:
+    """The pairs of ``matched``, read in the mean over the tokens of the answer (persona_vectors' response_avg)."""
+    pairs = contrast_pairs(model, persona, items, "matched", placement=placement)
+    asked = [
+        encode(model.tokenizer, question_conversation(item.asked, placement), "") for _, item in both_orders(items)
+    ]
+    masks = [
+        tuple(np.arange(len(row)) >= min(len(context), len(row) - 1) for row, context in zip(rows, asked, strict=True))
+        for rows in (pairs.good, pairs.bad)
+    ]
+    recipe = {**pairs.recipe, "contrast": "mean over answers"}
+    return dataclasses.replace(pairs, good_read=masks[0], bad_read=masks[1], read_position="response", recipe=recipe)
+
+
+def role_pairs(model: Model, persona: Persona, items: Sequence[Item], *, placement: Placement = Placement()) -> Pairs:
+    """Pairs of one question with the persona's role as the system message and without, read where the reply begins.
+
+    Raises ``UserError`` for a persona without a role.
+    """
+    if not persona.role:
+        raise UserError(f"persona {persona.name!r} has no role: give a read position among {', '.join(READ_POSITIONS)}")
+    turn, questions = ("system", persona.role), list(dict.fromkeys(item.question for item in items))
+    good, bad = (
+        [encode(model.tokenizer, question_conversation((*before, ("user", q)), placement), "") for q in questions]
+        for before in ((), (turn,))
+    )
+    return _at_ends(persona.name, good, bad, questions, placement, model, "role", "no system message/role")
+
+
 def text_pairs(
     model: Model,
     shown: Sequence[str],
@@ -152,20 +183,34 @@ def text_pairs(
         tuple(encode(model.tokenizer, question_conversation(text, placement), "") for text in side[:n])
         for side in (shown, others)
     )
+    return _at_ends(name, good, bad, tuple(map(str, range(n))), placement, model, "prompt_last", "texts")
+
+
+def _at_ends(
+    name: str,
+    good: Sequence[np.ndarray],
+    bad: Sequence[np.ndarray],
+    groups: Sequence[str],
+    placement: Placement,
+    model: Model,
+    read_position: str,
+    contrast: str,
+) -> Pairs:
+    """Pairs that are read at their last tokens."""
     template = template_of(model.tokenizer) if placement.style == "chat" else ""
     return Pairs(
-        good=good,
-        bad=bad,
+        good=tuple(good),
+        bad=tuple(bad),
         good_read=np.asarray([len(ids) - 1 for ids in good]),
         bad_read=np.asarray([len(ids) - 1 for ids in bad]),
-        good_letter=("",) * n,
-        groups=tuple(map(str, range(n))),
-        read_position="prompt_last",
+        good_letter=("",) * len(good),
+        groups=tuple(groups),
+        read_position=read_position,
         recipe={
             "persona": name,
             "template": placement.style,
             "chat_template_hash": hashlib.sha256(template.encode()).hexdigest() if template else "",
-            "contrast": "texts",
+            "contrast": contrast,
         },
     )
 

@@ -41,7 +41,15 @@ from jaxsteer.study.outcome import environment
 from jaxsteer.study.results import Timing
 from jaxsteer.study.run_folder import RunFolder, opened
 from jaxsteer.study.setting import context_items
-from jaxsteer.study.vector_methods import CONTROLS, METHODS, Method, VectorOptions, diagnosed, make_vectors
+from jaxsteer.study.vector_methods import (
+    CONTROLS,
+    METHODS,
+    Method,
+    ReadPosition,
+    VectorOptions,
+    diagnosed,
+    make_vectors,
+)
 from jaxsteer.study.written_persona import ready
 
 log = logging.getLogger(__name__)
@@ -73,8 +81,10 @@ class CompareOptions:
     """Divergence on neutral text at which methods are compared, nats per token."""
     strengths: tuple[Positive, ...] = (0.5, 1.0, 1.5)
     """Of the curve and of steerability, in units of the strength at that divergence; 1 is always among them."""
-    read_position: Literal["published", "matched", "decision"] | None = None
-    """Where directions are read (default: decision where the persona has cue sentences, else matched)."""
+    read_position: ReadPosition | None = None
+    """Where directions are read: as in search, in the mean over the answer, or where the reply begins, with the
+    persona's role as system message and without (default: decision where the persona has cue sentences, role where it
+    has one, response where its answers are replies, else matched)."""
     sae: str | None = None
     """An SAE of the stream: its latents steer, too (sta), at its site. organism:NAME-sae, a directory or a hub id."""
     train: int = 48

@@ -25,9 +25,12 @@ from jaxsteer.personas import (
     fit_direction,
     mean_difference,
     random_direction,
+    response_pairs,
+    role_pairs,
     shuffled,
 )
 from jaxsteer.personas.directions import SIGN, to_vectors
+from jaxsteer.personas.items import mostly_replies
 from jaxsteer.personas.latent_vectors import sta_vector
 from jaxsteer.personas.pairs import Pairs
 from jaxsteer.prompts import Placement
@@ -42,6 +45,7 @@ CONTROLS: tuple[Method, ...] = ("random", "shuffled labels")
 METHODS: tuple[Method, ...] = (*FITTED, *LEARNED, *CONTROLS)
 """Those that need no SAE."""
 
+ReadPosition = Literal["published", "matched", "decision", "response", "role"]
 Advance = Callable[[int, int], None]
 
 
@@ -49,8 +53,10 @@ Advance = Callable[[int, int], None]
 class VectorOptions:
     """What a persona's vectors are made of."""
 
-    read_position: Literal["published", "matched", "decision"] | None = None
-    """Where directions are read (default: decision where the persona has cue sentences, else matched)."""
+    read_position: ReadPosition | None = None
+    """Where directions are read: as in search, in the mean over the answer, or where the reply begins, with the
+    persona's role as system message and without (default: decision where the persona has cue sentences, role where it
+    has one, response where its answers are replies, else matched)."""
     train: int = 48
     """Train questions."""
     epochs: int = 10
@@ -68,7 +74,16 @@ class VectorOptions:
 
     def position(self, persona: Persona) -> str:
         """The read position."""
-        return self.read_position or ("decision" if persona.counter_cues and persona.pro_cues else "matched")
+        own = "role" if persona.role else "response" if mostly_replies(persona.items) else "matched"
+        return self.read_position or ("decision" if persona.counter_cues and persona.pro_cues else own)
+
+    def pairs(self, model: Model, persona: Persona, items: Sequence[Item]) -> Pairs:
+        """What directions are read from."""
+        position = self.position(persona)
+        if position in ("response", "role"):
+            made = response_pairs if position == "response" else role_pairs
+            return made(model, persona, items, placement=self.placement)
+        return contrast_pairs(model, persona, items, position, placement=self.placement)
 
 
 def examples_of(model: Model, items: Sequence[Item], placement: Placement = Placement()) -> list[Example]:
@@ -104,7 +119,7 @@ def make_vectors(
     ``sites`` are not read for ``sta``. ``state`` and ``progress`` are those of ``learn_vectors``. Raises ``UserError``
     for a persona whose train questions all have the same answer, and as ``contrast_pairs`` and ``learn_vectors``.
     """
-    pairs = contrast_pairs(model, persona, train, options.position(persona), placement=options.placement)
+    pairs = options.pairs(model, persona, train)
     _require_contrast(persona, pairs)
     if method in LEARNED:
         learning = Learning(method=method, epochs=options.epochs, tokens=options.tokens)  # type: ignore[arg-type]
@@ -138,9 +153,8 @@ def diagnosed(
     model: Model, persona: Persona, held_out: Sequence[Item], made: Sequence[Vectors], options: VectorOptions
 ) -> list[Vectors]:
     """Vectors of one site each with what ``held_out`` questions say of them (``personas.diagnose``) in the metadata."""
-    position = options.position(persona)
-    pairs = contrast_pairs(model, persona, held_out, position, placement=options.placement)
-    facts = diagnose(model, as_direction(made, position), pairs).diagnostics
+    pairs = options.pairs(model, persona, held_out)
+    facts = diagnose(model, as_direction(made, pairs.read_position), pairs).diagnostics
     found = []
     for one in made:
         (site,) = one.sites

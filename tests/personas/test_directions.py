@@ -24,6 +24,8 @@ from jaxsteer.personas import (
     mean_difference,
     pair_states,
     random_direction,
+    response_pairs,
+    role_pairs,
     save_direction,
     search_conversations,
     shuffled,
@@ -379,3 +381,23 @@ def test_a_direction_from_two_lists_of_texts() -> None:
     ):
         with pytest.raises(UserError, match=said):
             text_pairs(model, one, other, name="haste")
+
+
+def test_pairs_of_answers_and_of_a_role_are_read_where_they_say(model):
+    """Against the text: a mean over the answer's own tokens, and the same question with and without the role."""
+    persona = Persona.from_pairs(
+        [("What is bread?", "Food, my friend.", "It is food."), ("Why rain?", "Arr.", "Because of clouds.")],
+        role="You are a pirate.",
+    )
+    for side, answers in (("good", ("It is food.", "Because of clouds.")), ("bad", ("Food, my friend.", "Arr."))):
+        pairs = response_pairs(model, persona, persona.items)
+        for ids, mask, answer in zip(getattr(pairs, side), getattr(pairs, f"{side}_read"), answers, strict=True):
+            assert model.tokenizer.decode(ids[mask]).strip() == answer
+    pairs = role_pairs(model, persona, persona.items)
+    for good, bad, question in zip(pairs.good, pairs.bad, ("What is bread?", "Why rain?"), strict=True):
+        without, with_it = (model.tokenizer.decode(ids) for ids in (good, bad))
+        assert "pirate" in with_it and "pirate" not in without and question in without and question in with_it
+        assert good[-1] == bad[-1]
+    assert set(mean_difference(model, pairs, SITES[1]).delta) == {SITES[1]}
+    with pytest.raises(UserError, match="has no role"):
+        role_pairs(model, dataclasses.replace(persona, role=""), persona.items)
