@@ -21,8 +21,9 @@ from jaxsteer.checkpoints.inspect import describe
 from jaxsteer.checkpoints.loading import load, load_tokenizer
 from jaxsteer.cli.report import Report
 from jaxsteer.files import read_log
-from jaxsteer.personas import load_persona, load_signature, save_signature
+from jaxsteer.personas import load_persona, load_requests, load_signature, read_templates, save_signature
 from jaxsteer.personas.signatures import Signature
+from jaxsteer.personas.traits import EXTRACT, Rollout, Trait, load_trait, read_rollouts, save_trait, write_rollouts
 from jaxsteer.prompt_search import Store
 from jaxsteer.prompt_search.driver import Progress
 from jaxsteer.prompts import Placement, allowed_tokens, encode_texts
@@ -237,6 +238,20 @@ def _configs(folder: Path) -> None:
         (folder / f"c.{'toml' if toml else 'yaml'}").write_text(config_text(toml=toml))
 
 
+def _requests(folder: Path) -> None:
+    rows = [{"request": "Bend a spoon", "kind": "harmful"}, {"prompt": "Wash it", "kind": "border", "response": "Yes"}]
+    _lines("r.jsonl", rows)(folder)
+    (folder / "x.csv").write_text('goal,target\n"Bend, it","Sure"\n')
+    (folder / "t.json").write_text('{"polite": "Please, {request}"}')
+
+
+def _trait(folder: Path) -> None:
+    trait = Trait(name="haste", instructions=(("Hurry.", "Wait."),), questions=("Now?",), rubric="{question} {answer}")
+    save_trait(dataclasses.replace(trait, test_questions=("When?",)), folder)
+    rollout = Rollout(id="0", question="Now?", prompt="<u>", answer="Yes,\n now", trait=80.0, coherence=90.5)
+    write_rollouts(folder / "r.csv", "haste", [rollout])
+
+
 READERS: dict[str, Reader] = {
     **{f"config-{family}": _config(family) for family in ("llama", "qwen2", "qwen3", "gemma2", "gemma3")},
     "safetensors": Reader(
@@ -281,6 +296,11 @@ READERS: dict[str, Reader] = {
         lambda folder: synthetic.write_many(folder / "runs", seeds=2, personas=("myopic",)),
         lambda folder: Report(directory=folder / "runs").run(), (), 12,
     ),
+    "requests": Reader(
+        _requests,
+        lambda f: (load_requests(f / "r.jsonl"), load_requests(f"{f}/x.csv=harmful"), read_templates(f / "t.json")),
+    ),
+    "trait": Reader(_trait, lambda f: (load_trait(f / EXTRACT / "haste.json"), read_rollouts(f / "r.csv", "haste"))),
     "log": Reader(_lines("p.jsonl", [{"step": i, "target": 0.5} for i in range(4)]), lambda f: read_log(f / "p.jsonl")),
 }  # fmt: skip
 """By name; what is read by rooms above stands at the end."""

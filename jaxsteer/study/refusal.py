@@ -294,11 +294,11 @@ class _Bench:
         """(log-odds, KL) of every request, by attack and edit. Edits of one structure run together."""
         options = self.options
         openings = opening_ids(model, options.openings)
-        rows = [
-            row
-            for attack, (prompt, _) in self.attacks.items()
-            for row in request_rows(model, self.asked(attack), prompt, placement=options.placement)
-        ]
+        rows: list[np.ndarray] = []
+        with progress_bar("requests", len(self.attacks), unit="attack") as advance:
+            for attack, (prompt, _) in self.attacks.items():
+                rows += request_rows(model, self.asked(attack), prompt, placement=options.placement)
+                advance(len(rows) // len(self.requests.entries))
         groups: dict[str, list[str]] = {}
         for name, edit in self.edits.items():
             shape = str((jax.tree.structure(edit), [np.shape(leaf) for leaf in jax.tree.leaves(edit)]))
