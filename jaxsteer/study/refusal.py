@@ -34,6 +34,7 @@ from jaxsteer.models.log_probs import LOGITS_NOT_FINITE
 from jaxsteer.models.model import Model
 from jaxsteer.models.taps import Intervention
 from jaxsteer.personas.requests import KINDS, Requests, check_templates, in_template
+from jaxsteer.processes import from_first
 from jaxsteer.prompts import Placement
 from jaxsteer.ranges import as_tuple, check_ranges
 from jaxsteer.study.bars import behind, load, progress_bar
@@ -193,6 +194,8 @@ def measure_refusal(
         check_templates(dict(chosen.templates))
     asked = requests if isinstance(requests, Requests) else loaded(as_tuple(requests))
     named = {} if edits is None else {"edit": edits} if isinstance(edits, Intervention) else dict(edits)
+    if twice := {*chosen.templates} & {"", *as_tuple(prompts)}:
+        raise UserError(f"{min(twice)!r} names a template and is a prompt: give the template another name")
     if "" in named:
         raise UserError("an edit has no name: name each of the edits")
     bench = _Bench(
@@ -328,7 +331,8 @@ class _Bench:
     ) -> dict[tuple[str, str], tuple[str, ...]]:
         """Free replies to every request, by attack and edit; none is written again that stands in the directory."""
         log, options = None if kept is None else kept / WRITTEN, self.options
-        known = {} if log is None else {tuple(line["row"]): tuple(line["replies"]) for line in read_lines(log)}
+        found = [] if log is None else from_first(lambda: read_lines(log))
+        known = {tuple(line["row"]): tuple(line["replies"]) for line in found}
         n = len(self.requests.entries)
         with progress_bar("free replies", len(rows) * n, unit="reply") as advance:
             for at, (attack, edit) in enumerate(rows):

@@ -36,7 +36,7 @@ from jaxsteer.personas.traits import (
     rollout_pairs,
     write_rollouts,
 )
-from jaxsteer.processes import is_first
+from jaxsteer.processes import from_first, is_first
 from jaxsteer.prompts import apply_template
 from jaxsteer.prompts.generate import generate
 from jaxsteer.ranges import CountFrom0, Seed, check_ranges
@@ -207,7 +207,8 @@ def _written(model: Model, trait: Trait, options: RolloutOptions, kept: Path | N
         for k in range(len(trait.instructions))
     ]
     log = None if kept is None else kept / WRITTEN
-    known = {} if log is None else {int(line["number"]): str(line["answer"]) for line in read_lines(log)}
+    lines = [] if log is None else from_first(lambda: read_lines(log))
+    known = {int(line["number"]): str(line["answer"]) for line in lines}
     total, size = len(asked) * options.samples, max(1, CHUNK // options.samples)
     with progress_bar("answers", total, unit="answer") as advance:
         for begin in range(0, len(asked), size):
