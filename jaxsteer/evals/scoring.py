@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.layers import prefill, run_layers
-from jaxsteer.models.log_probs import LOGITS_NOT_FINITE, label_log_probs
+from jaxsteer.models.log_probs import label_log_probs, not_finite
 from jaxsteer.models.padding import bucket, pad_rows
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import put
@@ -242,12 +242,16 @@ def score_texts(
                 ready = _decide(params, config, *whole, stacked)
             scores = to_host(_score_edits(params, config, tuple(arrays), ready))
         scores = scores.reshape(n_variants, size, per_group, -1).astype(np.float64)
-        if not all(
-            np.isfinite(scores[:, i, p, : len(row.answer)]).all()
-            for i, group in enumerate(packed)
-            for p, row in enumerate(group)
-        ):
-            raise UserError(LOGITS_NOT_FINITE)
+        finite = np.all(
+            [
+                np.isfinite(scores[:, i, p, : len(row.answer)]).all(-1)
+                for i, group in enumerate(packed)
+                for p, row in enumerate(group)
+            ],
+            axis=0,
+        )
+        if not finite.all():
+            raise UserError(not_finite(variants[int(np.argmin(finite))].label if variants else ""))
         for i, (g, group_rows) in enumerate(zip(chosen, packed, strict=False)):
             for p, row in enumerate(group_rows):
                 kept = scores[:, i, p, : len(row.answer)]

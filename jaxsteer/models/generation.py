@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.decoding import NOT_FINITE, Batch, State, decide, decode, grow, start
-from jaxsteer.models.log_probs import LOGITS_NOT_FINITE
+from jaxsteer.models.log_probs import not_finite
 from jaxsteer.models.model import Model
 from jaxsteer.models.padding import bucket
 from jaxsteer.models.roles import Rendered, stack_rendered, unlabelled
@@ -158,7 +158,7 @@ def _decode_batch(
         """What there is on the device, and the rows ended that ``end`` wants to end."""
         tokens, length, done = (np.array(a[:kept]) for a in jax.device_get((state.tokens, state.length, state.done)))
         if (tokens == NOT_FINITE).any():
-            raise UserError(LOGITS_NOT_FINITE)
+            raise UserError(not_finite(edits.label if edits is not None else ""))
         ask = end or (lambda made: None)
         found = {row: ask(tokens[row, : length[row]]) for row in range(kept) if row not in ends}
         new = {row: n for row, n in found.items() if n is not None}

@@ -18,6 +18,13 @@ LOGITS_NOT_FINITE = (
     "The model's logits are NaN or infinite, so that no result could be right. Its weights are finite, as loading "
     "checked: something on the way overflows. Try --dtype float32, or steer with a smaller coefficient."
 )
+
+
+def not_finite(steered: str = "") -> str:
+    """``LOGITS_NOT_FINITE``, with what the model was steered by."""
+    return LOGITS_NOT_FINITE + f" Here it was steered by: {steered[:300]}." * bool(steered)
+
+
 VOCABULARY_BLOCK = 2**24
 """Logits held at once, in floats: 64 MiB. What needs logits of many rows takes as many rows at a time as fit."""
 

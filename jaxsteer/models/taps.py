@@ -135,6 +135,11 @@ class Intervention:
         return False
 
     @property
+    def label(self) -> str:
+        """What it does, in a few words, for messages."""
+        return type(self).__name__
+
+    @property
     def conditional(self) -> bool:
         """Whether prompts decide what it does: it makes no tap before it is ``decided``. Static."""
         return False

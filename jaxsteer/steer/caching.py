@@ -49,6 +49,12 @@ class CacheEdit(Intervention):
         return frozenset()
 
     @property
+    def label(self) -> str:
+        """Its strength and layers."""
+        coefficient = known(self.coefficient)
+        return f"cache of {'?' if coefficient is None else f'{coefficient:g}'} in {len(self.values)} layers"
+
+    @property
     def on_cache(self) -> bool:
         """Always."""
         return True

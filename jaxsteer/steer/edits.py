@@ -76,6 +76,12 @@ class Edit(Intervention):
         idle = {"add": 0.0, "add_keep_norm": 0.0, "ablate": 0.0, "scale": 1.0, "scale_prompt": 0.0}.get(self.operation)
         return bool(np.all((layers == OFF) | (amount == idle)))
 
+    @property
+    def label(self) -> str:
+        """Operation, strengths, kind of site and layers."""
+        strengths, layers = (_few(known(array)) for array in (self.amount, self.layers))
+        return f"{self.operation} of {strengths} at {self.kind}, layers {layers}"
+
     def touched(self, where: Where) -> Bool[Array, "B T"]:
         """True at positions that the edit reaches (in some layer), whatever its amount."""
         on = (self.layers != OFF).any(-1)
@@ -147,6 +153,11 @@ class Edits(Intervention):
         return all(edit.neutral for edit in self.edits)
 
     @property
+    def label(self) -> str:
+        """Those of the edits."""
+        return "; ".join(edit.label for edit in self.edits)
+
+    @property
     def conditional(self) -> bool:
         """Whether prompts decide what any of the edits does."""
         return any(edit.conditional for edit in self.edits)
@@ -198,6 +209,15 @@ def known(array: Any) -> np.ndarray | None:
     if isinstance(array, jax.core.Tracer) or (isinstance(array, jax.Array) and not array.is_fully_addressable):
         return None
     return np.asarray(array)
+
+
+def _few(numbers: np.ndarray | None) -> str:
+    """Some of the numbers that occur, EVERY as "*"."""
+    found = [] if numbers is None else np.unique(numbers).tolist()
+    shown = ", ".join(
+        "*" if n == EVERY and numbers is not None and numbers.dtype.kind == "i" else f"{n:g}" for n in found[:4]
+    )
+    return (shown or "?") + ", …" * (len(found) > 4)
 
 
 def _refuse_crossed(edits: tuple[Any, ...]) -> None:

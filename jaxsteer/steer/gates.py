@@ -148,6 +148,11 @@ class Gated(Intervention):
         return self.edits.neutral or (open is not None and not open.any())
 
     @property
+    def label(self) -> str:
+        """That of the edits, behind a gate."""
+        return f"{self.edits.label}, behind a gate"
+
+    @property
     def conditional(self) -> bool:
         """Whether it has not been decided."""
         return self.open is None or self.edits.conditional

@@ -80,6 +80,7 @@ def read_control_vector(path: str | os.PathLike[str]) -> Vectors:
             source_format="gguf" + (f" (from {source})" if source else ""),
             metadata={
                 **recipe,
+                "family": str(keys.get(f"{ARCHITECTURE}.model_hint", "")),
                 "index_meaning": "direction.i is added to the output of block i",
                 "gguf_keys": json.dumps(others, ensure_ascii=False, default=str),
             },

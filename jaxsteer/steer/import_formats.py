@@ -251,6 +251,7 @@ def svec(ask: Ask) -> Vectors:
             "block i, what each head gives to the output projection",
             model=str(data.get("model_type") or ""),
             metadata={
+                "family": str(data.get("model_type") or ""),
                 "probe_accuracies": json.dumps(data.get("probe_accuracies") or {}),
                 "published_use": "added at the heads of the best probes only; here all heads are in the file",
             },
@@ -262,5 +263,8 @@ def svec(ask: Ask) -> Vectors:
         AFTER_BLOCK
         + ("" if nested else ", where it was read; activation-steering itself adds it at the input of block i"),
         model=str(data.get("model_type") or ""),
-        metadata={"explained_variances": json.dumps(data.get("explained_variances") or {})},
+        metadata={
+            "family": str(data.get("model_type") or ""),
+            "explained_variances": json.dumps(data.get("explained_variances") or {}),
+        },
     )

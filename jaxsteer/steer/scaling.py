@@ -71,6 +71,8 @@ class _Data:
     mask: Bool[Array, "n T"]
     wanted: Int[Array, " n"]
     other: Int[Array, " n"]
+    weight: Float[Array, " n"]
+    """Of each row in the means: 0 for those that only fill up the devices."""
 
 
 Alphas = dict[str, Float[Array, "M P"]]
@@ -106,10 +108,11 @@ def learn_scaling(
     if not where or not min(map(len, rows)) or longest > config.max_positions:
         raise UserError(f"scaling needs sites, and prompts of 1 to {config.max_positions} tokens; got {longest}")
     shards = 1 if model.mesh is None else model.mesh.shape.get("prompts", 1)
-    spare = -len(rows) % shards  # rows twice, where devices are left over
-    index = np.r_[np.arange(len(rows)), np.arange(spare) % len(rows)]
+    spare = -len(rows) % shards
+    index = np.r_[np.arange(len(rows)), np.zeros(spare, int)]
+    weight = np.r_[np.full(len(rows), 1 / len(rows)), np.zeros(spare)].astype(np.float32)
     tokens, mask = pad_rows([rows[i] for i in index], min(bucket(longest), config.max_positions))
-    arrays = tokens, mask, *answers[:, index].astype(np.int32)
+    arrays = tokens, mask, *answers[:, index].astype(np.int32), weight
     data = _Data(*(shard_rows(model.mesh, a) for a in arrays))
     groups = layers_by_kind(where)
     alphas: Alphas = {kind: jnp.zeros((len(layers), scaling.tokens)) for kind, layers in groups.items()}
@@ -205,9 +208,9 @@ def _terms(
         )
         logits = _last_logits(params, config, data, edits)
         lead = sign * (pick(logits, data.wanted) - pick(logits, data.other))
-        effect.append(jax.nn.relu(scaling.margin - lead).mean())
-        kl.append(jnp.sum(jnp.exp(rest(base)) * (rest(base) - rest(logits)), axis=-1).mean())
-        ahead.append((lead > 0).mean())
+        effect.append(data.weight @ jax.nn.relu(scaling.margin - lead))
+        kl.append(data.weight @ jnp.sum(jnp.exp(rest(base)) * (rest(base) - rest(logits)), axis=-1))
+        ahead.append(data.weight @ (lead > 0))
     terms = {
         "effectiveness": jnp.stack(effect).mean(),
         "faithfulness": jnp.stack(kl).mean(),

@@ -52,6 +52,8 @@ NORM_KEY = "mean_resid_norm/"
 GATE_KEY = "gate/"
 CAPS = ("floor", "ceiling", "clamp")
 """Operations that need a value per site."""
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
+"""Families that files of other tools name, in the metadata key ``family``."""
 FIXED = {"cache": "a cache is changed at its newest token", "scale": "a prompt is scaled token by token"}
 """Operations that act at places of their own."""
 
@@ -280,6 +282,14 @@ def check_vectors(vectors: Vectors, model: Model, *, any_weights: bool = False) 
                 f"the vector at {site} has shape {array.shape}, but values there have {there} in {model.name}: it "
                 f"belongs to another model ({vectors.model or 'unknown'})"
             )
+    family, own = (
+        name.lower().removesuffix("_text") for name in (vectors.metadata.get("family", ""), model.config.family)
+    )
+    if family in FAMILIES and family != own and not any_weights:
+        raise UserError(
+            f"these vectors were made on a model of the family {family}, and {model.name} is of {own}: they belong to "
+            f"another model. If they are meant for it all the same, say any_weights=True (--any-weights)"
+        )
     if vectors.fingerprint == model.fingerprint:
         return
     if not vectors.fingerprint or any_weights:

@@ -101,7 +101,7 @@ def test_it_is_decoding_from_an_edited_cache(family: str) -> None:
     log_probs = [row - np.log(np.exp(row.astype(np.float64)).sum()) for row in expected[1][1][:2]]
     wanted = [sum(p[t] for p, t in zip(log_probs, answers[0], strict=True)), log_probs[0][9]]
     np.testing.assert_allclose(scores[0, 0, 0], wanted, atol=2e-4)
-    odds, _ = first_tokens(model, ROWS, np.asarray([3]), [edits])
+    odds, *_ = first_tokens(model, ROWS, np.asarray([3]), [edits])
     for odd, (_, logits) in zip(odds[0], expected, strict=True):
         p = np.exp(logits[0].astype(np.float64))[3] / np.exp(logits[0].astype(np.float64)).sum()
         assert odd == pytest.approx(np.log(p / (1 - p)), abs=2e-4)

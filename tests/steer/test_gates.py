@@ -103,7 +103,7 @@ def test_answers_and_side_effects_are_scored_behind_it() -> None:
     np.testing.assert_array_equal(mixed, np.where(open[:, None, None], wide, shut))
     assert (wide != shut).all()
     np.testing.assert_allclose(shut, score_texts(MODEL.params, CONFIG, groups)[0], atol=1e-4)
-    (mixed, shut, wide), _ = first_tokens(MODEL, ROWS, np.asarray([3, 4]), variants)
+    (mixed, shut, wide), *_ = first_tokens(MODEL, ROWS, np.asarray([3, 4]), variants)
     np.testing.assert_array_equal(mixed, np.where(open, wide, shut))
     effects = side_effects(MODEL, ROWS, variants)
     assert abs(effects.kl[1]) < 1e-6 < 1e-3 < effects.kl[0] < effects.kl[2]
@@ -176,3 +176,21 @@ def test_tuning_finds_the_site_and_the_side() -> None:
 def test_what_can_be_no_gate_is_refused(make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("edits", "told"),
+    [
+        (steer.add(SITE, VECTOR, 1e25), "add of 1e.25 at hook_resid_post, layers 2"),
+        (steer.gated(steer.Edits((EDIT, steer.add(SITE, VECTOR, 1e25))), gate(threshold=-1.0)), "add of 3 at .*1e.25.*gate"),
+    ],
+)
+def test_a_strength_that_is_too_large_is_named(edits: Any, told: str) -> None:
+    for run_it in (
+        lambda: jaxsteer.generate(MODEL, ROWS, edits=edits, max_new_tokens=12, seed=1, samples=2),
+        lambda: score_texts(
+            MODEL.params, CONFIG, [[Text(context=ROWS[1], answers=(ROWS[0][:2], ROWS[2][:1]))]], variants=[edits]
+        ),
+    ):
+        with pytest.raises(UserError, match=f"NaN or infinite.*steered by: {told}"):
+            run_it()

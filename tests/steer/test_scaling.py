@@ -60,7 +60,8 @@ def plain_loss(alphas: dict[str, np.ndarray]) -> float:
 def test_loss_and_gradients_against_float64() -> None:
     alphas = {name: RNG.normal(0, 0.3, 4) for name in SITES}
     tokens, mask = pad_rows(ROWS, 16)
-    data = module._Data(*map(jnp.asarray, (tokens, mask, WANTED.astype(np.int32), OTHER.astype(np.int32))))
+    answers = WANTED.astype(np.int32), OTHER.astype(np.int32)
+    data = module._Data(*map(jnp.asarray, (tokens, mask, *answers, np.full(4, 0.25, np.float32))))
     base = module._last_logits(MODEL.params, MODEL.config, data, None)
     sites = tuple(map(parse_site, SITES))
     given = {

@@ -294,3 +294,15 @@ def test_a_file_that_keeps_the_norm(tmp_path, model):
     moved = plain + 2.0 * vectors.arrays[STREAM]
     expected = moved * np.linalg.norm(plain, axis=-1, keepdims=True) / np.linalg.norm(moved, axis=-1, keepdims=True)
     np.testing.assert_allclose(found[1:], expected[1:], atol=1e-5)
+
+
+def test_vectors_of_another_family(model):
+    arrays = {STREAM: row(model.config.d_model)}
+    for family, refused in (("gemma3_text", True), ("qwen2", True), ("Llama", False), ("mamba", False), ("", False)):
+        vectors = Vectors(arrays=arrays, metadata={"family": family} if family else {})
+        check_vectors(vectors, model, any_weights=True)
+        if refused:
+            with pytest.raises(UserError, match=f"family {family.removesuffix('_text')}.*is of llama"):
+                check_vectors(vectors, model)
+        else:
+            check_vectors(vectors, model)
