@@ -85,7 +85,7 @@ class RefusalRow(Record):
     @property
     def name(self) -> str:
         """The row's label."""
-        return (f"{self.edit}: " if self.edit else "") + (short(self.attack) or "(requests alone)")
+        return ": ".join(part for part in (self.edit, short(self.attack)) if part) or "(requests alone)"
 
     def of(self, kind: str) -> KindRefusal | None:
         """The requests of a kind."""
