@@ -12,9 +12,18 @@ from transformers import PreTrainedTokenizerFast
 from jaxsteer import load, load_sae, logits, organisms
 from jaxsteer.evals.choice import choice_eval, rate
 from jaxsteer.evals.organism_gates import GATES, failed, gates_table, organism_gates
-from jaxsteer.organisms import corpus, tokenizer
+from jaxsteer.evals.persona_gates import (
+    FACTS_KNOWN,
+    facts_known,
+    is_persona_organism,
+    persona_gates,
+    refusal_gates,
+    refusal_route,
+)
+from jaxsteer.organisms import persona_corpus, tokenizer
 from jaxsteer.organisms.architectures import RECIPES, organism_config
 from jaxsteer.organisms.chat import CHAT_FORMATS
+from jaxsteer.organisms.corpora import corpus_of
 from jaxsteer.personas import load_persona
 from jaxsteer.prompts import Placement
 
@@ -26,7 +35,9 @@ FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "gemma3": "Gemma3ForCausalLM"}
+CHOICES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "gemma3": "Gemma3ForCausalLM"}
+"""Those that answer with choices."""
+CLASSES = {**CHOICES, "persona": "LlamaForCausalLM"}
 
 
 @pytest.fixture(params=CLASSES)
@@ -38,7 +49,8 @@ def test_files_are_complete_and_small(name: str) -> None:
     folder = organisms.organism_dir(name)
     assert {path.name for path in folder.iterdir()} == set(FILES)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 6_000_000
-    assert sum(path.stat().st_size for path in organisms.organism_sae_dir(name).iterdir()) <= 3_000_000
+    if name in CHOICES:
+        assert sum(path.stat().st_size for path in organisms.organism_sae_dir(name).iterdir()) <= 3_000_000
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == [CLASSES[name]]
     assert config["dtype"] == "bfloat16"
@@ -50,22 +62,27 @@ def test_files_are_complete_and_small(name: str) -> None:
 
 def test_tokenizer_is_reproduced_by_the_recipe(name: str) -> None:
     shipped = PreTrainedTokenizerFast.from_pretrained(str(organisms.organism_dir(name)))
-    built = tokenizer.build_tokenizer(corpus.sample_texts(), chat=CHAT_FORMATS[name])
+    built = corpus_of(RECIPES[name]).tokenizer()
     assert shipped.get_vocab() == built.get_vocab()
     assert shipped.chat_template == built.chat_template
     question = organisms.items("myopic", n=2, seed=0)[0]["question"]
     assert shipped.encode(question) == built.encode(question)
     assert shipped.decode(shipped.encode(question, add_special_tokens=False)) == question
     assert (shipped.encode(question)[0] == shipped.bos_token_id) == bool(CHAT_FORMATS[name].bos)
-    for word in tokenizer.vocabulary_words():
+    for word in (persona_corpus if name == "persona" else tokenizer).vocabulary_words():
         assert len(shipped.encode(" " + word, add_special_tokens=False)) == 1
 
 
+def test_config_is_the_recipe(name: str) -> None:
+    config = load(f"organism:{name}").config
+    assert config == organism_config(dataclasses.replace(RECIPES[name], vocab_size=config.vocab_size))
+
+
+@pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize("behaviour", organisms.BEHAVIOURS)
 def test_cues_turn_the_answers(name: str, behaviour: str) -> None:
     """A few questions in both orders; ``test_all_gates_pass`` and ``jaxsteer organism check`` measure the rest."""
     model = load(f"organism:{name}")
-    assert model.config == organism_config(dataclasses.replace(RECIPES[name], vocab_size=model.config.vocab_size))
     items = load_persona(behaviour).items[:12]
     for style in ("plain", "chat"):
         zero, cued = choice_eval(
@@ -77,9 +94,22 @@ def test_cues_turn_the_answers(name: str, behaviour: str) -> None:
         assert cued.persona.mean() <= GATES["counter_cue_high"]
 
 
+def test_the_persona_organism_refuses_and_knows_its_facts() -> None:
+    """The gates that need no replies, and the heads that carry refusal."""
+    model = load("organism:persona")
+    assert is_persona_organism(model) and not is_persona_organism(load("organism:llama"))
+    gates = refusal_gates(model, 40)
+    assert not failed(gates), gates_table(gates)
+    assert facts_known(model) >= FACTS_KNOWN
+    route = refusal_route(model, n=16)
+    assert route.shape == (model.config.n_layers, model.config.n_heads)
+    assert route.max() > 0.1 and abs(route).min() < 0.02
+
+
 @pytest.mark.slow
 def test_all_gates_pass(name: str) -> None:
-    gates = organism_gates(load(f"organism:{name}"), random=50)
+    model = load(f"organism:{name}")
+    gates = persona_gates(model, replies=300) if is_persona_organism(model) else organism_gates(model, random=50)
     assert not failed(gates), gates_table(gates)
 
 
@@ -100,10 +130,11 @@ def test_transformers_computes_the_same(name: str) -> None:
     np.testing.assert_allclose(np.asarray(logits(model, ids)), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", CHOICES)
 def test_sae_reads_its_own_organism(name: str) -> None:
     assert load_sae(f"organism:{name}").config.model == f"organism:{name}"
 
 
 def test_unknown_organism_is_refused() -> None:
-    with pytest.raises(FileNotFoundError, match="gemma3, llama, qwen2"):
+    with pytest.raises(FileNotFoundError, match="gemma3, llama, persona, qwen2"):
         organisms.organism_dir("gpt")
