@@ -32,11 +32,21 @@ from jaxsteer.models.reading import direction_sites, read_rows
 from jaxsteer.steer.operations import ablate_everywhere, add
 from jaxsteer.steer.vectors import Vectors
 
-MAX_KL, MIN_INDUCE, DEEPEST = 0.1, 0.0, 0.8
-"""What a candidate may disturb (nats), how likely refusal must become (log-odds), the share of blocks in question."""
 MOST_POSITIONS = 8
 
 Rows = Sequence[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a candidate must keep to be chosen; defaults are those of refusal_direction."""
+
+    kl: float = 0.1
+    """Most disturbance of harmless requests, nats."""
+    induce: float = 0.0
+    """Least mean log-odds of refusing harmless requests with the difference added once."""
+    depth: float = 0.8
+    """Share of the blocks that count, from the first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +105,7 @@ def select_direction(
     *,
     sites: str | Sequence[str] = "blocks.*.hook_resid_pre",
     positions: Sequence[int] | None = None,
-    max_kl: float = MAX_KL,
+    limits: Limits = Limits(),
     progress: Callable[[int, int], None] | None = None,
 ) -> Selection:
     """The difference of means that carries refusal, chosen on requests of its own.
@@ -108,7 +118,7 @@ def select_direction(
         sites: places in the stream where means are taken, and the difference is added.
         positions: tokens from the end of the rows, below 0 (default: all that rows have in common at their ends, which
             the template writes; at most 8).
-        max_kl: candidates that disturb harmless requests more are left aside.
+        limits: candidates beyond them are left aside.
         progress: called with counts of measurements: one for each candidate and set of requests.
 
     Returns:
@@ -149,9 +159,9 @@ def select_direction(
     candidates = []
     for i, (s, p) in enumerate(where):
         reasons = {
-            f"block {found[s].layer} of {layers}": found[s].layer >= DEEPEST * layers,
-            f"KL above {max_kl:g}": not kl[i] <= max_kl,
-            "does not induce": not induce[i] > MIN_INDUCE,
+            f"block {found[s].layer} of {layers}": found[s].layer >= limits.depth * layers,
+            f"KL above {limits.kl:g}": not kl[i] <= limits.kl,
+            "does not induce": not induce[i] > limits.induce,
             "not finite": not np.isfinite([bypass[i], induce[i], kl[i]]).all(),
         }
         facts = {"bypass": bypass[i], "induce": induce[i], "kl": kl[i], "norm": np.linalg.norm(delta[s, p])}
