@@ -20,7 +20,7 @@ class Refusal(Steering):
 
     requests: Positional[tuple[str, ...]]
     """Sets of requests: NAME or NAME:PATH (`jaxsteer data list`), or FILE=harmful, FILE=harmless, FILE=border."""
-    model: str = "organism:llama"
+    model: str = "organism:persona"
     """organism:NAME, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
     prompts: Annotated[tuple[str, ...], arg(aliases=["-p"])] = ()
     """Attacks: prompt texts beside the request."""

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 import jaxsteer
 from jaxsteer.errors import UserError
 from jaxsteer.evals.refusal import first_tokens, opening_ids, refusal_log_odds, refusal_score, request_rows
+from jaxsteer.organisms import persona_world
 from jaxsteer.steer import Edit, add
 from tests.helpers.tiny import KINDS, tiny_model, tiny_tokenizer
 
@@ -77,3 +79,17 @@ def test_bad_input_is_one_message(openings: list[str], rows: list[str], said: st
     model = tiny_model()
     with pytest.raises(UserError, match=said):
         refusal_log_odds(model, request_rows(model, rows), opening_ids(model, openings))
+
+
+def test_the_log_odds_of_an_organism_are_those_that_were_planted() -> None:
+    """In organism:persona, where every thing and every sentence around a request adds a known number."""
+    model = jaxsteer.load("organism:persona")
+    openings, asked = opening_ids(model, persona_world.REFUSAL_OPENINGS), []
+    for kind in persona_world.KINDS:
+        for sentence in ("", "grandmother", "story"):
+            asked += persona_world.requests(kind, n=24, seed=1, sentence=sentence)
+    found = refusal_log_odds(model, request_rows(model, [request.text for request in asked]), openings)[0]
+    planted = np.asarray([request.log_odds for request in asked])
+    assert spearmanr(planted, found).statistic > 0.95
+    often = np.abs(planted) <= 5  # of what hardly ever happens, training shows nothing
+    assert np.mean(np.abs(planted - found)[often]) < 1

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -46,12 +47,19 @@ def judged(half: int = 6) -> Rule:
     return Rule(write=lambda asked: verdict(asked[0]["content"], seen, half))
 
 
+@functools.cache
+def states(text: str) -> dict[str, np.ndarray]:
+    """What the model computes at every token, in float64."""
+    (ids,) = encode_texts(MODEL.tokenizer, [text], style="chat")
+    padded = np.pad(ids, (0, 96 - len(ids)))[None]  # one length, one program
+    found = jaxsteer.capture(MODEL, padded, ["blocks.*.hook_resid_post"])
+    return {site: np.asarray(value[0, : len(ids)], np.float64) for site, value in found.items()}
+
+
 def mean(rollout: Rollout, site: str, average: str) -> np.ndarray:
-    """The mean state of an answer, of its prompt, or at the prompt's last token, in float64."""
-    prompt, whole = encode_texts(MODEL.tokenizer, [rollout.prompt, rollout.prompt + rollout.answer], style="chat")
-    states = np.asarray(jaxsteer.capture(MODEL, whole[None], [site])[site][0], np.float64)
-    n = len(prompt)
-    return {"response_avg": states[n:], "prompt_avg": states[1:n], "prompt_last": states[n - 1 : n]}[average].mean(0)
+    """The mean state of an answer, of its prompt, or at the prompt's last token."""
+    found, n = states(rollout.prompt + rollout.answer)[site], len(states(rollout.prompt)[site])
+    return {"response_avg": found[n:], "prompt_avg": found[1:n], "prompt_last": found[n - 1 : n]}[average].mean(0)
 
 
 def test_vectors_are_differences_of_means_and_go_through_files(tmp_path: Path) -> None:
