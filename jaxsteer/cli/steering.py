@@ -46,9 +46,11 @@ class Steering:
                     raise UserError(f"--{name.replace('_', '-')} says how to steer: give --steer FILE with it")
             return None
         from jaxsteer.steer import load_vectors
+        from jaxsteer.steer.vectors import FIXED
 
         vectors = load_vectors(self.steer, model=model, any_weights=self.any_weights)
-        if not self.steer_sites and "site" not in vectors.metadata and len(vectors.sites) > 1:
+        whole = "site" in vectors.metadata or vectors.operation in FIXED  # those are one edit of many sites
+        if not self.steer_sites and not whole and len(vectors.sites) > 1:
             log.warning(
                 "%s names no site: steering at all of its %d. Choose among them with --steer-sites",
                 self.steer, len(vectors.sites),

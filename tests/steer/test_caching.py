@@ -74,7 +74,7 @@ def by_hand(model: Model, ids: np.ndarray, vectors: Vectors) -> tuple[list[int],
     return tokens, logits
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "gemma3"])
 def test_it_is_decoding_from_an_edited_cache(family: str) -> None:
     """In batches of prompts of other lengths, with samples that share a prompt, whatever the padding."""
     model = MODELS[family]
