@@ -51,9 +51,9 @@ TRAIN, VALIDATION, TEST = 128, 40, 100
 MAX_KL = 0.3
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Of the largest strength: those that are tried."""
-INDUCE = -1.0
-"""Least log-odds of refusing harmless requests that a candidate brings when it is added once: here strengths are chosen
-afterwards, so that it need not suffice by itself."""
+LIMITS = Limits(kl=0.2, induce=-1.5)
+"""Of candidates. Added once, no difference of this model makes most harmless requests refused: strengths are chosen
+afterwards, so that a candidate need not suffice by itself."""
 CACHE_STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 ASKED = {"bypass": ("harmful", 0.1), "induce": ("harmless", 0.9)}
 NEUTRAL = tuple(question.format(topic) for topic in world.CALM_TOPICS for question in world.TOPIC_QUESTIONS[:1])
@@ -132,7 +132,7 @@ def vectors_of(bench: Bench, args: argparse.Namespace) -> tuple[Selection, dict[
     model = bench.model
     kinds = ("harmful", "harmless")
     parts = [tuple(bench.rows(part, kind) for part in ("train", "validation")) for kind in kinds]
-    chosen = select_direction(model, parts[0], parts[1], bench.openings, limits=Limits(induce=INDUCE))
+    chosen = select_direction(model, parts[0], parts[1], bench.openings, limits=LIMITS)
     site = chosen.chosen.site
     found = {"mean difference": chosen.vectors}
     for method in ("ntp", "po"):
