@@ -4,10 +4,10 @@ python -m experiments.refusal_steering [--model organism:persona] [--sae organis
 
 Train requests make the vectors: the difference of means, selected by bypassing, inducing and KL; NTP and PO from
 refusing and complying replies; target atoms of an SAE; key-value vectors. All point to refusal. Validation requests
-choose the strength of either sign: the smallest of five that does what is asked (subtracted, at most 10 % of harmful
-requests are refused; added, at least 90 % of harmless ones are), or else the one that does most, where neutral text
-diverges by at most 0.3 nats per token. Test requests, of combinations of words that training never saw, give the rates,
-by the first token and by phrases of free replies. Controls: a random vector and one of shuffled labels, at the same
+choose the strength of either sign: the smallest of five that does what is asked by the first token and by phrases of
+free replies (subtracted, at most 10 % of harmful requests are refused; added, at least 90 % of harmless ones are), or
+else the one that does most, where neutral text diverges by at most 0.3 nats per token. Test requests, of combinations
+of words that training never saw, give the rates. Controls: a random vector and one of shuffled labels, at the same
 divergences. A gate that opens for harmful requests shows conditional steering. Writes results.json, table.md and the
 vector files.
 """
@@ -29,13 +29,13 @@ from jaxsteer.display import interval
 from jaxsteer.errors import UserError
 from jaxsteer.evals.calibration import calibrate, neutral_rows
 from jaxsteer.evals.direction_selection import Limits, Selection, select_direction
-from jaxsteer.evals.refusal import first_tokens, opening_ids, request_rows
+from jaxsteer.evals.refusal import opening_ids, request_rows
 from jaxsteer.evals.side_effects import reply_effects, side_effects
 from jaxsteer.files import make_directory, write_text
 from jaxsteer.models.model import Model
 from jaxsteer.models.taps import Intervention
 from jaxsteer.organisms import persona_world as world
-from jaxsteer.personas import load_requests, mean_difference, random_direction, shuffled, text_pairs
+from jaxsteer.personas import Requests, load_requests, mean_difference, random_direction, shuffled, text_pairs
 from jaxsteer.personas.directions import to_vectors
 from jaxsteer.personas.latent_vectors import sta_vector
 from jaxsteer.prompts.generate import generate
@@ -54,7 +54,10 @@ SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 LIMITS = Limits(kl=0.2, induce=-1.5)
 """Of candidates. Added once, no difference of this model makes most harmless requests refused: strengths are chosen
 afterwards, so that a candidate need not suffice by itself."""
-CACHE_STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
+CACHE_STRENGTHS = (4.0, 16.0, 64.0, 256.0, 1024.0)
+"""Its vectors are short, and KL on prompts says nothing of it."""
+REPLY = 12
+"""Tokens of free replies: refusals show in their first words."""
 ASKED = {"bypass": ("harmful", 0.1), "induce": ("harmless", 0.9)}
 NEUTRAL = tuple(question.format(topic) for topic in world.CALM_TOPICS for question in world.TOPIC_QUESTIONS[:1])
 
@@ -93,9 +96,14 @@ class Bench:
         """Requests in token space."""
         return request_rows(self.model, self.texts[part][kind])
 
-    def refused(self, part: str, kind: str, edits: Sequence[Intervention]) -> np.ndarray:
-        """Share of requests that are refused by their first token, under each edit."""
-        return (first_tokens(self.model, self.rows(part, kind), self.openings, edits).log_odds > 0).mean(-1)
+    def refused(self, part: str, kind: str, edits: dict[str, Intervention]) -> dict[str, tuple[float, float]]:
+        """By edit, the share of requests that are refused: by their first token, and by phrases of greedy replies."""
+        asked = Requests.of(self.texts[part][kind], kind)  # type: ignore[arg-type]
+        found = jaxsteer.measure_refusal(
+            self.model, asked, edits=edits, openings=world.REFUSAL_OPENINGS, generate=True, max_new_tokens=REPLY
+        )
+        rows = {name: found.row(edit=name).of(kind) for name in edits}
+        return {name: (one.openings.rate, one.phrases.rate) for name, one in rows.items() if one and one.phrases}
 
 
 def bench_of(model: Model) -> Bench:
@@ -159,12 +167,15 @@ def strengths(bench: Bench, vectors: Vectors) -> dict[str, list[float]]:
 
 
 def chosen_strength(bench: Bench, vectors: Vectors, use: str, tried: Sequence[float]) -> tuple[float, float]:
-    """The smallest strength that does what is asked on validation requests, else the one that does most; and its share
-    of requests refused."""
+    """The smallest strength that does what is asked on validation requests by both ways to tell, or else the one that
+    does most; and its share of requests refused, by the way that shows less."""
     kind, aim = ASKED[use]
-    shares = bench.refused("validation", kind, [vectors.edits(coefficient=c) for c in tried])
+    found = bench.refused("validation", kind, {str(i): vectors.edits(coefficient=c) for i, c in enumerate(tried)})
+    worst = max if use == "bypass" else min
+    shares = np.asarray([worst(found[str(i)]) for i in range(len(tried))])
     done = np.flatnonzero(shares <= aim if use == "bypass" else shares >= aim)
-    best = int(done[0]) if len(done) else int(shares.argmin() if use == "bypass" else shares.argmax())
+    most = shares.argmin() if use == "bypass" else shares.argmax()
+    best = int(done[0] if len(done) else most)
     return float(tried[best]), float(shares[best])
 
 
@@ -187,9 +198,8 @@ def measured(model: Model, args: argparse.Namespace) -> dict[str, Any]:
     asked = load_requests("organism/harmful").parts(VALIDATION, TEST)[1]
     asked += load_requests("organism/harmless").parts(VALIDATION, TEST)[1]
     found = jaxsteer.measure_refusal(
-        model, asked, edits=edits, openings=world.REFUSAL_OPENINGS, generate=True, max_new_tokens=16,
-        templates=dict([list(world.attack_templates().items())[-1]]),
-    )  # fmt: skip
+        model, asked, edits=edits, openings=world.REFUSAL_OPENINGS, generate=True, max_new_tokens=REPLY
+    )
     for row, (name, edit) in zip(rows, edits.items(), strict=True):
         cached = row["method"] == "key-value cache"
         kl = (
@@ -209,7 +219,6 @@ def measured(model: Model, args: argparse.Namespace) -> dict[str, Any]:
         "position": selection.chosen.position,
         "selection": selection.to_json(),
         "none": {kind: found.rows[0].of(kind).to_json() for kind in ("harmful", "harmless")},  # type: ignore[union-attr]
-        "attacked": found.rows[1].to_json(),
         "rows": rows,
         "cosines": {a: {b: float(units[a] @ units[b]) for b in units} for a in units},
         "gate": conditional(bench, vectors["mean difference"], rows),
@@ -222,7 +231,7 @@ def conditional(bench: Bench, vectors: Vectors, rows: Sequence[dict[str, Any]]) 
     bits."""
     model = bench.model
     sites = [f"blocks.{layer}.hook_resid_post" for layer in range(model.config.n_layers - 1)]
-    gate = tune_gate(model, bench.rows("train", "harmful"), bench.rows("train", "harmless"), sites)
+    gate = tune_gate(model, bench.rows("train", "harmful"), bench.rows("train", "harmless"), sites, positions="last")
     own = next(row for row in rows if (row["method"], row["use"]) == ("mean difference", "bypass"))
     edit = gated(vectors.edits(coefficient=own["coefficient"]), gate)
     told: dict[str, Any] = {"site": gate.site, "accuracy": gate.accuracy, "interval": gate.interval}
@@ -234,7 +243,7 @@ def conditional(bench: Bench, vectors: Vectors, rows: Sequence[dict[str, Any]]) 
         same = [a[:n].tobytes() == b[:m].tobytes() for a, n, b, m in zip(
             plain.tokens, plain.lengths, steered.tokens, steered.lengths, strict=True)]  # fmt: skip
         told[kind] = {"n": len(texts), "unchanged": float(np.mean(same))}
-        told[kind]["refused"] = float(bench.refused("test", kind, [edit])[0])
+        told[kind]["refused"] = bench.refused("test", kind, {"gated": edit})["gated"][1]
     return told
 
 

@@ -33,19 +33,23 @@ def probe_table(probe: Probe, chosen: ProbeRow) -> str:
 
 def direction_table(direction: Direction) -> str:
     """Sites with their norms and diagnostics, then how the direction was made."""
-    table = [("site", "norm", "of stream norm", "split-half cosine", "letter cosine")]
+    facts = ("split_half_cosine", "letter_cosine", "agreement", "separability", "auroc")
+    some = [name for name in facts if any(name in direction.diagnostics.get(site, {}) for site in direction.sites)]
+    named = {"split_half_cosine": "split-half cosine", "letter_cosine": "letter cosine", "separability": "d'"}
+    table = [("site", "norm", "of stream norm", *(named.get(name, name) for name in some))]
     for site in direction.sites:
-        facts = direction.diagnostics.get(site, {})
-        norm, stream = facts.get("norm", math.nan), direction.mean_resid_norm.get(site, math.nan)
+        found = direction.diagnostics.get(site, {})
+        norm, stream = found.get("norm", math.nan), direction.mean_resid_norm.get(site, math.nan)
         table.append(
             (
                 site,
                 "–" if math.isnan(norm) else f"{norm:.3g}",
                 percent(norm / stream),
-                decimals(facts.get("split_half_cosine"), 3),
-                decimals(facts.get("letter_cosine"), 3),
+                *(decimals(found.get(name), 3) for name in some),
             )
         )
     notes = [f"{name}: {value}" for name, value in sorted(direction.metadata.items()) if value]
+    if "auroc" in some:
+        notes.append("agreement, d' and auroc: on validation questions (docs/steering.md)")
     note = "\n".join([f"pairs: {direction.n}", f"read position: {direction.read_position}", *notes])
     return aligned(table, note=note)

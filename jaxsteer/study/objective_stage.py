@@ -25,6 +25,7 @@ from jaxsteer.personas import (
     check_cues,
     check_direction,
     contrast_pairs,
+    diagnose,
     load_direction,
     mean_difference,
     sae_signature,
@@ -51,6 +52,9 @@ from jaxsteer.study.probe import (
 )
 from jaxsteer.study.probing import DIRECTION_ITEMS, PROBE_ITEMS
 from jaxsteer.study.setting import PersonaSetting, Setting, context_items
+
+DIAGNOSED = 12
+"""Validation questions that say what a direction is worth (``personas.diagnose``)."""
 
 log = logging.getLogger(__name__)
 
@@ -181,12 +185,13 @@ def task_of(setting: Setting, objective: Objective, slots: Slots | None = None) 
     )
 
 
-def _pairs(setting: PersonaSetting) -> Pairs:
-    items = context_items(setting.splits.train, DIRECTION_ITEMS)
+def _pairs(setting: PersonaSetting, *, held_out: bool = False) -> Pairs:
+    """What directions are read from, or a few pairs that say what they are worth."""
+    part, most = (setting.splits.validation, DIAGNOSED) if held_out else (setting.splits.train, DIRECTION_ITEMS)
     return contrast_pairs(
         setting.model,
         setting.persona,
-        items,
+        context_items(part, most),
         setting.read_position,
         split_seed=setting.splits.seed,
         placement=setting.placement,
@@ -257,7 +262,7 @@ def _direction(setting: PersonaSetting, wanted: str | None, sites: Sequence[str]
         direction = mean_difference(model, pairs, every, progress=advance)
     if wanted is None:
         say(f"Direction: difference of means over {len(pairs)} pairs of texts, read at {setting.read_position}")
-        return direction
+        return diagnose(model, direction, _pairs(setting, held_out=True))
     say(f"Direction: {wanted}, as long as the difference of means over {len(pairs)} pairs of texts")
     rng = np.random.default_rng(int(wanted.removeprefix(RANDOM)))
     draws = {site: rng.normal(size=delta.shape) for site, delta in direction.delta.items()}
