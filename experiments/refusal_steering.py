@@ -4,10 +4,10 @@ python -m experiments.refusal_steering [--model organism:persona] [--sae organis
 
 Train requests make the vectors: the difference of means, selected by bypassing, inducing and KL; NTP and PO from
 refusing and complying replies; target atoms of an SAE; key-value vectors. All point to refusal. Validation requests
-choose the strength of either sign: the smallest of five that does what is asked by the first token and by phrases of
-free replies (subtracted, at most 10 % of harmful requests are refused; added, at least 90 % of harmless ones are), or
-else the one that does most, where neutral text diverges by at most 0.3 nats per token. Test requests, of combinations
-of words that training never saw, give the rates. Controls: a random vector and one of shuffled labels, at the same
+choose among five strengths of either sign, up to 0.29 nats of divergence per token of neutral text: the one that does
+most, by the first token and by phrases of free replies (subtracted, fewer harmful requests are refused; added, more
+harmless ones are); of equal ones the smallest, or the largest where they do nothing. Test requests, of combinations of
+words that training never saw, give the rates. Controls: a random vector and one of shuffled labels, at the same
 divergences. A gate that opens for harmful requests shows conditional steering. Writes results.json, table.md and the
 vector files.
 """
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 import jaxsteer
@@ -33,12 +34,13 @@ from jaxsteer.evals.refusal import opening_ids, request_rows
 from jaxsteer.evals.side_effects import reply_effects, side_effects
 from jaxsteer.files import make_directory, write_text
 from jaxsteer.models.model import Model
-from jaxsteer.models.taps import Intervention
+from jaxsteer.models.padding import pad_rows
+from jaxsteer.models.taps import Intervention, make_where
+from jaxsteer.models.transformer import positions_of
 from jaxsteer.organisms import persona_world as world
 from jaxsteer.personas import Requests, load_requests, mean_difference, random_direction, shuffled, text_pairs
 from jaxsteer.personas.directions import to_vectors
 from jaxsteer.personas.latent_vectors import sta_vector
-from jaxsteer.prompts.generate import generate
 from jaxsteer.steer import Example, Learning, Vectors, ablate_everywhere, learn_vectors, save_vectors
 from jaxsteer.steer.cache_contrast import cache_vectors
 from jaxsteer.steer.gates import gated
@@ -48,7 +50,7 @@ from jaxsteer.study.outcome import environment
 
 TRAIN, VALIDATION, TEST = 128, 40, 100
 """Requests of each kind."""
-MAX_KL = 0.3
+MAX_KL = 0.29
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Of the largest strength: those that are tried."""
 LIMITS = Limits(kl=0.2, induce=-1.5)
@@ -59,6 +61,17 @@ CACHE_STRENGTHS = (4.0, 16.0, 64.0, 256.0, 1024.0)
 REPLY = 12
 """Tokens of free replies: refusals show in their first words."""
 ASKED = {"bypass": ("harmful", 0.1), "induce": ("harmless", 0.9)}
+"""Requests, and the share of them that is to be refused at most, or at least."""
+LIMITS = Limits(kl=0.2, induce=-1.5)
+"""Of candidates. Added once, no difference of this model makes most harmless requests refused: strengths are chosen
+afterwards, so that a candidate need not suffice by itself."""
+CACHE_STRENGTHS = (4.0, 16.0, 64.0, 256.0, 1024.0)
+"""Its vectors are short, and KL on prompts says nothing of it."""
+REPLY = 12
+"""Tokens of free replies: refusals show in their first words."""
+ASKED = {"bypass": ("harmful", 0.05), "induce": ("harmless", 0.95)}
+"""Requests, and the share of them that validation asks to be refused: half of what test requests are to show (10 % at
+most, 90 % at least), because 40 requests say it within some points only."""
 NEUTRAL = tuple(question.format(topic) for topic in world.CALM_TOPICS for question in world.TOPIC_QUESTIONS[:1])
 
 
@@ -167,15 +180,15 @@ def strengths(bench: Bench, vectors: Vectors) -> dict[str, list[float]]:
 
 
 def chosen_strength(bench: Bench, vectors: Vectors, use: str, tried: Sequence[float]) -> tuple[float, float]:
-    """The smallest strength that does what is asked on validation requests by both ways to tell, or else the one that
-    does most; and its share of requests refused, by the way that shows less."""
+    """The strength that does most on validation requests, of equal ones the smallest, or the largest where they do not
+    do what is asked; and its share of requests refused, by the way to tell that shows less."""
     kind, aim = ASKED[use]
     found = bench.refused("validation", kind, {str(i): vectors.edits(coefficient=c) for i, c in enumerate(tried)})
     worst = max if use == "bypass" else min
     shares = np.asarray([worst(found[str(i)]) for i in range(len(tried))])
-    done = np.flatnonzero(shares <= aim if use == "bypass" else shares >= aim)
-    most = shares.argmin() if use == "bypass" else shares.argmax()
-    best = int(done[0] if len(done) else most)
+    most = shares.min() if use == "bypass" else shares.max()
+    done = most <= aim if use == "bypass" else most >= aim
+    best = int(np.flatnonzero(shares == most)[0 if done else -1])
     return float(tried[best]), float(shares[best])
 
 
@@ -227,23 +240,26 @@ def measured(model: Model, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def conditional(bench: Bench, vectors: Vectors, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean difference subtracted behind a gate for harmful requests: rates, and whether harmless replies keep their
-    bits."""
+    """The mean difference subtracted behind a gate for harmful requests: rates, and whether rows keep their bits whose
+    gate is closed: at two strengths, which run in one program."""
     model = bench.model
     sites = [f"blocks.{layer}.hook_resid_post" for layer in range(model.config.n_layers - 1)]
     gate = tune_gate(model, bench.rows("train", "harmful"), bench.rows("train", "harmless"), sites, positions="last")
     own = next(row for row in rows if (row["method"], row["use"]) == ("mean difference", "bypass"))
-    edit = gated(vectors.edits(coefficient=own["coefficient"]), gate)
+    edit, other = (gated(vectors.edits(coefficient=own["coefficient"] * by), gate) for by in (1.0, 0.5))
     told: dict[str, Any] = {"site": gate.site, "accuracy": gate.accuracy, "interval": gate.interval}
     for kind in ("harmful", "harmless"):
-        texts = list(bench.texts["test"][kind])
-        plain, steered = (
-            generate(model, bench.rows("test", kind), temperature=0, max_new_tokens=24, edits=e) for e in (None, edit)
-        )
-        same = [a[:n].tobytes() == b[:m].tobytes() for a, n, b, m in zip(
-            plain.tokens, plain.lengths, steered.tokens, steered.lengths, strict=True)]  # fmt: skip
-        told[kind] = {"n": len(texts), "unchanged": float(np.mean(same))}
-        told[kind]["refused"] = bench.refused("test", kind, {"gated": edit})["gated"][1]
+        tokens, mask = pad_rows(bench.rows("test", kind))
+        where = make_where(jnp.asarray(tokens), positions_of(jnp.asarray(mask)), jnp.asarray(mask))
+        closed = ~np.asarray(edit.decided(model.params, model.config, where).open)
+        logits = [np.asarray(jaxsteer.logits(model, tokens, mask, edits=one)) for one in (edit, other)]
+        same = np.asarray([(a[m] == b[m]).all() for a, b, m in zip(*logits, mask, strict=True)])
+        told[kind] = {
+            "n": len(tokens),
+            "closed": float(closed.mean()),
+            "closed_same": float(same[closed].mean()) if closed.any() else None,
+            "refused": bench.refused("test", kind, {"gated": edit})["gated"][1],
+        }
     return told
 
 
@@ -274,8 +290,9 @@ def table(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"Behind a gate at {gate['site']} (balanced accuracy {gate['accuracy']:.2f}): harmful requests refused "
-        f"{gate['harmful']['refused']:.0%}, harmless {gate['harmless']['refused']:.0%}; greedy replies to harmless "
-        f"requests that keep every token: {gate['harmless']['unchanged']:.0%}.",
+        f"{gate['harmful']['refused']:.0%}, harmless {gate['harmless']['refused']:.0%}. It stays closed for "
+        f"{gate['harmless']['closed']:.0%} of harmless requests; of these, {gate['harmless']['closed_same']:.0%} have "
+        "the same logits to the last bit at two strengths of the guarded edit.",
     ]
     return "\n".join(lines) + "\n"
 
