@@ -8,7 +8,7 @@ import json
 import pkgutil
 import random
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -52,6 +52,8 @@ def made(hint: Any, rng: random.Random, outer: tuple[Any, ...] = ()) -> Any:
         return tuple(made(inner[0], rng, outer) for _ in range(0 if inner[0] in outer else rng.randrange(3)))
     if get_origin(hint) is tuple:
         return tuple(made(one, rng, outer) for one in inner)
+    if get_origin(hint) is Literal:
+        return rng.choice(inner)
     if inner:
         return made(rng.choice(inner), rng, outer)
     if hint is type(None):

@@ -151,5 +151,5 @@ def test_the_shipped_sae_passes_its_gates(organism: Model):
 
 
 def test_an_organism_without_an_sae_says_so():
-    with pytest.raises(UserError, match="there is one with: gemma3, llama, qwen2"):
+    with pytest.raises(UserError, match="there is one with: gemma3, llama, persona, qwen2"):
         load_sae("organism:other")
