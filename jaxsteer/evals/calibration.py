@@ -75,6 +75,9 @@ def calibrate(
     if not 0 < kl < np.inf or not set(signs) <= {1, -1} or not len(signs):
         raise UserError(f"calibrate needs a divergence above 0 and signs 1 or -1, got {kl} and {list(signs)}")
     many = [vectors] if isinstance(vectors, Vectors) else list(vectors)
+    if not many or not all(isinstance(one, Vectors) for one in many):
+        given = ", ".join(type(one).__name__ for one in many) or "none"
+        raise UserError(f"calibrate takes Vectors, one or a list of them; got {given}")
     for one in many:
         if one.operation not in ("add", "add_keep_norm", "ablate", "scale"):
             why = "it acts behind a prompt" if one.operation == "cache" else "its value says where the stream is held"

@@ -33,6 +33,8 @@ from jaxsteer.steer.operations import ablate_everywhere, add
 from jaxsteer.steer.vectors import Vectors
 
 MOST_POSITIONS = 8
+ROUNDING = 1e-5
+"""Of the stream's norm: a difference that is no longer is none."""
 
 Rows = Sequence[np.ndarray]
 
@@ -133,14 +135,14 @@ def select_direction(
             raise UserError(f"{len(rows[0])} and {len(rows[1])} {name} requests were given: give 2 or more of each")
     every = [*harmful[0], *harmless[0]]
     shared = common_start([row[::-1] for row in every])
-    positions = list(positions or range(-max(1, min(shared, MOST_POSITIONS)), 0))
+    positions = list(range(-max(1, min(shared, MOST_POSITIONS)), 0) if positions is None else positions)
     shortest = min(map(len, every))
-    if not all(-shortest <= p < 0 for p in positions):
+    if not positions or not all(-shortest <= p < 0 for p in positions):
         raise UserError(f"positions are counted from the end of requests, -1 to {-shortest} here; got {positions}")
     found = direction_sites(model, sites)
     delta, norms = _differences(model, harmful[0], harmless[0], [site.name for site in found], positions)
-    layers = model.config.n_layers
-    where = [(s, p) for s in range(len(found)) for p in range(len(positions)) if np.any(delta[s, p])]
+    layers, lengths = model.config.n_layers, np.linalg.norm(delta, axis=-1)
+    where = [(s, p) for s in range(len(found)) for p in range(len(positions)) if lengths[s, p] > ROUNDING * norms[s, p]]
     if not where:
         raise UserError("harmful and harmless requests have the same means at all of these places: are they the same?")
     done = [0]
@@ -175,9 +177,10 @@ def select_direction(
         )
     ranked = sorted(candidates, key=lambda c: (bool(c.refused), c.bypass))
     if (best := ranked[0]).refused:
+        nearest = "; ".join(f"{c.site} at {c.position}: {c.refused}" for c in ranked[:3])
         raise UserError(
-            f"no candidate of {len(ranked)} is a direction of refusal: the best is {best.site} at {best.position}, and "
-            f"is refused ({best.refused}). Does the model refuse? Log-odds of refusing harmful requests: "
+            f"no candidate of {len(ranked)} is a direction of refusal: {nearest}. Give other limits or "
+            f"sites. Does the model refuse? Log-odds of refusing harmful requests: "
             f"{refusal_log_odds(model, harmful[1], openings).mean():.2f}"
         )
     s, p = where[candidates.index(best)]

@@ -123,6 +123,12 @@ def first_tokens(
             model's logits are not finite without an edit.
     """
     config, lengths = model.config, [len(row) for row in rows]
+    ids = np.asarray(openings)
+    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise UserError(
+            f"openings must be token ids of the model, 0 to {config.vocab_size - 1}, at least one (opening_ids makes "
+            f"them of texts); got {openings!r}"
+        )
     if not rows or not min(lengths) or max(lengths) > config.max_positions:
         raise UserError(
             f"requests must have 1 to {config.max_positions} tokens; these {len(rows)} have "

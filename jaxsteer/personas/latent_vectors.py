@@ -55,7 +55,8 @@ def sta_vector(
     which it is on minus that of bad rows. A latent is kept where both have one sign, neither is 0, and it is among the
     1 - trim of all latents with the largest |A| and among those with the largest |q| of the agreeing ones. So good -
     bad is the vector's sign, as for directions. Without any latent left the vector is zero, with a logged warning.
-    Raises ``UserError`` for an SAE of another model, or one that does not write to the site that it reads.
+    Raises ``UserError`` for an SAE of another width or site, or one that does not write to the site that it reads; an
+    SAE of another model of that width is a logged warning.
     """
     if not 0 <= trim < 1:
         raise UserError(f"trim is the share of latents that is left out, from 0 to below 1; got {trim:g}")

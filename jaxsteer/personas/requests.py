@@ -86,6 +86,12 @@ class Requests:
         """Both sets, each request once."""
         name = self.name if self.name == other.name else f"{self.name}+{other.name}"
         both = {normal(entry.text): entry for entry in (*other.entries, *self.entries)}
+        for entry in (*other.entries, *self.entries):
+            if (kept := both[normal(entry.text)]).kind != entry.kind:
+                raise UserError(
+                    f"{entry.text[:80]!r} is {kept.kind} and {entry.kind} in {self.name} and {other.name}: a request "
+                    "has one kind"
+                )
         return Requests(name=name, entries=tuple(both[key] for key in _keys(self, other)))
 
     def only(self, kind: Kind | Literal[""] = "", *, category: str = "") -> Requests:

@@ -23,6 +23,7 @@ from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.processes import to_host
 from jaxsteer.prompts.generate import Prompt, encode_prompts
+from jaxsteer.ranges import as_tuple
 from jaxsteer.steer.caching import KEYS, VALUES, turned
 from jaxsteer.steer.vectors import Vectors
 
@@ -47,7 +48,7 @@ def cache_vectors(
     longer than the model's positions, and for sides that do not differ.
     """
     config = model.config
-    sides = [[row.ids for row in encode_prompts(model, list(side))] for side in (positive, negative)]
+    sides = [[row.ids for row in encode_prompts(model, as_tuple(side))] for side in (positive, negative)]
     rows = sides[0] + sides[1]
     if not min(map(len, rows)) or max(map(len, rows)) > config.max_positions:
         raise UserError(f"prompts must have 1 to {config.max_positions} tokens; the longest has {max(map(len, rows))}")
@@ -68,7 +69,7 @@ def cache_vectors(
     arrays_by_site = {
         f"blocks.{i}.{kind}": layer.astype(np.float32) for kind, layers in kinds for i, layer in enumerate(layers)
     }
-    if not any(array.any() for array in arrays_by_site.values()):
+    if not any(np.abs(array).max() > 1e-9 for array in arrays_by_site.values()):
         raise UserError("the two sides of the contrast do not differ in any key or value: are they the same prompts?")
     return Vectors(
         arrays=arrays_by_site,

@@ -71,6 +71,12 @@ def check_examples(examples: Sequence[Example], both: bool, positions: int, long
     if not examples:
         raise UserError("no examples were given: a vector is learned from texts and what should follow them")
     for number, example in enumerate(examples):
+        parts = [a for a in (example.context, example.wanted, example.unwanted) if a is not None]
+        if not all(np.ndim(a) == 1 and np.asarray(a).dtype.kind in "iu" for a in parts):
+            raise UserError(
+                f"example {number} must hold lists of token ids, one axis of integers each, got "
+                f"{', '.join(f'{np.asarray(a).dtype} {list(np.shape(a))}' for a in parts)}"
+            )
         if example.sign not in (1, -1) or not len(example.context) or not len(example.wanted):
             raise UserError(
                 f"example {number} has {len(example.context)} tokens of context, {len(example.wanted)} of what is "

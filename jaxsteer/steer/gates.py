@@ -65,7 +65,7 @@ class Gate:
         """Check that the parts fit together."""
         parse_site(self.site)
         select(self.positions)  # raises for a name that it does not know
-        array = self.vector
+        array = np.asarray(self.vector)
         if array.dtype != np.float32 or array.ndim != 1 or not np.isfinite(array).all() or not array.any():
             raise UserError(
                 f"the vector of a gate must be float32 (D,), finite and not zero, got {array.dtype} {array.shape}"
@@ -242,6 +242,10 @@ def gated(
     ``jax.tree_util.Partial``) may change its arrays without a new program. A prompt without a token at ``positions``
     leaves the gate closed. Raises ``UserError`` for a function without sites, and for sites beside a ``Gate``.
     """
+    if not isinstance(edits, Intervention):
+        raise UserError(f"a gate stands before edits (Vectors.edits(), steer.add ...), got {type(edits).__name__}")
+    if not isinstance(gate, Gate) and not callable(gate):
+        raise UserError(f"a gate is a Gate (tune_gate) or a function of what is read, got {type(gate).__name__}")
     if isinstance(gate, Gate):
         if sites:
             raise UserError("a Gate names its site and positions itself: sites belong to a function")

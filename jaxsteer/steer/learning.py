@@ -57,7 +57,7 @@ from jaxsteer.steer.completions import (
 )
 from jaxsteer.steer.edits import Edit
 from jaxsteer.steer.norms import mean_norms
-from jaxsteer.steer.selectors import Positions, Selector, select
+from jaxsteer.steer.selectors import Selector, select
 from jaxsteer.steer.vectors import Vectors
 
 CHUNK = 10
@@ -78,7 +78,7 @@ class Learning:
     method: Literal["ntp", "po"] = "po"
     """Cross-entropy of the wanted completion, or preference of it over the unwanted one."""
     epochs: int = 10
-    """Times that every example is seen."""
+    """Times that every example is seen; batches that it does not fill take some once more."""
     batch: int | None = None
     """Examples of a step (default: 6, po 12)."""
     rate: Positive = 0.01
@@ -91,6 +91,12 @@ class Learning:
     """Weight decay of AdamW."""
     kappa: Weight = 0.02
     """How much more a preferred completion counts that the model holds less likely (po)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no vector could be trained with."""
+        object.__setattr__(self, "factors", tuple(self.factors))
+        if not self.factors:
+            raise UserError("Learning has no factors: give at least one strength to train at")
 
     @property
     def both(self) -> bool:
@@ -139,22 +145,22 @@ def learn_vectors(
     *,
     learning: Learning = Learning(),
     seeds: Sequence[Seed] = (0,),
-    positions: Positions = "all",
+    positions: str = "all",
     state: Path | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> list[Vectors]:
     """One vector for every site and seed (all seeds of the first site first), each trained from its own random start.
 
     A vector comes as the mean push of its training, and its coefficient is that in mean norms of the stream: choose the
-    strength on questions that it was not trained on. ``positions`` are the tokens that are steered. ``state`` is a file
-    in which a training that was cut off goes on, to the same result; it is removed when all is done.
-    ``progress(done, total, loss)`` counts steps, each of all vectors. Metadata hold the mean loss of the first and of
-    the last tenth of the steps.
+    strength on questions that it was not trained on. ``positions`` names the tokens that are steered (``select``).
+    ``state`` is a file in which a training that was cut off goes on, to the same result; it is removed when all is
+    done. ``progress(done, total, loss)`` counts steps, each of all vectors. Metadata hold the mean loss of the first
+    and of the last tenth of the steps.
 
     Raises ``UserError`` for sites that are not in blocks or not of one kind, for ``po`` without unwanted completions,
     for texts longer than the model's positions, and where the loss stops being finite.
     """
-    found, selector = _checked(model, examples, sites, learning), select(positions)
+    found, selector = _checked(model, examples, sites, learning, seeds), select(positions)
     data = completions_of(model, examples, learning.both, learning.tokens)
     mean_norm = mean_norms(model, np.asarray(data.tokens[0, :64]), list(found), np.asarray(data.mask[0, :64]))
     problems = [(name, seed) for name in found for seed in seeds]
@@ -198,7 +204,7 @@ def learn_vectors(
             sign=SIGN,
             model=model.name,
             fingerprint=model.fingerprint,
-            positions=positions if isinstance(positions, str) else "",
+            positions=positions,
             metadata={
                 "estimator": learning.method,
                 "seed": str(seed),
@@ -213,10 +219,23 @@ def learn_vectors(
 
 
 def _checked(
-    model: Model, examples: Sequence[Example], sites: str | Sequence[str], learning: Learning
+    model: Model,
+    examples: Sequence[Example],
+    sites: str | Sequence[str],
+    learning: Learning,
+    seeds: Sequence[int],
 ) -> dict[str, Site]:
     """Sites by name."""
     check_ranges(learning)
+    bad = [seed for seed in seeds if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0]
+    if bad or not len(seeds) or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds must be different whole numbers from 0, at least one; got {list(seeds)}")
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    if any(len(c) and c[0] == bos is not None for e in examples for c in (e.wanted, e.unwanted) if c is not None):
+        raise UserError(
+            "a completion begins with BOS, which stands at the beginning of a text alone: encode completions with "
+            "add_special_tokens=False"
+        )
     check_examples(examples, learning.both, model.config.max_positions, learning.tokens)
     named = find_sites([sites] if isinstance(sites, str) else sites, model.config).values()
     found = {site.name: site for site in named}

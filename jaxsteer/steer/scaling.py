@@ -41,7 +41,7 @@ from jaxsteer.models.sites import Site, find_sites, layers_by_kind
 from jaxsteer.models.taps import Intervention, make_where, of_one_token, tap_of
 from jaxsteer.models.transformer import embed, make_context, unembed
 from jaxsteer.prompts.generate import Prompt, encode_prompts
-from jaxsteer.ranges import Positive, Weight, check_ranges
+from jaxsteer.ranges import Positive, Weight, as_tuple, check_ranges
 from jaxsteer.steer.edits import Edits
 from jaxsteer.steer.operations import scale_prompt
 from jaxsteer.steer.vectors import Vectors
@@ -98,7 +98,7 @@ def learn_scaling(
     """
     check_ranges(scaling)
     config, where = model.config, sorted(set(find_sites(sites, model.config).values()))
-    rows = [row.ids for row in encode_prompts(model, list(prompts))]
+    rows = [row.ids for row in encode_prompts(model, as_tuple(prompts))]
     answers = np.asarray([wanted, other])
     if answers.shape != (2, len(rows)) or answers.dtype.kind not in "iu":
         raise UserError(f"give one token id of each answer for each of {len(rows)} prompts, got {answers.shape}")

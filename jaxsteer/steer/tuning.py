@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -16,9 +17,12 @@ from jaxsteer.models.reading import direction_sites, read_rows
 from jaxsteer.models.roles import Rendered, stack_rendered
 from jaxsteer.models.taps import make_where
 from jaxsteer.prompts.generate import Prompt, encode_prompts
+from jaxsteer.ranges import as_tuple
 from jaxsteer.statistics import wilson
 from jaxsteer.steer.gates import Gate
 from jaxsteer.steer.selectors import select
+
+log = logging.getLogger(__name__)
 
 FEWEST = 6
 """Prompts of each kind that a gate is tuned on at least: two for each of its three steps."""
@@ -42,15 +46,16 @@ def tune_gate(
     token at ``positions``, and kinds that no site tells apart.
     """
     parsed = direction_sites(model, sites)
-    kinds = [encode_prompts(model, list(prompts), roles=True) for prompts in (wanted, other)]
-    if min(map(len, kinds)) < FEWEST:
-        raise UserError(
-            f"a gate is tuned on at least {FEWEST} prompts of each kind, got {len(kinds[0])} wanted and "
-            f"{len(kinds[1])} other ones"
-        )
+    kinds = [encode_prompts(model, as_tuple(prompts), roles=True) for prompts in (wanted, other)]
     rows = [row for kind in kinds for row in kind]
     states = np.zeros((len(parsed), len(rows), model.config.d_model))
     masks = [_mask(i, row, positions) for i, row in enumerate(rows)]
+    different = [len({row.ids.tobytes() for row in kind}) for kind in kinds]
+    if min(different) < FEWEST:
+        raise UserError(
+            f"a gate is tuned on at least {FEWEST} different prompts of each kind, got {different[0]} wanted and "
+            f"{different[1]} other ones"
+        )
     for chunk, found in read_rows(model, [row.ids for row in rows], masks, parsed):
         states[:, chunk] = found
     rng = np.random.default_rng(seed)
@@ -72,6 +77,18 @@ def tune_gate(
     accuracy, interval = balanced_accuracy(
         (int(open[held].sum()), int((~open[held_other]).sum())), (len(held), len(held_other))
     )
+    if accuracy <= 0.5:
+        raise UserError(
+            f"the best gate, at {parsed[best].name}, is right for {accuracy:.0%} of the {len(held) + len(held_other)} "
+            f"prompts that it was not tuned on (balanced): it tells nothing apart. Give other sites or positions, or "
+            f"more prompts"
+        )
+    if interval[0] <= 0.5:
+        log.warning(
+            "the gate at %s is right for %.0f%% (%.0f to %.0f) of %d prompts that it was not tuned on: too few to tell "
+            "it from chance",
+            parsed[best].name, *(100 * share for share in (accuracy, *interval)), len(held) + len(held_other),
+        )  # fmt: skip
     return Gate(
         site=parsed[best].name, vector=vectors[best], threshold=threshold, sign=sign, positions=positions,
         accuracy=accuracy, interval=interval, n=len(held) + len(held_other),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxsteer.display import aligned, decimals, interval, percent, wrapped
 from jaxsteer.evals.free_answers import ILLUSION, WrittenRates, is_illusion
-from jaxsteer.evals.rates import Rate
+from jaxsteer.evals.rates import Difference, Rate
 from jaxsteer.evals.steerability import Steerability
 from jaxsteer.files.records import Record
 from jaxsteer.ranges import CountFrom0
@@ -25,6 +25,12 @@ PREDICTORS = {
     "cosine": "cosine to the mean difference", "latents": "share of latents",
 }  # fmt: skip
 """What is known of a vector before it steers, by its heading."""
+
+
+def _with_ends(found: Difference) -> str:
+    """A mean with its interval."""
+    ends = "" if found.ci95 is None else f" ({found.ci95[0]:.2f} to {found.ci95[1]:.2f})"
+    return f"{found.value:.2f}{ends}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +101,7 @@ class Comparison(Result):
         if push is None:
             return {}
         replies, margin = push.replies, push.rate.margin_difference
-        mark = "~" * (self.in_words and is_illusion(push.rate, replies))
+        mark = "!" * push.rate.letter_collapse + "~" * (self.in_words and is_illusion(push.rate, replies))
         cells = {
             "method": vector.method + " (control)" * vector.control,
             "site": vector.site.replace("hook_", ""),
@@ -103,7 +109,8 @@ class Comparison(Result):
             "strength": f"{push.coefficient:.2f}",
             "KL": f"{push.kl:.2f}",
             "rate": interval(push.rate) + mark,
-            "margin": "-" if margin is None else decimals(margin.value, 2),
+            "margin": "-" if margin is None else _with_ends(margin),
+            "perplexity": f"{push.perplexity:.3g}",
         }
         if self.in_words:
             cells["free replies"] = "-" if replies is None or replies.rate is None else interval(replies)
@@ -112,8 +119,7 @@ class Comparison(Result):
 
     def facts(self, vector: ComparedVector) -> dict[str, str]:
         """What is known of a method's vector and how questions follow it, in cells by heading."""
-        found, slope = vector.steerability, vector.steerability.slope
-        ends = "" if slope.ci95 is None else f" ({slope.ci95[0]:.2f} to {slope.ci95[1]:.2f})"
+        found = vector.steerability
         return {
             "method": vector.method,
             **{
@@ -121,10 +127,11 @@ class Comparison(Result):
                 for name, head in PREDICTORS.items()
                 if any(name in one.predictors for one in self.vectors)
             },
-            "slope": f"{slope.value:.2f}{ends}",
+            "slope": _with_ends(found.slope),
             "spread": f"{found.spread:.2f}",
+            "residual": f"{found.residual:.2f}",
             "against": percent(found.anti),
-            **{name: decimals(other.slope.value, 2) for name, other in vector.contexts.items()},
+            **{name: _with_ends(other.slope) for name, other in vector.contexts.items()},
         }
 
     def tables(self) -> dict[str, list[dict[str, str]]]:
@@ -158,7 +165,10 @@ class Comparison(Result):
             "Rates are those of the persona, with 95 % intervals over questions. Strength: mean norms of the stream. "
             "Margin: mean change of the persona's log-odds, nats. Slope: of these log-odds over strength, in nats per "
             "calibrated strength; below 0 where going along the vector leads away from the persona. Spread: its "
-            f"standard deviation between questions. Against: questions that move against the mean.{illusion}"
+            "standard deviation between questions. Residual: distance of the log-odds from the lines. Against: "
+            "questions that move against the mean. An interval says how sure a number is for this vector; whether it "
+            "means anything is said by the random one beside it, because what any push does bends both signs one way "
+            f"and leaves a slope. ! one letter wins whatever is asked.{illusion}"
         )
 
     def to_rows(self) -> list[dict[str, Any]]:
@@ -169,6 +179,9 @@ class Comparison(Result):
                 "site": vector.site,
                 **{name: getattr(push, name) for name in ("strength", "coefficient", "kl", "perplexity")},
                 "rate": push.rate.rate,
+                "rate_low": push.rate.ci95[0],
+                "rate_high": push.rate.ci95[1],
+                "margin_change": None if push.rate.margin_difference is None else push.rate.margin_difference.value,
                 "replies_rate": None if push.replies is None else push.replies.rate,
                 "slope": vector.steerability.slope.value,
                 **{name: vector.predictors.get(name) for name in PREDICTORS},

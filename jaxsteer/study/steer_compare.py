@@ -27,7 +27,7 @@ from jaxsteer.evals.steerability import propensities, steer_each, steerability
 from jaxsteer.files import append_text, read_log
 from jaxsteer.models.model import Model
 from jaxsteer.models.sites import find_sites, resid_site
-from jaxsteer.personas import Item, Persona, load_persona, number_of_questions, split
+from jaxsteer.personas import Item, Persona, check_cues, load_persona, number_of_questions, split
 from jaxsteer.prompts import Placement
 from jaxsteer.ranges import Positive, Range, Seed, as_tuple, check_ranges
 from jaxsteer.sae import SAE, load_sae
@@ -86,7 +86,7 @@ class CompareOptions:
     persona's role as system message and without (default: decision where the persona has cue sentences, role where it
     has one, response where its answers are replies, else matched)."""
     sae: str | None = None
-    """An SAE of the stream: its latents steer, too (sta), at its site. organism:NAME-sae, a directory or a hub id."""
+    """An SAE of the stream: its latents steer, too (sta), at its site. organism:NAME, a directory or a hub id."""
     train: int = 48
     """Train questions that make the vectors."""
     questions: int = 60
@@ -173,7 +173,15 @@ def compare(options: CompareOptions, *, model: Model | None = None, say: Say = l
         raise UserError(f"--methods names none: give some of {', '.join(METHODS)}")
     if "sta" in options.methods and options.sae is None:
         raise UserError("--methods sta steers by latents of an SAE: give --sae")
+    if unknown := sorted(set(options.methods) - {*METHODS, "sta"}):
+        raise UserError(f"--methods: there is no {', '.join(unknown)}; there are {', '.join(METHODS)} and sta")
+    if model is not None and model.name != options.model:
+        raise UserError(f"the model that is given is {model.name}, but options name {options.model}: name the same")
     persona = load_persona(options.persona)
+    if options.read_position == "decision":
+        check_cues(persona, "decision")
+    if options.read_position == "role" and not persona.role:
+        raise UserError(f"--read-position role needs a role, which persona {persona.name} does not have")
     others = {name: load_persona(name) for name in options.also}
     config = {"data_hash": persona.data_hash, **options.record(), "kind": "comparison"}
     with opened(options.out, config, say) as folder:

@@ -170,7 +170,7 @@ def test_tuning_finds_the_site_and_the_side() -> None:
         (lambda: steer.count_positions(steer.gated(EDIT, gate()), ROWS[0][None]), "decided"),
         (lambda: steer.tune_gate(MODEL, ROWS, ROWS[:5], SITE), "at least 6"),
         (lambda: steer.tune_gate(MODEL, [r[:1] for r in ROWS], ROWS, SITE), "prompt 0 has no token"),
-        (lambda: steer.tune_gate(MODEL, ROWS[:1] * 6, ROWS[:1] * 6, WHERE), "apart"),
+        (lambda: steer.tune_gate(MODEL, ROWS[:1] * 6, ROWS[:1] * 6, WHERE), "6 different prompts"),
     ],
 )
 def test_what_can_be_no_gate_is_refused(make: Any, message: str) -> None:
