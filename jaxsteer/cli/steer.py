@@ -122,6 +122,8 @@ class Calibrate(Steering):
         from jaxsteer.study.bars import load, progress_bar
         from jaxsteer.study.sweep import read_requests
 
+        if self.out is not None and self.out.exists():
+            raise UserError(f"--out {self.out} exists already: give a new file")
         if self.steer is None or self.coefficient is not None:
             raise UserError("give --steer FILE, and no --coefficient: the strength is what is looked for")
         model = load(self.model, dtype=self.dtype)

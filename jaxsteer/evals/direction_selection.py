@@ -29,6 +29,7 @@ from jaxsteer.evals.refusal import first_tokens, refusal_log_odds
 from jaxsteer.evals.scoring import common_start
 from jaxsteer.models.model import Model
 from jaxsteer.models.reading import direction_sites, read_rows
+from jaxsteer.ranges import Positive, Share, check_ranges
 from jaxsteer.steer.operations import ablate_everywhere, add
 from jaxsteer.steer.vectors import Vectors
 
@@ -43,11 +44,11 @@ Rows = Sequence[np.ndarray]
 class Limits:
     """What a candidate must keep to be chosen; defaults are those of refusal_direction."""
 
-    kl: float = 0.1
+    kl: Positive = 0.1
     """Most disturbance of harmless requests, nats."""
     induce: float = 0.0
     """Least mean log-odds of refusing harmless requests with the difference added once."""
-    depth: float = 0.8
+    depth: Share = 0.8
     """Share of the blocks that count, from the first."""
 
 
@@ -130,6 +131,7 @@ def select_direction(
         UserError: for fewer than two rows in a set, for positions that rows do not have, and where no candidate induces
             refusal at so little disturbance (the best few are named).
     """
+    check_ranges(limits)
     for name, rows in zip(("harmful", "harmless"), (harmful, harmless), strict=True):
         if min(map(len, rows)) < 2:
             raise UserError(f"{len(rows[0])} and {len(rows[1])} {name} requests were given: give 2 or more of each")

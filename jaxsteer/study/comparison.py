@@ -13,6 +13,7 @@ from jaxsteer.evals.rates import Difference, Rate
 from jaxsteer.evals.steerability import Steerability
 from jaxsteer.files.records import Record
 from jaxsteer.ranges import CountFrom0
+from jaxsteer.study.files import TABLE_FORMAT
 from jaxsteer.study.results import Result, Timing
 
 if TYPE_CHECKING:
@@ -189,6 +190,34 @@ class Comparison(Result):
             for vector in self.vectors
             for push in vector.pushes
         ]
+
+    def page(self) -> dict[str, Any]:
+        """What ``jaxsteer report`` shows (docs/report.md), for results.json."""
+        rows = []
+        for vector in self.vectors:
+            for push in vector.pushes:
+                if abs(push.strength) == 1:
+                    way = WAYS[1 if push.strength > 0 else -1]
+                    told = {"model": self.model, "persona": f"{self.persona} ({way})", "method": vector.method}
+                    more = {"kind": "control" if vector.control else "baseline", "site": vector.site, "steered": True}
+                    rows.append({**told, **more, **push.rate.to_json()})
+        tables = [
+            {
+                "title": title,
+                "head": (head := list(dict.fromkeys(name for row in cells for name in row))),
+                "rows": [[row.get(name, "") for name in head] for row in cells],
+                "caption": self.legend(),
+            }
+            for title, cells in self.tables().items()
+        ]
+        return {
+            "format": TABLE_FORMAT,
+            "title": f"Steering vectors for {self.persona} on {self.model}",
+            "model": self.model,
+            "rows": rows,
+            "tables": tables,
+            "environment": dict(self.environment),
+        }
 
     def plot(self) -> Figure:
         """Effect against disturbance, both signs: it need not rise with strength."""

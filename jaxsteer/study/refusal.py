@@ -190,6 +190,8 @@ def measure_refusal(
     refuse_unknown(changed, [f.name for f in dataclasses.fields(RefusalOptions)], "option of measure_refusal")
     chosen = dataclasses.replace(options or RefusalOptions(), **changed)
     check_ranges(chosen)
+    if not isinstance(chosen.templates, Mapping):
+        raise UserError(f"templates are texts by name, got {type(chosen.templates).__name__}: {{'story': '...'}}")
     if chosen.templates:
         check_templates(dict(chosen.templates))
     asked = requests if isinstance(requests, Requests) else loaded(as_tuple(requests))

@@ -109,6 +109,11 @@ class CompareOptions:
     quiet: bool = False
     """No progress bars."""
 
+    def __post_init__(self) -> None:
+        """One text in the place of several is one, not its letters."""
+        for field in ("methods", "sites", "also"):
+            object.__setattr__(self, field, as_tuple(getattr(self, field)))
+
     def record(self) -> dict[str, Any]:
         """What config.json keeps: everything that decides the result, and no place of this machine."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "quiet")}
@@ -166,7 +171,7 @@ def compare(options: CompareOptions, *, model: Model | None = None, say: Say = l
     """
     check_ranges(options)
     for name in ("methods", "sites", "strengths", "also"):
-        values = as_tuple(getattr(options, name))
+        values = getattr(options, name)
         if len(set(values)) < len(values):
             raise UserError(f"--{name} names a value twice: {' '.join(map(str, values))}")
     if not options.methods:
@@ -188,7 +193,7 @@ def compare(options: CompareOptions, *, model: Model | None = None, say: Say = l
         if folder.finished is not None:
             return Comparison.from_json(folder.finished, str(folder.path / files.METRICS))
         result = _compared(options, folder, persona, others, model, say)
-        files.write_json(folder.path / TABLE_FILE, _page(result))
+        files.write_json(folder.path / TABLE_FILE, result.page())
         folder.finish(result)
     return result
 
@@ -368,32 +373,3 @@ def _known_rows(path: Path) -> dict[str, ComparedVector]:
     if cut:
         log.warning("%s: a line was cut; that method is measured again", path)
     return {line["method"]: ComparedVector.from_json(line, str(path)) for line in lines}
-
-
-def _page(result: Comparison) -> dict[str, Any]:
-    """What the page shows (docs/report.md)."""
-    rows = []
-    for vector in result.vectors:
-        for push in vector.pushes:
-            if abs(push.strength) == 1:
-                way = "away" if push.strength > 0 else "towards"
-                told = {"model": result.model, "persona": f"{result.persona} ({way})", "method": vector.method}
-                more = {"kind": "control" if vector.control else "baseline", "site": vector.site, "steered": True}
-                rows.append({**told, **more, **push.rate.to_json()})
-    tables = [
-        {
-            "title": title,
-            "head": (head := list(dict.fromkeys(name for row in cells for name in row))),
-            "rows": [[row.get(name, "") for name in head] for row in cells],
-            "caption": result.legend(),
-        }
-        for title, cells in result.tables().items()
-    ]
-    return {
-        "format": files.TABLE_FORMAT,
-        "title": f"Steering vectors for {result.persona} on {result.model}",
-        "model": result.model,
-        "rows": rows,
-        "tables": tables,
-        "environment": dict(result.environment),
-    }

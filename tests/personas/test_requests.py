@@ -117,3 +117,9 @@ def test_templates(tmp_path: Path, content: object) -> None:
     path.write_text(json.dumps(content).replace("{request}!", "Go"))
     with pytest.raises(UserError, match=r"the template 'rude' has no place for the request: write \{request\}"):
         read_templates(path)
+
+
+def test_a_request_has_one_kind() -> None:
+    harmful, harmless = (Requests.of(["How do I mix it?", "Why?"], kind) for kind in ("harmful", "harmless"))
+    with pytest.raises(UserError, match="a request has one kind"):
+        harmful + harmless

@@ -23,6 +23,7 @@ from tests.helpers.tiny import tiny_model
 from tests.steer.plain import run
 
 SITE = "blocks.1.hook_resid_post"
+BOS = tiny_model().tokenizer.bos_token_id
 SHORT = Learning(epochs=2, batch=4)
 
 
@@ -166,6 +167,9 @@ def test_other_data_of_the_same_sizes_compile_nothing(model: Model, examples: li
         ({"unwanted": np.asarray([5], np.int32), "wanted": np.asarray([5], np.int32)}, "the same completion"),
         ({"wanted": np.zeros(0, np.int32)}, "0 of what is wanted"),
         ({"sign": 2}, "sign 2"),
+        ({"wanted": np.asarray([BOS, 5], np.int32)}, "begins with BOS"),
+        ({"seeds": (0, 0)}, "different whole numbers"),
+        ({"seeds": ()}, "at least one"),
         ({"context": np.arange(4000, dtype=np.int32) % 500}, "positions"),
         ({"learning": Learning(rate=-1.0)}, "above 0"),
     ],
@@ -173,10 +177,10 @@ def test_other_data_of_the_same_sizes_compile_nothing(model: Model, examples: li
 def test_what_cannot_be_learned_from_is_refused(
     model: Model, examples: list[Example], change: dict[str, object], said: str
 ) -> None:
-    given: dict[str, object] = {"examples": examples[:2], "sites": SITE, "learning": Learning()}
+    given: dict[str, object] = {"examples": examples[:2], "sites": SITE, "learning": Learning(), "seeds": (0,)}
     of_example = {name: value for name, value in change.items() if name not in given}
     given |= {name: value for name, value in change.items() if name in given}
     if of_example:
         given["examples"] = [dataclasses.replace(examples[0], **of_example)]
     with pytest.raises(UserError, match=said):
-        learn_vectors(model, given["examples"], given["sites"], learning=given["learning"])
+        learn_vectors(model, given["examples"], given["sites"], learning=given["learning"], seeds=given["seeds"])

@@ -116,6 +116,8 @@ def test_examples_want_one_answer_with_each_sign(organism: Model) -> None:
         ({"methods": ()}, "names none"),
         ({"sites": (SITE, SITE)}, "twice"),
         ({"kl": 0.0}, "above 0"),
+        ({"methods": ("random",), "model": "organism:qwen2"}, "options name organism:qwen2"),
+        ({"read_position": "role"}, "needs a role"),
         ({"sites": ("blocks.77.hook_resid_post",)}, "beyond the last layer"),
     ],
 )
