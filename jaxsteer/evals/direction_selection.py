@@ -155,9 +155,11 @@ def select_direction(
 
     out = [ablate_everywhere(delta[s, p]) for s, p in where]
     inside = [add(found[s], delta[s, p]) for s, p in where]
-    bypass = refusal_log_odds(model, harmful[1], openings, out, progress=counted).mean(-1)
+    taken = first_tokens(model, harmful[1], openings, out, progress=counted)
+    bypass, plain = taken.log_odds.mean(-1), float(taken.base.mean())
     done[0] = len(where)
-    kl = first_tokens(model, harmless[1], openings, out, progress=counted)[1].mean(-1)
+    undisturbed = first_tokens(model, harmless[1], openings, out, progress=counted)
+    kl = undisturbed.kl.mean(-1)
     done[0] *= 2
     induce = refusal_log_odds(model, harmless[1], openings, inside, progress=counted).mean(-1)
     candidates = []
@@ -182,8 +184,7 @@ def select_direction(
         nearest = "; ".join(f"{c.site} at {c.position}: {c.refused}" for c in ranked[:3])
         raise UserError(
             f"no candidate of {len(ranked)} is a direction of refusal: {nearest}. Give other limits or "
-            f"sites. Does the model refuse? Log-odds of refusing harmful requests: "
-            f"{refusal_log_odds(model, harmful[1], openings).mean():.2f}"
+            f"sites. Does the model refuse? Log-odds of refusing harmful requests: {plain:.2f}"
         )
     s, p = where[candidates.index(best)]
     return Selection(
@@ -202,8 +203,8 @@ def select_direction(
         ),
         chosen=best,
         candidates=tuple(ranked),
-        harmful=float(refusal_log_odds(model, harmful[1], openings).mean()),
-        harmless=float(refusal_log_odds(model, harmless[1], openings).mean()),
+        harmful=plain,
+        harmless=float(undisturbed.base.mean()),
     )
 
 

@@ -70,9 +70,7 @@ SIGN = "what the examples of sign 1 want"
 class Learning:
     """How vectors are trained.
 
-    Defaults are those of 2604.08524, but for po's rate, which is 0.04 there, in the model's own units: here it leaves
-    so much noise where nothing is to be learned that the vector, at the same disturbance of neutral text, does nothing
-    (experiments/README.md).
+    Defaults are those of 2604.08524, but for po's rate, which is 0.04 there, in the model's own units.
     """
 
     method: Literal["ntp", "po"] = "po"
@@ -181,7 +179,7 @@ def learn_vectors(
     asked = json.dumps(about | dataclasses.asdict(learning))
     begun, losses = 0, np.zeros((len(padded), 0), np.float32)
     if state is not None and state.is_file():
-        begun, losses, now = _restored(state, asked, losses, now)
+        begun, losses, now = _restored(state, asked, now)
     for step in range(begun, steps, CHUNK):
         now, new = _advance(model.params, data, selector, together, now, jnp.asarray(step), program=program)
         losses = np.concatenate([losses, to_host(new).reshape(len(padded), -1)], axis=1)[:, :steps]
@@ -231,7 +229,8 @@ def _checked(
     if bad or not len(seeds) or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be different whole numbers from 0, at least one; got {list(seeds)}")
     bos = getattr(model.tokenizer, "bos_token_id", None)
-    if any(len(c) and c[0] == bos is not None for e in examples for c in (e.wanted, e.unwanted) if c is not None):
+    completions = [c for e in examples for c in (e.wanted, e.unwanted) if c is not None and len(c)]
+    if bos is not None and any(c[0] == bos for c in completions):
         raise UserError(
             "a completion begins with BOS, which stands at the beginning of a text alone: encode completions with "
             "add_special_tokens=False"
@@ -357,7 +356,7 @@ def _keep(file: Path, asked: str, losses: np.ndarray, now: Any) -> None:
     write_bytes(file, save({**leaves, "losses": losses}, {"asked": asked}))
 
 
-def _restored(file: Path, asked: str, losses: np.ndarray, now: Any) -> tuple[int, np.ndarray, Any]:
+def _restored(file: Path, asked: str, now: Any) -> tuple[int, np.ndarray, Any]:
     """Step, losses and state of a training that was cut off. Raises ``UserError`` for that of others."""
     tensors, about = read_tensors(file, "state of a training of vectors")
     leaves, structure = jax.tree.flatten(now)

@@ -287,7 +287,7 @@ def _bench(options: CompareOptions, model: Model, persona: Persona, others: dict
 def _vectors(bench: _Bench, method: Method, sites: Sequence[str], state: Path, progress: Any) -> list[Vectors]:
     options = bench.options
     how = VectorOptions(
-        read_position=options.read_position, train=options.train, epochs=options.epochs, tokens=options.tokens,
+        read_position=options.read_position, epochs=options.epochs, tokens=options.tokens,
         seed=options.seed, placement=bench.placement, sae=bench.sae,
     )  # fmt: skip
     made = make_vectors(

@@ -57,8 +57,6 @@ class VectorOptions:
     """Where directions are read: as in search, in the mean over the answer, or where the reply begins, with the
     persona's role as system message and without (default: decision where the persona has cue sentences, role where it
     has one, response where its answers are replies, else matched)."""
-    train: int = 48
-    """Train questions."""
     epochs: int = 10
     """Of ntp and po: times that every question is seen, with either sign."""
     tokens: Annotated[int, Range(1, 4096)] = 64
