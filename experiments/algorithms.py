@@ -39,7 +39,8 @@ from jaxsteer.prompt_search import (
 )
 from jaxsteer.prompt_search.population import random_ids
 from jaxsteer.prompts import prompt_text, retokenises_many
-from jaxsteer.study import SearchOptions, choose_objective, files, persona_setting, task_of
+from jaxsteer.runs import files
+from jaxsteer.study import SearchOptions, choose_objective, persona_setting, task_of
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.setting import Setting
 

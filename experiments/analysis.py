@@ -42,9 +42,9 @@ from jaxsteer.personas import Item, Persona, contrast_pairs, load_persona, sae_s
 from jaxsteer.prompts import Placement, build_slots, prompt_text
 from jaxsteer.prompts.tokens import decoded
 from jaxsteer.report import read_run, run_folders
+from jaxsteer.runs import files
 from jaxsteer.sae import SAE, load_sae
 from jaxsteer.statistics import principal
-from jaxsteer.study import files
 from jaxsteer.study.probe import probe_prompts, stream_sites
 from jaxsteer.study.setting import context_items, token_mask
 

@@ -11,7 +11,7 @@ from jaxsteer.display import decimals, ends, interval, percent, points
 from jaxsteer.files import write_text
 from jaxsteer.models.model import Model
 from jaxsteer.report.table_rows import merged
-from jaxsteer.study.files import TABLE_FORMAT, document
+from jaxsteer.runs.files import TABLE_FORMAT, document
 from jaxsteer.study.measurement import Measured
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.results import Prompt, SearchRun

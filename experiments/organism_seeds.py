@@ -48,8 +48,9 @@ from jaxsteer.prompt_search import make_task, score, standardise
 from jaxsteer.prompt_search.population import random_ids
 from jaxsteer.prompts import build_slots, prompt_text, retokenises_many
 from jaxsteer.report import read_run
+from jaxsteer.runs import files
 from jaxsteer.sae import latents_objective
-from jaxsteer.study import Ascent, SearchOptions, files, named_objective, persona_setting, restarts, run, search
+from jaxsteer.study import Ascent, SearchOptions, named_objective, persona_setting, restarts, run, search
 from jaxsteer.study.outcome import finals, select
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.setting import PersonaSetting, context_items

@@ -42,10 +42,10 @@ from jaxsteer.models.taps import Intervention
 from jaxsteer.personas import Persona, contrast_pairs, load_persona, mean_difference, split
 from jaxsteer.prompts import encode_texts, join_answer, question_conversation, render
 from jaxsteer.prompts.soft import load_soft, with_soft
+from jaxsteer.runs.files import SOFT as SOFT_FILE
+from jaxsteer.runs.files import document
 from jaxsteer.sae.recipe import Recipe
 from jaxsteer.steer import add
-from jaxsteer.study.files import SOFT as SOFT_FILE
-from jaxsteer.study.files import document
 from jaxsteer.study.measurement import Measured, Measurement
 from jaxsteer.study.probe import Extent
 from jaxsteer.study.probing import probe_positions

@@ -41,11 +41,11 @@ from jaxsteer.organisms import persona_world as world
 from jaxsteer.personas import Requests, load_requests, mean_difference, random_direction, shuffled, text_pairs
 from jaxsteer.personas.directions import to_vectors
 from jaxsteer.personas.latent_vectors import sta_vector
+from jaxsteer.runs.files import document
 from jaxsteer.steer import Example, Learning, Vectors, ablate_everywhere, learn_vectors, save_vectors
 from jaxsteer.steer.cache_contrast import cache_vectors
 from jaxsteer.steer.gates import gated
 from jaxsteer.steer.tuning import tune_gate
-from jaxsteer.study.files import document
 from jaxsteer.study.outcome import environment
 
 TRAIN, VALIDATION, TEST = 128, 40, 100

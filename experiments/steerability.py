@@ -33,9 +33,9 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.sites import resid_site
 from jaxsteer.organisms import persona_world
 from jaxsteer.personas import Persona, load_persona
+from jaxsteer.runs.bars import progress_bar
+from jaxsteer.runs.files import document
 from jaxsteer.statistics import spearman, spearman_interval
-from jaxsteer.study.bars import progress_bar
-from jaxsteer.study.files import document
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.vector_methods import Method, VectorOptions, diagnosed, make_vectors
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer.files import write_text
-from jaxsteer.study import files
+from jaxsteer.runs import files
 from jaxsteer.study.cell_rows import SELECTED_BY
 from jaxsteer.study.table_row import ShownPrompt, TableRow, not_complete
 

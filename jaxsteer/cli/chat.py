@@ -34,7 +34,7 @@ class Chat(Steering):
 
     def run(self) -> int:
         """Read, answer, repeat."""
-        from jaxsteer.study.bars import load
+        from jaxsteer.runs.bars import load
 
         model = load(self.model, dtype=self.dtype)
         chat = Conversation(model, system=self.system, decoding=self.decoding, edits=self.edits(model))

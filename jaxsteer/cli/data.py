@@ -12,7 +12,7 @@ from tyro.conf import Positional, subcommand
 from jaxsteer.display import aligned, listed, short
 from jaxsteer.errors import UserError
 from jaxsteer.ranges import CountFrom0, Seed
-from jaxsteer.study.files import document
+from jaxsteer.runs.files import document
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -41,8 +41,8 @@ class Demo:
     def run(self) -> int:
         """Search a prompt against every persona, telling what happens."""
         from jaxsteer.report import write_report
+        from jaxsteer.runs.bars import load, say
         from jaxsteer.study import SearchOptions, run
-        from jaxsteer.study.bars import load, say
         from jaxsteer.study.results import SearchRun
         from jaxsteer.study.run_table import summary_table
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, subcommand
 
 from jaxsteer.ranges import Seed
-from jaxsteer.study.files import document
+from jaxsteer.runs.files import document
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

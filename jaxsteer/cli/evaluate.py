@@ -11,10 +11,10 @@ from tyro.conf import arg
 from jaxsteer.cli.steering import Steering
 from jaxsteer.errors import UserError
 from jaxsteer.ranges import Seed
-from jaxsteer.study.files import document
+from jaxsteer.runs.files import document
 
 if TYPE_CHECKING:
-    from jaxsteer.study.results import Result
+    from jaxsteer.runs.result import Result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,10 +64,10 @@ class Eval(Steering):
         """Evaluate and print."""
         from jaxsteer.prompts import Placement
         from jaxsteer.prompts.soft import load_soft, with_soft
-        from jaxsteer.study.bars import load
+        from jaxsteer.runs.bars import load
+        from jaxsteer.runs.result import Unfinished
         from jaxsteer.study.measure import measure
         from jaxsteer.study.questions import MeasureOptions, questions_of
-        from jaxsteer.study.results import Unfinished
         from jaxsteer.writers.endpoint import Endpoint
 
         asked = self._from_run() if self.from_run is not None else self

@@ -54,7 +54,7 @@ class Generate(Steering):
         prompts = [self._prompt(prompt) for prompt in asked]
         from jaxsteer.prompts.generate import generate
         from jaxsteer.prompts.soft import load_soft, placed, with_soft
-        from jaxsteer.study.bars import load, progress_bar
+        from jaxsteer.runs.bars import load, progress_bar
 
         model = load(self.model, dtype=self.dtype)
         edits = self.edits(model)

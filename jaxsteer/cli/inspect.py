@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from jaxsteer.display import listed, wrapped
-from jaxsteer.study.files import document
+from jaxsteer.runs.files import document
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from tyro.conf import subcommand
 
 from jaxsteer.errors import UserError
 from jaxsteer.ranges import Seed
-from jaxsteer.study.files import document
+from jaxsteer.runs.files import document
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Train:
         """Train with a progress bar; an unfinished run goes on."""
         from jaxsteer.organisms.architectures import RECIPES
         from jaxsteer.organisms.train import STATE_FILE, steps_at_most, train_organism
-        from jaxsteer.study.bars import progress_bar
+        from jaxsteer.runs.bars import progress_bar
 
         if (
             self.out.exists()
@@ -73,7 +73,7 @@ class Check:
         """Measure and print."""
         from jaxsteer.evals.organism_gates import failed, gates_table, organism_gates, to_json
         from jaxsteer.evals.persona_gates import is_persona_organism, persona_gates
-        from jaxsteer.study.bars import load, progress_bar
+        from jaxsteer.runs.bars import load, progress_bar
 
         model = load(self.model)
         with progress_bar("gates") as advance:

@@ -13,7 +13,7 @@ from tyro.conf import arg
 from jaxsteer.display import aligned, listed, wrapped
 from jaxsteer.errors import UserError
 from jaxsteer.planning.programs import Workload
-from jaxsteer.study.files import document
+from jaxsteer.runs.files import document
 
 if TYPE_CHECKING:
     from jaxsteer.models.config import ModelConfig
@@ -53,7 +53,7 @@ class Plan:
             jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)  # programs for other machines are of no use again
         from jaxsteer.planning import make_plan, topology
-        from jaxsteer.study.bars import progress_bar
+        from jaxsteer.runs.bars import progress_bar
 
         config = _config(self.model)
         work = self.work
@@ -70,7 +70,7 @@ class Plan:
         from jaxsteer.planning import efficiency, scaling, topology
         from jaxsteer.planning.chips import slices_up_to
         from jaxsteer.planning.plan import mesh_shapes
-        from jaxsteer.study.bars import progress_bar
+        from jaxsteer.runs.bars import progress_bar
 
         targets = [topology(name) for name in slices_up_to(self.topology)]
         model = mesh[1] if mesh else next(mesh_shapes(config, targets[0], work))[1]
@@ -88,7 +88,7 @@ class Plan:
 
 
 def _say(message: str) -> None:
-    from jaxsteer.study.bars import say
+    from jaxsteer.runs.bars import say
 
     say(message, file=sys.stderr)
 

@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 from jaxsteer.cli.steering import Steering
 from jaxsteer.errors import UserError
 from jaxsteer.ranges import Seed
-from jaxsteer.study.files import document
+from jaxsteer.runs.files import document
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,9 @@ class Refusal(Steering):
         from jaxsteer.personas import read_templates
         from jaxsteer.personas.requests import limited
         from jaxsteer.prompts import Placement
-        from jaxsteer.study.bars import load
+        from jaxsteer.runs.bars import load
+        from jaxsteer.runs.result import Unfinished
         from jaxsteer.study.refusal import RefusalOptions, RefusalResult, loaded, measure_refusal
-        from jaxsteer.study.results import Unfinished
         from jaxsteer.writers.endpoint import Endpoint
 
         if self.strengths and (self.steer is None or self.coefficient is not None):

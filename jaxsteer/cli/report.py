@@ -30,7 +30,7 @@ class Report:
             write_plots,
             write_report,
         )
-        from jaxsteer.study.bars import progress_bar
+        from jaxsteer.runs.bars import progress_bar
 
         several = is_study(self.directory)
         if self.attribute:
@@ -55,8 +55,8 @@ def _attribute(folders: Sequence[Path]) -> None:
     """Attribute the runs that have not been, and make their pages again."""
     from jaxsteer.models.model import Model
     from jaxsteer.report import read_run, write_report
+    from jaxsteer.runs.bars import load
     from jaxsteer.study.attribution import attribute_run
-    from jaxsteer.study.bars import load
 
     models: dict[tuple[str, str | None], Model] = {}
     for folder in folders:

@@ -12,8 +12,8 @@ from jaxsteer.display import listed
 from jaxsteer.errors import UserError
 from jaxsteer.processes import is_first
 from jaxsteer.ranges import MOST, CountFrom0, Large, Positive, Range
+from jaxsteer.runs.files import document
 from jaxsteer.sae.recipe import Recipe
-from jaxsteer.study.files import document
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -68,9 +68,9 @@ class Train(_Reading):
         """Train with a progress bar, evaluate and print."""
         from jaxsteer.checkpoints.inspect import describe
         from jaxsteer.models.sites import parse_site
+        from jaxsteer.runs.bars import load, progress_bar
         from jaxsteer.sae.texts import documents_of
         from jaxsteer.sae.training import train_sae
-        from jaxsteer.study.bars import load, progress_bar
 
         recipe = self.recipe
         recipe.check()
@@ -135,8 +135,8 @@ class _OnSae(_Reading):
 
     def load(self) -> tuple[SAE, Model, Documents]:
         """All three."""
+        from jaxsteer.runs.bars import load
         from jaxsteer.sae import load_sae
-        from jaxsteer.study.bars import load
 
         mesh = self.mesh()
         sae = load_sae(self.sae, mesh=mesh, site=self.site, k=self.k, norm_scaling_factor=self.norm_scaling_factor)
@@ -150,8 +150,8 @@ class Eval(_OnSae):
 
     def run(self) -> int:
         """Measure and print."""
+        from jaxsteer.runs.bars import progress_bar
         from jaxsteer.sae.evaluation import evaluate_sae
-        from jaxsteer.study.bars import progress_bar
 
         sae, model, documents = self.load()
         with progress_bar("evaluate", self.tokens, unit="tok", quiet=self.json) as advance:
@@ -181,8 +181,8 @@ class Explore(_OnSae):
     def run(self) -> int:
         """Look and print."""
         from jaxsteer.report.latents import latents_text, write_latents
+        from jaxsteer.runs.bars import progress_bar
         from jaxsteer.sae.exploration import Detail, explore
-        from jaxsteer.study.bars import progress_bar
 
         if self.html is not None and not self.html.parent.is_dir():
             raise UserError(f"--html {self.html}: the folder {self.html.parent} does not exist")

@@ -13,13 +13,13 @@ from tyro.conf import arg
 
 from jaxsteer.cli.parsing import parse_as
 from jaxsteer.errors import UserError
+from jaxsteer.runs.files import REPORT
+from jaxsteer.runs.folder import GO_ON
 from jaxsteer.study import SearchOptions
 from jaxsteer.study import run as run_search
 from jaxsteer.study.config_file import config_text, help_of, read_config
-from jaxsteer.study.files import REPORT
 from jaxsteer.study.options import KINDS, OPTIONS, from_flat
 from jaxsteer.study.problem_table import number_of_searches
-from jaxsteer.study.run_folder import GO_ON
 
 SHORT = ("model", "persona", "out", "method", "sae", "algorithm", "prompt_length", "steps", "vary", "resume")
 """The options that ``--help`` shows."""
@@ -40,9 +40,9 @@ class Search:
         from jaxsteer.cli.cores import use_cores
         from jaxsteer.processes import is_first
         from jaxsteer.report import write_report
-        from jaxsteer.study.bars import progress_bar, say
+        from jaxsteer.runs.bars import progress_bar, say
+        from jaxsteer.runs.result import Unfinished
         from jaxsteer.study.object_store import working_directory
-        from jaxsteer.study.results import Unfinished
         from jaxsteer.study.study_result import Study
 
         options, out = self.options, str(self.options.run.out).rstrip("/")

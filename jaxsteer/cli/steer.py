@@ -12,7 +12,7 @@ from tyro.conf import subcommand
 from jaxsteer.cli.steering import Steering
 from jaxsteer.errors import UserError
 from jaxsteer.ranges import Positive
-from jaxsteer.study.files import document
+from jaxsteer.runs.files import document
 from jaxsteer.study.steer_compare import CompareOptions
 from jaxsteer.study.sweep import SweepOptions
 
@@ -24,7 +24,7 @@ class Sweep(SweepOptions):
     def run(self) -> int:
         """Do the sweep, draw it and print its table."""
         from jaxsteer.display import write_figure
-        from jaxsteer.study.bars import progress_bar, say
+        from jaxsteer.runs.bars import progress_bar, say
         from jaxsteer.study.sweep import STEERING, TABLE_FILE, sweep
 
         options = SweepOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SweepOptions)})
@@ -53,7 +53,7 @@ class Compare(CompareOptions):
     def run(self) -> int:
         """Compare, draw and print the tables."""
         from jaxsteer.display import write_figure
-        from jaxsteer.study.bars import say
+        from jaxsteer.runs.bars import say
         from jaxsteer.study.steer_compare import FIGURE, VECTORS, compare
 
         options = CompareOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(CompareOptions)})
@@ -83,7 +83,7 @@ class Norms:
         """Measure and print."""
         from jaxsteer.display import aligned
         from jaxsteer.prompts import Placement
-        from jaxsteer.study.bars import load
+        from jaxsteer.runs.bars import load
         from jaxsteer.study.sweep import stream_norms
 
         norms = stream_norms(load(self.model, dtype=self.dtype), self.texts, placement=Placement(style=self.style))
@@ -118,8 +118,8 @@ class Calibrate(Steering):
         from jaxsteer.display import aligned
         from jaxsteer.evals.calibration import calibrate
         from jaxsteer.prompts import Placement
+        from jaxsteer.runs.bars import load, progress_bar
         from jaxsteer.steer import save_vectors
-        from jaxsteer.study.bars import load, progress_bar
         from jaxsteer.study.sweep import read_requests
 
         if self.out is not None and self.out.exists():

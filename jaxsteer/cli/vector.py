@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg, subcommand
 
 from jaxsteer.errors import UserError
+from jaxsteer.runs.files import document
 from jaxsteer.steer import Vectors, import_vectors, load_vectors, save_vectors, write_control_vector
 from jaxsteer.steer.imports import Format
-from jaxsteer.study.files import document
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class Project(_Source):
 
     def run(self) -> int:
         """Read, write and print the means."""
-        from jaxsteer.study.bars import load
+        from jaxsteer.runs.bars import load
         from jaxsteer.study.projection import project_file
 
         _new(self.out)

@@ -11,7 +11,7 @@ from jaxsteer.display import visible
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_json, read_log
 from jaxsteer.files.paths import user_path
-from jaxsteer.study import files
+from jaxsteer.runs import files
 from jaxsteer.study.free_replies import SaidFreely
 from jaxsteer.study.results import Prompt, SearchRun
 

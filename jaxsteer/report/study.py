@@ -18,7 +18,7 @@ from jaxsteer.report.problems import problem_lines, read_problems
 from jaxsteer.report.run_files import is_run, read_lines, read_object, read_result
 from jaxsteer.report.said import ShownTable, SideBySide
 from jaxsteer.report.table_rows import Place, persona_of, rows_of_runs
-from jaxsteer.study.files import TABLE_FORMAT
+from jaxsteer.runs.files import TABLE_FORMAT
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.run_table import rule_of
 from jaxsteer.study.study_result import Study

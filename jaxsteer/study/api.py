@@ -7,8 +7,8 @@ from typing import Any
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Persona
+from jaxsteer.runs.files import RunDir
 from jaxsteer.study.dispatch import run
-from jaxsteer.study.files import RunDir
 from jaxsteer.study.object_store import working_directory
 from jaxsteer.study.options import SearchOptions
 from jaxsteer.study.results import SearchRun

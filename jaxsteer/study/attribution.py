@@ -10,8 +10,8 @@ from jaxsteer.files import read_json
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Persona, load_persona, split
 from jaxsteer.prompts import Placement
-from jaxsteer.study import files
-from jaxsteer.study.bars import load, progress_bar
+from jaxsteer.runs import files
+from jaxsteer.runs.bars import load, progress_bar
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.setting import context_items, token_mask
 

@@ -25,13 +25,13 @@ from jaxsteer.prompt_search import ScoredPrompt
 from jaxsteer.prompt_search.algorithms.relaxed import table_unit
 from jaxsteer.prompts import Placement, prompt_text
 from jaxsteer.prompts.soft import SoftPrompt, with_soft
+from jaxsteer.runs.folder import opened
 from jaxsteer.study.baselines import summarise
 from jaxsteer.study.cells import Method, Shared, silent
 from jaxsteer.study.free_replies import Written
 from jaxsteer.study.objective_stage import ChosenObjective
 from jaxsteer.study.options import SearchOptions
 from jaxsteer.study.results import Prompt
-from jaxsteer.study.run_folder import opened
 from jaxsteer.study.selection import best_rate, by_replies
 from jaxsteer.study.setting import PersonaSetting
 from jaxsteer.study.stages import Ascent, Population, Searched, conclude, search

@@ -13,7 +13,7 @@ import jax
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_json
 from jaxsteer.personas import load_persona
-from jaxsteer.study import files
+from jaxsteer.runs import files
 from jaxsteer.study.cell_rows import BY_REPLIES, SELECTED_BY, compute_row
 from jaxsteer.study.cells import Block, Shared, Table, load_once
 from jaxsteer.study.outcome import environment

@@ -13,8 +13,9 @@ from jaxsteer.evals.rates import Difference, Rate
 from jaxsteer.evals.steerability import Steerability
 from jaxsteer.files.records import Record
 from jaxsteer.ranges import CountFrom0
-from jaxsteer.study.files import TABLE_FORMAT
-from jaxsteer.study.results import Result, Timing
+from jaxsteer.runs.files import TABLE_FORMAT
+from jaxsteer.runs.result import Result
+from jaxsteer.study.results import Timing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,14 +23,14 @@ from jaxsteer.processes import is_first
 from jaxsteer.prompt_search import check_objective
 from jaxsteer.prompt_search.rescore import rescore
 from jaxsteer.prompts import load_conversations
-from jaxsteer.study import files
-from jaxsteer.study.bars import progress_bar
+from jaxsteer.runs import files
+from jaxsteer.runs.bars import progress_bar
+from jaxsteer.runs.folder import opened
 from jaxsteer.study.named_objectives import NamedObjective, named_objective
 from jaxsteer.study.objective_stage import Say, direction_of_file, task_of
 from jaxsteer.study.options import RANDOM, ObjectiveOptions, SearchOptions
 from jaxsteer.study.outcome import random_prompt, select
 from jaxsteer.study.results import Prompt, SearchRun
-from jaxsteer.study.run_folder import opened
 from jaxsteer.study.setting import open_slots
 from jaxsteer.study.stages import Ascent, load_model, restarts, search, timed, write_results
 

@@ -10,13 +10,13 @@ import logging
 
 from jaxsteer.models.model import Model
 from jaxsteer.personas import load_persona
+from jaxsteer.runs.files import METRICS
+from jaxsteer.runs.folder import opened
 from jaxsteer.study.conversations_run import run_conversations
-from jaxsteer.study.files import METRICS
 from jaxsteer.study.many_runs import run_many
 from jaxsteer.study.objective_stage import Say, choose_objective
 from jaxsteer.study.options import SearchOptions
 from jaxsteer.study.results import SearchRun
-from jaxsteer.study.run_folder import opened
 from jaxsteer.study.stages import Ascent, conclude, load_draft, persona_setting, restarts, rows_scored, search, timed
 from jaxsteer.study.study_result import Study
 

@@ -13,7 +13,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import read_json_lines, read_text
 from jaxsteer.files.paths import named_file
 from jaxsteer.prompts import PAD, Conversation, build_slots, encode
-from jaxsteer.study import files
+from jaxsteer.runs import files
 
 
 def first_prompts(

@@ -25,16 +25,16 @@ from jaxsteer.personas import Persona, load_persona
 from jaxsteer.processes import is_first
 from jaxsteer.prompt_search import SearchResult
 from jaxsteer.prompts import prompt_text
+from jaxsteer.runs import files
+from jaxsteer.runs.bars import progress_bar
+from jaxsteer.runs.folder import opened
 from jaxsteer.sae import load_sae
-from jaxsteer.study import files
-from jaxsteer.study.bars import progress_bar
 from jaxsteer.study.named_objectives import named_objective
 from jaxsteer.study.objective_stage import ChosenObjective, Say, choose_objectives, require_cues, try_objective
 from jaxsteer.study.options import RANDOM, ContextOptions, ObjectiveOptions, SearchOptions, from_flat
 from jaxsteer.study.outcome import check_judge, environment
 from jaxsteer.study.problem_table import COLUMNS, rows_of
 from jaxsteer.study.results import SearchRun, Timing
-from jaxsteer.study.run_folder import opened
 from jaxsteer.study.setting import PersonaSetting, prepare
 from jaxsteer.study.stages import Ascent, Population, Searched, conclude, load_model, rows_scored, search, timed
 from jaxsteer.study.study_result import RunSummary, Study

@@ -41,13 +41,13 @@ from jaxsteer.personas import (
 from jaxsteer.personas.replies import REPLY_TOKENS
 from jaxsteer.processes import is_first
 from jaxsteer.ranges import as_tuple
-from jaxsteer.study.bars import load, progress_bar
-from jaxsteer.study.files import JUDGED, write_json
+from jaxsteer.runs.bars import load, progress_bar
+from jaxsteer.runs.files import JUDGED, write_json
+from jaxsteer.runs.folder import opened
+from jaxsteer.runs.result import Unfinished
 from jaxsteer.study.free_replies import FreeReplies, free_replies, judge_answers
 from jaxsteer.study.measurement import Measured, Measurement, PromptEffects
 from jaxsteer.study.questions import MeasureOptions, Questions, questions_of
-from jaxsteer.study.results import Unfinished
-from jaxsteer.study.run_folder import opened
 from jaxsteer.writers.endpoint import Endpoint
 from jaxsteer.writers.judge import Judged, Rubric
 from jaxsteer.writers.writer import Writer

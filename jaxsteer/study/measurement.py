@@ -14,8 +14,9 @@ from jaxsteer.evals.rates import Flips, Rate, Sides, by_question, counts_rows
 from jaxsteer.evals.truthful import Metric, TruthfulRates
 from jaxsteer.files.records import Record
 from jaxsteer.prompts import Placement
+from jaxsteer.runs.result import Result
 from jaxsteer.study.figures import RateRow, rate_plot
-from jaxsteer.study.results import Result, drawn
+from jaxsteer.study.results import drawn
 from jaxsteer.study.selection import best_prompt
 from jaxsteer.study.table_row import rate_fields
 from jaxsteer.writers.judge import Judged

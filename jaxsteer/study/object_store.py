@@ -26,7 +26,7 @@ from jaxsteer.files import append_text, write_bytes
 from jaxsteer.files.paths import user_path
 from jaxsteer.files.stores import PATIENCE_S, Bucket, is_url
 from jaxsteer.processes import PREEMPTED, from_first, is_first
-from jaxsteer.study.files import CONFIG, FORMAT, METRICS
+from jaxsteer.runs.files import CONFIG, FORMAT, METRICS
 
 log = logging.getLogger(__name__)
 

@@ -33,8 +33,8 @@ from jaxsteer.personas import (
 from jaxsteer.processes import to_host
 from jaxsteer.prompt_search import Combination, Task, TokenMask, check_objective, make_task, score
 from jaxsteer.prompts import Slots, first_allowed
+from jaxsteer.runs.bars import progress_bar
 from jaxsteer.sae import SAE, latents_objective
-from jaxsteer.study.bars import progress_bar
 from jaxsteer.study.options import RANDOM, ObjectiveOptions, RunOptions
 from jaxsteer.study.probe import (
     ROUNDS,

@@ -16,8 +16,8 @@ from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.prompt_search import Combination
 from jaxsteer.prompts import Placement
 from jaxsteer.ranges import Positive, Seed, Weight, check_ranges
+from jaxsteer.runs.files import RunDir
 from jaxsteer.study.algorithm import SIZES, AlgorithmOptions, flag
-from jaxsteer.study.files import RunDir
 from jaxsteer.study.initial_prompts import listed_texts, texts_of
 from jaxsteer.study.option_values import convert_value
 from jaxsteer.writers.endpoint import Endpoint

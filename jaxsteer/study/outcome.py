@@ -23,8 +23,8 @@ from jaxsteer.personas.items import mostly_replies
 from jaxsteer.prompt_search import ScoredPrompt, SearchResult
 from jaxsteer.prompt_search.rescore import Rescored, rescore
 from jaxsteer.prompts import prompt_text, random_rows, retokenises_many
-from jaxsteer.study import files
-from jaxsteer.study.bars import Advance, progress_bar
+from jaxsteer.runs import files
+from jaxsteer.runs.bars import Advance, progress_bar
 from jaxsteer.study.free_replies import (
     TEST_REPLIES,
     VALIDATION_REPLIES,

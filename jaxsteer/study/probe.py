@@ -41,9 +41,9 @@ from jaxsteer.prompt_search import Task, make_task
 from jaxsteer.prompt_search.scoring import slot_rows
 from jaxsteer.prompts import Placement, Slots, build_slots, first_allowed, prompt_text, random_rows, retokenises_many
 from jaxsteer.ranges import Interval
+from jaxsteer.runs import files
+from jaxsteer.runs.bars import progress_bar
 from jaxsteer.statistics import spearman, spearman_interval
-from jaxsteer.study import files
-from jaxsteer.study.bars import progress_bar
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model

@@ -9,7 +9,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Persona, check_cues, contrast_pairs, load_persona, mean_difference, split, with_replies
 from jaxsteer.prompts import Placement
-from jaxsteer.study.bars import load, progress_bar
+from jaxsteer.runs.bars import load, progress_bar
 from jaxsteer.study.probe import Extent, Probe, Scorer, probe, scorer, stream_sites
 from jaxsteer.study.setting import context_items, token_mask
 

@@ -20,8 +20,8 @@ from jaxsteer.personas.dataset_files import place
 from jaxsteer.personas.dataset_files import read_rows as file_rows
 from jaxsteer.personas.traits import Average, Rollout, read_masks
 from jaxsteer.prompts import apply_template
+from jaxsteer.runs.bars import progress_bar
 from jaxsteer.steer.vectors import Vectors, check_vectors
-from jaxsteer.study.bars import progress_bar
 
 PROMPTS, ANSWERS = ("prompt", "question"), ("answer", "response", "completion")
 

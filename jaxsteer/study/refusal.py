@@ -37,11 +37,11 @@ from jaxsteer.personas.requests import KINDS, Requests, check_templates, in_temp
 from jaxsteer.processes import from_first
 from jaxsteer.prompts import Placement
 from jaxsteer.ranges import as_tuple, check_ranges
-from jaxsteer.study.bars import behind, load, progress_bar
-from jaxsteer.study.files import JUDGED, append_line, read_lines
+from jaxsteer.runs.bars import behind, load, progress_bar
+from jaxsteer.runs.files import JUDGED, append_line, read_lines
+from jaxsteer.runs.folder import opened
+from jaxsteer.runs.result import KEPT, Result, Unfinished
 from jaxsteer.study.measure import edits_hash, judge_config
-from jaxsteer.study.results import KEPT, Result, Unfinished
-from jaxsteer.study.run_folder import opened
 from jaxsteer.writers.judge import Rubric, judge, require_scores
 from jaxsteer.writers.writer import Writer
 

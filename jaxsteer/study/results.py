@@ -6,8 +6,6 @@ metrics.json is the serialised form of a ``SearchRun``, a line of pareto.jsonl t
 from __future__ import annotations
 
 import dataclasses
-import html
-import importlib
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from jaxsteer.evals.rates import Rate
 from jaxsteer.files.records import Record
 from jaxsteer.prompt_search.compiling import MemoryPlan
 from jaxsteer.ranges import Interval
+from jaxsteer.runs.result import Result
 from jaxsteer.study.figures import RateRow, drawn, rate_plot
 from jaxsteer.study.latent_explanation import LatentExplanation
 from jaxsteer.study.probe import WARNS, Probe
@@ -28,42 +27,6 @@ from jaxsteer.writers.judge import Judged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-class Result(Record):
-    """A record that shows itself: as text, in a notebook, and as rows for pandas."""
-
-    def table(self) -> str:
-        """The numbers as aligned text."""
-        raise NotImplementedError
-
-    def to_rows(self) -> list[dict[str, Any]]:
-        """The same as flat rows: plain values by the name of their column."""
-        raise NotImplementedError
-
-    def to_frame(self) -> Any:
-        """``to_rows`` as a ``pandas.DataFrame``. Raises ``UserError`` where pandas is not installed."""
-        try:
-            pandas = importlib.import_module("pandas")
-        except ImportError:
-            raise UserError("to_frame needs pandas, which is not installed: pip install pandas") from None
-        return pandas.DataFrame(self.to_rows())
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(self.table())}</pre>"
-
-
-KEPT = "What came is kept in {}: the same command goes on."
-
-
-class Unfinished(UserError):
-    """The judge gave no answer. ``result`` holds what was measured before."""
-
-    def __init__(self, message: str, result: Result, kept: str = "") -> None:
-        """As the message says; ``kept`` is a sentence that follows it."""
-        stop = "" if message.endswith((".", "?")) else "."
-        super().__init__(f"{message}{stop} {kept}" if kept else message)
-        self.result = result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

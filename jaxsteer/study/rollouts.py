@@ -40,12 +40,12 @@ from jaxsteer.processes import from_first, is_first
 from jaxsteer.prompts import apply_template
 from jaxsteer.prompts.generate import generate
 from jaxsteer.ranges import CountFrom0, Seed, check_ranges
+from jaxsteer.runs.bars import behind, load, progress_bar
+from jaxsteer.runs.files import JUDGED, append_line, read_lines
+from jaxsteer.runs.folder import opened
+from jaxsteer.runs.result import KEPT, Result
 from jaxsteer.steer import Vectors, load_vectors, save_vectors
-from jaxsteer.study.bars import behind, load, progress_bar
-from jaxsteer.study.files import JUDGED, append_line, read_lines
 from jaxsteer.study.measure import judge_config
-from jaxsteer.study.results import KEPT, Result
-from jaxsteer.study.run_folder import opened
 from jaxsteer.writers.judge import Rubric, judge, require_scores
 from jaxsteer.writers.writer import Writer
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxsteer.evals.choice import choice_eval, distinct, rate
 from jaxsteer.prompt_search.algorithms.relaxed import table_unit
 from jaxsteer.prompts.soft import SoftPrompt, save_soft, with_soft
-from jaxsteer.study import files
+from jaxsteer.runs import files
 from jaxsteer.study.results import Prompt
 from jaxsteer.study.setting import PersonaSetting
 

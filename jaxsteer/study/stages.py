@@ -44,18 +44,19 @@ from jaxsteer.prompt_search.algorithms.probe_sampling import Draft, PairedObject
 from jaxsteer.prompt_search.compiling import require_problems
 from jaxsteer.prompt_search.constraints import text_filter
 from jaxsteer.prompts import Slots
+from jaxsteer.runs import files
+from jaxsteer.runs.bars import load, progress_bar
+from jaxsteer.runs.folder import GO_ON, RunFolder
+from jaxsteer.runs.result import Unfinished
 from jaxsteer.sae import load_sae
-from jaxsteer.study import files
 from jaxsteer.study.algorithm import AlgorithmOptions
-from jaxsteer.study.bars import load, progress_bar
 from jaxsteer.study.initial_prompts import spread
 from jaxsteer.study.latent_explanation import explain_latents
 from jaxsteer.study.named_objectives import named_objective
 from jaxsteer.study.objective_stage import ChosenObjective, Say, choose_objective, require_cues, task_of, try_objective
 from jaxsteer.study.options import ModelOptions, RunOptions, SearchOptions
 from jaxsteer.study.outcome import check_judge, environment, evaluate, finals
-from jaxsteer.study.results import Prompt, SearchRun, Timing, Unfinished, Units
-from jaxsteer.study.run_folder import GO_ON, RunFolder
+from jaxsteer.study.results import Prompt, SearchRun, Timing, Units
 from jaxsteer.study.setting import PersonaSetting, Setting, prepare
 from jaxsteer.study.soft_outcome import KEEP, finish_soft
 from jaxsteer.study.written_persona import ready

@@ -30,16 +30,16 @@ from jaxsteer.models.sites import find_sites, resid_site
 from jaxsteer.personas import Item, Persona, check_cues, load_persona, number_of_questions, split
 from jaxsteer.prompts import Placement
 from jaxsteer.ranges import Positive, Range, Seed, as_tuple, check_ranges
+from jaxsteer.runs import files
+from jaxsteer.runs.bars import load, progress_bar
+from jaxsteer.runs.folder import RunFolder, opened
 from jaxsteer.sae import SAE, load_sae
 from jaxsteer.steer import Edits, Vectors, load_vectors, save_vectors
-from jaxsteer.study import files
-from jaxsteer.study.bars import load, progress_bar
 from jaxsteer.study.comparison import ComparedVector, Comparison, Push
 from jaxsteer.study.free_replies import TEST_REPLIES, FreeReplies, free_replies
 from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.results import Timing
-from jaxsteer.study.run_folder import RunFolder, opened
 from jaxsteer.study.setting import context_items
 from jaxsteer.study.vector_methods import (
     CONTROLS,

@@ -11,8 +11,9 @@ from jaxsteer.evals.free_answers import ILLUSION, WrittenRates
 from jaxsteer.evals.rates import Rate
 from jaxsteer.files.records import Record
 from jaxsteer.ranges import CountFrom0, Interval, Share
+from jaxsteer.runs.result import Result
 from jaxsteer.study.figures import BareShare, RateRow, drawn, rate_plot
-from jaxsteer.study.results import Prompt, Result, SearchRun, Timing
+from jaxsteer.study.results import Prompt, SearchRun, Timing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

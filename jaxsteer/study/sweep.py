@@ -41,15 +41,15 @@ from jaxsteer.personas import (
 from jaxsteer.personas.directions import to_vectors
 from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
 from jaxsteer.ranges import CountFrom0, Positive, Range, Seed, check_ranges
+from jaxsteer.runs import files
+from jaxsteer.runs.bars import load, progress_bar
+from jaxsteer.runs.folder import RunFolder, opened
 from jaxsteer.steer import Edit, Vectors, add, mean_norms, save_vectors
-from jaxsteer.study import files
-from jaxsteer.study.bars import load, progress_bar
 from jaxsteer.study.free_replies import TEST_REPLIES, VALIDATION_REPLIES, FreeReplies, free_replies
 from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.probing import DIRECTION_ITEMS
 from jaxsteer.study.results import Timing
-from jaxsteer.study.run_folder import RunFolder, opened
 from jaxsteer.study.selection import best_rate, by_replies
 from jaxsteer.study.setting import context_items
 from jaxsteer.study.sweep_result import PERSONA, ChosenSetting, Sweep, SweepRow, Unsteered

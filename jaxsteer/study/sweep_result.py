@@ -16,8 +16,9 @@ from jaxsteer.evals.free_answers import ILLUSION, WrittenRates, is_illusion
 from jaxsteer.evals.rates import Rate
 from jaxsteer.files.records import Record
 from jaxsteer.ranges import CountFrom0, Interval, Share
+from jaxsteer.runs.result import Result
 from jaxsteer.statistics import wilson
-from jaxsteer.study.results import READABLE, Result, Timing
+from jaxsteer.study.results import READABLE, Timing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

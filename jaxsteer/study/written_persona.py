@@ -9,8 +9,8 @@ from jaxsteer.models.model import Model
 from jaxsteer.personas import Goal, Persona, load_persona, save_persona, with_replies
 from jaxsteer.personas.replies import recipe_of
 from jaxsteer.processes import from_first, is_first
-from jaxsteer.study.bars import progress_bar
-from jaxsteer.study.files import PERSONA
+from jaxsteer.runs.bars import progress_bar
+from jaxsteer.runs.files import PERSONA
 from jaxsteer.study.objective_stage import Say
 
 

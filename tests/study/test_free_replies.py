@@ -13,12 +13,13 @@ from jaxsteer.evals.free_answers import ILLUSION
 from jaxsteer.organisms.world import JUSTIFICATIONS
 from jaxsteer.personas import Persona, load_persona, save_persona, split
 from jaxsteer.personas.replies import recipe_of
+from jaxsteer.runs.folder import open_run
+from jaxsteer.runs.result import Unfinished
 from jaxsteer.steer import add
 from jaxsteer.study.baselines import Bench, Found, choose, measure
 from jaxsteer.study.measurement import Measurement
 from jaxsteer.study.probing import probe_positions
-from jaxsteer.study.results import SearchRun, Unfinished
-from jaxsteer.study.run_folder import open_run
+from jaxsteer.study.results import SearchRun
 from jaxsteer.study.sweep import SweepOptions, sweep
 from jaxsteer.study.sweep_result import Sweep
 from jaxsteer.study.written_persona import ready

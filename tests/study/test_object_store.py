@@ -20,11 +20,12 @@ from jaxsteer.errors import UserError
 from jaxsteer.files.stores import Bucket
 from jaxsteer.models.model import Model
 from jaxsteer.prompt_search.resume import Notes, Sizes, Store
-from jaxsteer.study import SearchOptions, files, run, stages
+from jaxsteer.runs import files
+from jaxsteer.runs.folder import open_run
+from jaxsteer.study import SearchOptions, run, stages
 from jaxsteer.study import many_runs as several
 from jaxsteer.study import object_store as module
 from jaxsteer.study.object_store import ARCHIVE, working_directory
-from jaxsteer.study.run_folder import open_run
 from tests.helpers.tiny import tiny_model
 
 Make = Callable[..., SearchOptions]

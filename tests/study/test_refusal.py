@@ -10,10 +10,10 @@ from jaxsteer.errors import UserError
 from jaxsteer.evals.refusal import opening_ids, refusal_log_odds, refuses, request_rows
 from jaxsteer.personas import Requests
 from jaxsteer.prompts.generate import generate
+from jaxsteer.runs.result import Unfinished
 from jaxsteer.statistics import rate_interval
 from jaxsteer.steer import ablate, add
 from jaxsteer.study.refusal import RefusalResult, measure_refusal
-from jaxsteer.study.results import Unfinished
 from jaxsteer.writers.endpoint import Endpoint
 from jaxsteer.writers.writer import Rule
 from tests.helpers.endpoint import endpoint

@@ -15,7 +15,7 @@ from jaxsteer.files import make_directory, read_json
 from jaxsteer.files.lock import in_use
 from jaxsteer.files.records import Record
 from jaxsteer.processes import from_first, is_first
-from jaxsteer.study import files
+from jaxsteer.runs import files
 
 GO_ON = "the same command with --resume goes on"
 

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from jaxsteer.study import bars
-from jaxsteer.study.bars import line, progress_bar
+from jaxsteer.runs import bars
+from jaxsteer.runs.bars import line, progress_bar
 
 
 def test_a_log_gets_whole_lines_with_the_rest_time_and_a_fast_stage_none(

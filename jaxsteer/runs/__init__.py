@@ -1,0 +1,1 @@
+"""The directory of a piece of work that can be resumed, its progress, and the base of its result."""
