@@ -57,7 +57,7 @@ class TraitPair(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoleSet(Record):
-    """What one study of characters asks. Raises ``UserError`` for names that stand twice, and for parts that are missing."""
+    """What a study of characters asks. Raises ``UserError`` for names that stand twice, and for missing parts."""
 
     name: str
     roles: tuple[Role, ...]
