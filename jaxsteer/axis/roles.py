@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
 from typing import Annotated
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.files.records import Record
 from jaxsteer.ranges import Range
 
@@ -66,6 +69,56 @@ class RoleSet(Record):
     default: tuple[str, ...] = ("",)
     """System messages of the Assistant as it is; "" is none, and ``{model_name}`` the model's name."""
     traits: tuple[TraitPair, ...] = ()
+    about: str = ""
+    """Where it comes from, and how ``assistant_like`` was judged."""
+
+    @property
+    def data_hash(self) -> str:
+        """sha256 over all that is asked and judged: everything but ``name`` and ``about``."""
+        whole = dataclasses.replace(self, name="", about="").to_json()
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+    def only(
+        self,
+        *,
+        roles: Sequence[str] | None = None,
+        questions: int | None = None,
+        instructions: int | None = None,
+        traits: Sequence[str] | None = None,
+    ) -> RoleSet:
+        """A part: the named roles and traits in the order of the set, and the first of its questions and instructions.
+
+        ``instructions`` counts what is kept of each role, of each side of a trait, and of the default prompts. ``None``
+        keeps all. Raises ``UserError`` for names that are not in the set, with the nearest one, and for a count that is
+        not between 1 and what there is (some roles may have fewer instructions).
+        """
+        for what, given, found in (("role", roles, self.roles), ("trait", traits, self.traits)):
+            if given and not found:
+                raise UserError(f"{self.name}: there are no {what}s, so that {given[0]!r} cannot be chosen")
+            refuse_unknown(given or (), [one.name for one in found], what, f"{self.name}: ")
+        longest = max(len(role.instructions) for role in self.roles)
+        for what, count, most in (
+            ("questions", questions, len(self.questions)),
+            ("instructions", instructions, longest),
+        ):
+            if count is not None and not 1 <= count <= most:
+                raise UserError(f"{self.name}: {count} {what} asked for, expected 1 to {most}")
+        cut = slice(instructions)
+        return dataclasses.replace(
+            self,
+            roles=tuple(
+                dataclasses.replace(role, instructions=role.instructions[cut])
+                for role in self.roles
+                if roles is None or role.name in roles
+            ),
+            questions=self.questions[:questions],
+            default=self.default[cut],
+            traits=tuple(
+                dataclasses.replace(trait, positive=trait.positive[cut], negative=trait.negative[cut])
+                for trait in self.traits
+                if traits is None or trait.name in traits
+            ),
+        )
 
     def __post_init__(self) -> None:
         """Check that every name means one thing."""
