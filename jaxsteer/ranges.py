@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import types
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -78,6 +79,19 @@ def check_ranges(options: Any) -> None:
             allowed = ranges[field.name] or (COUNT if isinstance(number, int) else FINITE)
             if why := allowed.refusal(number):
                 raise UserError(f"--{field.name.replace('_', '-')} {why}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is one number, of Python, NumPy or JAX; truth values and texts are none."""
+    scalar = getattr(value, "ndim", None) == 0 and getattr(getattr(value, "dtype", None), "kind", "") in "iuf"
+    return (isinstance(value, numbers.Real) or scalar) and not isinstance(value, bool)
+
+
+def a_number(value: Any, what: str) -> float:
+    """``value`` as a float. Raises ``UserError`` for what is no number; ``what`` names it."""
+    if not is_number(value):
+        raise UserError(f"{what}, must be a number, got {value!r:.80}")
+    return float(value)
 
 
 def choices_of(kind: Any) -> tuple[str, ...]:

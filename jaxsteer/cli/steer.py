@@ -135,7 +135,7 @@ class Calibrate(Steering):
         with progress_bar("strengths", 2) as advance:
             found = calibrate(
                 model, vectors, self.kl, signs=(own, -own), texts=read_requests(self.texts) if self.texts else (),
-                placement=Placement(style=self.style), progress=advance,
+                placement=Placement(style=self.style), progress=advance, any_weights=self.any_weights,
             )  # fmt: skip
         if self.json:
             print(document([one.to_json() for one in found]))

@@ -8,20 +8,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 from jaxsteer.errors import UserError
 from jaxsteer.evals.neutral_texts import neutral_texts
+from jaxsteer.evals.scoring import same_form
 from jaxsteer.evals.side_effects import side_effects
 from jaxsteer.files.records import Record
 from jaxsteer.models.model import Model
 from jaxsteer.models.taps import Intervention
 from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
-from jaxsteer.ranges import as_tuple
+from jaxsteer.ranges import a_number, as_tuple
 from jaxsteer.steer.selectors import Positions
-from jaxsteer.steer.vectors import Vectors
+from jaxsteer.steer.vectors import Vectors, check_vectors
 
 FIRST, MOST = 0.1, 64.0
 """Strengths, in mean norms of the stream: the first that is tried, and the largest."""
@@ -39,6 +39,21 @@ class Calibrated(Record):
     """Mean KL(model || steered) of neutral text, nats per token."""
     perplexity: float
     """Of neutral text, steered."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unreached(Record):
+    """How near a vector came to a divergence that it reaches at no strength."""
+
+    sign: int
+    """1 or -1, as it was asked for."""
+    coefficient: float
+    """The largest strength of this sign that was found to stay below the divergence, in the units of the vectors; 0
+    where there is none."""
+    kl: float
+    """Mean KL(model || steered) of neutral text there, nats per token."""
+    why: str
+    """In words."""
 
 
 def neutral_rows(
@@ -60,21 +75,50 @@ def calibrate(
     positions: Positions | None = None,
     placement: Placement = Placement(),
     progress: Callable[[int, int], None] | None = None,
+    any_weights: bool = False,
 ) -> list[Calibrated]:
-    """By vector and sign (all signs of the first vector first) nats.
+    """By vector and sign (all signs of the first vector first) the strength at which its divergence is ``kl`` nats.
 
     That is the smallest one found: divergence rises with strength near 0, as its square. Vectors of the same form are
     tried side by side in one program; other strengths compile nothing. ``texts`` are requests that have nothing to do
     with what the vectors are for (default: ``neutral_texts``), ``positions`` those of ``Vectors.edits``.
-    ``progress(done, total)`` counts strengths that are found.
+    ``progress(done, total)`` counts strengths that are found. ``any_weights`` is that of ``check_vectors``. Many
+    parameters: what is calibrated, to what, and on which text.
 
-    Raises ``UserError`` for a ``kl`` that is not above 0, for vectors whose operation has no strength, and, by name,
-    for vectors that reach ``kl`` at no strength: those that do not move the model, and those whose divergence jumps
-    over it or is not finite.
+    Raises ``UserError`` for a ``kl`` that is not above 0, for vectors whose operation has no strength or that belong to
+    another model, and, by name, for vectors that reach ``kl`` at no strength: those that do not move the model, and
+    those whose divergence jumps over it or is not finite (``approach`` gives them with the others).
     """
+    found = approach(
+        model, vectors, kl, signs=signs, texts=texts, positions=positions, placement=placement, progress=progress,
+        any_weights=any_weights,
+    )  # fmt: skip
+    for one in found:
+        if isinstance(one, Unreached):
+            raise UserError(f"{one.why}. Ask for another divergence")
+    return [one for one in found if isinstance(one, Calibrated)]
+
+
+def approach(
+    model: Model,
+    vectors: Vectors | Sequence[Vectors],
+    kl: float = 0.1,
+    *,
+    signs: Sequence[int] = (1,),
+    texts: str | Sequence[str] = (),
+    positions: Positions | None = None,
+    placement: Placement = Placement(),
+    progress: Callable[[int, int], None] | None = None,
+    any_weights: bool = False,
+) -> list[Calibrated | Unreached]:
+    """As ``calibrate``, with ``Unreached`` in the place of a strength that does not exist.
+
+    Many parameters: those of ``calibrate``. Raises ``UserError`` as it does, but for such strengths.
+    """
+    kl = a_number(kl, "calibrate's kl, a divergence in nats per token")
     if not 0 < kl < np.inf or not set(signs) <= {1, -1} or not len(signs):
         raise UserError(f"calibrate needs a divergence above 0 and signs 1 or -1, got {kl} and {list(signs)}")
-    many = [vectors] if isinstance(vectors, Vectors) else list(vectors)
+    many = [vectors] if isinstance(vectors, Vectors) else list(as_tuple(vectors))
     if not many or not all(isinstance(one, Vectors) for one in many):
         given = ", ".join(type(one).__name__ for one in many) or "none"
         raise UserError(f"calibrate takes Vectors, one or a list of them; got {given}")
@@ -82,13 +126,15 @@ def calibrate(
         if one.operation not in ("add", "add_keep_norm", "ablate", "scale"):
             why = "it acts behind a prompt" if one.operation == "cache" else "its value says where the stream is held"
             raise UserError(f"{one.operation} has no strength to calibrate on neutral text: {why}")
+        check_vectors(one, model, any_weights=any_weights)
     rows = neutral_rows(model, texts, placement=placement)
     wanted = [(one, sign) for one in many for sign in signs]
     units = np.asarray([_unit(one) for one, _ in wanted])
     search = _Search(kl, len(wanted))
+    zero = np.asarray([not any(array.any() for array in one.arrays.values()) for one, _ in wanted])
     found = np.zeros((2, len(wanted)))
     for _ in range(ROUNDS):
-        open_ = np.flatnonzero(~search.done)
+        open_ = np.flatnonzero(~search.done & ~zero)
         if not len(open_):
             break
         edits = [
@@ -99,22 +145,33 @@ def calibrate(
         search.told(open_, found[0, open_])
         if progress is not None:
             progress(int(search.done.sum()), len(wanted))
-    for i, (one, sign) in enumerate(wanted):
-        if not search.done[i]:
-            raise UserError(
-                f"the vector at {', '.join(one.sites)} ({one.metadata.get('estimator', 'of unknown make')}) reaches a "
-                f"divergence of {kl:g} nats at no strength of sign {sign}: at {search.strength[i] * units[i]:.3g} it "
-                f"is {found[0, i]:.3g}, between {search.low[i] * units[i]:.3g} (less) and "
-                f"{search.high[i] * units[i]:.3g} (more, or not finite). Ask for another divergence"
-            )
     return [
         Calibrated(
             coefficient=float(sign * units[i] * search.strength[i]),
             kl=float(found[0, i]),
             perplexity=float(found[1, i]),
         )
-        for i, (_, sign) in enumerate(wanted)
+        if search.done[i]
+        else _unreached(one, sign, units[i], search, i)
+        for i, (one, sign) in enumerate(wanted)
     ]
+
+
+def _unreached(vectors: Vectors, sign: int, unit: float, search: _Search, i: int) -> Unreached:
+    low, high = search.low[i] * unit, search.high[i] * unit
+    name = f"the vector at {', '.join(vectors.sites)} ({vectors.metadata.get('estimator', 'of unknown make')})"
+    if not any(array.any() for array in vectors.arrays.values()):
+        why = f"{name} is zero: it reaches no divergence at any strength"
+        return Unreached(sign=sign, coefficient=0.0, kl=0.0, why=why)
+    more = f"{search.high_kl[i]:.3g}" if np.isfinite(search.high_kl[i]) else "not finite"
+    beyond = f", and at {high:.3g} it is {more}" if np.isfinite(high) else ""
+    return Unreached(
+        sign=sign,
+        coefficient=float(sign * low),
+        kl=float(search.low_kl[i]),
+        why=f"{name} reaches a divergence of {search.kl:g} nats at no strength of sign {sign}: at {low:.3g} it is "
+        f"{search.low_kl[i]:.3g}{beyond}",
+    )
 
 
 def _unit(vectors: Vectors) -> float:
@@ -129,12 +186,8 @@ def _measured(
     model: Model, rows: Sequence[np.ndarray], edits: Sequence[Intervention]
 ) -> tuple[Float[np.ndarray, " E"], Float[np.ndarray, " E"]]:
     """KL and perplexity under every edit; those of one form in one program, always as many as a power of two."""
-    forms: dict[str, list[int]] = {}
-    for i, edit in enumerate(edits):
-        leaves, form = jax.tree.flatten(edit)
-        forms.setdefault(f"{form}{[np.shape(leaf) for leaf in leaves]}", []).append(i)
     found = np.zeros((2, len(edits)))
-    for members in forms.values():
+    for members in same_form(edits):
         size = 1 << (len(members) - 1).bit_length()
         padded = [edits[i] for i in members] + [edits[members[-1]]] * (size - len(members))
         with np.errstate(over="ignore"):

@@ -282,6 +282,15 @@ def _widths(starts: Sequence[int], rows: Sequence[_Row]) -> tuple[int, int, int]
     return bucket(max(starts), 8), bucket(max(len(r.ids) for r in rows), 8), bucket(max(len(r.at) for r in rows), 2)
 
 
+def same_form(edits: Sequence[Intervention]) -> list[list[int]]:
+    """Numbers of the edits that can run in one program (``stack_edits``), group by group in the order of the first."""
+    forms: dict[str, list[int]] = {}
+    for i, edit in enumerate(edits):
+        leaves, form = jax.tree.flatten(edit)
+        forms.setdefault(f"{form}{[np.shape(leaf) for leaf in leaves]}", []).append(i)
+    return list(forms.values())
+
+
 def stack_edits(variants: Sequence[Intervention], config: ModelConfig) -> Intervention:
     """One pytree whose arrays have a leading axis over ``variants``.
 

@@ -12,7 +12,7 @@ from typing import Any
 from jaxsteer import __version__
 from jaxsteer.errors import UserError
 from jaxsteer.files import make_directory, read_json
-from jaxsteer.files.lock import in_use
+from jaxsteer.files.lock import LOCK, in_use
 from jaxsteer.files.records import Record
 from jaxsteer.processes import from_first, is_first
 from jaxsteer.runs import files
@@ -36,6 +36,17 @@ class RunFolder:
         files.write_json(self.path / files.CONFIG, self.config)
         if is_first() and not resume:
             shutil.rmtree(self.path / files.PROBED, ignore_errors=True)
+
+    def withdraw(self) -> None:
+        """Take back all that this run wrote, because it was refused before there was anything to keep: the directory
+        does not stand in the way of the corrected command. Replies of a persona in words stay."""
+        for path in self.path.iterdir() if is_first() else ():
+            if path.name in (LOCK, files.PERSONA):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def finish(self, result: Record) -> None:
         """Write metrics.json, and remove what the search would have needed to go on unless it was interrupted."""

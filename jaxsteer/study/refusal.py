@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxsteer.display import aligned, decimals, interval, points, short, visible, wrapped
@@ -29,6 +28,7 @@ from jaxsteer.evals.refusal import (
     opening_ids,
     request_rows,
 )
+from jaxsteer.evals.scoring import same_form
 from jaxsteer.files.records import Record
 from jaxsteer.models.log_probs import LOGITS_NOT_FINITE
 from jaxsteer.models.model import Model
@@ -304,13 +304,11 @@ class _Bench:
             for attack, (prompt, _) in self.attacks.items():
                 rows += request_rows(model, self.asked(attack), prompt, placement=options.placement)
                 advance(len(rows) // len(self.requests.entries))
-        groups: dict[str, list[str]] = {}
-        for name, edit in self.edits.items():
-            shape = str((jax.tree.structure(edit), [np.shape(leaf) for leaf in jax.tree.leaves(edit)]))
-            groups.setdefault(shape, []).append(name)
+        every_name = list(self.edits)
+        groups = [[every_name[i] for i in some] for some in same_form(list(self.edits.values()))]
         found: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         with progress_bar("first tokens", unit="request") as advance:
-            for names in groups.values() or [[]]:
+            for names in groups or [[]]:
                 every = first_tokens(model, rows, openings, [self.edits[n] for n in names], progress=advance)
                 found |= self._by_row(names, every)
         return found

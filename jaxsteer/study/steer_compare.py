@@ -7,10 +7,7 @@ asked disturbance does most for the goal. Test questions give rates, free replie
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import logging
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,35 +16,38 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from jaxsteer.errors import UserError
-from jaxsteer.evals.calibration import Calibrated, calibrate, neutral_rows
-from jaxsteer.evals.choice import ChoiceResult, choice_eval, distinct, first_rows, rate
-from jaxsteer.evals.free_answers import WrittenResult, written_rates
-from jaxsteer.evals.side_effects import side_effects
-from jaxsteer.evals.steerability import propensities, steer_each, steerability
+from jaxsteer.evals.calibration import neutral_rows
+from jaxsteer.evals.choice import choice_eval, distinct, first_rows, rate
+from jaxsteer.evals.free_answers import written_rates
 from jaxsteer.files import append_text, read_log
 from jaxsteer.models.model import Model
-from jaxsteer.models.sites import find_sites, resid_site
-from jaxsteer.personas import Item, Persona, check_cues, load_persona, number_of_questions, split
+from jaxsteer.models.reading import direction_sites
+from jaxsteer.models.sites import resid_site
+from jaxsteer.personas import Persona, check_cues, load_persona, number_of_questions, split
+from jaxsteer.personas.signatures import own_site
 from jaxsteer.prompts import Placement
 from jaxsteer.ranges import Positive, Range, Seed, as_tuple, check_ranges
 from jaxsteer.runs import files
 from jaxsteer.runs.bars import load, progress_bar
 from jaxsteer.runs.folder import RunFolder, opened
 from jaxsteer.sae import SAE, load_sae
-from jaxsteer.steer import Edits, Vectors, load_vectors, save_vectors
-from jaxsteer.study.comparison import ComparedVector, Comparison, Push
-from jaxsteer.study.free_replies import TEST_REPLIES, FreeReplies, free_replies
+from jaxsteer.steer import Vectors, load_vectors, save_vectors
+from jaxsteer.study.compared_vectors import Bench, chosen, measured
+from jaxsteer.study.comparison import ComparedVector, Comparison
+from jaxsteer.study.free_replies import free_replies
 from jaxsteer.study.objective_stage import Say
 from jaxsteer.study.outcome import environment
 from jaxsteer.study.results import Timing
 from jaxsteer.study.setting import context_items
 from jaxsteer.study.vector_methods import (
     CONTROLS,
+    LEARNED,
     METHODS,
     Method,
     ReadPosition,
     VectorOptions,
     diagnosed,
+    examples_of,
     make_vectors,
 )
 from jaxsteer.study.written_persona import ready
@@ -57,8 +57,6 @@ log = logging.getLogger(__name__)
 VECTORS, ROWS_FILE, FIGURE, TABLE_FILE = "vectors", "vectors.jsonl", "effect.png", "results.json"
 VALIDATION = 24
 """Questions that choose a site."""
-PROMPT, SYSTEM = "Please keep it short.", "You are a helpful assistant who answers in plain words."
-"""Other contexts: a sentence behind the question, and a system message."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +85,8 @@ class CompareOptions:
     has one, response where its answers are replies, else matched)."""
     sae: str | None = None
     """An SAE of the stream: its latents steer, too (sta), at its site. organism:NAME, a directory or a hub id."""
+    draws: Annotated[int, Range(1, 64)] = 3
+    """Of each control: vectors that differ in their seeds. Their spread is shown."""
     train: int = 48
     """Train questions that make the vectors."""
     questions: int = 60
@@ -127,40 +127,15 @@ class CompareOptions:
         return (*(method for method in self.methods if method not in CONTROLS), "sta", *controls)
 
     @property
+    def contenders(self) -> tuple[tuple[Method, int], ...]:
+        """(method, draw) of every vector; what is no control is drawn once."""
+        return tuple((m, draw) for m in self.compared for draw in range(self.draws if m in CONTROLS else 1))
+
+    @property
     def both_signs(self) -> tuple[float, ...]:
         """Strengths of both signs, without 0."""
         sizes = sorted({1.0, *self.strengths})
         return (*(-size for size in reversed(sizes)), *sizes)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Bench:
-    """What every method is measured on."""
-
-    options: CompareOptions
-    model: Model
-    persona: Persona
-    train: tuple[Item, ...]
-    validation: tuple[Item, ...]
-    test: tuple[Item, ...]
-    others: dict[str, tuple[Item, ...]]
-    neutral: list[np.ndarray]
-    baseline: ChoiceResult
-    free: FreeReplies | None
-    said: WrittenResult | None
-    """What is written without steering."""
-    sae: SAE | None
-
-    @property
-    def placement(self) -> Placement:
-        return Placement(style=self.options.style)
-
-    def written(self, edits: Edits | None) -> WrittenResult | None:
-        """What is written freely under an edit, where answers are replies."""
-        if self.free is None:
-            return None
-        few = self.test[:TEST_REPLIES]
-        return self.free.written(self.model, few, [""], placement=self.placement, edits=edits)[0]
 
 
 def compare(options: CompareOptions, *, model: Model | None = None, say: Say = log.info) -> Comparison:
@@ -192,7 +167,12 @@ def compare(options: CompareOptions, *, model: Model | None = None, say: Say = l
     with opened(options.out, config, say) as folder:
         if folder.finished is not None:
             return Comparison.from_json(folder.finished, str(folder.path / files.METRICS))
-        result = _compared(options, folder, persona, others, model, say)
+        try:
+            result = _compared(options, folder, persona, others, model, say)
+        except UserError as error:
+            if not isinstance(error, OSError) and not any(row.pushes for row in _known_rows(folder.path / ROWS_FILE)):
+                folder.withdraw()  # nothing was measured, and the same options would be refused again
+            raise
         files.write_json(folder.path / TABLE_FILE, result.page())
         folder.finish(result)
     return result
@@ -208,34 +188,39 @@ def _compared(
 ) -> Comparison:
     started = time.perf_counter()
     model = model or load(options.model, quiet=options.quiet, dtype=options.dtype)
-    depth = model.config.n_layers
-    third = sorted({min(depth - 2, max(0, round(depth * share) - 1)) for share in (1 / 3, 1 / 2, 2 / 3)})
-    sites = tuple(find_sites(list(options.sites), model.config)) or tuple(map(resid_site, third))
+    sites = _sites(options, model)
     persona = ready(model, persona, options.goal, folder.path, say, quiet=options.quiet)
     others = {name: ready(model, one, persona.goal, None, say, quiet=options.quiet) for name, one in others.items()}
+    sae = None if options.sae is None else load_sae(options.sae, mesh=model.mesh)
+    if sae is not None:
+        own_site(model, sae)  # refused here, before anything is written
     folder.begin()
-    bench = _bench(options, model, persona, others)
+    bench = _bench(options, model, persona, others, sae)
+    if {*LEARNED} & {*options.compared}:
+        examples_of(model, bench.train, bench.placement)  # refused before the others are measured
     say(
         f"Comparison: {len(options.compared)} methods x {len(sites)} sites at {options.kl:g} nats of disturbance, "
         f"{len(bench.train)} train, {number_of_questions(bench.validation)} validation and "
         f"{number_of_questions(bench.test)} test questions"
     )
-    rows = _known_rows(folder.path / ROWS_FILE)
+    rows = {(row.method, row.draw or 0): row for row in _known_rows(folder.path / ROWS_FILE)}
     files.write_lines(folder.path / ROWS_FILE, (row.to_json() for row in rows.values()))
-    vectors: dict[str, Vectors] = {}
-    for method in options.compared:
-        file = folder.path / VECTORS / f"{method.replace(' ', '_')}.safetensors"
-        with progress_bar(f"vectors: {method}", quiet=options.quiet) as advance:
-            if method not in rows or not file.is_file():
-                state = folder.path / f"{method}.state.safetensors"
+    vectors: dict[tuple[Method, int], Vectors] = {}
+    for one in options.contenders:
+        name = f"{one[0]} {one[1] + 1}" if one[1] else one[0]
+        file = folder.path / VECTORS / f"{name.replace(' ', '_')}.safetensors"
+        with progress_bar(f"vectors: {name}", quiet=options.quiet) as advance:
+            if one not in rows or not file.is_file():
+                state = folder.path / f"{name}.state.safetensors"
                 tell = lambda done, total, loss, advance=advance: advance(done, total, loss=f"{loss:.3f}")  # noqa: E731
-                made = _vectors(bench, method, sites, state, tell)
-                save_vectors(_chosen(bench, made), file)
-            vectors[method] = load_vectors(file, model=model)
-        if method not in rows:
-            with progress_bar(f"measure: {method}", quiet=options.quiet) as advance:
-                rows[method] = _measured(bench, method, vectors[method], vectors.get("mean difference"), advance)
-            append_text(folder.path / ROWS_FILE, files.line(rows[method].to_json()))
+                made = _vectors(options, bench, *one, sites, state, tell)
+                save_vectors(chosen(bench, made), file)
+            vectors[one] = load_vectors(file, model=model)
+        if one not in rows:
+            with progress_bar(f"measure: {name}", quiet=options.quiet) as advance:
+                rows[one] = measured(bench, *one, vectors[one], vectors.get(("mean difference", 0)), advance)
+            append_text(folder.path / ROWS_FILE, files.line(rows[one].to_json()))
+    _require_pushes(options, [rows[one] for one in options.contenders])
     zero = rate(bench.baseline)
     said = None if bench.said is None else written_rates(bench.said, first_rows(bench.baseline, len(bench.said.ids)))
     return Comparison(
@@ -247,7 +232,7 @@ def _compared(
         read_position=VectorOptions(read_position=options.read_position).position(persona),
         baseline=zero,
         baseline_replies=said,
-        vectors=tuple(rows[method] for method in options.compared),
+        vectors=tuple(rows[one] for one in options.contenders),
         questions=number_of_questions(bench.test),
         neutral_tokens=sum(map(len, bench.neutral)),
         timing=Timing(sweep_s=time.perf_counter() - started),
@@ -255,7 +240,36 @@ def _compared(
     )
 
 
-def _bench(options: CompareOptions, model: Model, persona: Persona, others: dict[str, Persona]) -> _Bench:
+def _sites(options: CompareOptions, model: Model) -> tuple[str, ...]:
+    """Names of the sites: of the stream or of what is added to it, and all of one kind, because vectors are learned
+    and measured side by side."""
+    if not options.sites:
+        depth = model.config.n_layers
+        third = sorted({min(depth - 2, max(0, round(depth * share) - 1)) for share in (1 / 3, 1 / 2, 2 / 3)})
+        return tuple(map(resid_site, third))
+    found = direction_sites(model, options.sites)
+    if len(kinds := {site.kind for site in found}) > 1:
+        raise UserError(
+            f"--sites are of several kinds ({', '.join(sorted(kinds))}), but a comparison chooses among the layers of "
+            "one kind: give them to a command each, with an --out of its own"
+        )
+    return tuple(site.name for site in found)
+
+
+def _require_pushes(options: CompareOptions, rows: Sequence[ComparedVector]) -> None:
+    """Raise ``UserError`` where no vector reaches the disturbance at all: there is nothing to compare."""
+    if any(row.pushes for row in rows):
+        return
+    most, name = max((one.kl, row.name) for row in rows for one in row.unreached)
+    raise UserError(
+        f"--kl {options.kl:g}: none of these vectors reaches so many nats at any strength; the most is {most:.2g}, by "
+        f"{name}. Ask for less"
+    )
+
+
+def _bench(
+    options: CompareOptions, model: Model, persona: Persona, others: dict[str, Persona], sae: SAE | None
+) -> Bench:
     parts = split(persona, seed=options.split_seed)
     placement = Placement(style=options.style)
     test = context_items(distinct(parts.test), options.questions)
@@ -263,8 +277,10 @@ def _bench(options: CompareOptions, model: Model, persona: Persona, others: dict
         (baseline,) = choice_eval(model, test, [""], placement=placement, progress=advance)
     with progress_bar("neutral replies", quiet=options.quiet):
         free = free_replies(model, parts.train, parts.validation)
-    bench = _Bench(
-        options=options,
+    bench = Bench(
+        kl=options.kl,
+        strengths=options.both_signs,
+        placement=placement,
         model=model,
         persona=persona,
         train=context_items(distinct(parts.train), options.train),
@@ -278,17 +294,19 @@ def _bench(options: CompareOptions, model: Model, persona: Persona, others: dict
         baseline=baseline,
         free=free,
         said=None,
-        sae=None if options.sae is None else load_sae(options.sae, mesh=model.mesh),
+        sae=sae,
     )
     with progress_bar("free replies without steering", quiet=options.quiet):
         return dataclasses.replace(bench, said=bench.written(None))
 
 
-def _vectors(bench: _Bench, method: Method, sites: Sequence[str], state: Path, progress: Any) -> list[Vectors]:
-    options = bench.options
+def _vectors(
+    options: CompareOptions, bench: Bench, method: Method, draw: int, sites: Sequence[str], state: Path, progress: Any
+) -> list[Vectors]:
+    seed = int(np.random.default_rng([options.seed, draw]).integers(2**31)) if method in CONTROLS else options.seed
     how = VectorOptions(
         read_position=options.read_position, epochs=options.epochs, tokens=options.tokens,
-        seed=options.seed, placement=bench.placement, sae=bench.sae,
+        seed=seed, placement=bench.placement, sae=bench.sae,
     )  # fmt: skip
     made = make_vectors(
         bench.model, bench.persona, bench.train, method, sites, options=how, state=state, progress=progress
@@ -296,80 +314,9 @@ def _vectors(bench: _Bench, method: Method, sites: Sequence[str], state: Path, p
     return diagnosed(bench.model, bench.persona, bench.validation, made, how)
 
 
-def _chosen(bench: _Bench, made: Sequence[Vectors]) -> Vectors:
-    """The vector that does most for the goal on validation questions at the asked disturbance, with that strength."""
-    sign = bench.persona.sign
-    found = _calibrated(bench, made, [sign])
-    if len(made) == 1:
-        return dataclasses.replace(made[0], coefficient=abs(found[0].coefficient))
-    edits = [one.edits(coefficient=c.coefficient) for one, c in zip(made, found, strict=True)]
-    pushed, _ = propensities(
-        choice_eval(bench.model, bench.validation, [""], placement=bench.placement, variants=edits)
-    )
-    best = int(np.argmin(sign * pushed.mean(-1)))
-    return dataclasses.replace(made[best], coefficient=abs(found[best].coefficient))
-
-
-def _calibrated(bench: _Bench, vectors: Sequence[Vectors], signs: Sequence[int]) -> list[Calibrated]:
-    return calibrate(bench.model, vectors, bench.options.kl, signs=signs, placement=bench.placement)
-
-
-def _measured(bench: _Bench, method: Method, vectors: Vectors, mean: Vectors | None, advance: Any) -> ComparedVector:
-    """A method's row: pushes of both signs, steerability here and in other contexts, and what predicted it."""
-    (site,), model, test = vectors.sites, bench.model, bench.test
-    away, towards = (one.coefficient for one in _calibrated(bench, [vectors], [1, -1]))
-    strengths = bench.options.both_signs
-    coefficients = [s * (away if s > 0 else -towards) for s in strengths]
-    edits = [vectors.edits(coefficient=c) for c in coefficients]
-    results = choice_eval(model, test, [""], placement=bench.placement, variants=edits, progress=advance)
-    effects = side_effects(model, bench.neutral, edits)
-    pushes = []
-    for s, c, kl, perplexity, edit, result in zip(
-        strengths, coefficients, effects.kl, effects.perplexity, edits, results, strict=True
-    ):
-        said = bench.written(edit) if abs(s) == 1 else None
-        replies = None if said is None else written_rates(said, first_rows(result, len(said.ids)), bench.said)
-        pushes.append(
-            Push(
-                strength=s,
-                coefficient=c,
-                kl=float(kl),
-                perplexity=float(perplexity),
-                rate=rate(result, bench.baseline),
-                replies=replies,
-            )  # fmt: skip
-        )
-    whole, _ = propensities([*results, bench.baseline])
-    facts = json.loads(vectors.metadata.get("diagnostics", "{}")).get(site, {})
-    if mean is not None and mean.sites == vectors.sites:
-        a, b = (one.arrays[site].astype(np.float64) for one in (vectors, mean))
-        facts["cosine"] = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
-    contexts = {}
-    each = functools.partial(steer_each, model, edits=[*edits, vectors.edits(coefficient=0.0)])
-    places = {
-        "with a sentence": (test, PROMPT, bench.placement),
-        "with a system message": (test, SYSTEM, Placement(style=bench.options.style, slot="system")),
-        **{f"on {name}": (items, "", bench.placement) for name, items in bench.others.items()},
-    }
-    if bench.options.style == "plain" or any(role == "system" for item in test for role, _ in item.before):
-        del places["with a system message"]
-    for name, (items, prompt, placement) in places.items():
-        (margins,) = each(items=items, prompts=[prompt], placement=placement, progress=advance)
-        contexts[name] = steerability(margins, [*strengths, 0.0])
-    return ComparedVector(
-        method=method,
-        site=site,
-        control=method in CONTROLS,
-        predictors={name: float(value) for name, value in facts.items() if math.isfinite(value)},
-        steerability=steerability(whole, [*strengths, 0.0]),
-        contexts=contexts,
-        pushes=tuple(pushes),
-    )
-
-
-def _known_rows(path: Path) -> dict[str, ComparedVector]:
-    """By method, what a comparison had measured when it was cut off."""
+def _known_rows(path: Path) -> list[ComparedVector]:
+    """What a comparison had measured when it was cut off."""
     lines, cut = read_log(path) if path.is_file() else ([], False)
     if cut:
         log.warning("%s: a line was cut; that method is measured again", path)
-    return {line["method"]: ComparedVector.from_json(line, str(path)) for line in lines}
+    return [ComparedVector.from_json(line, str(path)) for line in lines]

@@ -150,14 +150,16 @@ def make_vectors(
 def diagnosed(
     model: Model, persona: Persona, held_out: Sequence[Item], made: Sequence[Vectors], options: VectorOptions
 ) -> list[Vectors]:
-    """Vectors of one site each with what ``held_out`` questions say of them (``personas.diagnose``) in the metadata."""
+    """Vectors of one site each with what ``held_out`` questions say of them (``personas.diagnose``) in the metadata;
+    nothing of vectors that are zero."""
     pairs = options.pairs(model, persona, held_out)
-    facts = diagnose(model, as_direction(made, pairs.read_position), pairs).diagnostics
+    some = [one for one in made if any(array.any() for array in one.arrays.values())]
+    facts = diagnose(model, as_direction(some, pairs.read_position), pairs).diagnostics if some else {}
     found = []
     for one in made:
         (site,) = one.sites
         known = json.loads(one.metadata.get("diagnostics", "{}")).get(site, {})
-        told = json.dumps({site: {**known, **facts[site]}})
+        told = json.dumps({site: {**known, **facts.get(site, {})}})
         found.append(dataclasses.replace(one, metadata={**one.metadata, "diagnostics": told}))
     return found
 

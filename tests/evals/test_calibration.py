@@ -9,7 +9,7 @@ import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.evals import side_effects as effects
-from jaxsteer.evals.calibration import TOLERANCE, calibrate, neutral_rows
+from jaxsteer.evals.calibration import TOLERANCE, Unreached, approach, calibrate, neutral_rows
 from jaxsteer.evals.side_effects import side_effects
 from jaxsteer.models.model import Model
 from jaxsteer.steer import Vectors
@@ -52,7 +52,24 @@ def test_other_strengths_compile_nothing(model: Model) -> None:
 def test_what_cannot_be_reached_is_named(model: Model) -> None:
     with pytest.raises(UserError, match=f"the vector at {SITE} .* reaches a divergence of 1e\\+09 nats at no strength"):
         calibrate(model, vectors(model, 0), 1e9, texts=TEXTS)
+    found = approach(model, [vectors(model, 0), vectors(model, 1, 0.0)], 1e9, signs=(-1,), texts=TEXTS)
+    assert [type(one) for one in found] == [Unreached, Unreached] and found[0].coefficient < 0 < found[0].kl
+    measured = side_effects(
+        model, neutral_rows(model, TEXTS), [vectors(model, 0).edits(coefficient=found[0].coefficient)]
+    )
+    assert found[0].kl == pytest.approx(measured.kl[0], rel=1e-4)
+    assert (found[1].coefficient, found[1].kl) == (0, 0) and "is zero" in found[1].why
+    with pytest.raises(UserError, match="is zero"):
+        calibrate(model, vectors(model, 1, 0.0), 0.1, texts=TEXTS)
     with pytest.raises(UserError, match="floor has no strength"):
         calibrate(model, dataclasses.replace(vectors(model, 0), operation="floor", values={SITE: 0.0}))
     with pytest.raises(UserError, match="above 0"):
         calibrate(model, vectors(model, 0), 0.0)
+
+
+def test_vectors_of_another_model_are_refused(model: Model) -> None:
+    foreign = dataclasses.replace(vectors(model, 0), model="another", fingerprint="f" * 64)
+    with pytest.raises(UserError, match="were made on another .*any_weights=True"):
+        calibrate(model, foreign, 0.1, texts=TEXTS)
+    (found,) = calibrate(model, foreign, 0.1, texts=TEXTS, any_weights=True)
+    assert found == calibrate(model, vectors(model, 0), 0.1, texts=TEXTS)[0]
