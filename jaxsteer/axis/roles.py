@@ -24,7 +24,7 @@ class Role(Record):
     instructions: tuple[str, ...]
     """System messages that ask for it, one conversation each."""
     rubric: str = ""
-    """One line for a judge: what a reply in this role is like."""
+    """For a judge: what a reply in this role is like; or its whole request, with {question} and {answer}."""
     family: str = ""
     """What kind of character it is, for example "profession" or "creature"."""
     human: bool | None = None

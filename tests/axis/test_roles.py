@@ -6,6 +6,7 @@ import collections
 import json
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,13 @@ def test_at_least_two_instructions_are_in_no_form_that_other_roles_share():
         assert sum(roles_with[opening] <= 3 for opening in found) >= 2, role.name
 
 
+def test_at_least_42_traits_with_five_instructions_on_each_side():
+    assert len(SHIPPED.traits) >= 42
+    for trait in SHIPPED.traits:
+        assert len(trait.positive) == len(trait.negative) == 5 and trait.rubric
+        assert all(2 <= len(text.split()) <= 30 for text in (*trait.positive, *trait.negative)), trait.name
+
+
 def test_texts_are_unique_and_clean():
     texts = every_text()
     assert [text for text, n in collections.Counter(texts).items() if n > 1] == []
@@ -90,6 +98,103 @@ def test_data_is_in_the_wheel():
 def test_a_set_comes_back_from_its_json():
     again = RoleSet.from_json(json.loads(json.dumps(SHIPPED.to_json())))
     assert again == SHIPPED and again.data_hash == SHIPPED.data_hash
+
+
+def released(folder: Path, **changes: object) -> Path:
+    """A folder as the paper's authors publish theirs, with a file of each kind; ``changes`` replace files by path."""
+    files: dict[str, object] = {
+        "roles/instructions/ghost.json": {
+            "instruction": [{"pos": "You are a ghost."}, {"pos": "Haunt."}],
+            "questions": ["Boo?"],
+            "eval_prompt": "Rate {answer} to {question}.",
+        },
+        "roles/instructions/clerk.json": {"instruction": [{"pos": "You are a clerk."}]},
+        "roles/instructions/default.json": {"instruction": [{"pos": ""}, {"pos": "You are {model_name}."}]},
+        "traits/instructions/calm.json": {"instruction": [{"pos": "Be calm.", "neg": "Be loud."}]},
+        "extraction_questions.jsonl": '{"question": "Why?", "id": 0}\n{"question": "How?", "id": 1}\n',
+    }
+    for name, content in (files | changes).items():
+        path = folder / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is not None:
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("place", [".", "data", "data/roles/instructions"])
+def test_a_released_folder_is_read_from_any_of_its_levels(tmp_path, place):
+    found = load_roles(released(tmp_path) / place)
+    assert [(role.name, role.instructions, role.rubric) for role in found.roles] == [
+        ("clerk", ("You are a clerk.",), ""),
+        ("ghost", ("You are a ghost.", "Haunt."), "Rate {answer} to {question}."),
+    ]
+    assert found.questions == ("Why?", "How?") and found.default == ("", "You are {model_name}.")
+    assert [(trait.name, trait.positive, trait.negative) for trait in found.traits] == [
+        ("calm", ("Be calm.",), ("Be loud.",))
+    ]
+
+
+GHOST = "roles/instructions/ghost.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (GHOST, {"questions": []}, "ghost.json: 'ghost' has no field 'instruction'"),
+        (GHOST, {"instruction": [{"pos": "a"}, {"neg": "b"}]}, "instruction 1 of 'ghost' has nothing at 'pos'"),
+        (GHOST, {"instruction": [{"pos": 3}]}, "instruction 0 of 'ghost' has a number at 'pos'"),
+        (GHOST, {"instruction": ["a"]}, "ghost.json: instruction must be a list of objects, got a list with a string"),
+        (GHOST, {"instruction": [{"pos": " "}]}, "role 'ghost' has an empty instruction"),
+        (GHOST, {"instruction": [{"pos": "a"}], "eval_prompt": 1}, "eval_prompt of 'ghost' is a number"),
+        ("traits/instructions/calm.json", {"instruction": [{"pos": "a"}]}, "of 'calm' has nothing at 'neg'"),
+        ("extraction_questions.jsonl", '{"question": "Why?"}\n{"id": 3}\n', "line 2: expected"),
+        ("extraction_questions.jsonl", None, "there is no extraction_questions.jsonl"),
+        ("roles/instructions/default.json", None, "there is no default.json"),
+    ],
+)
+def test_a_released_folder_with_a_fault_is_refused_by_name(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        load_roles(released(tmp_path, **{name: content}))
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_folder_without_role_files_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no role files"):
+        load_roles(tmp_path)
+
+
+def own_file(change: Callable[[dict], object]) -> dict:
+    whole = json.loads(json.dumps(small().to_json()))
+    change(whole)
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w["roles"][1].pop("instructions"), "role 'clerk'.instructions is missing"),
+        (lambda w: w["roles"][1].pop("name"), "role 1.name is missing"),
+        (lambda w: w["roles"][0].update(assistant_like=4), "role 'ghost'.assistant_like must be at most 3, got 4"),
+        (lambda w: w["roles"][0].update(instructions=[]), "role 'ghost' has an empty instruction, or none"),
+        (lambda w: w["roles"].append("knight"), "roles must be a list of objects, got a list with a string"),
+        (lambda w: w.pop("roles"), "roles is missing"),
+        (lambda w: w.pop("questions"), "questions is missing"),
+        (lambda w: w.update(questions=["Why?", "Why?"]), "'Why?' stands twice"),
+        (lambda w: w.update(traits=[{"name": "calm", "positive": ["x"]}]), "trait 'calm'.negative is missing"),
+    ],
+)
+def test_a_file_with_a_fault_is_refused_with_file_role_and_field(tmp_path, change, message):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(own_file(change)))
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        load_roles(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_file_of_ones_own_needs_no_name(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(own_file(lambda whole: whole.pop("name"))))
+    assert load_roles(str(path)) == small(name="mine")
 
 
 def small(**changes) -> RoleSet:
