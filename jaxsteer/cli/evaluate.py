@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
-from jaxsteer.cli.steering import Steering
+from jaxsteer.cli.steering import Controlled
 from jaxsteer.errors import UserError
 from jaxsteer.ranges import Seed
 from jaxsteer.runs.files import document
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval(Steering):
+class Eval(Controlled):
     """Measure prompts, steering or both on a persona's questions: rate with interval, controls and flips."""
 
     prompts: Annotated[tuple[str, ...], arg(aliases=["-p"])] = ()
@@ -53,6 +53,8 @@ class Eval(Steering):
     """Also measure what becomes of replies to neutral requests and, on an organism, of look-ups."""
     split_seed: Seed = 0
     """Seed of the division into train, validation and test questions."""
+    seed: Seed = 0
+    """Of the random controls of --steer."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
     out: Path | None = None
@@ -83,13 +85,21 @@ class Eval(Steering):
         )
         questions = questions_of(asked.persona, options)  # refused before a model is loaded
         model = load(asked.model, dtype=asked.dtype)
-        edits, prompts = asked.edits(model), asked.prompts
+        vectors, prompts = asked.vectors(model), asked.prompts
+        controls = {} if vectors is None else asked.beside(vectors, asked.seed)
         if asked.soft is not None:
             model, text = with_soft(model, load_soft(asked.soft), any_weights=asked.any_weights)
             prompts = (*prompts, text)
         try:
             found = measure(
-                model, questions, prompts, edits=edits, transfer=asked.transfer, options=options, out=asked.out
+                model,
+                questions,
+                prompts,
+                edits=asked.edits_of(vectors),
+                controls=controls,
+                transfer=asked.transfer,
+                options=options,
+                out=asked.out,
             )
         except Unfinished as error:
             print(_shown(error.result, asked.json))

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from jaxsteer.cli.steering import Steering
+from jaxsteer.cli.steering import Controlled
 from jaxsteer.errors import UserError
 from jaxsteer.ranges import Seed
 from jaxsteer.runs.files import document
 
+if TYPE_CHECKING:
+    from jaxsteer.models.model import Model
+    from jaxsteer.steer import Edits
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Refusal(Steering):
+class Refusal(Controlled):
     """Measure which requests a model refuses: by its first token, by phrases, by a judge; under attacks, steered."""
 
     requests: Positional[tuple[str, ...]]
@@ -32,7 +36,7 @@ class Refusal(Steering):
     limit: int | None = None
     """At most this many requests of each kind, drawn by --seed."""
     seed: Seed = 0
-    """Seed of what is drawn."""
+    """Seed of what is drawn: requests, and the random controls of --steer."""
     openings: tuple[str, ...] = ()
     """How refusals begin; the first token of each counts (default: I, As)."""
     style: Literal["chat", "plain"] = "chat"
@@ -77,9 +81,7 @@ class Refusal(Steering):
         )
         requests = limited(loaded(self.requests), self.limit, self.seed)  # refused before a model is loaded
         model = load(self.model, dtype=self.dtype)
-        each = [dataclasses.replace(self, coefficient=c, strengths=()) for c in self.strengths] or [self]
-        found = [(edits, one.coefficient) for one in each if (edits := one.edits(model)) is not None]
-        steered = {"steered" if c is None else f"coefficient {c:g}": edit for edit, c in found}
+        steered = self.steered(model)
 
         def show(found: RefusalResult) -> None:
             print(document(found.to_json()) if self.json else found.table())
@@ -91,3 +93,16 @@ class Refusal(Steering):
             show(error.result)
             raise
         return 0
+
+    def steered(self, model: Model) -> dict[str, Edits]:
+        """Edits by name: the file's at every strength, each with its random controls."""
+        vectors = self.vectors(model)
+        found: dict[str, Edits] = {}
+        if vectors is None:
+            return found
+        for amount in self.strengths or (self.coefficient,):
+            one = vectors if amount is None else dataclasses.replace(vectors, coefficient=amount)
+            at = "" if amount is None else f" at {amount:g}"
+            found["steered" if amount is None else f"coefficient {amount:g}"] = one.edits(positions=self.positions)
+            found |= {f"{name}{at}": edit for name, edit in self.beside(one, self.seed, amount).items()}
+        return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jaxsteer.errors import UserError
+from jaxsteer.ranges import CountFrom0
 
 if TYPE_CHECKING:
     from jaxsteer.models.model import Model
@@ -61,5 +62,29 @@ class Steering:
 
     def edits(self, model: Model) -> Edits | None:
         """What the options ask for, or None. Raises ``UserError`` as ``vectors``."""
-        vectors = self.vectors(model)
+        return self.edits_of(self.vectors(model))
+
+    def edits_of(self, vectors: Vectors | None) -> Edits | None:
+        """The edit of these vectors that the options ask for."""
         return None if vectors is None else vectors.edits(coefficient=self.coefficient, positions=self.positions)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Controlled(Steering):
+    """Steer the model by the vectors of a file, beside random ones."""
+
+    controls: CountFrom0 = 3
+    """With --steer: so many random vectors of equal norm at the same sites and strength, measured beside it as rows of
+    their own (0: none). Of files that add or ablate; caps, caches and scales have no such control."""
+
+    def beside(self, vectors: Vectors, seed: int, coefficient: float | None = None) -> dict[str, Edits]:
+        """Edits of the controls of ``vectors`` by name, at this coefficient or that of the options."""
+        from jaxsteer.steer.vectors import RANDOMISED, random_controls
+
+        if self.controls and vectors.operation not in RANDOMISED:
+            log.warning("%s: operation %s has no random control", self.steer, vectors.operation)
+            return {}
+        amount = self.coefficient if coefficient is None else coefficient
+        made = random_controls(vectors, self.controls, seed) if self.controls else []
+        edits = [one.edits(coefficient=amount, positions=self.positions) for one in made]
+        return {f"random {i + 1}": one for i, one in enumerate(edits)}

@@ -22,7 +22,7 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.reading import BATCH, direction_sites, read_rows
 from jaxsteer.personas.pairs import Pairs
 from jaxsteer.statistics import auroc
-from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, save_vectors
+from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, random_arrays, save_vectors
 
 SIGN = "matching→not matching"
 UNITS = "residual stream, raw difference of means"
@@ -233,13 +233,8 @@ def diagnose(model: Model, direction: Direction, pairs: Pairs) -> Direction:
 
 def random_direction(direction: Direction, seed: int) -> Direction:
     """A control: isotropic random vectors of the same norms at the same sites."""
-    rng = np.random.default_rng(seed)
-    delta = {}
-    for site, vector in direction.delta.items():
-        draw = rng.standard_normal(len(vector))
-        delta[site] = (draw / np.linalg.norm(draw) * np.linalg.norm(vector)).astype(np.float32)
     metadata = {**direction.metadata, "estimator": f"random control, seed {seed}"}
-    return dataclasses.replace(direction, delta=delta, metadata=metadata, diagnostics={})
+    return dataclasses.replace(direction, delta=random_arrays(direction.delta, seed), metadata=metadata, diagnostics={})
 
 
 def check_direction(direction: Direction, model: Model) -> None:

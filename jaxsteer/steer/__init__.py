@@ -25,7 +25,7 @@ from jaxsteer.steer.operations import (
 from jaxsteer.steer.scaling import Scaling, learn_scaling
 from jaxsteer.steer.selectors import Selector, select
 from jaxsteer.steer.tuning import tune_gate
-from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, save_vectors
+from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, random_controls, save_vectors
 
 __all__ = [
     "CacheEdit",
@@ -52,6 +52,7 @@ __all__ = [
     "learn_vectors",
     "load_vectors",
     "mean_norms",
+    "random_controls",
     "read_capping",
     "read_control_vector",
     "replace",

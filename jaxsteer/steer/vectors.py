@@ -28,7 +28,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -199,6 +199,40 @@ class Vectors:
                 f"measure it with jaxsteer.steer.mean_norms, or give coefficients in units of the vector"
             )
         return self.mean_resid_norm[site]
+
+
+RANDOMISED = ("add", "add_keep_norm", "ablate")
+"""Operations whose control is a random vector."""
+
+
+def random_arrays(arrays: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """Isotropic random vectors, float32, of the norms and shapes of ``arrays``, by site."""
+    rng, found = np.random.default_rng(seed), {}
+    for site, array in arrays.items():
+        draw = rng.standard_normal(array.shape)
+        norm = np.linalg.norm(array.astype(np.float64))
+        found[site] = (draw / np.linalg.norm(draw) * norm).astype(np.float32)
+    return found
+
+
+def random_controls(vectors: Vectors, draws: int = 3, seed: int = 0) -> list[Vectors]:
+    """Controls of ``vectors``: random ones of equal norm at the same sites, with the same strength, positions and gate.
+
+    Their edits have the form of those of ``vectors`` and run in one program with them. Raises ``UserError`` for other
+    operations than ``RANDOMISED``: a cap's value, a cache and a scale belong to a direction or to a prompt.
+    """
+    if vectors.operation not in RANDOMISED:
+        raise UserError(f"{vectors.operation} has no random control; these have: {', '.join(RANDOMISED)}")
+    seeds = [int(np.random.default_rng([seed, draw]).integers(2**31)) for draw in range(draws)]
+    return [
+        dataclasses.replace(
+            vectors,
+            arrays=random_arrays(vectors.arrays, one),
+            sign="random",
+            metadata={**vectors.metadata, "estimator": f"random control, seed {one}"},
+        )
+        for one in seeds
+    ]
 
 
 def save_vectors(vectors: Vectors, path: str | os.PathLike[str]) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,8 +24,6 @@ from jaxsteer.steer import Edits, Vectors
 from jaxsteer.study.comparison import ComparedVector, Push
 from jaxsteer.study.free_replies import TEST_REPLIES, FreeReplies
 from jaxsteer.study.vector_methods import CONTROLS, Method
-
-log = logging.getLogger(__name__)
 
 PROMPT, SYSTEM = "Please keep it short.", "You are a helpful assistant who answers in plain words."
 """Other contexts: a sentence behind the question, and a system message."""
@@ -126,7 +123,8 @@ def measured(
                 replies=replies,
             )  # fmt: skip
         )
-    row = dataclasses.replace(row, pushes=tuple(pushes))
+    left_out = tuple(s for s in bench.strengths if (1 if s > 0 else -1) in reached and s not in strengths)
+    row = dataclasses.replace(row, pushes=tuple(pushes), not_finite=left_out)
     if len(reached) < 2:
         return row
     whole, _ = propensities([*results, bench.baseline])
@@ -155,7 +153,5 @@ def _bearable(
     with np.errstate(over="ignore"):
         found = side_effects(bench.model, bench.neutral, [vectors.edits(coefficient=c) for c in asked.values()])
     fine = np.isfinite(found.kl) & np.isfinite(found.perplexity)
-    for s in np.asarray(list(asked))[~fine]:
-        log.warning("strength %g of %s is left out: the model's logits are not finite there", s, vectors.sites[0])
     kept = {s: c for (s, c), good in zip(asked.items(), fine, strict=True) if good}
     return kept, (found.kl[fine], found.perplexity[fine])

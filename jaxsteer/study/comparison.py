@@ -99,6 +99,9 @@ class ComparedVector(Record):
     unreached: tuple[Unreached, ...] = ()
     """By sign, how near it came where no strength reaches the disturbance; there are no pushes of that sign then."""
 
+    not_finite: tuple[float, ...] = ()
+    """Strengths at which the model's logits were not finite; there are no pushes of them."""
+
     @property
     def name(self) -> str:
         """The method, with the number of the draw."""
@@ -236,8 +239,17 @@ class Comparison(Result):
             columns = list(dict.fromkeys(name for row in rows for name in row))
             cells = [columns, *([row.get(name, "") for name in columns] for row in rows)]
             parts.append(f"{title}\n\n{aligned(cells)}")
+        parts += map(wrapped, self.notices())
         parts.append(wrapped(self.legend()))
         return "\n\n".join(parts)
+
+    def notices(self) -> list[str]:
+        """What could not be measured, vector by vector."""
+        return [
+            f"{vector.name}: the model's logits were not finite at strengths {', '.join(f'{s:g}' for s in some)}"
+            for vector in self.vectors
+            if (some := vector.not_finite)
+        ]
 
     def legend(self) -> str:
         """What the headings mean."""
@@ -289,7 +301,7 @@ class Comparison(Result):
                 "title": title,
                 "head": (head := list(dict.fromkeys(name for row in cells for name in row))),
                 "rows": [[row.get(name, "") for name in head] for row in cells],
-                "caption": self.legend(),
+                "caption": " ".join([*(f"{notice}." for notice in self.notices()), self.legend()]),
             }
             for title, cells in self.tables().items()
         ]

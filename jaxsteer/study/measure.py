@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from jaxsteer.evals.free_answers import MAX_NEW_TOKENS, WrittenResult, agreeing,
 from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.organism_lookups import Lookups, lookup_accuracy
 from jaxsteer.evals.persona_gates import is_persona_organism
+from jaxsteer.evals.scoring import same_form
 from jaxsteer.evals.side_effects import reply_effects
 from jaxsteer.evals.truthful import truthful_eval, truthful_rates
 from jaxsteer.models.model import Model
@@ -69,6 +70,7 @@ def measure(
     prompts: str | Sequence[str] = (),
     *,
     edits: Intervention | None = None,
+    controls: Mapping[str, Intervention] | None = None,
     transfer: str | Model | Sequence[str | Model] = (),
     options: MeasureOptions | None = None,
     out: str | Path | None = None,
@@ -76,11 +78,13 @@ def measure(
 ) -> Measurement:
     """Measure prompt texts, an edit, or both together on a persona's questions.
 
-    Every prompt is measured with the edit, if there is one, and the edit alone too. ``transfer`` names further models
+    Every prompt is measured with the edit, if there is one, and the edit alone too. ``controls`` are edits by name that
+    are measured beside it, without prompts, as random vectors of equal norm are (``steer.random_controls``); those of
+    the edit's form run in its program. ``transfer`` names further models
     on which the same texts are measured; one prompt, or one model, may stand for a list of one. ``changed`` are fields
     of ``options``. ``out`` is a directory for the result (metrics.json) and, until then, for what is measured and the
     judge's replies as they come: the same measurement, cut off, goes on there. Without it those of an ``Endpoint`` are
-    kept in the cache until the measurement is done.
+    kept in the cache until the measurement is done. Many parameters: what is measured, on what, and where it is kept.
     Raises ``UserError`` before a model is loaded where there is nothing to measure or options do not go together, and
     ``Unfinished`` when the judge gives no answer.
     """
@@ -91,10 +95,17 @@ def measure(
     chosen = dataclasses.replace(options or MeasureOptions(), **changed)
     if not prompts and edits is None and not chosen.generate and chosen.judge is None:
         raise UserError("nothing to measure: give prompts, edits, generate=True or a judge")
+    beside = dict(controls or {})
+    if beside and edits is None:
+        raise UserError("controls stand beside an edit: give edits with them")
+    if "" in beside:
+        raise UserError("a control has no name: name each of them")
     if transfer and edits is not None:
         raise UserError("transfer measures prompt texts on other models; an edit belongs to one")
     asked = persona if isinstance(persona, Questions) else questions_of(persona, chosen)
     config = _config((model, *transfer), asked, prompts, edits, chosen)
+    if beside:
+        config["controls"] = {name: edits_hash(edit) for name, edit in beside.items()}
     kept = None if out is None else Path(out)
     if out is None and isinstance(chosen.judge, Endpoint):
         kept = cache_dir() / "measurements" / hashlib.sha256(json.dumps(config).encode()).hexdigest()[:32]
@@ -114,7 +125,9 @@ def measure(
         for one in (model, *transfer):
             ready = load(one, dtype=chosen.dtype) if isinstance(one, str) else one
             try:
-                part = _measured(ready, asked, prompts, edits, chosen, keep, None if kept is None else kept / JUDGED)
+                texts = tuple(prompts) if edits is None else ("", *prompts)
+                bench = _Bench(model=ready, asked=asked, texts=texts, edits=edits, controls=beside, options=chosen)
+                part = _measured(bench, keep, None if kept is None else kept / JUDGED)
             except Unfinished as error:
                 where = f"What was measured and judged is kept in {kept}: the same command goes on."
                 assert isinstance(error.result, Measurement)
@@ -166,24 +179,20 @@ def edits_hash(edits: Intervention) -> str:
     return digest.hexdigest()
 
 
-def _measured(
-    model: Model,
-    asked: Questions,
-    prompts: Sequence[str],
-    edits: Intervention | None,
-    options: MeasureOptions,
-    keep: Callable[[Measurement], None],
-    log: Path | None,
-) -> Measurement:
+def _measured(bench: _Bench, keep: Callable[[Measurement], None], log: Path | None) -> Measurement:
     """Everything that was asked for, on one model; ``keep`` gets what is there after every stage, the judge's last.
 
     Raises ``Unfinished`` when the judge gives no answer."""
-    if asked.bare is not None:
+    if bench.asked.bare is not None:
         with progress_bar("replies", unit="reply") as advance:
-            asked = questions_of(with_replies(model, asked.bare, progress=advance), options)
-    texts = tuple(prompts) if edits is None else ("", *prompts)
-    rows = [Measured(prompt="", steered=False), *(Measured(prompt=t, steered=edits is not None) for t in texts)]
-    bench = _Bench(model=model, asked=asked, texts=texts, edits=edits, options=options)
+            answered = with_replies(bench.model, bench.asked.bare, progress=advance)
+        bench = dataclasses.replace(bench, asked=questions_of(answered, bench.options))
+    model, asked, options, steered = bench.model, bench.asked, bench.options, bench.edits is not None
+    rows = [
+        Measured(prompt="", steered=False),
+        *(Measured(prompt=text, steered=steered) for text in bench.texts),
+        *(Measured(prompt="", steered=True, control=name) for name in bench.controls),
+    ]
 
     def found(rows: Sequence[Measured]) -> Measurement:
         return Measurement(
@@ -195,7 +204,8 @@ def _measured(
             questions=asked.count,
             goal=None if asked.goal == "reduce" else asked.goal,
             baseline=rows[0],
-            prompts=tuple(rows[1:]),
+            prompts=tuple(row for row in rows[1:] if not row.control),
+            controls=tuple(row for row in rows[1:] if row.control),
         )
 
     scored = bench.choices() if asked.items else []
@@ -210,8 +220,7 @@ def _measured(
         rows = [dataclasses.replace(row, truthful=found) for row, found in zip(rows, rates, strict=True)]
         keep(found(rows))
     if options.side_effects:
-        with progress_bar("side effects"):
-            effects = bench.side_effects()
+        effects = bench.side_effects()
         rows = [dataclasses.replace(row, side_effects=e) for row, e in zip(rows, effects, strict=True)]
         keep(found(rows))
     if options.generate or options.judge is not None or bench.replies is not None:
@@ -235,19 +244,41 @@ def _against(results: Sequence[Result], result: Result) -> Result | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Bench:
-    """One model with what is measured on it. Results are lists: the baseline first, then every text with the edit."""
+    """One model with what is measured on it. Results are lists: the baseline first, then every text with the edit, then
+    the controls without a text."""
 
     model: Model
     asked: Questions
     texts: tuple[str, ...]
     edits: Intervention | None
+    controls: Mapping[str, Intervention]
     options: MeasureOptions
 
+    @property
+    def parts(self) -> list[tuple[list[str], list[Intervention]]]:
+        """(texts, edits) that are measured together: edits in one program, all texts of the first edit first."""
+        edits = [] if self.edits is None else [self.edits]
+        controls = list(self.controls.values())
+        if self.texts == ("",):
+            together, rest = [*edits, *controls], []
+        else:
+            together, rest = edits, controls
+        parts = [([""], list[Intervention]())] + ([(list(self.texts), together)] if self.texts else [])
+        alike = [[rest[i] for i in some] for some in same_form(rest)] if rest else []
+        if len(same_form(together)) > 1:
+            raise UserError("the controls must be edits of the same form as the edit: random_controls makes them")
+        return parts + [([""], some) for some in alike]
+
     def beside(self, what: str, evaluate: Callable[..., list[Result]]) -> list[Result]:
-        """``evaluate(texts, edits, progress)`` of no prompt without the edit, then of all texts with it."""
+        """``evaluate(texts, edits, progress)`` of every part; none of the edits is none."""
         with progress_bar(what, unit="row") as advance:
-            alone = evaluate([""], None, advance)
-            return [*alone, *(evaluate(self.texts, self.edits, advance) if self.texts else [])]
+            return [one for texts, edits in self.parts for one in evaluate(texts, edits, advance)]
+
+    def each(self, what: str, evaluate: Callable[..., list[Result]]) -> list[Result]:
+        """``evaluate(texts, edit, progress)`` of every part, edit by edit; ``edit`` may be None."""
+        return self.beside(
+            what, lambda texts, edits, progress: [r for e in edits or [None] for r in evaluate(texts, e, progress)]
+        )
 
     @functools.cached_property
     def replies(self) -> FreeReplies | None:
@@ -263,7 +294,7 @@ class _Bench:
                 self.model,
                 self.asked.items,
                 texts,
-                variants=() if edits is None else [edits],
+                variants=edits,
                 placement=self.options.placement,
                 progress=progress,
                 yardsticks=() if self.replies is None else self.replies.yardsticks(len(self.asked.items)),
@@ -279,7 +310,7 @@ class _Bench:
                 self.model,
                 self.asked.many,
                 texts,
-                variants=() if edits is None else [edits],
+                variants=edits,
                 placement=self.options.placement,
                 progress=progress,
             ),
@@ -294,7 +325,7 @@ class _Bench:
         if asked.items:
             words = self.replies and self.replies.words
             most = REPLY_TOKENS if words else MAX_NEW_TOKENS
-            written = self.beside(
+            written = self.each(
                 "free answers",
                 lambda texts, edits, progress: written_eval(
                     model, asked.items, texts, read_by=words or asked.reasons, edits=edits, placement=placement,
@@ -307,7 +338,7 @@ class _Bench:
                 for row, found, result in zip(rows, rates, written, strict=True)
             ]
         else:
-            answers = self.beside(
+            answers = self.each(
                 "free answers",
                 lambda texts, edits, progress: ask(
                     model,
@@ -334,17 +365,18 @@ class _Bench:
         """Replies to neutral requests, look-ups of the organisms, and how likely the prompts are as text."""
         model, placement = self.model, self.options.placement
         neutral = neutral_texts(model)
-        parts = [([""], None), *([(list(self.texts), self.edits)] if self.texts else [])]
-        effects = [reply_effects(model, neutral, some, edits=edits, placement=placement) for some, edits in parts]
-        lookups: list[Lookups | None] = [None] * (1 + len(self.texts))
+        effects = self.each(
+            "side effects",
+            lambda texts, e, _: [reply_effects(model, neutral, texts, edits=e, placement=placement)],
+        )
+        texts = [text for some, edits in self.parts for text in some * max(1, len(edits))]
+        lookups: list[Lookups | None] = [None] * len(texts)
         if model.name.startswith(ORGANISM) and not is_persona_organism(model):
             lookups = [
-                *self.beside(
-                    "look-ups", lambda texts, e, _: lookup_accuracy(model, texts, edits=e, placement=placement)
-                )
+                *self.each("look-ups", lambda texts, e, _: lookup_accuracy(model, texts, edits=e, placement=placement))
             ]
         questions = self.asked.texts[:FLUENCY_QUESTIONS]
-        perplexity = prompt_perplexity(model, ["", *self.texts], questions, placement=placement)
+        perplexity = prompt_perplexity(model, texts, questions, placement=placement)
         kl = [float(value) for effect in effects for value in effect.kl]
         replies = [float(value) for effect in effects for value in effect.perplexity]
         return [

@@ -60,6 +60,8 @@ class Measured(Record):
     judged: Judged | None = None
     """Free answers, scored by a judge."""
     side_effects: PromptEffects | None = None
+    control: str = ""
+    """Name of the control edit that stands in the place of the edit; "" for none."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
@@ -100,6 +102,8 @@ class Measured(Record):
     @property
     def name(self) -> str:
         """The row's label."""
+        if self.control:
+            return f"control: {self.control}"
         return ("steered: " if self.steered else "") + (short(self.prompt) or "(no prompt)")
 
 
@@ -120,6 +124,8 @@ class Measurement(Result):
     """Neither prompted nor steered."""
     prompts: tuple[Measured, ...]
     """With an edit, the first is the edit without a prompt."""
+    controls: tuple[Measured, ...] = ()
+    """Control edits without a prompt, for example random vectors of equal norm."""
     transfer: tuple[Measurement, ...] = ()
     """The same prompts on other models."""
     goal: str | None = None
@@ -143,21 +149,21 @@ class Measurement(Result):
     def to_rows(self) -> list[dict[str, Any]]:
         """One row per model and prompt, with the numbers of the rate."""
         return [
-            {"model": part.model, "prompt": row.prompt, "steered": row.steered}
+            {"model": part.model, "prompt": row.prompt, "steered": row.steered, "control": row.control}
             | (
                 {}
                 if row.rate is None
                 else {k: v for k, v in rate_fields(row.rate).items() if not isinstance(v, Record)}
             )
             for part in (self, *self.transfer)
-            for row in (part.baseline, *part.prompts)
+            for row in (part.baseline, *part.prompts, *part.controls)
         ]
 
     def table(self) -> str:
         """Everything that was measured, as text."""
         asked = "questions" if self.split == "all" else f"{self.split} questions"
         parts = [visible(f"{self.persona} on {self.model}, {self.questions} {asked}")]
-        rows = (self.baseline, *self.prompts)
+        rows = (self.baseline, *self.prompts, *self.controls)
         for name, table in TABLES.items():
             if shown := [(row.name, part) for row in rows if (part := getattr(row, name)) is not None]:
                 parts.append(table(shown))
@@ -173,6 +179,7 @@ class Measurement(Result):
             RateRow(row.name, "prompt", row.rate, chosen=row is self.best, replies=row.written if words else None)
             for row in self.prompts
         ]
+        rows += [RateRow(row.name, "control", row.rate) for row in self.controls]
         first = RateRow("no prompt", "baseline", self.baseline.rate, replies=self.baseline.written if words else None)
         return drawn(rate_plot([first, *rows]))
 

@@ -30,7 +30,6 @@ from jaxsteer.evals.refusal import (
 )
 from jaxsteer.evals.scoring import same_form
 from jaxsteer.files.records import Record
-from jaxsteer.models.log_probs import LOGITS_NOT_FINITE
 from jaxsteer.models.model import Model
 from jaxsteer.models.taps import Intervention
 from jaxsteer.personas.requests import KINDS, Requests, check_templates, in_template
@@ -47,6 +46,7 @@ from jaxsteer.writers.writer import Writer
 
 WRITTEN = "written.jsonl"
 """File of a measurement's directory: free replies as they come, one attack and edit a line."""
+OVERFLOW = "the model's logits are not finite under this edit: steer with a smaller coefficient, or in float32"
 Edits = Intervention | Mapping[str, Intervention]
 
 
@@ -81,6 +81,8 @@ class RefusalRow(Record):
     edit: str = ""
     """Name of the edit; "" for none."""
     kinds: tuple[KindRefusal, ...]
+    problem: str = ""
+    """Why nothing could be measured; there are no kinds then."""
 
     @property
     def name(self) -> str:
@@ -135,12 +137,18 @@ class RefusalResult(Result):
             for one in row.kinds
         ]  # fmt: skip
 
+    @property
+    def problems(self) -> dict[str, str]:
+        """By row, why nothing could be measured."""
+        return {row.name: row.problem for row in self.rows if row.problem}
+
     def table(self) -> str:
         """The rates as text, a table for each kind of request."""
         parts = [visible(f"refusal of {self.model} on {self.requests}")]
         for kind in [one.kind for one in self.rows[0].kinds]:
             shown = [(row.name, one) for row in self.rows if (one := row.of(kind)) is not None]
             parts.append(_kind_table(kind, shown))
+        parts += [f"{name}: {problem}" for name, problem in self.problems.items()]
         quoted = ", ".join(f"“{visible(text)}”" for text in self.openings)
         note = (
             f"by opening: share of requests whose reply begins with {quoted} more likely than not; log-odds of that, "
@@ -185,7 +193,8 @@ def measure_refusal(
     measurement, cut off, goes on there. The unit of every interval is the request.
 
     Raises ``UserError``, before a model is loaded, for options that do not exist and for templates without a place for
-    the request; where an edit makes logits that are not finite; and ``Unfinished`` when the judge gives no answer.
+    the request; and ``Unfinished`` when the judge gives no answer. An edit under which logits are not finite is a
+    row that says so.
     """
     refuse_unknown(changed, [f.name for f in dataclasses.fields(RefusalOptions)], "option of measure_refusal")
     chosen = dataclasses.replace(options or RefusalOptions(), **changed)
@@ -268,10 +277,14 @@ class _Bench:
         scores = self.first_tokens(model)
         options, replies = self.options, dict[tuple[str, str], tuple[str, ...]]()
         if options.generate or options.judge is not None:
-            replies = self.replies(model, rows, kept)
+            fine = [row for row in rows if np.isfinite(scores[row][0]).all()]
+            replies = self.replies(model, fine, kept)
         found: list[RefusalRow] = []
         for attack, edit in rows:
             score, kl = scores[attack, edit]
+            if not np.isfinite(score).all():
+                found.append(RefusalRow(attack=attack, edit=edit, kinds=(), problem=OVERFLOW))
+                continue
             kinds = []
             for kind in KINDS:
                 here = [i for i, entry in enumerate(self.requests.entries) if entry.kind == kind]
@@ -317,8 +330,6 @@ class _Bench:
         """What was found of all attacks one after the other, by attack and edit."""
         n, whole = len(self.requests.entries), {"": (found.base, np.zeros_like(found.base))}
         for name, score, kl in zip(names, found.log_odds, found.kl, strict=False):
-            if not np.isfinite(score).all():
-                raise UserError(f"edit {name!r}: {LOGITS_NOT_FINITE}")
             whole[name] = score, kl
         return {
             (attack, name): (score[a * n : (a + 1) * n], kl[a * n : (a + 1) * n])

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxsteer.cli import main
+from jaxsteer.steer import Vectors, save_vectors
 from jaxsteer.study.measurement import Measurement
 from jaxsteer.writers.endpoint import Endpoint
 from tests.cli.test_commands import rows
@@ -50,6 +52,21 @@ def test_free_answers_side_effects_and_a_judge(
     assert out["baseline"]["side_effects"]["prompt_perplexity"] is None
     text = Measurement.from_json(out).table()
     assert "free answers" in text and "judged answers" in text and "side effects" in text and "MC1" not in text
+
+
+def test_steering_stands_beside_random_controls(
+    questions: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vector = np.random.default_rng(0).standard_normal(32).astype(np.float32)
+    vectors = Vectors(arrays={"blocks.1.hook_resid_post": vector}, coefficient=4.0)
+    file = save_vectors(vectors, tmp_path / "v.safetensors")
+    argv = ["--model", model_dir, "--persona", questions, "--steer", file, "--questions", 2]
+    out = out_of(capsys, *argv)
+    assert [row["control"] for row in out["controls"]] == ["random 1", "random 2", "random 3"]
+    margins = [row["margin"] for row in (*out["prompts"], *out["controls"])]
+    assert len({round(margin, 4) for margin in margins}) == 4
+    assert out_of(capsys, *argv, "--seed", 1)["controls"][0]["margin"] != out["controls"][0]["margin"]
+    assert "controls" not in out_of(capsys, *argv, "--controls", 0)
 
 
 def test_a_judge_that_dies_loses_nothing(

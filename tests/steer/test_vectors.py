@@ -20,7 +20,7 @@ from jaxsteer.personas import Direction, load_direction, save_direction
 from jaxsteer.personas.signatures import load_signature
 from jaxsteer.prompts.soft import load_soft
 from jaxsteer.steer import add, ceiling
-from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, save_vectors
+from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, random_controls, save_vectors
 from tests.helpers.tiny import tiny_model
 
 STREAM, OTHER, HEADS = "blocks.1.hook_resid_post", "blocks.0.hook_resid_post", "blocks.1.attn.hook_z"
@@ -306,3 +306,18 @@ def test_vectors_of_another_family(model):
                 check_vectors(vectors, model)
         else:
             check_vectors(vectors, model)
+
+
+def test_random_controls_have_the_norms_and_the_form_of_the_vectors(model) -> None:
+    given = made_on(model, coefficient=-0.5, positions="last")
+    first, second = random_controls(given, 2, seed=3)
+    for one in (first, second):
+        assert one.sites == given.sites and (one.coefficient, one.positions) == (-0.5, "last")
+        assert [one.norm(site) for site in one.sites] == pytest.approx([given.norm(site) for site in given.sites])
+        assert jax.tree.structure(one.edits()) == jax.tree.structure(given.edits())
+        unit = [v.arrays[STREAM] / v.norm(STREAM) for v in (one, given)]
+        assert abs(unit[0] @ unit[1]) < 0.6
+    assert np.abs(first.arrays[STREAM] - second.arrays[STREAM]).max() > 0.1
+    same(first, random_controls(given, 1, seed=3)[0])
+    with pytest.raises(UserError, match="floor has no random control"):
+        random_controls(made_on(model, operation="floor", values=dict.fromkeys(given.sites, 0.0)))

@@ -78,6 +78,28 @@ def test_prompts_and_an_edit_stand_beside_the_model_as_it_is(questions) -> None:
     assert all(row.judged.ci95 == wilson(3, 3) for row in again.prompts)
 
 
+def test_controls_stand_beside_the_edit(questions) -> None:
+    """Each as if it were the edit: alone in one program with it, and behind a prompt's program too."""
+    model, rng = tiny_model(), np.random.default_rng(0)
+    edit, *others = (add("blocks.1.hook_resid_post", rng.standard_normal(32), 5.0) for _ in range(3))
+    controls = dict(zip(("one", "two"), others, strict=True))
+    how = dict(split="all", questions=3, generate=True, side_effects=True)
+    for prompts in ((), (" be frank",)):
+        found = jaxsteer.measure(model, questions, prompts, edits=edit, controls=controls, **how)
+        assert [row.prompt for row in found.prompts] == ["", *prompts]
+        assert [row.name for row in found.controls] == ["control: one", "control: two"]
+        for row, control in zip(found.controls, others, strict=True):
+            alone = jaxsteer.measure(model, questions, edits=control, **how).prompts[0]
+            assert row.rate.margin == pytest.approx(alone.rate.margin, abs=1e-5)
+            assert row.answers == alone.answers and row.written == alone.written
+            assert row.side_effects.kl == pytest.approx(alone.side_effects.kl, abs=1e-5)
+        assert "control: two" in found.table() and len(found.to_rows()) == 4 + len(prompts) and found.plot().axes
+        assert Measurement.from_json(found.to_json()) == found
+    assert "controls" not in jaxsteer.measure(model, questions, edits=edit, split="all", questions=2).to_json()
+    with pytest.raises(UserError, match="beside an edit"):
+        jaxsteer.measure(model, questions, " be frank", controls=controls)
+
+
 def test_the_same_texts_on_other_models_in_another_placement(questions) -> None:
     model, placement = tiny_model(), Placement(style="plain", slot="prefix")
     found = measure(model, questions, ["Be frank."], transfer=[tiny_model(seed=1)], placement=placement)

@@ -74,6 +74,18 @@ def test_phrases(reply: str, found: bool) -> None:
     assert refuses(reply) is found
 
 
+def test_an_edit_under_which_logits_overflow_is_a_row_that_says_so() -> None:
+    found = measure_refusal(
+        MODEL, REQUESTS, edits={"far": NAN, "up": EDITS["up"]}, openings=OPENINGS, judge=Rule(write=lambda _: "7"),
+        max_new_tokens=2,
+    )  # fmt: skip
+    row = found.row(edit="far")
+    assert not row.kinds and row.attack_success is None and row.over_refusal is None
+    assert found.problems == {"far": row.problem} and "far: the model's logits are not finite" in found.table()
+    assert found.row(edit="up").of("harmful").judged.rate == 0.0 and len(found.to_rows()) == 4
+    assert RefusalResult.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
 def test_a_measurement_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     written: list[int] = []
@@ -107,7 +119,6 @@ NAN = add(SITE, VECTOR * 1e30, 1e8)
         (REQUESTS, {"templates": {"rude": "Go"}}, "the template 'rude' has no place for the request"),
         ((), {}, "no requests were given"),
         (REQUESTS, {"opening": "I"}, "there is no option of measure_refusal 'opening': did you mean 'openings'"),
-        (REQUESTS, {"edits": {"far": NAN}}, "edit 'far': The model's logits are NaN or infinite"),
         (REQUESTS, {"judge": Rule(write=lambda asked: "maybe 5000"), "max_new_tokens": 2},
          "no reply of the judge rule to 5 answers holds one number from 0 to 100, for example 'maybe 5000'"),
     ],

@@ -173,7 +173,8 @@ def test_a_vector_that_cannot_reach_the_disturbance_is_a_row(
     monkeypatch.setattr(steer_compare, "make_vectors", made)
     monkeypatch.setattr(compared_vectors, "approach", near)
     options = CompareOptions(
-        out=tmp_path / "out", methods=("mean difference", "pca", "logistic"), sites=(SITE,), strengths=(0.5,), train=8,
+        out=tmp_path / "out", methods=("mean difference", "pca", "logistic"), sites=(SITE,), strengths=(0.5, 1e30),
+        train=8,
         questions=6, quiet=True,
     )  # fmt: skip
     found = compare(options, model=organism)
@@ -181,6 +182,8 @@ def test_a_vector_that_cannot_reach_the_disturbance_is_a_row(
     assert len(whole.pushes) == 4 and whole.steerability is not None and not whole.unreached
     assert not none.pushes and [(one.sign, one.kl) for one in none.unreached] == [(1, 0.0), (-1, 0.0)]
     assert [push.strength for push in half.pushes] == [0.5, 1.0] and half.steerability is None
+    assert (whole.not_finite, none.not_finite, half.not_finite) == ((-1e30, 1e30), (), (1e30,))
+    assert "mean difference: the model's logits were not finite at strengths -1e+30, 1e+30" in found.table()
     again = Comparison.from_json(json.loads((options.out / "metrics.json").read_text()))
     rows = again.tables()["At a KL of 0.1 nats on neutral text"]
     told = [(row["method"], row["push"], row["strength"], row["KL"]) for row in rows if "reach" in row["rate"]]
