@@ -10,8 +10,18 @@ from tyro.conf import Positional, arg, subcommand
 
 from jaxsteer.errors import UserError
 from jaxsteer.runs.files import document
-from jaxsteer.steer import Vectors, import_vectors, load_vectors, save_vectors, write_control_vector
+from jaxsteer.steer import (
+    Vectors,
+    import_vectors,
+    load_vectors,
+    save_vectors,
+    write_by_block,
+    write_capping,
+    write_control_vector,
+)
+from jaxsteer.steer.exports import layers_name
 from jaxsteer.steer.imports import Format
+from jaxsteer.steer.vectors import CAPS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,27 +79,42 @@ class Import(_Source):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write vectors as a GGUF control vector for llama.cpp, which adds at strength 1 what the file adds."""
+    """Write vectors for other tools: a GGUF control vector for llama.cpp, which adds at strength 1 what the file adds;
+    or a file of assistant-axis, a tensor of a vector for each block, or caps as capping_config.pt."""
 
     file: Positional[Path]
     """A vector file of jaxsteer."""
     out: Positional[Path]
-    """File to write (.gguf); it must not exist."""
-    model_hint: str
-    """llama.cpp's name of the model's architecture: llama, qwen2, qwen3, gemma2, gemma3 ..."""
+    """File to write, .gguf or .pt; it must not exist."""
+    model_hint: str | None = None
+    """For .gguf: llama.cpp's name of the model's architecture: llama, qwen2, qwen3, gemma2, gemma3 ..."""
     sites: Annotated[tuple[str, ...], arg(aliases=["--site"])] = ()
     """Sites to write (default: all)."""
     coefficient: float | None = None
-    """In place of the file's own, in the file's units."""
+    """For .gguf: in place of the file's own, in the file's units. A .pt file holds the vectors as they are."""
+    name: str | None = None
+    """For .pt: the role whose mean activation the vectors are, or the caps' experiment (default: layers_FIRST:END)."""
 
     def run(self) -> int:
         """Read, write and print what was written."""
         _new(self.out)
+        torch = self.out.suffix.lower() == ".pt"
+        if torch and (self.model_hint or self.coefficient is not None):
+            raise UserError("--model-hint and --coefficient are for .gguf: a .pt file holds the vectors as they are")
+        if not torch and (self.model_hint is None or self.name is not None):
+            raise UserError(
+                f"{self.out} is written as GGUF: give --model-hint and no --name, or a name that ends in .pt"
+            )
         vectors = load_vectors(self.file)
         vectors = vectors.at(self.sites) if self.sites else vectors
         if self.coefficient is not None:
             vectors = dataclasses.replace(vectors, coefficient=self.coefficient)
-        write_control_vector(vectors, self.out, model_hint=self.model_hint)
+        if not torch:
+            write_control_vector(vectors, self.out, model_hint=str(self.model_hint))
+        elif vectors.operation in CAPS:
+            write_capping({self.name or layers_name(vectors): vectors}, self.out)
+        else:
+            write_by_block(vectors, self.out, role=self.name)
         print(f"Wrote {self.out}")
         return 0
 

@@ -3,9 +3,10 @@
 from jaxsteer.steer.batching import stack_rows, take_rows
 from jaxsteer.steer.cache_contrast import cache_vectors
 from jaxsteer.steer.caching import CacheEdit
-from jaxsteer.steer.capping import Cap, read_capping
+from jaxsteer.steer.capping import Cap, check_caps, read_capping
 from jaxsteer.steer.completions import Example
 from jaxsteer.steer.edits import Edit, Edits
+from jaxsteer.steer.exports import write_by_block, write_capping
 from jaxsteer.steer.gates import Gate, Gated, gated
 from jaxsteer.steer.gguf import read_control_vector, write_control_vector
 from jaxsteer.steer.imports import import_vectors
@@ -43,6 +44,7 @@ __all__ = [
     "add",
     "cache_vectors",
     "ceiling",
+    "check_caps",
     "check_vectors",
     "clamp",
     "count_positions",
@@ -65,5 +67,7 @@ __all__ = [
     "stack_rows",
     "take_rows",
     "tune_gate",
+    "write_by_block",
+    "write_capping",
     "write_control_vector",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,9 @@ from jaxsteer.display import short
 from jaxsteer.errors import UserError, first_line
 from jaxsteer.files import describe, read_torch
 from jaxsteer.models.sites import resid_site
+from jaxsteer.steer.vectors import Vectors
 
-CAP_SIGN = (
-    "by the names of the vectors role minus default, away from the Assistant, so that the cap is a ceiling; "
-    "the sign of the stored caps is unverified"
-)
+CAP_SIGN = "role minus default, away from the Assistant, so that the cap is a ceiling (published ones are negative)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,18 +80,34 @@ def _cap(item: dict[str, Any], stored: dict[str, Any]) -> Cap:
     return Cap(name=name, site=resid_site(layer), vector=np.array(vector, np.float32), value=float(value.item()))
 
 
-def check_against_axis(caps: Iterable[Cap], axis: Mapping[str, np.ndarray]) -> bool:
-    """Whether all vectors point against the axis; False where it has none of their site and width.
+def check_caps(caps: Vectors, axis: Vectors) -> None:
+    """Refuse caps that would push a model away from the Assistant; ``axis`` points towards it.
 
-    Raises ``UserError`` for a vector that points to the Assistant: a ceiling on it would push the model away.
+    The vector of a floor has to lie along the axis of its site, and that of a ceiling against it. Raises ``UserError``
+    for one that does not, for operations that are no caps, and for an axis without the site or of another width.
     """
-    for cap in caps:
-        along = axis.get(cap.site)
-        if along is None or along.shape != cap.vector.shape:
-            return False
-        if float(along.astype(np.float64) @ cap.vector) >= 0:
+    if caps.operation not in ("floor", "ceiling"):
+        raise UserError(f"the operation of these vectors is {caps.operation!r}, which is no floor and no ceiling")
+    for site, vector in caps.arrays.items():
+        along = axis.at(site).arrays[site]
+        if along.shape != vector.shape:
             raise UserError(
-                f"the vector '{short(cap.name)}' points to the Assistant, like the axis: a ceiling on it pushes the "
-                f"model away from the Assistant. Its negative with the negative cap as a floor says the same"
+                f"the axis at {site} has shape {along.shape}, and the cap {vector.shape}: they belong to other models"
             )
-    return True
+        cosine = _cosine(along, vector)
+        if caps.operation == "ceiling" and cosine >= 0:
+            raise UserError(
+                f"the vector of the ceiling at {site} points to the Assistant (cosine {cosine:.2f} with the axis): the "
+                f"ceiling would push the model away from the Assistant. Its negative with the negative cap as a floor "
+                f"says the same; a floor on the vector itself keeps the Assistant"
+            )
+        if caps.operation == "floor" and cosine <= 0:
+            raise UserError(
+                f"the vector of the floor at {site} points away from the Assistant (cosine {cosine:.2f} with the "
+                f"axis): the floor would push the model away from the Assistant. A ceiling on it keeps the Assistant"
+            )
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
+    return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-300))

@@ -13,7 +13,7 @@ import numpy as np
 from jaxsteer.errors import UserError
 from jaxsteer.files import describe, read_json, read_torch
 from jaxsteer.models.sites import KINDS, parse_site, resid_site
-from jaxsteer.steer.capping import CAP_SIGN, caps_of, check_against_axis
+from jaxsteer.steer.capping import CAP_SIGN, caps_of, check_caps
 from jaxsteer.steer.vectors import Vectors
 
 AFTER_BLOCK = "index i is the output of block i"
@@ -200,11 +200,10 @@ def capping(ask: Ask, data: dict[Any, Any]) -> Vectors:
             f"for each: use jaxsteer.steer.read_capping"
         )
     axis = ask.path.parent / "assistant_axis.pt"
-    checked = axis.is_file() and check_against_axis(caps, _axis_beside(axis))
-    return ask.vectors(
+    found = ask.vectors(
         {cap.site: cap.vector for cap in caps},
         "capping",
-        CAP_SIGN + (f"; the vectors do point against the axis in {axis.name}" if checked else ""),
+        CAP_SIGN + (f"; the vectors do point against the axis in {axis.name}" if axis.is_file() else ""),
         "layer i is the output of block i; ranges in the experiment's name are half open",
         operation="ceiling",
         values={cap.site: cap.value for cap in caps},
@@ -212,12 +211,15 @@ def capping(ask: Ask, data: dict[Any, Any]) -> Vectors:
         named=True,
         metadata={"experiment": ask.name, "vector_names": json.dumps([cap.name for cap in caps])},
     )
+    if axis.is_file():
+        check_caps(found, _axis_beside(axis))
+    return found
 
 
-def _axis_beside(path: Path) -> dict[str, np.ndarray]:
+def _axis_beside(path: Path) -> Vectors:
     data = read_torch(path)
     rows = data["axis"] if isinstance(data, dict) and "axis" in data else data
-    return assistant_axis(Ask(path=path), rows, TO_ASSISTANT, {}).arrays
+    return assistant_axis(Ask(path=path), rows, TO_ASSISTANT, {})
 
 
 def svec(ask: Ask) -> Vectors:

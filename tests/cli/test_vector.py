@@ -1,12 +1,13 @@
 """``jaxsteer vector``: look, import, export, and what is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from jaxsteer.cli import main
-from jaxsteer.steer import Vectors, load_vectors, read_control_vector, save_vectors
+from jaxsteer.steer import Vectors, import_vectors, load_vectors, read_control_vector, save_vectors
 from tests.helpers.torchzip import write
 
 ROWS = np.arange(12, dtype=np.float32).reshape(4, 3) + 1
@@ -59,6 +60,20 @@ def test_import_and_export(tmp_path, capsys, caplog):
     assert read_control_vector(one).sites == ("blocks.1.hook_resid_post",)
 
 
+def test_axis_and_caps_go_out_as_files_of_assistant_axis(tmp_path, ours, capsys):
+    assert main(["vector", "export", str(ours), str(tmp_path / "assistant_axis.pt")]) == 0
+    back = import_vectors(tmp_path / "assistant_axis.pt")
+    assert all(np.array_equal(back.arrays[site], array) for site, array in load_vectors(ours).arrays.items())
+    assert main(["vector", "export", str(ours), str(tmp_path / "ghost.pt"), "--name", "ghost"]) == 0
+    assert import_vectors(tmp_path / "ghost.pt").metadata["role"] == "ghost"
+    floor = dataclasses.replace(load_vectors(ours), operation="floor", values={site: 0.5 for site in back.sites})
+    caps = save_vectors(floor, tmp_path / "floor.safetensors")
+    assert main(["vector", "export", str(caps), str(tmp_path / "capping_config.pt")]) == 0
+    assert f"Wrote {tmp_path / 'capping_config.pt'}" in capsys.readouterr().out
+    found = import_vectors(tmp_path / "capping_config.pt", name=f"layers_0:{len(back.sites)}")
+    assert found.operation == "ceiling" and set(found.values.values()) == {-0.5}
+
+
 def test_what_a_file_does_not_say_is_said_on_the_command_line(tmp_path, capsys):
     bare = write(tmp_path / "probe.pt", ROWS[0])
     assert main(["vector", "show", str(bare), "--site", "layer_2", "--sign", "towards rudeness"]) == 0
@@ -87,6 +102,11 @@ def test_bad_input_gives_one_message(tmp_path, ours, capsys):
         (["export", str(ours), str(ours), "--model-hint", "llama"], "exists already"),
         (["export", str(ours), out, "--model-hint", "llama", "--sites", "layer_0"], "no vector is left"),
         (["export", str(ours), out, "--model-hint", "llama", "--sites", "layer_7"], "there is no vector at"),
+        (["export", str(ours), out], "give --model-hint"),
+        (["export", str(ours), out, "--model-hint", "llama", "--name", "ghost"], "and no --name"),
+        (["export", str(ours), str(tmp_path / "x.pt"), "--model-hint", "llama"], "are for .gguf"),
+        (["export", str(ours), str(tmp_path / "x.pt"), "--coefficient", "2"], "are for .gguf"),
+        (["export", str(ours), str(tmp_path / "x.pt"), "--sites", "layer_1"], "no vector at the output of block 0"),
     ):
         assert main(["vector", *argv]) == 2, argv
         error = capsys.readouterr().err

@@ -107,7 +107,7 @@ def test_caps_become_ceilings(tmp_path):
     np.testing.assert_array_equal(first.vector, -rows(L)[1] - 1)
     found = saved_and_back(import_vectors(path, name="layers_1:3-p0.25"), tmp_path)
     assert found.operation == "ceiling" and found.values == {post(1): -7.5, post(2): -2.0}
-    assert "unverified" in found.sign and found.metadata["experiment"] == "layers_1:3-p0.25"
+    assert "away from the Assistant" in found.sign and found.metadata["experiment"] == "layers_1:3-p0.25"
     assert found.positions == "every"  # the released code caps position 0 too
     (edit,), (told,) = found.edits().edits, found.edits(positions="all").edits
     assert bool(edit.selector.include_first[0]) and not bool(told.selector.include_first[0])
