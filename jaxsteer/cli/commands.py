@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from tyro.conf import subcommand
 
+from jaxsteer.cli.axis import Axis
 from jaxsteer.cli.chat import Chat
 from jaxsteer.cli.convert import Convert
 from jaxsteer.cli.data import Data
@@ -43,6 +44,7 @@ Command = (
     | Annotated[Steer, subcommand("steer")]
     | Annotated[Vector, subcommand("vector")]
     | Annotated[Sae, subcommand("sae")]
+    | Annotated[Axis, subcommand("axis")]
 )
 
 

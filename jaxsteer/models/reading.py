@@ -1,4 +1,5 @@
-"""Reading the residual stream of many token rows, at one position or in the mean over some, in few shapes."""
+"""Reading the residual stream of many token rows: at one position, in the mean over some, or along vectors at all of
+them; in few shapes."""
 
 from __future__ import annotations
 
@@ -13,12 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.layers import run_and_read
+from jaxsteer.models.layers import Keep, run_and_read, scan_blocks
 from jaxsteer.models.model import Model
 from jaxsteer.models.padding import pad_rows
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import shard_rows
-from jaxsteer.models.sites import KINDS, Site, find_sites
+from jaxsteer.models.sites import KINDS, Site, find_sites, layers_by_kind
+from jaxsteer.models.taps import NO_TAP, Intervention, make_where
 from jaxsteer.models.transformer import embed, make_context
 from jaxsteer.processes import to_host
 
@@ -66,7 +68,61 @@ def read_rows(
         raise UserError(f"{len(reads)} reads were given for {len(rows)} rows: give one for each")
     places = np.asarray(reads, np.int32) if isinstance(reads, np.ndarray) and reads.dtype.kind in "iu" else None
     weights = [] if places is not None else [*map(_weights, rows, reads)]
-    longest = max(len(row) for row in rows)
+    for chunk, tokens in _batches(model, rows, batch_size):
+        if places is not None:
+            read = np.zeros((batch_size, *places.shape[1:]), np.int32)
+            read[: len(chunk)] = places[chunk]
+        else:
+            read = np.zeros(tokens.shape, np.float32)
+            for at, number in enumerate(chunk):
+                read[at, : len(rows[number])] = weights[number]
+        states = _read(
+            model.params,
+            model.config,
+            shard_rows(model.mesh, tokens),
+            shard_rows(model.mesh, read),
+            sites=tuple(site.as_stream() for site in sites),
+        )
+        yield chunk, to_host(states)[:, : len(chunk)]
+
+
+def read_along(
+    model: Model,
+    rows: Sequence[np.ndarray],
+    vectors: Float[np.ndarray, "s k D"],
+    sites: Sequence[Site],
+    *,
+    edits: Intervention | None = None,
+    batch_size: int = BATCH,
+) -> Iterator[tuple[Int[np.ndarray, " b"], Float[np.ndarray, "s k b T"]]]:
+    """Yield (row numbers, float32 inner products of the stream with k ``vectors`` of each site, at every token).
+
+    T is a padded length; what stands behind a row's own tokens means nothing. Only the products leave the devices, so
+    that whole conversations cost as little as one mean. ``edits`` act on all of a row, which counts as prompt. Every
+    row comes exactly once, ordered by length. Raises ``UserError`` for a row longer than the model's positions.
+    """
+    along = np.asarray(vectors, np.float32)
+    for chunk, tokens in _batches(model, rows, batch_size):
+        mask = np.zeros(tokens.shape, bool)
+        for at, number in enumerate(chunk):
+            mask[at, : len(rows[number])] = True
+        found = _along(
+            model.params,
+            model.config,
+            shard_rows(model.mesh, tokens),
+            shard_rows(model.mesh, mask),
+            along,
+            edits,
+            sites=tuple(sites),
+        )
+        yield chunk, to_host(found)[:, :, : len(chunk)]
+
+
+def _batches(
+    model: Model, rows: Sequence[np.ndarray], batch_size: int
+) -> Iterator[tuple[Int[np.ndarray, " b"], Int[np.ndarray, "B T"]]]:
+    """Numbers of the rows of every batch, and their tokens, padded to one of few shapes."""
+    longest = max((len(row) for row in rows), default=0)
     if longest > model.config.max_positions:
         raise UserError(
             f"the longest text has {longest} tokens, but the model has {model.config.max_positions} positions: "
@@ -78,22 +134,8 @@ def read_rows(
     for length, numbers in sorted(buckets.items()):
         for start in range(0, len(numbers), batch_size):
             chunk = np.asarray(numbers[start : start + batch_size])
-            tokens, _ = pad_rows([rows[number] for number in chunk] + [rows[0][:0]] * (batch_size - len(chunk)), length)
-            if places is not None:
-                read = np.zeros((batch_size, *places.shape[1:]), np.int32)
-                read[: len(chunk)] = places[chunk]
-            else:
-                read = np.zeros(tokens.shape, np.float32)
-                for at, number in enumerate(chunk):
-                    read[at, : len(rows[number])] = weights[number]
-            states = _read(
-                model.params,
-                model.config,
-                shard_rows(model.mesh, tokens),
-                shard_rows(model.mesh, read),
-                sites=tuple(site.as_stream() for site in sites),
-            )
-            yield chunk, to_host(states)[:, : len(chunk)]
+            padding = [rows[0][:0]] * (batch_size - len(chunk))
+            yield chunk, pad_rows([rows[number] for number in chunk] + padding, length)[0]
 
 
 def _weights(row: np.ndarray, read: np.ndarray) -> Float[np.ndarray, " T"]:
@@ -127,3 +169,47 @@ def _read(
     depth = max(site.depth(config.n_layers) for site in sites)
     _, [found] = run_and_read(params, config, embed(params, config, tokens), context, depth, [(sites, pick)])
     return jnp.stack([found[site] for site in sites])
+
+
+@partial(jax.jit, static_argnames=("config", "sites"))
+def _along(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    vectors: Float[Array | np.ndarray, "s k D"],
+    edits: Intervention | None,
+    *,
+    sites: tuple[Site, ...],
+) -> Float[Array, "s k B T"]:
+    """One scan up to the deepest site; each layer keeps its products with the vectors of all its sites only."""
+
+    def product(value: Float[Array, "B T D"], vectors: Float[Array, "k D"]) -> Float[Array, "k B T"]:
+        return jnp.einsum("btd,kd->kbt", value.astype(jnp.float32), vectors, precision=lax.Precision.HIGHEST)
+
+    tap = NO_TAP if edits is None else edits.tap(make_where(tokens, jnp.arange(tokens.shape[1])[None], mask))
+    context = make_context(config, jnp.arange(tokens.shape[1])[None])
+    depth = max(site.depth(config.n_layers) for site in sites)
+    x = embed(params, config, tokens, tap)
+    own = {
+        kind: jnp.zeros((depth, *vectors.shape[1:])).at[jnp.asarray(layers)].set(_of_kind(vectors, sites, kind, layers))
+        for kind, layers in layers_by_kind(sites).items()
+        if KINDS[kind].in_block
+    }
+    keep = [
+        Keep((kind,), lambda value, own, kind=kind: product(value, own[kind]), layers_by_kind(sites)[kind])
+        for kind in own
+    ]
+    _, kept = scan_blocks(params, config, x, context, 0, depth, tap=tap, per_layer=own, keep=keep)
+    found = {
+        Site(layer, kind): one
+        for kind, every in zip(own, kept, strict=True)
+        for layer, one in zip(layers_by_kind(sites)[kind], every, strict=True)
+    }
+    embedded = {site: product(x, vectors[at]) for at, site in enumerate(sites) if site not in found}
+    return jnp.stack([(found | embedded)[site] for site in sites])
+
+
+def _of_kind(vectors: Array | np.ndarray, sites: tuple[Site, ...], kind: str, layers: tuple[int, ...]) -> Array:
+    """The vectors at a kind of site, in the order of its layers."""
+    return jnp.stack([jnp.asarray(vectors[sites.index(Site(layer, kind))]) for layer in layers])

@@ -18,12 +18,11 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.reading import direction_sites, read_rows
 from jaxsteer.personas.dataset_files import place
 from jaxsteer.personas.dataset_files import read_rows as file_rows
+from jaxsteer.personas.passages import passage_of
 from jaxsteer.personas.traits import Average, Rollout, read_masks
 from jaxsteer.prompts import apply_template
 from jaxsteer.runs.bars import progress_bar
 from jaxsteer.steer.vectors import Vectors, check_vectors
-
-PROMPTS, ANSWERS = ("prompt", "question"), ("answer", "response", "completion")
 
 
 def project_replies(
@@ -83,21 +82,13 @@ def project_file(
 
 
 def _reply(model: Model, path: Path, line: int, row: dict[str, Any]) -> Rollout:
-    messages = row.get("messages")
-    if isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
-        *before, last = messages
-        if before and last.get("role") == "assistant":
-            return Rollout(
-                id=str(line), question="", prompt=apply_template(model.tokenizer, before), answer=str(last["content"])
-            )
-    asked = next((name for name in PROMPTS if isinstance(row.get(name), str) and row[name]), None)
-    answer = next((row[name] for name in ANSWERS if isinstance(row.get(name), str) and row[name]), None)
-    if asked is None or answer is None:
-        raise UserError(
-            f"{place(path, line)}: expected {' or '.join(PROMPTS)} and {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}, or "
-            f"messages that end with the assistant's; the row has {', '.join(map(str, row)) or 'nothing'}"
-        )
-    prompt = row[asked]
-    if asked == "question":
-        prompt = apply_template(model.tokenizer, [{"role": "user", "content": prompt}])
-    return Rollout(id=str(line), question=row[asked], prompt=prompt, answer=answer)
+    passage = passage_of(path, line, row)
+    if not passage.messages:
+        if not passage.prompt:
+            raise UserError(f"{place(path, line)}: a text alone is no reply: expected what stands before it as prompt")
+        return Rollout(id=passage.id, question=passage.prompt, prompt=passage.prompt, answer=passage.text)
+    *before, last = [dict(message) for message in passage.messages]
+    if not before or last["role"] != "assistant":
+        raise UserError(f"{place(path, line)}: messages must end with the assistant's, behind at least one other")
+    prompt = apply_template(model.tokenizer, before)
+    return Rollout(id=passage.id, question=before[-1]["content"], prompt=prompt, answer=last["content"])

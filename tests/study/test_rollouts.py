@@ -184,7 +184,9 @@ def test_projections_of_a_file(tmp_path: Path) -> None:
             assert float(row[f"response_avg {site}"]) == pytest.approx(expected, rel=1e-4)
     assert len(written) == 4 and "4 replies" in table
     path.write_text('{"prompt": "x"}')
-    with pytest.raises(UserError, match="replies.jsonl, line 1: expected prompt or question and answer, response or"):
+    with pytest.raises(
+        UserError, match="replies.jsonl, line 1: expected messages, prompt or question with answer, response or"
+    ):
         project_file(MODEL, vectors, path, tmp_path / "other.csv")
 
 
