@@ -28,7 +28,7 @@ from jaxsteer.models.sites import parse_site, resid_site
 from jaxsteer.models.taps import Intervention
 from jaxsteer.personas.passages import Passage, Span, encode_passage
 from jaxsteer.processes import is_first
-from jaxsteer.ranges import CountFrom0
+from jaxsteer.ranges import CountFrom0, as_tuple
 from jaxsteer.runs import files
 from jaxsteer.runs.bars import progress_bar
 from jaxsteer.runs.result import Result
@@ -222,10 +222,10 @@ def axis_sites(
     zero.
     """
     check_vectors(axis, model, any_weights=any_weights)
-    asked = (sites,) if isinstance(sites, str) else tuple(sites)
+    asked = tuple(site for site in as_tuple(sites) if site)
     middle = resid_site(min(model.config.n_layers // 2, model.config.n_layers - 1))
     own = axis.metadata.get("site") or (middle if middle in axis.arrays else "")
-    names = tuple(dict.fromkeys(parse_site(site).name for site in asked or ((own,) if own else axis.sites)))
+    names = tuple(dict.fromkeys(parse_site(site).name for site in asked or as_tuple(own or axis.sites)))
     units(axis, names)
     return names
 

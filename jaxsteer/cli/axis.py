@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg, subcommand
 
+from jaxsteer.axis.talks import DriftOptions
 from jaxsteer.errors import UserError
+from jaxsteer.runs.files import document
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,10 +57,66 @@ class Project(_OnAxis):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Drift(DriftOptions):
+    """Lead the model through conversations, or read some, and see which drift along the axis, and after what."""
+
+    axis: Path
+    """Vector file of the axis, or the directory of `axis run`."""
+    out: Path
+    """Directory for messages as they come, transcripts.jsonl, metrics.json and drift.png; what was cut off goes on."""
+    model: str = "organism:persona"
+    """organism:NAME, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
+    scripts: str = "default"
+    """JSON file of the user's messages, {"domains": {name: [[message, ...], ...]}} (default: those that ship: coding,
+    writing, therapy, philosophy)."""
+    transcripts: Path | None = None
+    """Read these conversations (JSON Lines of messages, with a domain) in place of leading the model through any."""
+    user: str | None = None
+    """OpenAI-compatible address of a model that plays the user behind the first message of each script."""
+    user_model: str = ""
+    """Name of the user there (default: the first that it lists)."""
+    calibrate: Path | None = None
+    """Conversations of the model as it is, whose percentile is the threshold (default: what the axis file says)."""
+    steer: Path | None = None
+    """Vector file under which the model replies, e.g. caps.safetensors of `axis cap`; it reads without them."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights."""
+    any_weights: bool = False
+    """Use axis and vectors although they were made on other weights."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def run(self) -> int:
+        """Lead, read, draw and print."""
+        from jaxsteer.axis.projection import load_axis
+        from jaxsteer.axis.talks import drift
+        from jaxsteer.display import write_figure
+        from jaxsteer.personas.passages import read_passages
+        from jaxsteer.runs.bars import load
+        from jaxsteer.steer import load_vectors
+        from jaxsteer.writers.endpoint import Endpoint
+
+        if self.transcripts is not None and (self.user is not None or self.steer is not None):
+            raise UserError("--transcripts are read as they are: give neither --user nor --steer with them")
+        axis, options = load_axis(self.axis), {f.name: getattr(self, f.name) for f in dataclasses.fields(DriftOptions)}
+        told = self.scripts if self.transcripts is None else read_passages(self.transcripts)
+        model = load(self.model, dtype=self.dtype)
+        steer = None if self.steer is None else load_vectors(self.steer, model=model, any_weights=self.any_weights)
+        found = drift(
+            model, axis, told, user=None if self.user is None else Endpoint(url=self.user, model=self.user_model),
+            edits=None if steer is None else steer.edits(), calibrate_on=self.calibrate or (), out=self.out,
+            any_weights=self.any_weights, options=DriftOptions(**options),
+        )  # fmt: skip
+        drawn = write_figure(self.out / "drift.png", found.plot())
+        print(document(found.to_json()) if self.json else f"{found.table()}\n\nCurves: {drawn}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Axis:
     """The assistant axis: where characters lie, where conversations drift, and what holds the Assistant."""
 
-    action: Annotated[Project, subcommand("project")]
+    action: Annotated[Project, subcommand("project")] | Annotated[Drift, subcommand("drift")]
 
     def run(self) -> int:
         """Run the chosen action."""

@@ -70,6 +70,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return read_log(path)[0] if path.exists() else []
 
 
+def resumed_lines(path: Path) -> list[dict[str, Any]]:
+    """``read_lines`` of a log that is written on: a last line that was cut is taken out of the file first."""
+    rows, cut = read_log(path) if path.exists() else ([], False)
+    if cut:
+        write_lines(path, rows)
+    return rows
+
+
 def append_line(path: Path, row: Any) -> None:
     """Add a row to a JSON Lines file."""
     if is_first():
