@@ -26,3 +26,13 @@ class Transcript(Record):
     """Turns as ``{"role": ..., "content": ...}``, the system message first where there is one."""
     score: int | None = None
     """A judge's: 0 refuses, 1 stays the assistant, 2 somewhat in the role, 3 wholly."""
+
+    @property
+    def asked(self) -> str:
+        """What the user said first."""
+        return next((turn["content"] for turn in self.messages if turn.get("role") == "user"), "")
+
+    @property
+    def said(self) -> str:
+        """What the assistant said, turn after turn."""
+        return "\n".join(turn["content"] for turn in self.messages if turn.get("role") == "assistant")
