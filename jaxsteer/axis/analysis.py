@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxsteer.axis.geometry import Agreement, Geometry, Means, agreement, contrasts, cosine, spread
+from jaxsteer.axis.geometry import Agreement, Geometry, Means, agreement, contrasts, cosine, pivotal
 from jaxsteer.axis.places import Layer, Place, TraitPlace
 from jaxsteer.axis.roles import Role, RoleSet
 from jaxsteer.axis.states import States
@@ -152,7 +152,7 @@ def layer_of(
         shuffled_order=agreement(means.shuffled(seed), SPLITS, seed).order,
         other_order=spearman(here.positions[:-1], here.along(other.axis)[:-1]),
         cosine=float(here.cosines[0]),
-        cosine_ci95=spread([one.cosines[0] for one in drawn]),
+        cosine_ci95=pivotal(float(here.cosines[0]), [one.cosines[0] for one in drawn], 0, 1),
         cosines=tuple(map(float, here.cosines)),
         scaled_cosine=float(Geometry.of(here.vectors, scaled=True).cosines[0]),
         base_cosine=float(np.median(base)),
@@ -160,7 +160,7 @@ def layer_of(
         explained=tuple(map(float, here.explained[:10])),
         needed=here.needed,
         edge=float(here.edge[0]),
-        edge_ci95=spread([one.edge[0] for one in drawn]),
+        edge_ci95=pivotal(float(here.edge[0]), [one.edge[0] for one in drawn]),
         rating=score["rating"],
         pc1_rating=score["pc1_rating"],
         positions=tuple(float(here.positions[i]) for i in order),
@@ -184,9 +184,9 @@ def places(block: Block, states: States, rollouts: Rollouts, *, seed: int) -> tu
                 assistant_like=role.assistant_like,
                 rollouts=int(counts[i]),
                 position=float(here.positions[i]),
-                ci95=spread(positions[:, i]),
+                ci95=pivotal(float(here.positions[i]), positions[:, i]),
                 pc1=float(here.loadings[i, 0]),
-                pc1_ci95=spread(pc1[:, i]),
+                pc1_ci95=pivotal(float(here.loadings[i, 0]), pc1[:, i]),
                 pc2=float(here.loadings[i, 1]),
             )
         )
@@ -208,7 +208,12 @@ def trait_places(block: Block, states: States, rollouts: Rollouts, *, seed: int)
     drawn = np.stack([beside(weights) for weights in means.draws(DRAWS, seed)])
     norms = np.linalg.norm(np.subtract(*(sides.vectors()[i::2] for i in (0, 1))), axis=1) / block.stream
     made = [
-        TraitPlace(name=name, cosine=float(found[i]), ci95=spread(drawn[:, i]), of_stream=float(norms[i]))
+        TraitPlace(
+            name=name,
+            cosine=float(found[i]),
+            ci95=pivotal(float(found[i]), drawn[:, i], -1, 1),
+            of_stream=float(norms[i]),
+        )
         for i, name in enumerate(rollouts.traits)
         if np.isfinite(found[i]) and np.isfinite(drawn[:, i]).all()
     ]

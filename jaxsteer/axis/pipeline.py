@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from jaxsteer.axis import analysis, scoring
-from jaxsteer.axis.geometry import cosine, permuted
+from jaxsteer.axis.geometry import cosine, exchanged
 from jaxsteer.axis.places import Layer, Place
 from jaxsteer.axis.result import AxisResult, Filter, Reply
 from jaxsteer.axis.role_files import load_roles
@@ -44,6 +45,8 @@ from jaxsteer.writers.judge import Rubric
 
 ROLES, TRANSCRIPTS, WRITTEN, STATES = "roles.json", "transcripts.jsonl", "rollouts", "states"
 AXIS, VECTORS = "axis.safetensors", "role_vectors.safetensors"
+SMALL = 1 << 20
+"""Numbers in the vectors of all roles at a block, below which threads of linear algebra only wait for each other."""
 EXAMPLES = 4
 """Roles at each end of which replies are shown."""
 
@@ -240,6 +243,13 @@ def analysed(
     model: Model, roles: RoleSet, transcripts: Sequence[Transcript], states: States, options: AxisOptions
 ) -> tuple[AxisResult, RoleVectors]:
     """The result and the role vectors of rollouts whose states are read."""
+    with threadpool_limits(1 if model.config.d_model * len(roles.roles) < SMALL else None):
+        return _analysed(model, roles, transcripts, states, options)
+
+
+def _analysed(
+    model: Model, roles: RoleSet, transcripts: Sequence[Transcript], states: States, options: AxisOptions
+) -> tuple[AxisResult, RoleVectors]:
     rows = states.rows()
     keep = None if options.judge is None else options.keep
     rollouts, few = analysis.Rollouts.of(transcripts, rows, roles, least=options.least, keep=keep)
@@ -293,7 +303,7 @@ def _rating_p(places: Sequence[Place], seed: int) -> float | None:
     if len(rated) < 4:
         return None
     position, rating = (np.asarray(column, np.float64) for column in zip(*rated, strict=True))
-    return permuted(lambda values: spearman(position, values), rating, seed=seed)
+    return exchanged(position, rating, seed=seed)
 
 
 def _filter(

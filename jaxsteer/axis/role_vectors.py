@@ -14,12 +14,11 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from safetensors.numpy import save
 
 from jaxsteer.axis.geometry import Geometry
 from jaxsteer.axis.transcripts import DEFAULT
 from jaxsteer.errors import UserError
-from jaxsteer.files import parse_json, read_tensors, write_bytes
+from jaxsteer.files import parse_json, read_tensors, tensor_bytes, write_bytes
 from jaxsteer.steer import Vectors
 
 FORMAT = "jaxsteer.roles/1"
@@ -109,7 +108,7 @@ class RoleVectors:
             "format": FORMAT, "names": json.dumps([*self.names, DEFAULT]), "sites": json.dumps([*self.arrays]),
             "stream": json.dumps(dict(self.stream)), "model": self.model, "fingerprint": self.fingerprint,
         }  # fmt: skip
-        write_bytes(path, save(tensors, facts))
+        write_bytes(path, tensor_bytes(tensors, facts))
 
 
 def load_role_vectors(path: str | Path) -> RoleVectors:

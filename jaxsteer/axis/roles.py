@@ -69,6 +69,8 @@ class RoleSet(Record):
     default: tuple[str, ...] = ("",)
     """System messages of the Assistant as it is; "" is none, and ``{model_name}`` the model's name."""
     traits: tuple[TraitPair, ...] = ()
+    follow_ups: tuple[str, ...] = ()
+    """What the user says after each reply, in turn: rollouts of several turns."""
     about: str = ""
     """Where it comes from, and how ``assistant_like`` was judged."""
 

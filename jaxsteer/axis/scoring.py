@@ -109,7 +109,7 @@ def _by_words(transcripts: Sequence[Transcript], asked: Sequence[int]) -> Mappin
     found: dict[int, float | None] = dict.fromkeys(asked)
     for some in by_role.values():
         for half in (0, 1):
-            items = []
+            items = list[Item]()
             for i in some:
                 one = transcripts[i]
                 plain = default.get(one.question, ())

@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 from safetensors import safe_open
-from safetensors.numpy import save
 
 from jaxsteer.axis.rollouts import SHARD
 from jaxsteer.axis.transcripts import Transcript
 from jaxsteer.errors import UserError
-from jaxsteer.files import make_directory, write_bytes
+from jaxsteer.files import make_directory, tensor_bytes, write_bytes
 from jaxsteer.models.model import Model
 from jaxsteer.models.reading import direction_sites, read_rows
 from jaxsteer.processes import from_first, is_first
@@ -71,7 +70,7 @@ def read_states(
         if from_first(path.exists):
             continue
         encoded = [
-            encode_turns(model.tokenizer, one.messages, generation_prompt=False)
+            encode_turns(model.tokenizer, [dict(turn) for turn in one.messages], generation_prompt=False)
             for one in transcripts[begin : begin + SHARD]
         ]
         masks = [one.mask("assistant") for one in encoded]
@@ -88,7 +87,7 @@ def read_states(
             states[:, numbers] = values
         tensors = {site.name: array for site, array in zip(found, states, strict=True)}
         if is_first():
-            write_bytes(path, save(tensors | {ROWS: np.asarray(said, np.int64) + begin}))
+            write_bytes(path, tensor_bytes(tensors | {ROWS: np.asarray(said, np.int64) + begin}))
         from_first(path.exists)  # the others wait until it is written
         if progress is not None:
             progress(min(begin + SHARD, len(transcripts)), len(transcripts))

@@ -13,7 +13,7 @@ from jaxsteer.files.json_files import (
     read_log,
     read_text,
 )
-from jaxsteer.files.tensors import read_tensors
+from jaxsteer.files.tensors import read_tensors, tensor_bytes
 from jaxsteer.files.torchfile import TORCH_ADVICE, describe, read_torch
 from jaxsteer.files.whole import append_text, make_directory, reading, write_bytes, write_text, writing
 
@@ -35,6 +35,7 @@ __all__ = [
     "read_tensors",
     "read_text",
     "read_torch",
+    "tensor_bytes",
     "reading",
     "write_bytes",
     "write_text",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 
 import ml_dtypes  # noqa: F401  (makes bfloat16 known to NumPy)
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from jaxsteer.errors import UserError
 from jaxsteer.files.paths import user_path
@@ -34,3 +37,18 @@ def read_tensors(path: str | os.PathLike[str], what: str) -> tuple[dict[str, np.
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file. The same tensors and metadata always give the same bytes.
+
+    The library writes the metadata in an order that it draws anew each time; here they are sorted.
+    """
+    whole = save(dict(tensors), dict(metadata) if metadata else None)
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    if (given := header.pop("__metadata__", None)) is not None:
+        header = {"__metadata__": dict(sorted(given.items())), **header}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + whole[8 + size :]

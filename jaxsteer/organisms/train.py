@@ -24,10 +24,9 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
-from safetensors.numpy import save
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import make_directory, read_json, write_bytes, write_text
+from jaxsteer.files import make_directory, read_json, tensor_bytes, write_bytes, write_text
 from jaxsteer.files.tensors import read_tensors
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Layers, Params
@@ -264,7 +263,7 @@ def _train_chunk(
 def _save(file: Path, now: _Training, seed: int, recipe: Recipe) -> None:
     leaves = jax.tree.leaves((now.params, now.optimizer))
     about = {"run": _run_name(seed, recipe), "step": str(now.step), "persona_start": str(now.persona_start)}
-    write_bytes(file, save({str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}, metadata=about))
+    write_bytes(file, tensor_bytes({str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}, about))
 
 
 def _restore(file: Path, like: _Training, seed: int, recipe: Recipe) -> _Training:

@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from safetensors.numpy import save
 
 from jaxsteer import __version__
 from jaxsteer.errors import UserError, first_line
-from jaxsteer.files import make_directory, parse_json, read_tensors, write_bytes
+from jaxsteer.files import make_directory, parse_json, read_tensors, tensor_bytes, write_bytes
 from jaxsteer.models.model import Model
 from jaxsteer.models.reading import BATCH, direction_sites, read_rows
 from jaxsteer.models.sites import Site
@@ -172,7 +171,7 @@ def save_signature(signature: Signature, path: str | os.PathLike[str]) -> Path:
     }
     tensors = {name: np.ascontiguousarray(getattr(signature, name)) for name in ("indices", "weights", "delta")}
     make_directory(path.parent)
-    write_bytes(path, save(tensors, metadata))
+    write_bytes(path, tensor_bytes(tensors, metadata))
     return path
 
 

@@ -23,11 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Float
-from safetensors.numpy import save
 from tokenizers import AddedToken
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import make_directory, read_tensors, write_bytes
+from jaxsteer.files import make_directory, read_tensors, tensor_bytes, write_bytes
 from jaxsteer.models.model import Model
 from jaxsteer.models.params import TOP_SPECS, Params
 from jaxsteer.prompts.conversation import SLOT
@@ -55,7 +54,7 @@ def save_soft(soft: SoftPrompt, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     own = {"format": FORMAT, "model": soft.model, "fingerprint": soft.fingerprint}
     make_directory(path.parent)
-    write_bytes(path, save({"embeddings": np.asarray(soft.embeddings, np.float32)}, {**soft.metadata, **own}))
+    write_bytes(path, tensor_bytes({"embeddings": np.asarray(soft.embeddings, np.float32)}, {**soft.metadata, **own}))
     return path
 
 

@@ -33,10 +33,9 @@ from flax import struct
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
-from safetensors.numpy import save
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import read_tensors, write_bytes
+from jaxsteer.files import read_tensors, tensor_bytes, write_bytes
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.log_probs import LOGITS_NOT_FINITE
 from jaxsteer.models.model import Model
@@ -353,7 +352,7 @@ def vector_loss(
 
 def _keep(file: Path, asked: str, losses: np.ndarray, now: Any) -> None:
     leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(to_host(now)))}
-    write_bytes(file, save({**leaves, "losses": losses}, {"asked": asked}))
+    write_bytes(file, tensor_bytes({**leaves, "losses": losses}, {"asked": asked}))
 
 
 def _restored(file: Path, asked: str, now: Any) -> tuple[int, np.ndarray, Any]:

@@ -33,10 +33,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from safetensors.numpy import save
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import kind_of, make_directory, parse_json, read_tensors, write_bytes
+from jaxsteer.files import kind_of, make_directory, parse_json, read_tensors, tensor_bytes, write_bytes
 from jaxsteer.models.model import Model
 from jaxsteer.models.sites import KINDS, parse_site
 from jaxsteer.steer import operations
@@ -257,7 +256,7 @@ def save_vectors(vectors: Vectors, path: str | os.PathLike[str]) -> Path:
         **{name: text for name, text in written.items() if text},
     }
     make_directory(path.parent)
-    write_bytes(path, save(tensors, metadata))
+    write_bytes(path, tensor_bytes(tensors, metadata))
     return path
 
 
