@@ -197,6 +197,32 @@ def test_a_file_of_ones_own_needs_no_name(tmp_path):
     assert load_roles(str(path)) == small(name="mine")
 
 
+PAGE = (ROOT / "docs" / "assistant-axis.md").read_text(encoding="utf-8")
+
+
+def test_the_file_on_the_page_can_be_read(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[0])
+    found = load_roles(path)
+    assert found.roles[0].name == "night nurse" and found.traits[0].name == "calm" and len(found.default) == 3
+
+
+def test_the_page_counts_as_the_file_does():
+    families = collections.Counter(role.family for role in SHIPPED.roles)
+    humans = sum(role.human is True for role in SHIPPED.roles)
+    rated = collections.Counter(role.assistant_like for role in SHIPPED.roles)
+    longest = max(len(question.split()) for question in SHIPPED.questions)
+    for told in (
+        f"| {len(SHIPPED.roles)} in {len(families)} families of {min(families.values())} to {max(families.values())}; "
+        f"{humans} human, {len(SHIPPED.roles) - humans} not |",
+        f"| {len(SHIPPED.questions)}, at most {longest} words long",
+        f"| {len(SHIPPED.traits)}, with five instructions",
+        f"{rated[3]} roles have 3 (",
+        f"{rated[2]} have 2, {rated[1]} have 1\nand {rated[0]} have 0",
+    ):
+        assert told in PAGE, told
+
+
 def small(**changes) -> RoleSet:
     fields = dict(
         name="small",
