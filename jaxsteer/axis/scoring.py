@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from jaxsteer.axis.roles import RoleSet
+from jaxsteer.axis.roles import Role, RoleSet
 from jaxsteer.axis.transcripts import DEFAULT, Transcript
 from jaxsteer.errors import UserError
 from jaxsteer.evals.word_odds import learn_words
@@ -68,14 +68,10 @@ def scored(
         found: dict[int, float | None] = dict(_by_words(transcripts, asked))
     else:
         assert not isinstance(by, str)
-        facts = [
-            {
-                "role": one.role, "rubric": named[one.role].rubric or f"It is what a {one.role} would say.",
-                "question": one.asked, "answer": one.said,
-            }
-            for one in (transcripts[i] for i in asked)
-        ]  # fmt: skip
-        judged = judge(by, rubric, facts, [fact["question"] for fact in facts], log=log, progress=progress)
+        spoken = [transcripts[i] for i in asked]
+        whole = dataclasses.replace(rubric, template="{request}")
+        facts = [{"request": _request(named[one.role], one, rubric)} for one in spoken]
+        judged = judge(by, whole, facts, [one.asked for one in spoken], log=log, progress=progress)
         require_scores(judged)
         _require_several(judged)
         found = dict(zip(asked, judged.scores, strict=True))
@@ -83,6 +79,15 @@ def scored(
         dataclasses.replace(one, score=None if (score := found.get(i)) is None else int(score))
         for i, one in enumerate(transcripts)
     ]
+
+
+def _request(role: Role, one: Transcript, rubric: Rubric) -> str:
+    """All that a judge is asked about a reply; a role of the released files brings its own words."""
+    if "{answer}" in role.rubric:
+        told = {"{question}": one.asked, "{answer}": one.said}
+        return re.sub(r"\{question\}|\{answer\}", lambda found: told[found[0]], role.rubric)
+    like = role.rubric or f"It is what this character would say: {role.name}."
+    return rubric.template.format(role=role.name, rubric=like, question=one.asked, answer=one.said)
 
 
 def _require_several(judged: Judged) -> None:
