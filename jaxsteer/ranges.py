@@ -13,7 +13,7 @@ import functools
 import math
 import numbers
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jaxsteer.errors import UserError
@@ -62,8 +62,9 @@ Interval = Annotated[tuple[float, float], Rising()]
 
 
 def check_ranges(options: Any) -> None:
-    """Raise ``UserError`` for the first field of an options dataclass, and of those that it holds, whose number is out
-    of its range or which is none of a ``Literal``'s names."""
+    """Raise ``UserError`` for the first field of an options dataclass, and of those that it holds, that ``check_types``
+    refuses, whose number is out of its range or which is none of a ``Literal``'s names."""
+    check_types(options)
     ranges, kinds = _ranges(type(options)), _hints(type(options))  # type: ignore[arg-type]
     for field in dataclasses.fields(options):
         value, kind = getattr(options, field.name), kinds[field.name]
@@ -81,6 +82,39 @@ def check_ranges(options: Any) -> None:
                 raise UserError(f"--{field.name.replace('_', '-')} {why}")
 
 
+def check_types(options: Any) -> None:
+    """Raise ``UserError`` for the first field of a dataclass that holds no number, text or truth value where its type
+    asks for one, alone or as several. Other types are left to whoever reads them."""
+    kinds = _hints(type(options))  # type: ignore[arg-type]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if wanted := _misfit(kinds[field.name], value):
+            raise UserError(f"--{field.name.replace('_', '-')} must be {wanted}, got {value!r:.80}")
+
+
+def _misfit(kind: Any, value: Any) -> str:
+    """What ``value`` should be to be of the type ``kind``, or ""."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _misfit(inner[0], value)
+    if origin in (Union, types.UnionType):
+        wanted = [_misfit(one, value) for one in inner]
+        return " or ".join(dict.fromkeys(wanted)) if all(wanted) else ""
+    if origin is tuple and inner[1:] == (Ellipsis,) and not (isinstance(value, str) and inner[0] is str):
+        if not isinstance(value, list | tuple):
+            return "a list or a tuple"
+        return next((f"a list in which each is {why}" for one in value if (why := _misfit(inner[0], one))), "")
+    fits = _FITS.get(kind)
+    return "" if fits is None or fits[1](value) else fits[0]
+
+
+def must_be(value: Any, kinds: type | tuple[type, ...], what: str) -> None:
+    """Raise ``UserError`` for a value of none of these types; ``what`` names it."""
+    if not isinstance(value, kinds):
+        names = " or ".join(one.__name__ for one in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise UserError(f"{what} must be {names}, got {type(value).__name__}: {value!r:.80}")
+
+
 def is_number(value: Any) -> bool:
     """Whether this is one number, of Python, NumPy or JAX; truth values and texts are none."""
     scalar = getattr(value, "ndim", None) == 0 and getattr(getattr(value, "dtype", None), "kind", "") in "iuf"
@@ -90,8 +124,17 @@ def is_number(value: Any) -> bool:
 def a_number(value: Any, what: str) -> float:
     """``value`` as a float. Raises ``UserError`` for what is no number; ``what`` names it."""
     if not is_number(value):
-        raise UserError(f"{what}, must be a number, got {value!r:.80}")
+        raise UserError(f"{what} must be a number, got {value!r:.80}")
     return float(value)
+
+
+_FITS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    float: ("a number", is_number),
+    int: ("a whole number", lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool)),
+    bool: ("true or false", lambda value: type(value).__name__ in ("bool", "bool_")),
+    str: ("a text", lambda value: isinstance(value, str)),
+    type(None): ("None", lambda value: value is None),
+}
 
 
 def choices_of(kind: Any) -> tuple[str, ...]:

@@ -72,6 +72,11 @@ class Import(_Source):
         """Read, write and print what was written."""
         _new(self.out)
         vectors = self.read()
+        if not any(array.any() for array in vectors.arrays.values()):
+            raise UserError(
+                f"{self.file} holds zeros only, at {', '.join(vectors.sites[:4])}: which is no direction. "
+                "Nothing was written; was the right entry chosen (--name, --site)?"
+            )
         save_vectors(vectors, self.out)
         print(f"{vector_table(vectors)}\n\nWrote {self.out}")
         return 0

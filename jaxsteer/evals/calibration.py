@@ -19,7 +19,7 @@ from jaxsteer.files.records import Record
 from jaxsteer.models.model import Model
 from jaxsteer.models.taps import Intervention
 from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
-from jaxsteer.ranges import a_number, as_tuple
+from jaxsteer.ranges import a_number, as_tuple, must_be
 from jaxsteer.steer.selectors import Positions
 from jaxsteer.steer.vectors import Vectors, check_vectors
 
@@ -115,7 +115,9 @@ def approach(
 
     Many parameters: those of ``calibrate``. Raises ``UserError`` as it does, but for such strengths.
     """
-    kl = a_number(kl, "calibrate's kl, a divergence in nats per token")
+    kl = a_number(kl, "calibrate's kl")
+    signs = as_tuple(signs)
+    must_be(model, Model, "calibrate's model")
     if not 0 < kl < np.inf or not set(signs) <= {1, -1} or not len(signs):
         raise UserError(f"calibrate needs a divergence above 0 and signs 1 or -1, got {kl} and {list(signs)}")
     many = [vectors] if isinstance(vectors, Vectors) else list(as_tuple(vectors))

@@ -19,21 +19,27 @@ from jaxsteer.models.reading import BATCH
 from jaxsteer.personas.directions import SIGN
 from jaxsteer.personas.pairs import Pairs
 from jaxsteer.personas.signatures import Signature, own_site, read_codes
-from jaxsteer.sae import SAE, check_sae
+from jaxsteer.sae import SAE, check_sae, require_same_model
 from jaxsteer.steer.vectors import Vectors
 
 log = logging.getLogger(__name__)
 
 
 def latents_vector(
-    model: Model, sae: SAE, latents: Mapping[int, float] | Signature, *, coefficient: float = 1.0
+    model: Model,
+    sae: SAE,
+    latents: Mapping[int, float] | Signature,
+    *,
+    coefficient: float = 1.0,
+    any_weights: bool = False,
 ) -> Vectors:
     """What the SAE writes for latents of these values: sum_i w_i W_dec[i], at the site that it writes to.
 
     ``latents`` are values by latent ({4711: 1.0} is the decoder's row), or a ``Signature`` with its contrasts, whose
-    sign the vector then has. Raises ``UserError`` for an SAE that does not fit the model, and for latents that it does
-    not have.
+    sign the vector then has. Raises ``UserError`` for an SAE that does not fit the model, or, unless ``any_weights``,
+    that was trained on another one, and for latents that it does not have.
     """
+    require_same_model(sae, model, any_weights=any_weights)
     check_sae(sae, model)
     sign = "raises these latents"
     if isinstance(latents, Signature):
@@ -47,17 +53,19 @@ def latents_vector(
 
 
 def sta_vector(
-    model: Model, sae: SAE, pairs: Pairs, *, trim: float = 0.65, coefficient: float = 1.0, batch_size: int = BATCH
-) -> Vectors:
+    model: Model, sae: SAE, pairs: Pairs, *, trim: float = 0.65, coefficient: float = 1.0, any_weights: bool = False,
+    batch_size: int = BATCH,
+) -> Vectors:  # fmt: skip
     """Steering target atoms: the mean difference of latents, cleaned, decoded and given the dense difference's norm.
 
     A_i is the mean over pairs of latent i in the good row minus that in the bad one, q_i the number of good rows in
     which it is on minus that of bad rows. A latent is kept where both have one sign, neither is 0, and it is among the
     1 - trim of all latents with the largest |A| and among those with the largest |q| of the agreeing ones. So good -
     bad is the vector's sign, as for directions. Without any latent left the vector is zero, with a logged warning.
-    Raises ``UserError`` for an SAE of another width or site, or one that does not write to the site that it reads; an
-    SAE of another model of that width is a logged warning.
+    Raises ``UserError`` for an SAE of another width or site, of another model unless ``any_weights``, or one that does
+    not write to the site that it reads.
     """
+    require_same_model(sae, model, any_weights=any_weights)
     if not 0 <= trim < 1:
         raise UserError(f"trim is the share of latents that is left out, from 0 to below 1; got {trim:g}")
     site = own_site(model, sae).name

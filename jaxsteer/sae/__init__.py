@@ -15,7 +15,7 @@ from jaxsteer.sae.dictionary import (
 from jaxsteer.sae.evaluation import Evaluation, evaluate_sae
 from jaxsteer.sae.exploration import Detail, Exploration, explore
 from jaxsteer.sae.lens import promoted_tokens
-from jaxsteer.sae.loading import Health, check_health, check_sae, load_sae, save_sae
+from jaxsteer.sae.loading import Health, check_health, check_sae, load_sae, require_same_model, save_sae
 from jaxsteer.sae.objective import Latents, latents_objective
 from jaxsteer.sae.recipe import Recipe
 from jaxsteer.sae.texts import Sample, documents_of
@@ -45,6 +45,7 @@ __all__ = [
     "preactivations",
     "promoted_tokens",
     "reconstruct",
+    "require_same_model",
     "save_sae",
     "shard_sae",
     "subset",

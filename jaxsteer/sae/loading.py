@@ -178,6 +178,20 @@ def check_sae(sae: SAE, model: Model, site: str | None = None) -> None:
         )
 
 
+def require_same_model(sae: SAE, model: Model, *, any_weights: bool = False) -> None:
+    """Refuse an SAE whose files name another model than ``model``, where it is to steer it.
+
+    As for vector files, that is a ``UserError`` unless ``any_weights``. Nothing is refused where no model is named;
+    ``check_sae`` logs that and the rest.
+    """
+    trained_on = sae.config.model
+    if trained_on is not None and not same_model(trained_on, model.name) and not any_weights:
+        raise UserError(
+            f"this SAE was trained on {trained_on}, not on {model.name}: its latents would steer by what they mean "
+            "there. If it is meant for this model all the same, say any_weights=True (--any-weights)"
+        )
+
+
 def same_model(one: str | None, other: str) -> bool:
     """Whether two names may mean the same model: owners count only where both name one."""
     if one is None:

@@ -30,6 +30,7 @@ from jaxsteer.models.params import Params
 from jaxsteer.models.sites import KINDS, Site, find_sites, parse_site
 from jaxsteer.models.taps import Intervention, Layer, Tap, Where
 from jaxsteer.models.transformer import embed, make_context
+from jaxsteer.ranges import check_types, must_be
 from jaxsteer.steer.edits import common_rows, known
 from jaxsteer.steer.selectors import Positions, Selector, select
 
@@ -63,9 +64,11 @@ class Gate:
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
+        check_types(self)
         parse_site(self.site)
         select(self.positions)  # raises for a name that it does not know
-        array = np.asarray(self.vector)
+        must_be(self.vector, np.ndarray, "the vector of a gate")
+        array = self.vector
         if array.dtype != np.float32 or array.ndim != 1 or not np.isfinite(array).all() or not array.any():
             raise UserError(
                 f"the vector of a gate must be float32 (D,), finite and not zero, got {array.dtype} {array.shape}"

@@ -36,6 +36,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_tensors, tensor_bytes, write_bytes
+from jaxsteer.files.paths import user_path
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.log_probs import LOGITS_NOT_FINITE
 from jaxsteer.models.model import Model
@@ -43,7 +44,7 @@ from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import place, put
 from jaxsteer.models.sites import KINDS, Site, find_sites
 from jaxsteer.processes import to_host
-from jaxsteer.ranges import Positive, Range, Seed, Weight, check_ranges
+from jaxsteer.ranges import Positive, Range, Seed, Weight, as_tuple, check_ranges, must_be
 from jaxsteer.steer.completions import (
     Completions,
     Example,
@@ -143,7 +144,7 @@ def learn_vectors(
     learning: Learning = Learning(),
     seeds: Sequence[Seed] = (0,),
     positions: str = "all",
-    state: Path | None = None,
+    state: str | Path | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> list[Vectors]:
     """One vector for every site and seed (all seeds of the first site first), each trained from its own random start.
@@ -157,6 +158,9 @@ def learn_vectors(
     Raises ``UserError`` for sites that are not in blocks or not of one kind, for ``po`` without unwanted completions,
     for texts longer than the model's positions, and where the loss stops being finite.
     """
+    must_be(model, Model, "learn_vectors' model")
+    must_be(state, (str, Path, type(None)), "state, a file,")
+    state, seeds = None if state is None else user_path(state), as_tuple(seeds)
     found, selector = _checked(model, examples, sites, learning, seeds), select(positions)
     data = completions_of(model, examples, learning.both, learning.tokens)
     mean_norm = mean_norms(model, np.asarray(data.tokens[0, :64]), list(found), np.asarray(data.mask[0, :64]))
@@ -223,7 +227,10 @@ def _checked(
     seeds: Sequence[int],
 ) -> dict[str, Site]:
     """Sites by name."""
+    must_be(learning, Learning, "learning")
     check_ranges(learning)
+    for number, example in enumerate(examples):
+        must_be(example, Example, f"example {number}")
     bad = [seed for seed in seeds if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0]
     if bad or not len(seeds) or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be different whole numbers from 0, at least one; got {list(seeds)}")

@@ -41,7 +41,7 @@ from jaxsteer.models.sites import Site, find_sites, layers_by_kind
 from jaxsteer.models.taps import Intervention, make_where, of_one_token, tap_of
 from jaxsteer.models.transformer import embed, make_context, unembed
 from jaxsteer.prompts.generate import Prompt, encode_prompts
-from jaxsteer.ranges import Positive, Weight, as_tuple, check_ranges
+from jaxsteer.ranges import Positive, Weight, as_tuple, check_ranges, must_be
 from jaxsteer.steer.edits import Edits
 from jaxsteer.steer.operations import scale_prompt
 from jaxsteer.steer.vectors import Vectors
@@ -96,12 +96,18 @@ def learn_scaling(
     the wanted answer ahead. ``progress(done, total, loss)`` counts steps. Raises ``UserError`` for answers that are the
     same or not one for each prompt, ids outside the vocabulary, and logits that are not finite.
     """
+    must_be(model, Model, "learn_scaling's model")
+    must_be(scaling, Scaling, "scaling")
     check_ranges(scaling)
     config, where = model.config, sorted(set(find_sites(sites, model.config).values()))
     rows = [row.ids for row in encode_prompts(model, as_tuple(prompts))]
-    answers = np.asarray([wanted, other])
-    if answers.shape != (2, len(rows)) or answers.dtype.kind not in "iu":
-        raise UserError(f"give one token id of each answer for each of {len(rows)} prompts, got {answers.shape}")
+    given = [np.asarray(as_tuple(ids)) for ids in (wanted, other)]
+    if any(ids.shape != (len(rows),) or ids.dtype.kind not in "iu" for ids in given):
+        got = " and ".join(f"{ids.dtype} {list(ids.shape)}" for ids in given)
+        raise UserError(
+            f"give one token id of each answer, wanted and other, for each of {len(rows)} prompts, got {got}"
+        )
+    answers = np.stack(given)
     if answers.min() < 0 or answers.max() >= config.vocab_size or (answers[0] == answers[1]).any():
         raise UserError(f"answers are two different token ids from 0 to {config.vocab_size - 1}")
     longest = max(map(len, rows))

@@ -38,6 +38,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import kind_of, make_directory, parse_json, read_tensors, tensor_bytes, write_bytes
 from jaxsteer.models.model import Model
 from jaxsteer.models.sites import KINDS, parse_site
+from jaxsteer.ranges import a_number, check_types, must_be
 from jaxsteer.steer import operations
 from jaxsteer.steer.caching import cache_edit
 from jaxsteer.steer.edits import Edit, Edits
@@ -92,6 +93,13 @@ class Vectors:
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
+        check_types(self)
+        for name in ("arrays", "values", "mean_resid_norm", "metadata"):
+            must_be(getattr(self, name), dict, name)
+        for site, array in self.arrays.items():
+            must_be(array, np.ndarray, f"the vector at {site}")
+        for site, number in (*self.values.items(), *self.mean_resid_norm.items()):
+            a_number(number, f"the value or mean norm at {site}")
         needed = set(self.arrays) if self.operation in CAPS else set()
         if set(self.values) != needed:
             raise UserError(
@@ -146,7 +154,7 @@ class Vectors:
         warning. Raises ``UserError`` for other vectors of zeros, where nothing is left, and where the units are the
         mean norm of the stream and the file does not hold it.
         """
-        amount = self.coefficient if coefficient is None else coefficient
+        amount = self.coefficient if coefficient is None else a_number(coefficient, "the coefficient")
         if self.operation in FIXED and positions is not None:
             raise UserError(f"{FIXED[self.operation]}: it takes no positions")
         if self.operation == "cache":

@@ -41,7 +41,7 @@ from jaxsteer.personas import (
 )
 from jaxsteer.personas.replies import REPLY_TOKENS
 from jaxsteer.processes import is_first
-from jaxsteer.ranges import as_tuple
+from jaxsteer.ranges import as_tuple, must_be
 from jaxsteer.runs.bars import load, progress_bar
 from jaxsteer.runs.files import JUDGED, write_json
 from jaxsteer.runs.folder import opened
@@ -95,7 +95,16 @@ def measure(
     chosen = dataclasses.replace(options or MeasureOptions(), **changed)
     if not prompts and edits is None and not chosen.generate and chosen.judge is None:
         raise UserError("nothing to measure: give prompts, edits, generate=True or a judge")
+    for one in (model, *transfer):
+        must_be(one, (str, Model), "a model of jaxsteer.measure")
+    must_be(persona, (str, Persona, Dataset, Questions), "persona")
+    must_be(chosen, MeasureOptions, "options")
+    must_be(controls, (Mapping, type(None)), "controls, edits by name,")
     beside = dict(controls or {})
+    for edit in (edits, *beside.values()):
+        must_be(edit, (Intervention, type(None)), "an edit (Vectors.edits, steer.add ...)")
+    for text in prompts:
+        must_be(text, str, "a prompt")
     if beside and edits is None:
         raise UserError("controls stand beside an edit: give edits with them")
     if "" in beside:

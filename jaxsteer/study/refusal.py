@@ -35,7 +35,7 @@ from jaxsteer.models.taps import Intervention
 from jaxsteer.personas.requests import KINDS, Requests, check_templates, in_template
 from jaxsteer.processes import from_first
 from jaxsteer.prompts import Placement
-from jaxsteer.ranges import as_tuple, check_ranges
+from jaxsteer.ranges import as_tuple, check_ranges, must_be
 from jaxsteer.runs.bars import behind, load, progress_bar
 from jaxsteer.runs.files import JUDGED, append_line, read_lines
 from jaxsteer.runs.folder import opened
@@ -199,6 +199,10 @@ def measure_refusal(
     refuse_unknown(changed, [f.name for f in dataclasses.fields(RefusalOptions)], "option of measure_refusal")
     chosen = dataclasses.replace(options or RefusalOptions(), **changed)
     check_ranges(chosen)
+    must_be(model, (str, Model), "the model of measure_refusal")
+    must_be(edits, (Intervention, Mapping, type(None)), "edits")
+    for text in as_tuple(prompts):
+        must_be(text, str, "a prompt")
     if not isinstance(chosen.templates, Mapping):
         raise UserError(f"templates are texts by name, got {type(chosen.templates).__name__}: {{'story': '...'}}")
     if chosen.templates:
@@ -207,6 +211,8 @@ def measure_refusal(
     named = {} if edits is None else {"edit": edits} if isinstance(edits, Intervention) else dict(edits)
     if twice := {*chosen.templates} & {"", *as_tuple(prompts)}:
         raise UserError(f"{min(twice)!r} names a template and is a prompt: give the template another name")
+    for name, edit in named.items():
+        must_be(edit, Intervention, f"edit {name!r}")
     if "" in named:
         raise UserError("an edit has no name: name each of the edits")
     bench = _Bench(

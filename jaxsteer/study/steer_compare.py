@@ -26,11 +26,11 @@ from jaxsteer.models.sites import resid_site
 from jaxsteer.personas import Persona, check_cues, load_persona, number_of_questions, split
 from jaxsteer.personas.signatures import own_site
 from jaxsteer.prompts import Placement
-from jaxsteer.ranges import Positive, Range, Seed, as_tuple, check_ranges
+from jaxsteer.ranges import Positive, Range, Seed, as_tuple, check_ranges, must_be
 from jaxsteer.runs import files
 from jaxsteer.runs.bars import load, progress_bar
 from jaxsteer.runs.folder import RunFolder, opened
-from jaxsteer.sae import SAE, load_sae
+from jaxsteer.sae import SAE, load_sae, require_same_model
 from jaxsteer.steer import Vectors, load_vectors, save_vectors
 from jaxsteer.study.compared_vectors import Bench, chosen, measured
 from jaxsteer.study.comparison import ComparedVector, Comparison
@@ -87,6 +87,8 @@ class CompareOptions:
     """An SAE of the stream: its latents steer, too (sta), at its site. organism:NAME, a directory or a hub id."""
     draws: Annotated[int, Range(1, 64)] = 3
     """Of each control: vectors that differ in their seeds. Their spread is shown."""
+    any_weights: bool = False
+    """Use the SAE although it was trained on another model."""
     train: int = 48
     """Train questions that make the vectors."""
     questions: int = 60
@@ -111,7 +113,7 @@ class CompareOptions:
 
     def __post_init__(self) -> None:
         """One text in the place of several is one, not its letters."""
-        for field in ("methods", "sites", "also"):
+        for field in ("methods", "sites", "also", "strengths"):
             object.__setattr__(self, field, as_tuple(getattr(self, field)))
 
     def record(self) -> dict[str, Any]:
@@ -144,6 +146,7 @@ def compare(options: CompareOptions, *, model: Model | None = None, say: Say = l
     Writes each method's vector file, its row as it comes, the result into metrics.json and the page's table into
     results.json (``jaxsteer report``). Raises ``UserError`` before any expensive work for options that cannot work.
     """
+    must_be(options, CompareOptions, "options")
     check_ranges(options)
     for name in ("methods", "sites", "strengths", "also"):
         values = getattr(options, name)
@@ -193,6 +196,7 @@ def _compared(
     others = {name: ready(model, one, persona.goal, None, say, quiet=options.quiet) for name, one in others.items()}
     sae = None if options.sae is None else load_sae(options.sae, mesh=model.mesh)
     if sae is not None:
+        require_same_model(sae, model, any_weights=options.any_weights)
         own_site(model, sae)  # refused here, before anything is written
     folder.begin()
     bench = _bench(options, model, persona, others, sae)
@@ -306,7 +310,7 @@ def _vectors(
     seed = int(np.random.default_rng([options.seed, draw]).integers(2**31)) if method in CONTROLS else options.seed
     how = VectorOptions(
         read_position=options.read_position, epochs=options.epochs, tokens=options.tokens,
-        seed=seed, placement=bench.placement, sae=bench.sae,
+        seed=seed, placement=bench.placement, sae=bench.sae, any_weights=options.any_weights,
     )  # fmt: skip
     made = make_vectors(
         bench.model, bench.persona, bench.train, method, sites, options=how, state=state, progress=progress

@@ -67,6 +67,8 @@ class VectorOptions:
     """How questions are asked."""
     sae: SAE | None = None
     """Of sta, which steers at its site."""
+    any_weights: bool = False
+    """Use the SAE although it was trained on another model."""
     trim: Annotated[float, Range(0, 1)] = 0.95
     """Of sta: the share of latents that is left out at least."""
 
@@ -130,7 +132,7 @@ def make_vectors(
     if method == "sta":
         if options.sae is None:
             raise UserError("sta steers by latents of an SAE: give one (--sae)")
-        atoms = sta_vector(model, options.sae, pairs, trim=options.trim)
+        atoms = sta_vector(model, options.sae, pairs, trim=options.trim, any_weights=options.any_weights)
         norms = mean_difference(model, pairs, list(atoms.sites)).mean_resid_norm
         share = len(json.loads(atoms.metadata["latents"])) / options.sae.n_latents
         facts = {"diagnostics": json.dumps({atoms.sites[0]: {"latents": share}})}

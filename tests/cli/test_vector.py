@@ -29,6 +29,16 @@ def test_show_says_what_steers_nothing(tmp_path, capsys):
     assert "warning: blocks.1.hook_resid_post: all zeros, which is no direction" in capsys.readouterr().out
 
 
+def test_an_import_of_zeros_only_writes_nothing(tmp_path, capsys):
+    arrays = {"blocks.0.hook_resid_post": ROWS[0] * 0, "blocks.1.hook_resid_post": ROWS[1] * 0}
+    file, out = save_vectors(Vectors(arrays=arrays), tmp_path / "v.safetensors"), tmp_path / "out.safetensors"
+    assert main(["vector", "import", str(file), str(out)]) == 2 and not out.exists()
+    assert "holds zeros only, at blocks.0.hook_resid_post, blocks.1" in capsys.readouterr().err
+    save_vectors(Vectors(arrays=arrays | {"blocks.1.hook_resid_post": ROWS[1]}), file)
+    assert main(["vector", "import", str(file), str(out)]) == 0 and out.is_file()
+    assert "warning: blocks.0.hook_resid_post: all zeros" in capsys.readouterr().out
+
+
 def test_show(ours, capsys):
     assert main(["vector", "show", str(ours)]) == 0
     text = capsys.readouterr().out

@@ -85,3 +85,16 @@ def test_latents_by_name_and_by_contrast() -> None:
 def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make(make_sae())
+
+
+def test_an_sae_of_another_model_steers_only_when_it_is_meant() -> None:
+    """As vector files do; without a name of the model in its files there is nothing to refuse."""
+    sae, pairs = make_sae(model="org/another"), make_pairs()
+    for use in (
+        lambda **how: latents_vector(model(), sae, {3: 1.0}, **how),
+        lambda **how: sta_vector(model(), sae, pairs, **how),
+    ):
+        with pytest.raises(UserError, match="trained on org/another, not on .*any_weights=True .--any-weights."):
+            use()
+        assert use(any_weights=True).sites == (SITE,)
+    assert latents_vector(model(), make_sae(model=None), {3: 1.0}).sites == (SITE,)

@@ -137,6 +137,7 @@ def test_examples_want_one_answer_with_each_sign(organism: Model) -> None:
         ({"kl": 0.0}, "above 0"),
         ({"methods": ("random",), "model": "organism:qwen2"}, "options name organism:qwen2"),
         ({"read_position": "role"}, "needs a role"),
+        ({"sae": "organism:gemma3"}, "was trained on organism:gemma3, not on organism:llama"),
         ({"sites": ("blocks.77.hook_resid_post",)}, "beyond the last layer"),
         ({"sites": (SITE, "blocks.1.hook_mlp_out")}, "several kinds .hook_mlp_out, hook_resid_post.*a command each"),
         ({"sites": ("blocks.1.attn.hook_q",)}, "cannot be read at"),
