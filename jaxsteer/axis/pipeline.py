@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
+import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from jaxsteer.axis import analysis, scoring
 from jaxsteer.axis.geometry import cosine, exchanged
 from jaxsteer.axis.places import Layer, Place
+from jaxsteer.axis.projection import AXIS
 from jaxsteer.axis.result import AxisResult, Filter, Reply
 from jaxsteer.axis.role_files import load_roles
 from jaxsteer.axis.role_vectors import RoleVectors, load_role_vectors
@@ -43,8 +48,10 @@ from jaxsteer.study.measure import judge_config
 from jaxsteer.study.outcome import environment
 from jaxsteer.writers.judge import Rubric
 
+log = logging.getLogger(__name__)
+
 ROLES, TRANSCRIPTS, WRITTEN, STATES = "roles.json", "transcripts.jsonl", "rollouts", "states"
-AXIS, VECTORS = "axis.safetensors", "role_vectors.safetensors"
+VECTORS = "role_vectors.safetensors"
 SMALL = 1 << 20
 """Numbers in the vectors of all roles at a block, below which threads of linear algebra only wait for each other."""
 EXAMPLES = 4
@@ -95,13 +102,15 @@ def run(
     options: AxisOptions | None = None,
     transcripts: str | Path | Sequence[Transcript] | None = None,
     out: str | Path | None = None,
+    say: Callable[[str], None] = log.info,
     **changed: Any,
 ) -> AxisRun:
     """The assistant axis of ``model`` among ``roles`` (the shipped ones, a file, or a ``RoleSet``).
 
     ``changed`` are fields of ``options``. ``transcripts`` are rollouts that exist already, written by whatever model,
     as a JSON Lines file or as objects; their questions are told apart by number. ``out`` is a directory for all that is
-    made (docs/assistant-axis.md); the same call, cut off, goes on there and gives the same files.
+    made (docs/assistant-axis.md); the same call, cut off, goes on there and gives the same files. ``say`` takes a line
+    about what is to come.
 
     Raises ``UserError`` before anything is written for a model without chat template, roles that cannot be read,
     blocks that the model does not have, and rollouts of roles that are not among ``roles``; and for too few roles, a
@@ -122,11 +131,12 @@ def run(
         **{name: getattr(chosen, name) for name in ("keep", "least", "layers", "target", "seed")},
         **judge_config(None if isinstance(chosen.judge, str) else chosen.judge, chosen.rubric),
     } | ({"judge": chosen.judge} if isinstance(chosen.judge, str) else {})
-    with _folder(out, config) as folder:
+    with _folder(out, config, say) as folder:
         if folder.finished is not None:
-            return load_axis(folder.path)
+            return load_run(folder.path)
         ready = load(model) if isinstance(model, str) else model
         sites = _sites(ready, chosen)
+        say(cost(ready, roles, len(sites), chosen.writing, brought))
         folder.begin()
         write_json(folder.path / ROLES, roles.to_json())
         found = _found(ready, roles, brought, sites, chosen, folder.path)
@@ -134,15 +144,32 @@ def run(
         return found
 
 
+def cost(
+    model: Model, roles: RoleSet, sites: int, options: WritingOptions, transcripts: Sequence[Transcript] | None = None
+) -> str:
+    """What a run takes, in words: rollouts, tokens, arithmetic, and room on disk."""
+    asked = len(plan(roles, options, model.name)) if transcripts is None else len(transcripts)
+    turns = 1 + len(roles.follow_ups)
+    most = asked * turns * options.max_new_tokens
+    weights = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    room = asked * sites * model.config.d_model * 4
+    traits = f", {len(roles.traits)} traits on both sides" if roles.traits else ""
+    written = "" if transcripts is not None else f", at most {most:,} tokens to be written"
+    return (
+        f"{len(roles.roles)} roles and the Assistant{traits}, {len(roles.questions)} questions: {asked:,} rollouts"
+        f"{written}, about {4 * most * weights / 1e12:,.0f} TFLOP; states of {sites} blocks, {room / 1e6:,.0f} MB"
+    )
+
+
 @contextlib.contextmanager
-def _folder(out: str | Path | None, config: dict[str, Any]) -> Iterator[RunFolder]:
+def _folder(out: str | Path | None, config: dict[str, Any], say: Callable[[str], None]) -> Iterator[RunFolder]:
     """The directory of the run, or one that goes again."""
     with contextlib.ExitStack() as held:
         place = Path(held.enter_context(tempfile.TemporaryDirectory()) if out is None else out)
-        yield held.enter_context(opened(place, config, lambda _: None))
+        yield held.enter_context(opened(place, config, say))
 
 
-def load_axis(folder: str | Path) -> AxisRun:
+def load_run(folder: str | Path) -> AxisRun:
     """The run in a directory of ``jaxsteer axis run``. Raises ``UserError`` where none was finished."""
     path = Path(folder)
     return AxisRun(
@@ -188,9 +215,6 @@ def _brought(transcripts: str | Path | Sequence[Transcript], roles: RoleSet) -> 
 
 
 def _hash(transcripts: Sequence[Transcript]) -> str:
-    import hashlib
-    import json
-
     return hashlib.sha256(json.dumps([one.to_json() for one in transcripts]).encode()).hexdigest()
 
 
@@ -226,7 +250,8 @@ def _found(
     with timed("geometry"):
         result, vectors = analysed(model, roles, written, states, options)
     result = dataclasses.replace(result, seconds=seconds)
-    axis = vectors.axis({site: states.at(site) @ _unit(vectors.arrays[site]) for site in states.sites})
+    plain = np.asarray([written[row].role == DEFAULT for row in states.rows()])
+    axis = vectors.axis({site: states.at(site)[plain] @ _unit(vectors.arrays[site]) for site in states.sites})
     if is_first():
         vectors.save(path / VECTORS)
         save_vectors(axis, path / AXIS)

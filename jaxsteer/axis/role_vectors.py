@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsteer.axis.geometry import Geometry
+from jaxsteer.axis.projection import CALIBRATION, DEFAULT_PROJECTION, ROLES_PROJECTION
 from jaxsteer.axis.transcripts import DEFAULT
 from jaxsteer.errors import UserError
 from jaxsteer.files import parse_json, read_tensors, tensor_bytes, write_bytes
@@ -24,8 +25,8 @@ from jaxsteer.steer import Vectors
 FORMAT = "jaxsteer.roles/1"
 ERRORS = "errors/"
 TOWARDS = "towards the Assistant: mean(default) - mean(roles)"
-CALIBRATION, PERCENTILES = "calibration", (1, 5, 10, 25, 50, 75)
-"""Key of the metadata of an axis: percentiles of the projections of all rollouts by site."""
+PERCENTILES = (1, 5, 10, 25, 50, 75)
+"""Of the projections of the Assistant's rollouts, kept with the axis."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,14 +69,15 @@ class RoleVectors:
         return self._vectors(found, f"along PC{k} of the roles, oriented towards the Assistant")
 
     def axis(self, projections: Mapping[str, Float[np.ndarray, " n"]]) -> Vectors:
-        """The axis at every site. ``projections`` are those of all rollouts on the unit axis, for the calibration."""
+        """The axis at every site. ``projections`` are those of the Assistant's rollouts on the unit axis, whose
+        percentiles are kept with it."""
         return dataclasses.replace(
             self._vectors({site: array[-1] - array[:-1].mean(0) for site, array in self.arrays.items()}, TOWARDS),
             metadata={
                 "kind": "assistant axis",
                 "roles": str(len(self.names)),
-                "default_projection": json.dumps({s: self._on_axis(s, self.arrays[s][-1]) for s in self.arrays}),
-                "roles_projection": json.dumps({s: self._on_axis(s, a[:-1].mean(0)) for s, a in self.arrays.items()}),
+                DEFAULT_PROJECTION: json.dumps({s: self._on_axis(s, self.arrays[s][-1]) for s in self.arrays}),
+                ROLES_PROJECTION: json.dumps({s: self._on_axis(s, a[:-1].mean(0)) for s, a in self.arrays.items()}),
                 CALIBRATION: json.dumps({
                     site: {str(p): float(np.percentile(values, p)) for p in PERCENTILES}
                     for site, values in projections.items()

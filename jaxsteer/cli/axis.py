@@ -3,14 +3,84 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg, subcommand
 
+from jaxsteer.axis.rollouts import WritingOptions
 from jaxsteer.axis.talks import DriftOptions
 from jaxsteer.errors import UserError
 from jaxsteer.runs.files import document
+
+QUICK = {"questions": 8, "every": 2, "max_new_tokens": 48, "prompts": 1}
+"""What --quick asks: so many questions of every second role."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(WritingOptions):
+    """Ask many characters the same questions, and find the axis between them and the Assistant."""
+
+    out: Path
+    """Directory for rollouts, states, vectors and the result; what was cut off goes on."""
+    model: str = "organism:persona"
+    """organism:NAME, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
+    roles: str = "default"
+    """A file of roles of your own, or the folder of the released ones (default: the set that ships)."""
+    only: tuple[str, ...] = ()
+    """Names of roles to ask for (default: all)."""
+    questions: int | None = None
+    """So many of the questions, the first ones (default: all)."""
+    traits: bool = False
+    """Also ask for the traits of the set, for and against."""
+    transcripts: Path | None = None
+    """Rollouts that exist already, as JSON Lines: nothing is written then."""
+    quick: bool = False
+    """A look: every second role, 8 questions, one instruction each, 48 tokens."""
+    judge: str | None = None
+    """Keep rollouts that are in their role: as the model behind this OpenAI-compatible address says, or "words", a rule
+    of the words that the role has and the Assistant has not."""
+    judge_model: str = ""
+    """Name of the judge there (default: the first that it lists)."""
+    keep: int = 3
+    """Of judged rollouts, those with at least this score from 0 to 3."""
+    least: int = 5
+    """Rollouts that a role needs, or it is left out."""
+    layers: tuple[int, ...] = ()
+    """Blocks to look at (default: all)."""
+    target: int | None = None
+    """Block at which roles are placed (default: where the axes of two halves of the questions agree best)."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def run(self) -> int:
+        """Run and print."""
+        from jaxsteer import axis
+        from jaxsteer.runs.bars import load, say
+        from jaxsteer.writers.endpoint import Endpoint
+
+        roles, options = (
+            axis.load_roles(self.roles),
+            {f.name: getattr(self, f.name) for f in dataclasses.fields(WritingOptions)},
+        )
+        names = self.only or ([role.name for role in roles.roles[:: QUICK["every"]]] if self.quick else None)
+        count = self.questions or (QUICK["questions"] if self.quick else None)
+        roles = roles.only(roles=names, questions=count, traits=None if self.traits else ())
+        if self.quick:
+            options |= {name: min(options[name], QUICK[name]) for name in ("prompts", "max_new_tokens")}
+        judge = Endpoint(url=self.judge, model=self.judge_model) if self.judge not in (None, "words") else self.judge
+        found = axis.run(
+            self.model if self.dtype is None else load(self.model, dtype=self.dtype), roles, out=self.out,
+            transcripts=self.transcripts, writing=WritingOptions(**options), judge=judge, keep=self.keep,
+            least=self.least, layers=self.layers, target=self.target, seed=self.seed,
+            say=partial(say, file=sys.stderr),
+        )  # fmt: skip
+        print(document(found.result.to_json()) if self.json else found.result.table())
+        return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +186,11 @@ class Drift(DriftOptions):
 class Axis:
     """The assistant axis: where characters lie, where conversations drift, and what holds the Assistant."""
 
-    action: Annotated[Project, subcommand("project")] | Annotated[Drift, subcommand("drift")]
+    action: (
+        Annotated[Run, subcommand("run")]
+        | Annotated[Project, subcommand("project")]
+        | Annotated[Drift, subcommand("drift")]
+    )
 
     def run(self) -> int:
         """Run the chosen action."""

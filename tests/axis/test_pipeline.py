@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import importlib
 import itertools
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from jaxsteer import axis
-from jaxsteer.axis import AxisRun, Role, RoleSet, Transcript, WritingOptions, load_axis, pipeline
+from jaxsteer.axis import AxisRun, Role, RoleSet, Transcript, WritingOptions, load_run, pipeline
 from jaxsteer.axis.geometry import cosine
 from jaxsteer.axis.rollouts import plan, read_transcripts
 from jaxsteer.axis.states import read_states
@@ -145,7 +146,7 @@ def test_a_run_that_was_cut_off_gives_the_same_files(organism: Model, small: Pla
     with small_shards():
         again = axis.run(organism, small_roles(), out=tmp_path / "cut", **SMALL_RUN)
     assert files(tmp_path / "cut") == files(whole)
-    assert load_axis(whole).result.table() == again.result.table()
+    assert load_run(whole).result.table() == again.result.table()
 
 
 def test_one_device_or_eight(small: Planted):
@@ -216,8 +217,9 @@ def test_what_is_refused(organism: Model, tmp_path: Path, planted: Planted):
         axis.run(organism, roles, writing=SMALL, layers=(4,), least=50)
     with pytest.raises(UserError, match="at least 4 roles, got 2"):
         axis.run(organism, dataclasses.replace(roles, roles=roles.roles[:2]), writing=SMALL, layers=(4,), least=2)
-    mute = tiny_model()
-    mute.tokenizer.chat_template = None
+    tokenizer = copy.deepcopy(tiny_model().tokenizer)
+    tokenizer.chat_template = None
+    mute = dataclasses.replace(tiny_model(), tokenizer=tokenizer)
     with pytest.raises(UserError, match="no chat template"):
         axis.run(mute, roles, writing=SMALL)
 
