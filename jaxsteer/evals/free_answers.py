@@ -265,7 +265,7 @@ def written_rates(
         argued=_share(argued),
         accords=_share((chose == argues)[read & argued]),
         argued_rate=_share((argues == PERSONA)[argued]),
-        distinct_3=_mean([_distinct(text, 3) for text in result.texts]),
+        distinct_3=_mean([distinct_sequences(text, 3) for text in result.texts]),
         copied=_mean([_copied(text, result.prompt) for text in result.texts]),
         agreement=agreement,
         flips=flips,
@@ -308,7 +308,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _distinct(text: str, n: int) -> float | None:
+def distinct_sequences(text: str, n: int) -> float | None:
+    """Share of a text's sequences of ``n`` words that are not a repetition; None where it has none."""
     words = _words(text).split()
     runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(runs)) / len(runs) if runs else None
