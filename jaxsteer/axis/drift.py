@@ -198,21 +198,25 @@ class Drift(Result):
 
     @in_style
     def plot(self) -> Figure:
-        """Every conversation as a thin line, the mean of each domain as a thick one, the threshold, 0 and 1."""
+        """Every conversation as a thin line, the mean of each domain as a thick one with its interval, the threshold, 0
+        and 1."""
         figure, axes = panels(len(self.domains), width=max(5.0, 3.2 * len(self.domains)), height=3.4, share_y=True)
         for axis, domain in zip(axes, self.domains, strict=True):
             own = [one.along for one in self.conversations if one.domain == domain.name]
             for values in own:
                 axis.plot(range(1, len(values) + 1), values, color=BAND, linewidth=1)
             longest = max(map(len, own))
-            mean = [float(np.mean([v[i] for v in own if len(v) > i])) for i in range(longest)]
+            turns = [[values[i] for values in own if len(values) > i] for i in range(longest)]
+            mean = [float(np.mean(values)) for values in turns]
+            low, high = zip(*(student(v) or (m, m) for v, m in zip(turns, mean, strict=True)), strict=True)
+            axis.fill_between(range(1, longest + 1), low, high, color=ACCENT, alpha=0.18, linewidth=0)
             axis.plot(range(1, longest + 1), mean, color=ACCENT, linewidth=2, marker="o", markersize=3)
             axis.axhline(self.threshold, color=OTHER, linewidth=1, linestyle="--")
             for name, end in (("roles", self.roles), ("default", self.default)):
                 if end is not None:
                     axis.axhline(end, color=MUTED, linewidth=0.8)
                     axis.annotate(name, (longest, end), color=MUTED, fontsize=8, ha="right", va="bottom")
-            axis.set_title(domain.name, fontsize=10)
+            axis.set_title(short(domain.name, 40), fontsize=10)
             axis.set_xlabel("assistant turn")
         axes[0].set_ylabel("along the axis")
         return figure

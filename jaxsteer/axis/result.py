@@ -115,7 +115,10 @@ class AxisResult(Result):
             )
         if self.left_out:
             some = ", ".join(f"{visible(name)} ({n})" for name, n in list(self.left_out.items())[:6])
-            found.append(f"{len(self.left_out)} roles had too few rollouts and were left out: {some}.")
+            count = f"{len(self.left_out)} role{'s' if len(self.left_out) > 1 else ''}"
+            found.append(
+                f"{count} had too few rollouts and {'were' if len(self.left_out) > 1 else 'was'} left out: {some}."
+            )
         return tuple(found)
 
     def table(self, *, ends: int = 12) -> str:
@@ -199,9 +202,9 @@ class AxisResult(Result):
         found: np.ndarray = np.corrcoef([layer.pc1 for layer in self.layers])
         return found
 
-    def strip(self) -> Figure:
-        """The roles along the axis, with intervals."""
-        return figures.strip(self.default, self.roles).figure
+    def strip(self, *, pc1: bool = False) -> Figure:
+        """The roles along the axis (or along PC1), with intervals."""
+        return figures.strip(self.default, self.roles, pc1=pc1).figure
 
     def scatter(self) -> Figure:
         """The roles on PC1 and PC2."""
@@ -210,6 +213,10 @@ class AxisResult(Result):
     def blocks(self) -> Figure:
         """What is found at every block."""
         return figures.blocks(self.layers, self.target).figure
+
+    def heat_map(self) -> Figure:
+        """``correlations``."""
+        return figures.correlations(self.layers, self.correlations()).figure
 
     def plot(self) -> Figure:
         """``strip``."""

@@ -24,7 +24,7 @@ class Run(WritingOptions):
     """Ask many characters the same questions, and find the axis between them and the Assistant."""
 
     out: Path
-    """Directory for rollouts, states, vectors and the result; what was cut off goes on."""
+    """Directory for rollouts, states, vectors, the result and its page; what was cut off goes on."""
     model: str = "organism:persona"
     """organism:NAME, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
     roles: str = "default"
@@ -60,6 +60,7 @@ class Run(WritingOptions):
     def run(self) -> int:
         """Run and print."""
         from jaxsteer import axis
+        from jaxsteer.report import write_report
         from jaxsteer.runs.bars import load, say
         from jaxsteer.writers.endpoint import Endpoint
 
@@ -79,7 +80,8 @@ class Run(WritingOptions):
             least=self.least, layers=self.layers, target=self.target, seed=self.seed,
             say=partial(say, file=sys.stderr),
         )  # fmt: skip
-        print(document(found.result.to_json()) if self.json else found.result.table())
+        page = write_report(self.out)
+        print(document(found.result.to_json()) if self.json else f"{found.result.table()}\n\nReport: {page}")
         return 0
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from jaxsteer.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """Make the page of a run, or of a directory of many, from its files, and its plots as SVG, PNG and CSV."""
 
     directory: Positional[Path]
-    """Output directory of jaxsteer search (also with --vary) or of an experiment, or any directory with runs in it."""
+    """Output directory of jaxsteer search (also with --vary), axis run or an experiment, or any directory with runs in
+    it."""
     attribute: bool = False
     """First measure which tokens of every run's selected prompt carry its effect (runs the model) and keep it there."""
     plots: bool = False
@@ -23,7 +26,9 @@ class Report:
     def run(self) -> int:
         """Write the files and say where they are."""
         from jaxsteer.report import (
+            is_axis,
             is_study,
+            read_axis,
             read_run,
             read_study,
             run_folders,
@@ -32,7 +37,9 @@ class Report:
         )
         from jaxsteer.runs.bars import progress_bar
 
-        several = is_study(self.directory)
+        characters, several = is_axis(self.directory), is_study(self.directory)
+        if self.attribute and characters:
+            raise UserError("--attribute is about the prompts of searches: an axis run has none")
         if self.attribute:
             _attribute(run_folders(self.directory))
         if several:
@@ -43,7 +50,10 @@ class Report:
                     advance(number)
                     write_report(folder)
         page = write_report(self.directory)
-        print(read_study(self.directory).table() if several else read_run(self.directory).result.table())
+        if characters:
+            print(read_axis(self.directory).result.table())
+        else:
+            print(read_study(self.directory).table() if several else read_run(self.directory).result.table())
         print(f"\nReport: {page}")
         if self.plots:
             paths = write_plots(self.directory)

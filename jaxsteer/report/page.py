@@ -1,4 +1,4 @@
-"""The page of a run or a study: one self-contained HTML file that needs no network and no script."""
+"""The page of a run, a study or an axis: one self-contained HTML file that needs no network and no script."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from markupsafe import Markup
 from jaxsteer.display import decimals, ends, percent, visible
 from jaxsteer.evals.attribution import Attribution
 from jaxsteer.files import make_directory, write_text
+from jaxsteer.report.axis_files import is_axis, read_axis
+from jaxsteer.report.axis_page import axis_plots, render_axis
 from jaxsteer.report.plots import run_plots
 from jaxsteer.report.replies import in_words
 from jaxsteer.report.reproduce import command_of
@@ -24,20 +26,28 @@ from jaxsteer.study.run_table import rule_of
 
 
 def write_report(directory: str | Path) -> Path:
-    """Write ``report.html`` into the directory of a run or of a study from the files there, and return its path.
+    """Write ``report.html`` into the directory of a run, a study or an axis run from the files there; return its path.
 
     Reads files only, so that it can be made again at any time. The page of a study links to the pages of its runs that
-    are there. Raises ``UserError`` as ``read_run`` and ``read_study`` do. The file appears whole or not at all.
+    are there. Raises ``UserError`` as ``read_run``, ``read_study`` and ``read_axis`` do. The file appears whole or not
+    at all.
     """
-    page = render_study(read_study(directory)) if is_study(directory) else render_page(read_run(directory))
+    if is_axis(directory):
+        page = render_axis(read_axis(directory))
+    else:
+        page = render_study(read_study(directory)) if is_study(directory) else render_page(read_run(directory))
     target = Path(directory) / "report.html"
     write_text(target, page)
     return target
 
 
 def write_plots(directory: str | Path, out: Path | None = None) -> list[Path]:
-    """Write all plots of a run or study as SVG, PNG and CSV to ``out`` (default: ``plots`` in it); return the paths."""
-    made = study_plots(read_study(directory)) if is_study(directory) else run_plots(read_run(directory))
+    """Write all plots of a run, a study or an axis run as SVG, PNG and CSV to ``out`` (default: ``plots`` in it), and
+    return the paths."""
+    if is_axis(directory):
+        made = axis_plots(read_axis(directory))
+    else:
+        made = study_plots(read_study(directory)) if is_study(directory) else run_plots(read_run(directory))
     out = Path(directory) / "plots" if out is None else out
     make_directory(out)
     return [path for plot in made.values() for path in plot.write(out)]

@@ -20,6 +20,7 @@ from jaxsteer.axis import AxisRun, Role, RoleSet, Transcript, WritingOptions, lo
 from jaxsteer.axis.geometry import cosine
 from jaxsteer.axis.rollouts import plan, read_transcripts
 from jaxsteer.axis.states import read_states
+from jaxsteer.cli.report import Report
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.organisms import persona_world as world
@@ -245,3 +246,14 @@ def test_what_says_nothing_has_no_states(organism: Model, tmp_path: Path):
     (tmp_path / "t.jsonl").write_text(json.dumps(said.to_json()) + "\n")
     assert read_transcripts(tmp_path / "t.jsonl") == [said]
     assert pipeline.TRANSCRIPTS == "transcripts.jsonl"
+
+
+def test_a_run_has_a_page(planted: Planted, capsys: pytest.CaptureFixture[str]):
+    folder, found = planted
+    assert Report(directory=folder).run() == 0
+    printed = capsys.readouterr().out
+    assert f"Report: {folder / 'report.html'}" in printed and found.result.target in printed
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert all(f'data-mark="role-{i}"' in page for i in range(len(found.result.roles)))
+    with pytest.raises(UserError, match="an axis run has none"):
+        Report(directory=folder, attribute=True).run()
