@@ -112,6 +112,37 @@ def _write(buffer: Any, value: Any, slot: Array) -> Any:
     return jax.tree.map(lambda a, new: lax.dynamic_update_index_in_dim(a, new, slot, 0), buffer, value)
 
 
+def walk_blocks(
+    params: Params,
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    context: Context,
+    span: tuple[Int[Array, ""], Int[Array, ""]],
+    *,
+    tap: Tap = NO_TAP,
+    keep: Sequence[tuple[str, Int[Array, ""] | int | None, Callable[[Array], Array]]] = (),
+    kept: Sequence[Array] = (),
+) -> tuple[Float[Array, "B T D"], list[Array]]:
+    """The stream after blocks ``span[0]`` ... ``span[1] - 1``, which are data: one program walks any part of the model.
+
+    Without gradients. ``keep`` are (kind, layer, pick): the pick of the value there takes the place of the entry of
+    ``kept``, which goes on as it is where this part does not come by; of layer None, the value in the last block run.
+    """
+    wanted = frozenset(kind for kind, _, _ in keep)
+
+    def step(layer: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
+        x, kept = carry
+        visit = Visit(tap, wanted, layer)
+        x = block(layer_weights(params, layer), config, x, context, visit)
+        found = [
+            pick(visit.seen[kind]) if at is None else jnp.where(layer == at, pick(visit.seen[kind]), old)
+            for (kind, at, pick), old in zip(keep, kept, strict=True)
+        ]
+        return x, found
+
+    return lax.fori_loop(*span, step, (x, list(kept)))
+
+
 def run_layers(
     params: Params,
     config: ModelConfig,

@@ -114,6 +114,7 @@ KINDS: dict[str, Kind] = {
         *_norm("ln1_post", post_norm=True),
         Kind("hook_attn_out", stream=True, point="attn_out_post"),
         Kind("hook_resid_mid", stream=True, point="resid_mid"),
+        Kind("hook_mlp_in", on_request=True),
         *_norm("ln2"),
         Kind("mlp.hook_in", module="mlp.input", point="mlp_in"),
         Kind("mlp.hook_pre", "B T I", module="mlp.gate_proj.output", point="mlp_pre"),

@@ -182,6 +182,7 @@ def _own_mask(context: Context, window: Int[Array, ""] | None) -> Bool[Array, "b
 
 def _mlp(w: Layers, config: ModelConfig, x: Float[Array, "B T D"], visit: Visit) -> Float[Array, "B T D"]:
     act = jax.nn.silu if config.activation == "silu" else lambda a: jax.nn.gelu(a, approximate=True)
+    x = visit("hook_mlp_in", x)
     x = visit("mlp.hook_in", _norm(x, w.mlp_norm, config, visit, "ln2"))
     hidden = act(visit("mlp.hook_pre", _dense(x, w.gate))) * visit("mlp.hook_pre_linear", _dense(x, w.up))
     out = visit("mlp.hook_out", _dense(visit("mlp.hook_post", hidden), w.down))

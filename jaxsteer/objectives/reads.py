@@ -22,8 +22,9 @@ from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.layers import run_and_read
 from jaxsteer.models.log_probs import label_log_probs
 from jaxsteer.models.params import Params
-from jaxsteer.models.sites import KINDS, parse_site
-from jaxsteer.models.transformer import Context, unembed
+from jaxsteer.models.sites import FINAL, KINDS, Site, parse_site
+from jaxsteer.models.taps import NO_TAP, Tap, Visit
+from jaxsteer.models.transformer import Context, final_norm, unembed, unembed_normed
 from jaxsteer.processes import PREEMPTED
 
 SPANS = ("prompt", "tail")
@@ -159,12 +160,15 @@ class Needs:
     logits: bool = False
     target: bool = False
 
+    def named(self, n_layers: int) -> dict[str, Site]:
+        """The sites that are read, at the read position or over spans, by the names that the objective gives them."""
+        return {name: parse_site(name, n_layers) for name in (*self.sites, *sorted({name for name, _ in self.spans}))}
+
     def depth(self, n_layers: int) -> int:
         """Blocks to run before everything that was asked for is known."""
         if self.logits or self.target:
             return n_layers
-        names = (*self.sites, *(name for name, _ in self.spans))
-        return max((parse_site(name, n_layers).as_stream().depth(n_layers) for name in names), default=0)
+        return max((site.as_stream().depth(n_layers) for site in self.named(n_layers).values()), default=0)
 
 
 class _Recorder(Reads):
@@ -283,25 +287,49 @@ def read(
             "or prompts.with_target on the slots before make_task)"
         )
     depth = needs.depth(config.n_layers)
+    names = needs.named(config.n_layers)
+    sites = {name: site.as_stream() for name, site in names.items()}
     spanned = sorted({name for name, _ in needs.spans})
-    sites = {name: parse_site(name, config.n_layers).as_stream() for name in (*needs.sites, *spanned)}
+    picks = pickers(layout)
+    wanted = [([sites[n] for n in needs.sites], picks[0]), ([sites[n] for n in spanned], picks[1])]
+    x, (values, spans) = run_and_read(params, config, x, context, depth, wanted)
+    found = {name: values[sites[name]] for name in needs.sites}, {name: spans[sites[name]] for name in spanned}
+    return composed(params, config, needs, x, found, layout), x, depth
+
+
+def pickers(layout: Layout) -> tuple[Callable[[str, Array], Array], Callable[[str, Array], Array]]:
+    """What is picked of the value at a kind of site: at the tokens that are read, and over all of a row."""
 
     def at_read(kind: str, value: Array) -> Array:
         return _at(value, layout.read, KINDS[kind].axes.split().index("T")).astype(jnp.float32)
 
-    def whole(kind: str, value: Array) -> Array:
-        return value.astype(jnp.float32)
+    return at_read, lambda kind, value: value.astype(jnp.float32)
 
-    wanted = [([sites[n] for n in needs.sites], at_read), ([sites[n] for n in spanned], whole)]
-    x, (values, spans) = run_and_read(params, config, x, context, depth, wanted)
-    reads = Reads(
-        {name: values[sites[name]] for name in needs.sites},
-        spans={name: spans[sites[name]] for name in spanned},
-        logits=unembed(params, config, _at(x, layout.read, 1)) if needs.logits else None,
-        target_log_probs=_target_log_probs(params, config, x, _present(layout.target)) if needs.target else None,
+
+def composed(
+    params: Params,
+    config: ModelConfig,
+    needs: Needs,
+    x: Float[Array, "B T D"],
+    found: tuple[Mapping[str, Array], Mapping[str, Array]],
+    layout: Layout,
+    tap: Tap = NO_TAP,
+) -> Reads:
+    """The reads of rows whose stream ended as ``x``; ``found`` was picked at sites on the way, and over spans.
+
+    ``tap`` changes the final norm."""
+    normed = bool(tap.kinds & set(FINAL))
+    if normed:
+        x = final_norm(params, config, x, Visit(tap))
+    to_logits = unembed_normed if normed else unembed
+    answers = _target_log_probs(params, config, x, _present(layout.target), normed) if needs.target else None
+    return Reads(
+        found[0],
+        spans=found[1],
+        logits=to_logits(params, config, _at(x, layout.read, 1)) if needs.logits else None,
+        target_log_probs=answers,
         layout=layout,
     )
-    return reads, x, depth
 
 
 def _at(values: Array, index: Int[Array, "B ..."], axis: int) -> Float[Array, "R ..."]:
@@ -313,11 +341,11 @@ def _at(values: Array, index: Int[Array, "B ..."], axis: int) -> Float[Array, "R
 
 
 def _target_log_probs(
-    params: Params, config: ModelConfig, x: Float[Array, "B T D"], target: Target
+    params: Params, config: ModelConfig, x: Float[Array, "B T D"], target: Target, normed: bool
 ) -> Float[Array, "R n"]:
     rows, n = target.ids.shape
     # The last tokens of shorter targets are padding; their index only has to lie inside the row.
     at = jnp.minimum(target.start[..., None] + jnp.arange(n), x.shape[1] - 1)
     hidden = _at(x, at.reshape(len(x), -1), 1)
-    log_probs = label_log_probs(params, config, hidden, target.ids.reshape(-1))
+    log_probs = label_log_probs(params, config, hidden, target.ids.reshape(-1), normed=normed)
     return jnp.where(target.mask, log_probs.reshape(rows, n), 0.0)

@@ -185,6 +185,8 @@ def _spread(norm: torch.nn.Module, name: str, seen: dict[str, torch.Tensor]) -> 
 
     def forward(x: torch.Tensor, see: bool = True) -> torch.Tensor:
         kept = seen if see else {}
+        if name.endswith("ln2"):
+            x = kept[name.replace("ln2", "hook_mlp_in")] = x * 1  # a copy: the stream goes on without it
         scale = kept[f"{name}.hook_scale"] = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
         quotient = kept[f"{name}.hook_normalized"] = x / scale
         return quotient * (1 + norm.weight if gemma else norm.weight)

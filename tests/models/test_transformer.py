@@ -169,7 +169,7 @@ def test_what_nobody_looks_at_costs_nothing() -> None:
     plain = 2 * b * t * (3 * weights + d * config.vocab_size) + 3 * 2 * 2 * b * n * t * t * h
     assert cost() == plain
     on_request = [name for name, kind in KINDS.items() if kind.on_request and kind.in_block and kind.exists(config)]
-    assert len(on_request) == 9
+    assert len(on_request) == 10
     # Where nothing else is changed, projections of copies and of heads' results cost as much as those they replace.
     assert [cost(kind) for kind in on_request] == [plain] * len(on_request)
     assert cost("attn.hook_pattern") == plain + 3 * 2 * b * n * t * t * h  # weighs the values once more

@@ -62,7 +62,7 @@ def run(
             "hook_attn_out", layer, norm("ln1_post", layer, out, w["post_attn_norm"]) if config.post_norms else out
         )
         x = tap("hook_resid_mid", layer, x)
-        h = tap("mlp.hook_in", layer, norm("ln2", layer, x, w["mlp_norm"]))
+        h = tap("mlp.hook_in", layer, norm("ln2", layer, tap("hook_mlp_in", layer, x), w["mlp_norm"]))
         gate = tap("mlp.hook_pre", layer, h @ w["gate"])
         if config.activation == "silu":
             gate = gate / (1 + np.exp(-gate))

@@ -36,7 +36,7 @@ MAKERS = {"add": steer.add, "ablate": steer.ablate, "floor": steer.floor, "ceili
 MAKERS |= {"clamp": steer.clamp, "scale": steer.scale}
 GROUPS = (
     ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post"),
-    ("hook_attn_out", "hook_mlp_out", "mlp.hook_in"),
+    ("hook_attn_out", "hook_mlp_out", "mlp.hook_in", "hook_mlp_in"),
     ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z", PATTERN),
     ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"),
     ("hook_q_input", "hook_k_input", "hook_v_input", "ln1.hook_scale", "ln1.hook_normalized"),

@@ -1,0 +1,1 @@
+"""How a push travels through the model: patching, attribution, freezing, value vectors."""
