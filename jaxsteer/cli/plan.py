@@ -53,14 +53,22 @@ class Plan:
             jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)  # programs for other machines are of no use again
         from jaxsteer.planning import make_plan, topology
+        from jaxsteer.planning.axis_plan import make_axis_plan
         from jaxsteer.runs.bars import progress_bar
 
         config = _config(self.model)
         work = self.work
         mesh = _mesh(self.mesh)
+        if self.scaling and work.what == "axis":
+            raise UserError("--scaling is of one program, and an axis takes two: give --what generate or --what states")
         if self.scaling:
             return self._scaling(config, work, mesh)
         target = topology(self.topology)
+        if work.what == "axis":
+            with progress_bar("plan"):
+                found = make_axis_plan(self.model, config, target, work, mesh=mesh, say=_say)
+            print(document(found.to_json()) if self.json else found.text())
+            return 0 if found.fits else 1
         with progress_bar("plan"):
             plan = make_plan(self.model, config, target, work, mesh=mesh, micro_batch=self.micro_batch, say=_say)
         print(document(plan.to_json()) if self.json else text(plan, config))
@@ -158,6 +166,7 @@ def _what(work: Workload) -> str:
     rows = f"{work.problems:,} rows of {work.context_length} tokens"
     return {
         "sae": f"encoding {rows} into {work.latents:,} latents, {work.dtype}",
+        "states": f"reading mean states of {rows} at every block, {work.dtype}",
         "generate": f"steered decoding of {work.problems:,} rows, prompts of {work.context_length} tokens, up to "
         f"{work.new_tokens} new ones, {work.dtype}",
         "convert": f"loading a converted checkpoint, {work.dtype}",

@@ -76,7 +76,7 @@ def read_rows(
             read = np.zeros(tokens.shape, np.float32)
             for at, number in enumerate(chunk):
                 read[at, : len(rows[number])] = weights[number]
-        states = _read(
+        states = read_batch(
             model.params,
             model.config,
             shard_rows(model.mesh, tokens),
@@ -149,7 +149,7 @@ def _weights(row: np.ndarray, read: np.ndarray) -> Float[np.ndarray, " T"]:
 
 
 @partial(jax.jit, static_argnames=("config", "sites"))
-def _read(
+def read_batch(
     params: Params,
     config: ModelConfig,
     tokens: Int[Array, "B T"],

@@ -23,9 +23,10 @@ from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.layers import run_layers
 from jaxsteer.models.padding import bucket
 from jaxsteer.models.params import Layers, Params, layer_shapes, top_shapes
+from jaxsteer.models.reading import read_batch
 from jaxsteer.models.sampling import plain_sampling
 from jaxsteer.models.sharding import place, stack_shardings, top_shardings
-from jaxsteer.models.sites import parse_site
+from jaxsteer.models.sites import parse_site, resid_site
 from jaxsteer.models.transformer import embed, make_context
 from jaxsteer.objectives import Projection, Standardised, needs
 from jaxsteer.prompt_search.algorithms import ALGORITHMS
@@ -38,7 +39,7 @@ from jaxsteer.ranges import check_ranges
 from jaxsteer.sae.dictionary import SAE, SPECS, encode
 from jaxsteer.steer import add
 
-What = Literal["search", "sae", "generate", "convert"]
+What = Literal["search", "sae", "generate", "states", "axis", "convert"]
 _REPLICATED = P()
 _PREFIX_SPEC = P(None, None, "model", None, None)
 _TAIL = 8
@@ -50,9 +51,10 @@ class Workload:
     """What is to be done, and how large it is."""
 
     what: What = "search"
-    """A search step; the latents of an SAE on text; one decoded token of steered answers; conversion and loading."""
+    """A search step; the latents of an SAE on text; one decoded token of steered answers; mean states of rows at
+    every block; rollouts of characters, written and read; conversion and loading."""
     problems: int = 64
-    """Searches at once, each with its own population (sae, generate: rows of text)."""
+    """Searches at once, each with its own population (sae, generate, states, axis: rows of text)."""
     algorithm: Literal["epo", "gcg", "mutation", "pez", "gbda", "soft"] = "epo"
     """How the search makes candidates."""
     population: int = 16
@@ -64,9 +66,13 @@ class Workload:
     contexts: int = 16
     """Conversations that every candidate is scored in."""
     context_length: int = 128
-    """Tokens of each before the prompt (sae, generate: tokens of a row, or of its prompt)."""
+    """Tokens of each before the prompt (sae, states: tokens of a row; generate, axis: of its prompt)."""
     new_tokens: int = 128
-    """generate: longest answer."""
+    """generate, axis: longest answer."""
+    roles: int = 275
+    """axis: characters, the Assistant not counted."""
+    rollouts: int = 1200
+    """axis: of each character."""
     latents: int = 65_536
     """sae: width of the dictionary."""
     site: str | None = None
@@ -108,7 +114,7 @@ def build(work: Workload, config: ModelConfig, mesh: Mesh, *, batch: int | None 
 
     ``batch`` is the micro-batch of a search, candidates scored at once (default: as ``make_task`` chooses).
     """
-    builder = {"search": _search, "sae": _sae, "generate": _generate}[work.what]
+    builder = {"search": _search, "sae": _sae, "generate": _generate, "states": _states}[work.what]
     return builder(work, config, mesh, batch)
 
 
@@ -221,6 +227,23 @@ def _sae(work: Workload, config: ModelConfig, mesh: Mesh, batch: int | None) -> 
     return Program(
         compile=_compiler(mesh, lambda: latents.trace(params, sae, tokens)),
         weights=per_device((params, sae)),
+        caches=0,
+        trips=(),
+        per_step=work.problems * work.context_length,
+        unit="tokens",
+    )
+
+
+def _states(work: Workload, config: ModelConfig, mesh: Mesh, batch: int | None) -> Program:
+    """The mean of the stream over some tokens of every row, at the output of every block."""
+    params = abstract_params(config, mesh, work.dtype)
+    shape = (work.problems, work.context_length)
+    tokens = abstract(mesh, jax.ShapeDtypeStruct(shape, jnp.int32), P("prompts"))
+    weights = abstract(mesh, jax.ShapeDtypeStruct(shape, jnp.float32), P("prompts"))
+    sites = tuple(parse_site(resid_site(layer), config.n_layers).as_stream() for layer in range(config.n_layers))
+    return Program(
+        compile=_compiler(mesh, lambda: read_batch.trace(params, config, tokens, weights, sites=sites)),
+        weights=per_device(params),
         caches=0,
         trips=(),
         per_step=work.problems * work.context_length,
