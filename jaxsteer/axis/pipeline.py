@@ -252,6 +252,7 @@ def _found(
     result = dataclasses.replace(result, seconds=seconds)
     plain = np.asarray([written[row].role == DEFAULT for row in states.rows()])
     axis = vectors.axis({site: states.at(site)[plain] @ _unit(vectors.arrays[site]) for site in states.sites})
+    axis = dataclasses.replace(axis, metadata=axis.metadata | {"site": result.target})
     if is_first():
         vectors.save(path / VECTORS)
         save_vectors(axis, path / AXIS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -243,6 +244,14 @@ def load_axis(path: str | os.PathLike[str]) -> Vectors:
     """The axis of a vector file, or of the directory of `axis run`. Raises ``UserError`` as ``load_vectors`` does."""
     path = Path(path)
     return load_vectors(path / AXIS if path.is_dir() else path)
+
+
+def axis_hash(axis: Vectors) -> str:
+    """sha256 of the arrays and of the metadata, which a file gives back in any order."""
+    digest = hashlib.sha256(json.dumps(sorted(axis.metadata.items())).encode())
+    for site, array in axis.arrays.items():
+        digest.update(site.encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def scale(axis: Vectors, site: str) -> tuple[float, float] | None:

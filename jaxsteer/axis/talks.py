@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jaxsteer.axis.drift import PERCENTILE, Drift, drift_of
-from jaxsteer.axis.projection import load_axis
+from jaxsteer.axis.projection import axis_hash, load_axis
 from jaxsteer.axis.scripts import Scripts, load_scripts
 from jaxsteer.errors import refuse_unknown
 from jaxsteer.models.model import Model
@@ -127,7 +127,7 @@ def drift(
     config = {
         "kind": "drift",
         "model": model if isinstance(model, str) else [model.name, model.fingerprint],
-        "axis": _hash([(site, array.tobytes()) for site, array in axis.arrays.items()], axis.metadata),
+        "axis": axis_hash(axis),
         "conversations": _hash(scripts, [one.to_json() for one in brought]),
         "calibrate_on": _hash([one.to_json() for one in base]) if base else "",
         "user": [user.url, user.model] if isinstance(user, Endpoint) else user and type(user).__name__,

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg, subcommand
 
+from jaxsteer.axis.cap_study import CapOptions
 from jaxsteer.axis.rollouts import WritingOptions
 from jaxsteer.axis.talks import DriftOptions
 from jaxsteer.errors import UserError
@@ -185,6 +186,53 @@ class Drift(DriftOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Cap(CapOptions):
+    """Calibrate caps that hold the Assistant, and measure them beside random axes and an addition of equal size."""
+
+    axis: Path
+    """Directory of `axis run`, or a vector file of the axis (then with --rollouts)."""
+    out: Path
+    """Directory for caps.safetensors, replies as they come, metrics.json and caps.png; what was cut off goes on."""
+    model: str = "organism:persona"
+    """organism:NAME, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
+    rollouts: Path | None = None
+    """What caps are calibrated on: JSON Lines of messages with a role (default: transcripts.jsonl of the directory)."""
+    pc2: Path | None = None
+    """Vector file of another direction that is capped by the same rule (default: of the directory, the second
+    principal component of the roles)."""
+    judge: str | None = None
+    """Also let the model behind this OpenAI-compatible address say whether the Assistant speaks in the replies."""
+    judge_model: str = ""
+    """Name of the judge there (default: the first that it lists)."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights."""
+    any_weights: bool = False
+    """Use the axis although it was made on other weights."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def run(self) -> int:
+        """Calibrate, measure, draw and print."""
+        from jaxsteer.axis.cap_study import CAPS, cap
+        from jaxsteer.display import write_figure
+        from jaxsteer.runs.bars import load
+        from jaxsteer.steer import load_vectors
+        from jaxsteer.writers.endpoint import Endpoint
+
+        options = CapOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(CapOptions)})
+        found = cap(
+            load(self.model, dtype=self.dtype), self.axis, self.rollouts,
+            pc2=None if self.pc2 is None else load_vectors(self.pc2),
+            judge=None if self.judge is None else Endpoint(url=self.judge, model=self.judge_model), out=self.out,
+            any_weights=self.any_weights, options=options,
+        )  # fmt: skip
+        drawn = write_figure(self.out / "caps.png", found.result.plot())
+        print(document(found.result.to_json()) if self.json else f"{found.result.table()}\n\nFigure: {drawn}")
+        print(f"Hold the model: jaxsteer chat --model {self.model} --steer {self.out / CAPS}", file=sys.stderr)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Axis:
     """The assistant axis: where characters lie, where conversations drift, and what holds the Assistant."""
 
@@ -192,6 +240,7 @@ class Axis:
         Annotated[Run, subcommand("run")]
         | Annotated[Project, subcommand("project")]
         | Annotated[Drift, subcommand("drift")]
+        | Annotated[Cap, subcommand("cap")]
     )
 
     def run(self) -> int:

@@ -48,12 +48,19 @@ class SideEffects:
     """Tokens that the means are over."""
 
 
-def side_effects(model: Model, texts: Sequence[np.ndarray], variants: Sequence[Intervention]) -> SideEffects:
+def side_effects(
+    model: Model,
+    texts: Sequence[np.ndarray],
+    variants: Sequence[Intervention],
+    *,
+    counted: Sequence[Bool[np.ndarray, " _"]] | None = None,
+) -> SideEffects:
     """Run neutral texts (lists of token ids) through the model as it is and under every edit of ``variants``.
 
     The edits run in one program and differ in their arrays only. All of a text counts as prompt. KL is over every
-    token's next-token distribution, perplexity over every token but the first. Raises ``UserError`` for a text of
-    fewer than two tokens or longer than the model's positions.
+    token's next-token distribution, perplexity over every token but the first; of ``counted`` tokens only (a mask for
+    each text), both are over these as they are predicted. Raises ``UserError`` for a text of fewer than two tokens or
+    longer than the model's positions.
     """
     config = model.config
     lengths = [len(text) for text in texts]
@@ -72,9 +79,17 @@ def side_effects(model: Model, texts: Sequence[np.ndarray], variants: Sequence[I
     for begin in range(0, len(order), rows):
         chosen = [texts[i] for i in order[begin : begin + rows]]
         tokens, mask = pad_rows(chosen + [texts[0][:0]] * (rows - len(chosen)), width)
-        found = _compare(model.params, config, *(shard_rows(model.mesh, a) for a in (tokens, mask)), stacked)
+        predicts, targets = mask, mask[:, 1:]
+        if counted is not None:
+            targets = np.zeros_like(mask)
+            for row, i in enumerate(order[begin : begin + rows]):
+                targets[row, : lengths[i]] = counted[i]
+            targets = targets[:, 1:]
+            predicts = np.pad(targets, [(0, 0), (0, 1)])
+        arrays = (shard_rows(model.mesh, a) for a in (tokens, mask, predicts, targets))
+        found = _compare(model.params, config, *arrays, stacked)
         totals += np.asarray(found, np.float64)
-        counts += (int(mask.sum()), int(mask[:, 1:].sum()))
+        counts += (int(predicts.sum()), int(targets.sum()))
     kl, edited, plain = totals[0] / counts[0], totals[1] / counts[1], totals[2][0] / counts[1]
     return SideEffects(
         kl=kl, perplexity=np.exp(edited), baseline_perplexity=float(np.exp(plain)), tokens=int(counts[0])
@@ -83,20 +98,26 @@ def side_effects(model: Model, texts: Sequence[np.ndarray], variants: Sequence[I
 
 @functools.partial(jax.jit, static_argnames="config")
 def _compare(
-    params: Params, config: ModelConfig, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], edits: Intervention
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    predicts: Bool[Array, "B T"],
+    targets: Bool[Array, "B T-1"],
+    edits: Intervention,
 ) -> Float[Array, "3 E"]:
-    """Sums over tokens of KL, of the edited and of the unedited negative log-probability."""
+    """Sums of KL where ``predicts``, and of the edited and the unedited negative log-probability of ``targets``."""
 
     def nll(log_probs: Float[Array, "B T V"]) -> Float[Array, ""]:
         taken = jnp.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
-        return -jnp.sum(taken * mask[:, 1:])
+        return -jnp.sum(taken * targets)
 
     base = jax.nn.log_softmax(forward(params, config, tokens, mask))
 
     def one(edit: Intervention) -> Float[Array, " 3"]:
         log_probs = jax.nn.log_softmax(forward(params, config, tokens, mask, edit))
         kl = jnp.sum(jnp.exp(base) * (base - log_probs), axis=-1)
-        return jnp.stack([jnp.sum(kl * mask), nll(log_probs), nll(base)])
+        return jnp.stack([jnp.sum(kl * predicts), nll(log_probs), nll(base)])
 
     return lax.map(one, edits).T
 
