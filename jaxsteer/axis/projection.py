@@ -24,7 +24,8 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import make_directory, parse_json, write_text
 from jaxsteer.files.records import Record
 from jaxsteer.models.model import Model
-from jaxsteer.models.reading import direction_sites, read_along
+from jaxsteer.models.padding import bucket
+from jaxsteer.models.reading import BATCH, direction_sites, read_along
 from jaxsteer.models.sites import parse_site, resid_site
 from jaxsteer.models.taps import Intervention
 from jaxsteer.personas.passages import Passage, Span, encode_passage
@@ -203,9 +204,10 @@ def along(
 ) -> list[Float[np.ndarray, "s k T"]]:
     """Inner products of the stream with k vectors per site at every token of every row, float64."""
     found: list[np.ndarray] = [np.zeros(0)] * len(rows)
-    done = 0
+    done, size = 0, min(BATCH, bucket(len(rows), 8))  # few conversations, which may be long, fill no whole batch
     with progress_bar("reading", len(rows), unit="text") as advance:
-        for chunk, values in read_along(model, rows, vectors, direction_sites(model, sites), edits=edits):
+        read = read_along(model, rows, vectors, direction_sites(model, sites), edits=edits, batch_size=size)
+        for chunk, values in read:
             for at, number in enumerate(chunk):
                 found[number] = values[:, :, at, : len(rows[number])].astype(np.float64)
             done += len(chunk)
