@@ -167,8 +167,12 @@ def run_and_read(
     *,
     tap: Tap = NO_TAP,
     added: Mapping[Site, Array] | None = None,
+    begin: int = 0,
 ) -> tuple[Float[Array, "B T D"], list[dict[Site, Array]]]:
     """The stream after ``stop`` blocks, from the one that ``embed`` gives, and what was picked of values on the way.
+
+    From the stream before block ``begin`` instead, if it is given; sites below it are then not seen. Many parameters:
+    where the run begins and ends, what changes it, and what is read.
 
     ``wanted`` are sites with a function ``pick(kind, value)``; each entry gives a dict of its picks. One scan whatever
     is read, and only what is picked at the sites takes memory.
@@ -182,8 +186,8 @@ def run_and_read(
     visit = Visit(joined(tap, adding({site.kind: value for site, value in added.items() if site.kind in FINAL})), FINAL)
     visit.seen["hook_embed"] = x
     inside = {site: value for site, value in added.items() if KINDS[site.kind].in_block}
-    first, last = min((s.layer for s in inside), default=0), max((s.layer + 1 for s in inside), default=0)
-    for start, end in ((0, first), (first, last), (last, stop)):
+    first, last = min((s.layer for s in inside), default=begin), max((s.layer + 1 for s in inside), default=begin)
+    for start, end in ((begin, first), (first, last), (last, stop)):
         here = [(i, kind, tuple(layer for layer in layers if start <= layer < end)) for i, kind, layers in lists]
         here = [(i, kind, layers) for i, kind, layers in here if layers and KINDS[kind].in_block]
         keep = [Keep((kind,), lambda value, _, i=i, k=kind: wanted[i][1](k, value), layers) for i, kind, layers in here]
