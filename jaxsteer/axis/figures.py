@@ -194,6 +194,7 @@ def blocks(layers: Sequence[Layer], target: str) -> Plot:
     for axis in (left, right):
         axis.axvline(depth[at], color=MUTED, linewidth=0.8)
         axis.set_xlabel("block (vertical line: the target)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylim(top=1.02)
         axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     rows = tuple(

@@ -61,6 +61,7 @@ class Run(WritingOptions):
     def run(self) -> int:
         """Run and print."""
         from jaxsteer import axis
+        from jaxsteer.processes import is_first
         from jaxsteer.report import write_report
         from jaxsteer.runs.bars import load, say
         from jaxsteer.writers.endpoint import Endpoint
@@ -81,8 +82,9 @@ class Run(WritingOptions):
             least=self.least, layers=self.layers, target=self.target, seed=self.seed,
             say=partial(say, file=sys.stderr),
         )  # fmt: skip
-        page = write_report(self.out)
-        print(document(found.result.to_json()) if self.json else f"{found.result.table()}\n\nReport: {page}")
+        if is_first():
+            page = write_report(self.out)
+            print(document(found.result.to_json()) if self.json else f"{found.result.table()}\n\nReport: {page}")
         return 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer.axis import AxisResult, Transcript
+from jaxsteer.axis.cap_result import CapResult
 from jaxsteer.axis.drift import Drift
 from jaxsteer.axis.pipeline import TRANSCRIPTS
 from jaxsteer.display import visible
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 REPLIES, LETTERS = 2, 300
 """Replies of a role on the page, and letters of each."""
-PARTS = {"drift": Drift}
+PARTS = {"drift": Drift, "caps": CapResult}
 """What lies in directories inside that of the run, by the kind that config.json says."""
 
 
@@ -40,6 +41,7 @@ class AxisFiles:
     """transcripts.jsonl: the first questions of each role, each with the beginning of the reply."""
     drifts: tuple[tuple[str, Drift], ...] = ()
     """By the directory they lie in."""
+    caps: tuple[tuple[str, CapResult], ...] = ()
     unfinished: tuple[str, ...] = ()
     """Directories inside this one whose work is not done."""
     warnings: tuple[str, ...] = ()
@@ -52,7 +54,7 @@ def is_axis(directory: str | Path) -> bool:
 
 
 def read_axis(directory: str | Path) -> AxisFiles:
-    """Read the directory of ``jaxsteer axis run``, and of drift inside it.
+    """Read the directory of ``jaxsteer axis run``, and of drift and caps inside it.
 
     metrics.json must be there and whole, in this directory; without transcripts.jsonl the page has a warning and the
     replies that stand in the result. Raises ``UserError`` otherwise.
@@ -76,7 +78,8 @@ def read_axis(directory: str | Path) -> AxisFiles:
         logger.warning("%s: %s", path, note)
     return AxisFiles(
         path=path, result=result, config=read_object(path / CONFIG) or {}, replies=replies,
-        drifts=tuple(parts["drift"]), unfinished=tuple(unfinished), warnings=(*result.doubts, *notes),
+        drifts=tuple(parts["drift"]), caps=tuple(parts["caps"]),
+        unfinished=tuple(unfinished), warnings=(*result.doubts, *notes),
     )  # fmt: skip
 
 

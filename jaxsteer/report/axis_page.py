@@ -10,12 +10,12 @@ from markupsafe import Markup
 
 from jaxsteer.axis import AxisResult
 from jaxsteer.axis import figures as axis_figures
-from jaxsteer.axis.drift import Drift
 from jaxsteer.axis.places import Layer, Place
 from jaxsteer.axis.transcripts import DEFAULT
 from jaxsteer.display import Plot, decimals, percent, visible
 from jaxsteer.ranges import Interval
 from jaxsteer.report.axis_files import AxisFiles, cut
+from jaxsteer.report.axis_parts import caps_part, caps_plot, drift_part, drift_plot
 from jaxsteer.report.templates import embedded, flat, template
 
 Column = tuple[str, str, Callable[[Layer], str]]
@@ -74,9 +74,8 @@ def axis_plots(files: AxisFiles) -> dict[str, Plot]:
         made.append(axis_figures.correlations(result.layers, result.correlations()))
     if result.traits:
         made.append(axis_figures.traits(result.traits))
-    for name, drift in files.drifts:
-        title = f"Conversations along the axis, turn by turn: {name}"
-        made.append(Plot(name=f"drift-{name}", title=title, figure=drift.plot(), rows=tuple(drift.to_rows())))
+    made += [drift_plot(name, drift) for name, drift in files.drifts]
+    made += [caps_plot(name, found) for name, found in files.caps]
     return {plot.name: plot for plot in made}
 
 
@@ -96,7 +95,8 @@ def render_axis(files: AxisFiles) -> str:
         columns=[(head, told) for head, told, _ in LAYERS],
         layers=[(layer, [cell(layer) for _, _, cell in LAYERS]) for layer in result.layers],
         ends=_ends(result),
-        drifts=[_drift(name, drift) for name, drift in files.drifts],
+        drifts=[drift_part(name, drift) for name, drift in files.drifts],
+        caps=[caps_part(name, found) for name, found in files.caps],
         plots={name: Markup(plot.svg(themed=True)) for name, plot in axis_plots(files).items()},
         settings=flat(files.config),
         environment=flat(result.environment),
@@ -156,37 +156,3 @@ def _ends(result: AxisResult) -> list[tuple[str, list[tuple[str, str, str]]]]:
             name, style = f"{name} ({place:.2f})", "" if place > 0 else "persona"
         questions.setdefault(reply.question, []).append((name, style, cut(reply.text)))
     return list(questions.items())
-
-
-def _drift(name: str, drift: Drift) -> dict[str, Any]:
-    """What the page shows of conversations."""
-    unit = "units of the stream"
-    if drift.roles is not None and drift.default is not None:
-        unit = "positions (0 the mean of the roles, 1 the default)"
-
-    def place(value: float) -> str:
-        return f"{value:.4g}" if unit == "units of the stream" else decimals(drift.position(value))
-
-    rows = [
-        (
-            one.name, str(one.conversations), place(one.first), place(one.last),
-            "–" if one.slope is None else _change(one.slope.value, one.slope.ci95),
-            f"±{max(map(abs, one.random_slopes)):.2g}" if one.random_slopes else "–", decimals(one.shuffled_p, 3),
-            f"{percent(one.below)} ({100 * one.below_ci95[0]:.0f}–{100 * one.below_ci95[1]:.0f})", percent(one.drifted),
-        )
-        for one in drift.domains
-    ]  # fmt: skip
-    contrasts = [
-        (f"{c.first} − {c.second}", _change(c.level, c.level_ci95), _change(c.slope, c.slope_ci95))
-        for c in drift.contrasts
-    ]
-    moved = () if drift.movers is None else (*drift.movers.away, *drift.movers.towards[::-1])
-    return {"name": name, "drift": drift, "unit": unit, "rows": rows, "contrasts": contrasts, "place": place} | {
-        "moved": moved
-    }
-
-
-def _change(value: float | None, ci95: Interval | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:+.2g}" + ("" if ci95 is None else f" ({ci95[0]:+.2g} to {ci95[1]:+.2g})")

@@ -50,10 +50,12 @@ def read_run(directory: str | Path) -> RunFiles:
     if not (path / files.METRICS).is_file():
         raise UserError(f"{path} has no metrics.json: a report needs a finished run (or one that was ended by Ctrl-C)")
     if not is_run(path):
-        kind = visible((read_object(path / files.METRICS) or {}).get("kind") or "something else")
+        said = [(read_object(path / name) or {}).get("kind") for name in (files.METRICS, files.CONFIG)]
+        kind = visible(next(filter(None, said), "something else"))
         raise UserError(
             f"{path / files.METRICS} is not of a search but of {kind}, of which there is no page: give the output "
-            "directory of jaxsteer search, or of an experiment. A sweep has its own sweep.csv and heatmap.png."
+            "directory of jaxsteer search, or of an experiment. A sweep has its own sweep.csv and heatmap.png; "
+            "drift and caps stand on the page of the axis run whose directory they lie in."
         )
     result = read_result(path)
     config = read_object(path / files.CONFIG)

@@ -9,12 +9,14 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxsteer.axis import AxisResult
 from jaxsteer.axis import figures as axis_figures
+from jaxsteer.axis.cap_result import CapResult, CapRow, Exchange
 from jaxsteer.axis.drift import Contrast, Domain, Drift, Slope, Trajectory
 from jaxsteer.axis.movers import Moved, Movers, Predicted
 from jaxsteer.axis.places import Place
@@ -40,6 +42,7 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AxisResult, st
     result = axis_result()
     folder = write_axis(tmp_path_factory.mktemp("axis") / "run", result)
     write_drift(folder / "drift")
+    write_caps(folder / "cap")
     return (folder, result, *page_of(folder))
 
 
@@ -82,6 +85,37 @@ def write_drift(folder: Path, found: Drift | None = None) -> None:
     write_json(folder / METRICS, (found or drift_result()).to_json())
 
 
+def cap_result() -> CapResult:
+    def row(name: str, **more: Any) -> CapRow:
+        texts = (f"{name or 'none'}: I am a ghost. {HOSTILE}", f"{name or 'none'}: hello")
+        return CapRow(
+            name=name,
+            perplexity=12.5,
+            position=-0.4,
+            position_ci95=(-0.6, -0.2),
+            replies=texts,
+            answers=texts[:1],
+            **more,
+        )
+
+    moved = {"kl": 0.034, "reply_kl": 0.05, "changed": 0.25, "changed_ci95": (0.1, 0.5), "moved": 0.31}
+    return CapResult(
+        model="organism:persona", axis="towards the Assistant", site="blocks.1.hook_resid_post",
+        sites=("blocks.1.hook_resid_post", "blocks.2.hook_resid_post"), percentile=25.0, calibrated_on=HOSTILE,
+        asked=(Exchange(role=HOSTILE, question="Who are you?"), Exchange(role="ghost", question="And now?")),
+        ordinary=("What is bread?",),
+        rows=(
+            row(""), row("cap, percentile 25", moved_ci95=(0.2, 0.42), **moved), row("cap on random axis 1", **moved),
+        ),
+    )  # fmt: skip
+
+
+def write_caps(folder: Path) -> None:
+    folder.mkdir()
+    write_json(folder / CONFIG, {"kind": "caps"})
+    write_json(folder / METRICS, cap_result().to_json())
+
+
 def test_everything_is_on_the_page(rich: tuple[Path, AxisResult, str, Page, str]):
     _, result, text, page, words = rich
     for place in result.roles:
@@ -97,14 +131,22 @@ def test_everything_is_on_the_page(rich: tuple[Path, AxisResult, str, Page, str]
     assert "3 replies said nothing" in words
     assert "200 replies with at least 3 make the vectors" in words and "unread" in words
     assert "0.61 (0.56 to 0.66)" in words and "0.55" in words and "p = 0.0005" in words
-    assert page.seen.count("svg") == 7  # strip twice, scatter, blocks, correlations, traits, drift
+    assert page.seen.count("svg") == 8  # strip twice, scatter, blocks, correlations, traits, drift, caps
 
 
 def test_drift_stands_beside_the_axis(rich: tuple[Path, AxisResult, str, Page, str]):
     words = rich[-1]
-    assert "A reply has drifted below 0.60: percentile 25.0 of the default's rollouts" in words
+    assert "A reply has drifted below 0.60: percentile 25 of the default's rollouts" in words
     assert "0.90 0.85 -0.25 (-0.4 to -0.1) ±0.07 0.004 50.0 % (20–80)" in words
     assert "+5.5 (+4 to +7)" in words and "0.44" in words and "Sort this list. +1.75" in words
+
+
+def test_caps_stand_beside_their_controls(rich: tuple[Path, AxisResult, str, Page, str]):
+    words = rich[-1]
+    assert "cap, percentile 25 0.034 12.5 25.0 % (10.0–50.0) 0.050 -0.40 +0.31 (+0.2 to +0.42)" in words
+    assert "cap on random axis 1 0.034" in words and "ghost, asked: And now?" in words
+    assert "as it is none: hello cap, percentile 25 cap, percentile 25: hello" in words
+    assert "What is bread?" in words and "2 sites from blocks.1.hook_resid_post to blocks.2.hook_resid_post" in words
 
 
 def test_names_and_texts_are_escaped(rich: tuple[Path, AxisResult, str, Page, str]):
@@ -276,8 +318,8 @@ mark("find").value = "ROLE 13";
 mark("find").dispatchEvent(new Event("input"));
 seen.found = named("#roles tbody tr:not([hidden])");
 mark("clear").click();
-document.querySelectorAll("#roles .sort")[7].click();
-seen.sorted = [...document.querySelectorAll("#roles tbody tr")].map(row => parseFloat(row.cells[9].textContent));
+document.querySelectorAll("#roles .sort")[3].click();
+seen.sorted = [...document.querySelectorAll("#roles tbody tr")].map(row => parseFloat(row.cells[5].textContent));
 seen.scripts = document.querySelectorAll("td script, summary script").length;
 const out = document.createElement("pre");
 out.id = "seen";
