@@ -218,7 +218,7 @@ class Drift(Result):
                     axis.annotate(name, (longest, end), color=MUTED, fontsize=8, ha="right", va="bottom")
             axis.set_title(short(domain.name, 40), fontsize=10)
             axis.set_xlabel("assistant turn")
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.locator_params(axis="x", integer=True)
         axes[0].set_ylabel("along the axis")
         return figure
 

@@ -67,6 +67,7 @@ def strip(default: Place, roles: Sequence[Place], *, pc1: bool = False) -> Plot:
     tips = {}
     for column, axis in enumerate(axes):
         axis.axvspan(*at_default[1], color=BAND, zorder=0)
+        axis.axvline(at_default[0], color=INK, linewidth=0.8, linestyle=":")
         axis.axvline(0, color=MUTED, linewidth=0.8)
         part = ordered[column * size : (column + 1) * size]
         for at, (gid, place) in enumerate(part):
@@ -84,7 +85,7 @@ def strip(default: Place, roles: Sequence[Place], *, pc1: bool = False) -> Plot:
         axis.set_ylim(size - 0.4, -0.6)
         axis.grid(visible=False, axis="y")
     unit = "PC1, towards the Assistant (units of the stream)" if pc1 else "0 the mean of the roles, 1 the Assistant"
-    figure.supxlabel(f"{unit}; 95 % intervals over questions; grey: the Assistant's", fontsize=9, color=MUTED)
+    figure.supxlabel(f"{unit}; 95 % intervals over questions; dotted: the Assistant", fontsize=9, color=MUTED)
     name, title = ("strip-pc1", "The roles along PC1") if pc1 else ("strip", "The roles along the assistant axis")
     return Plot(name=name, title=title, figure=figure, rows=_rows(default, roles), tips=tips)
 
@@ -194,7 +195,7 @@ def blocks(layers: Sequence[Layer], target: str) -> Plot:
     for axis in (left, right):
         axis.axvline(depth[at], color=MUTED, linewidth=0.8)
         axis.set_xlabel("block (vertical line: the target)")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.locator_params(axis="x", integer=True)
         axis.set_ylim(top=1.02)
         axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     rows = tuple(

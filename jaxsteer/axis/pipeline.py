@@ -356,10 +356,9 @@ def _filter(
 
 
 def _replies(transcripts: Sequence[Transcript], places: Sequence[Place]) -> tuple[Reply, ...]:
-    """Replies of the Assistant and of roles at both ends to the first two questions."""
+    """Replies of the Assistant and of roles at both ends to the first two questions that the Assistant answered."""
     ends = places if len(places) <= 2 * EXAMPLES else (*places[:EXAMPLES], *places[-EXAMPLES:])
-    found = []
-    for name in (DEFAULT, *(place.name for place in ends)):
-        some = [one for one in transcripts if one.role == name and one.said]
-        found += [Reply(role=name, question=one.asked, text=one.said[:400]) for one in some[:2]]
-    return tuple(found)
+    asked = list(dict.fromkeys(one.question for one in transcripts if one.role == DEFAULT and one.said))[:2]
+    first = {(one.role, one.question): one for one in reversed(transcripts) if one.said}
+    some = [first.get((name, at)) for name in (DEFAULT, *(place.name for place in ends)) for at in asked]
+    return tuple(Reply(role=one.role, question=one.asked, text=one.said[:400]) for one in some if one is not None)

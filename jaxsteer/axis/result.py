@@ -108,6 +108,12 @@ class AxisResult(Result):
                 f"The axes of two halves of the questions have a cosine of {here.halves:.2f} (below {RELIABLE}): the "
                 "axis is noisy. Ask more questions."
             )
+        if here.order_spread[0] <= 0:
+            low, high = here.order_spread
+            found.append(
+                f"The roles' order in two halves of the questions has a rank correlation of {here.order:.2f} "
+                f"({low:.2f} to {high:.2f} over random splits): it may be no order at all. Ask more questions."
+            )
         if here.cosine <= here.base_cosine or here.base_share < 0.5:
             found.append(
                 f"The axis lies along PC1 with a cosine of {here.cosine:.2f}, no more than a role in the Assistant's "

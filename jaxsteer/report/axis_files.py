@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 REPLIES, LETTERS = 2, 300
 """Replies of a role on the page, and letters of each."""
-PARTS = {"drift": Drift, "caps": CapResult}
+PARTS: dict[str, type[Drift] | type[CapResult]] = {"drift": Drift, "caps": CapResult}
 """What lies in directories inside that of the run, by the kind that config.json says."""
 
 

@@ -50,8 +50,8 @@ def read_run(directory: str | Path) -> RunFiles:
     if not (path / files.METRICS).is_file():
         raise UserError(f"{path} has no metrics.json: a report needs a finished run (or one that was ended by Ctrl-C)")
     if not is_run(path):
-        said = [(read_object(path / name) or {}).get("kind") for name in (files.METRICS, files.CONFIG)]
-        kind = visible(next(filter(None, said), "something else"))
+        kinds = [(read_object(path / name) or {}).get("kind") for name in (files.METRICS, files.CONFIG)]
+        kind = visible(next(filter(None, kinds), "something else"))
         raise UserError(
             f"{path / files.METRICS} is not of a search but of {kind}, of which there is no page: give the output "
             "directory of jaxsteer search, or of an experiment. A sweep has its own sweep.csv and heatmap.png; "

@@ -257,3 +257,12 @@ def test_a_run_has_a_page(planted: Planted, capsys: pytest.CaptureFixture[str]):
     assert all(f'data-mark="role-{i}"' in page for i in range(len(found.result.roles)))
     with pytest.raises(UserError, match="an axis run has none"):
         Report(directory=folder, attribute=True).run()
+
+
+def test_example_replies_answer_the_same_two_questions(planted: Planted):
+    result = planted[1].result
+    asked: dict[str, list[str]] = {}
+    for reply in result.replies:
+        asked.setdefault(reply.question, []).append(reply.role)
+    ends = [place.name for place in (*result.roles[:4], *result.roles[-4:])]
+    assert list(asked.values()) == [["default", *ends]] * 2

@@ -198,10 +198,11 @@ def test_a_bare_result_has_a_page(tmp_path: Path):
 
 def test_doubts_are_said(tmp_path: Path):
     result = axis_result(layers=1, target="blocks.0.hook_resid_post")
-    noisy = result.layers[0].to_json() | {"halves": 0.4, "base_cosine": 0.7}
+    noisy = result.layers[0].to_json() | {"halves": 0.4, "base_cosine": 0.7, "order_spread": [-0.1, 0.4]}
     folder = write_axis(tmp_path / "run", AxisResult.from_json(result.to_json() | {"layers": [noisy]}, "made"))
     words = page_of(folder)[-1]
-    assert "cosine of 0.40 (below 0.8)" in words and "that PC1 is an axis of the Assistant is not shown" in words
+    assert "cosine of 0.40 (below 0.8)" in words and "0.88 (-0.10 to 0.40 over random splits)" in words
+    assert "that PC1 is an axis of the Assistant is not shown" in words
 
 
 def test_what_is_not_finished_or_of_another_model_is_said(tmp_path: Path):
