@@ -11,6 +11,7 @@ from matplotlib.image import imread
 
 from jaxsteer.report import write_report
 from tests.report.synthetic import write_many, write_run, write_table, write_words
+from tests.report.synthetic_axis import write_axis
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 PAGE = {"light": (255, 255, 255), "dark": (20, 23, 28)}
@@ -27,7 +28,7 @@ def screenshot(page: Path, out: Path, width: int, scheme: str) -> np.ndarray:
     return np.round(255 * imread(out)[..., :3]).astype(np.uint8)
 
 
-PAGES = {"report": write_run, "many": write_many, "table": write_table, "words": write_words}
+PAGES = {"report": write_run, "many": write_many, "table": write_table, "words": write_words, "axis": write_axis}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
