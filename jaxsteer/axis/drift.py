@@ -17,7 +17,7 @@ from scipy import stats
 
 from jaxsteer.axis.movers import Movers, find_movers
 from jaxsteer.axis.projection import along, axis_sites, calibration, encoded, scale, units
-from jaxsteer.display import ACCENT, BAND, MUTED, OTHER, aligned, decimals, in_style, panels, short, visible, wrapped
+from jaxsteer.display import ACCENT, MUTED, OTHER, aligned, decimals, in_style, panels, short, visible, wrapped
 from jaxsteer.errors import UserError
 from jaxsteer.files.records import Record
 from jaxsteer.models.model import Model
@@ -204,7 +204,7 @@ class Drift(Result):
         for axis, domain in zip(axes, self.domains, strict=True):
             own = [one.along for one in self.conversations if one.domain == domain.name]
             for values in own:
-                axis.plot(range(1, len(values) + 1), values, color=BAND, linewidth=1)
+                axis.plot(range(1, len(values) + 1), values, color=MUTED, linewidth=0.8, alpha=0.6)
             longest = max(map(len, own))
             turns = [[values[i] for values in own if len(values) > i] for i in range(longest)]
             mean = [float(np.mean(values)) for values in turns]
@@ -215,11 +215,17 @@ class Drift(Result):
             for name, end in (("roles", self.roles), ("default", self.default)):
                 if end is not None:
                     axis.axhline(end, color=MUTED, linewidth=0.8)
-                    axis.annotate(name, (longest, end), color=MUTED, fontsize=8, ha="right", va="bottom")
+                    above = (name == "default") == ((self.default or 0.0) >= (self.roles or 0.0))
+                    place = "bottom" if above else "top"
+                    axis.annotate(name, (longest, end), color=MUTED, fontsize=8, ha="right", va=place)
             axis.set_title(short(domain.name, 40), fontsize=10)
             axis.set_xlabel("assistant turn")
             axis.locator_params(axis="x", integer=True)
         axes[0].set_ylabel("along the axis")
+        known = [*(value for one in self.conversations for value in one.along), self.threshold]
+        known += [end for end in (self.roles, self.default) if end is not None]
+        margin = 0.1 * (max(known) - min(known))
+        axes[0].set_ylim(min(known) - margin, max(known) + margin)  # an interval of few conversations may be wider
         return figure
 
 
