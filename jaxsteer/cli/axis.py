@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg, subcommand
 
 from jaxsteer.axis.cap_study import CapOptions
+from jaxsteer.axis.hold_contexts import HoldOptions
 from jaxsteer.axis.rollouts import WritingOptions
 from jaxsteer.axis.talks import DriftOptions
 from jaxsteer.errors import UserError
@@ -235,6 +236,31 @@ class Cap(CapOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Hold(HoldOptions):
+    """Search prompts that hold the Assistant while a role stands in the system message, beside caps and vectors."""
+
+    run_dir: Annotated[Path, arg(name="run")]
+    """Directory of `axis run`."""
+    out: Path
+    """Directory for the searches and the result; what was cut off goes on."""
+    model: str | None = None
+    """The model (default: the one that the run names)."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def run(self) -> int:
+        """Search, compare and print."""
+        from jaxsteer.axis.hold import hold
+        from jaxsteer.display import write_figure
+
+        options = HoldOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(HoldOptions)})
+        found = hold(self.run_dir, self.model, out=self.out, options=options)
+        drawn = write_figure(self.out / "hold.png", found.plot())
+        print(document(found.to_json()) if self.json else f"{found.table()}\n\nFigure: {drawn}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Axis:
     """The assistant axis: where characters lie, where conversations drift, and what holds the Assistant."""
 
@@ -243,6 +269,7 @@ class Axis:
         | Annotated[Project, subcommand("project")]
         | Annotated[Drift, subcommand("drift")]
         | Annotated[Cap, subcommand("cap")]
+        | Annotated[Hold, subcommand("hold")]
     )
 
     def run(self) -> int:
