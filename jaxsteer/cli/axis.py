@@ -261,6 +261,24 @@ class Hold(HoldOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare:
+    """How alike two runs, of two models or of one, order the roles that both have."""
+
+    runs: Positional[tuple[Path, Path]]
+    """Directories of `axis run`."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> int:
+        """Read and print."""
+        from jaxsteer import axis
+
+        found = axis.compare(*(axis.AxisResult.read(path) for path in self.runs))
+        print(document(found.to_json()) if self.json else found.table())
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Axis:
     """The assistant axis: where characters lie, where conversations drift, and what holds the Assistant."""
 
@@ -270,6 +288,7 @@ class Axis:
         | Annotated[Drift, subcommand("drift")]
         | Annotated[Cap, subcommand("cap")]
         | Annotated[Hold, subcommand("hold")]
+        | Annotated[Compare, subcommand("compare")]
     )
 
     def run(self) -> int:

@@ -20,6 +20,7 @@ from jaxsteer.axis import AxisRun, Role, RoleSet, Transcript, WritingOptions, lo
 from jaxsteer.axis.geometry import cosine
 from jaxsteer.axis.rollouts import plan, read_transcripts
 from jaxsteer.axis.states import read_states
+from jaxsteer.cli.axis import Compare
 from jaxsteer.cli.report import Report
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
@@ -266,3 +267,16 @@ def test_example_replies_answer_the_same_two_questions(planted: Planted):
         asked.setdefault(reply.question, []).append(reply.role)
     ends = [place.name for place in (*result.roles[:4], *result.roles[-4:])]
     assert list(asked.values()) == [["default", *ends]] * 2
+
+
+def test_two_runs_are_compared_by_the_order_of_their_roles(planted: Planted, tmp_path: Path, capsys):
+    folder, found = planted
+    likeness = axis.compare(found.result, found.result)
+    assert likeness.positions == likeness.pc1 == pytest.approx(1) and likeness.shared == 24
+    few = dataclasses.replace(found.result, roles=found.result.roles[:3])
+    with pytest.raises(UserError, match="share 3 roles: at least 4"):
+        axis.compare(found.result, few)
+    assert Compare(runs=(folder, folder)).run() == 0
+    assert "24 roles of both" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match="no finished result"):
+        Compare(runs=(folder, tmp_path)).run()
