@@ -32,6 +32,7 @@ def held(planted: tuple[Path, AxisRun], organism: Model, tmp_path_factory: pytes
     return out, hold(folder, organism, out=out, options=SMALL)
 
 
+@pytest.mark.slow  # two searches and ten methods: minutes of compilation
 def test_every_method_is_measured_on_the_same_questions(held: tuple[Path, HoldResult], organism: Model, planted):
     _, result = held
     names = [row.name for row in result.rows]
@@ -59,6 +60,7 @@ def test_every_method_is_measured_on_the_same_questions(held: tuple[Path, HoldRe
     assert len(result.to_rows()) == 10 and result.plot() is not None
 
 
+@pytest.mark.slow
 def test_a_finished_one_is_read_again(held: tuple[Path, HoldResult], organism: Model, planted):
     out, result = held
     folder, _ = planted
