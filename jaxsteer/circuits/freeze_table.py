@@ -43,7 +43,7 @@ class Freezing(Record):
     share: float
     """Of the whole effect, what stays: sum of the effects of all rows over the sum of the effects without freezing."""
     ci95: tuple[float, float]
-    """Bootstrap over rows."""
+    """Bootstrap over rows, or groups of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +121,7 @@ def freeze_table(
     *,
     layers: Sequence[int] | None = None,
     by_layer: bool = False,
+    groups: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FreezeTable:
     """What stays of the effect of ``edits`` on ``metric`` when each of ``what`` is frozen to the run without them.
@@ -128,6 +129,9 @@ def freeze_table(
     ``what`` are names of ``FREEZES``, or kinds of site; "values+mlps" freezes both. They are frozen in all of
     ``layers`` (default: every one), and with ``by_layer`` also in each alone. Raises ``UserError`` for things that
     there are not, for edits with an array per row, and where the edits have no effect on the metric.
+
+    ``groups`` names the group of each row (a question with its two replies, say): intervals resample groups. Many
+    parameters: what is measured, what is frozen, and where.
     """
     config = model.config
     chosen = tuple(range(config.n_layers)) if layers is None else tuple(int(layer) for layer in layers)
@@ -158,7 +162,7 @@ def freeze_table(
         scores[plan, row], base[row] = got[1::2], got[0::2]
         if progress is not None:
             progress(min(begin + pairs, jobs.shape[1]), jobs.shape[1])
-    return _table(model, edits, plans, base, scores)
+    return _table(model, edits, plans, base, scores, groups or [str(row) for row in range(count)])
 
 
 def _table(
@@ -167,23 +171,25 @@ def _table(
     plans: list[tuple[str, tuple[int, ...]]],
     base: Float[np.ndarray, " B"],
     scores: Float[np.ndarray, "F B"],
+    groups: Sequence[str],
 ) -> FreezeTable:
     if not np.isfinite(scores).all() or not np.isfinite(base).all():
         raise UserError(f"the metric is NaN or infinite. {LOGITS_NOT_FINITE}")
     whole = scores[0] - base
+    if len(groups) != len(base):
+        raise UserError(f"give a group for each of {len(base)} rows, got {len(groups)}")
     if abs(whole.sum()) < 1e-9:
         raise UserError("the edits do not change the metric at all: there is no effect of which a share could stay")
     found = []
     for (what, layers), own in zip(plans[1:], scores[1:], strict=True):
         share = lambda rows, own=own: float((own - base)[rows].sum() / whole[rows].sum())  # noqa: E731
-        rows = [str(row) for row in range(len(base))]
         found.append(
             Freezing(
                 what=what,
                 layers=layers,
                 scores=tuple(own.tolist()),
                 share=share(np.arange(len(base))),
-                ci95=bootstrap(share, rows, draws=2000),
+                ci95=bootstrap(share, groups, draws=2000),
             )
         )
     return FreezeTable(
