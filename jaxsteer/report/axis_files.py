@@ -1,5 +1,5 @@
 """The directory of an axis run, read for its page: the result, a few replies of every role, and what was done with the
-axis in directories inside it (drift, caps)."""
+axis in directories inside it (drift, caps, hold)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from jaxsteer.axis import AxisResult, Transcript
 from jaxsteer.axis.cap_result import CapResult
 from jaxsteer.axis.drift import Drift
+from jaxsteer.axis.hold_result import HoldResult
 from jaxsteer.axis.pipeline import TRANSCRIPTS
 from jaxsteer.display import visible
 from jaxsteer.errors import UserError
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 REPLIES, LETTERS = 2, 300
 """Replies of a role on the page, and letters of each."""
-PARTS: dict[str, type[Drift] | type[CapResult]] = {"drift": Drift, "caps": CapResult}
+PARTS: dict[str, type[Drift | CapResult | HoldResult]] = {"drift": Drift, "caps": CapResult, "hold": HoldResult}
 """What lies in directories inside that of the run, by the kind that config.json says."""
 
 
@@ -42,6 +43,7 @@ class AxisFiles:
     drifts: tuple[tuple[str, Drift], ...] = ()
     """By the directory they lie in."""
     caps: tuple[tuple[str, CapResult], ...] = ()
+    holds: tuple[tuple[str, HoldResult], ...] = ()
     unfinished: tuple[str, ...] = ()
     """Directories inside this one whose work is not done."""
     warnings: tuple[str, ...] = ()
@@ -54,7 +56,7 @@ def is_axis(directory: str | Path) -> bool:
 
 
 def read_axis(directory: str | Path) -> AxisFiles:
-    """Read the directory of ``jaxsteer axis run``, and of drift and caps inside it.
+    """Read the directory of ``jaxsteer axis run``, and of drift, caps and hold inside it.
 
     metrics.json must be there and whole, in this directory; without transcripts.jsonl the page has a warning and the
     replies that stand in the result. Raises ``UserError`` otherwise.
@@ -78,7 +80,7 @@ def read_axis(directory: str | Path) -> AxisFiles:
         logger.warning("%s: %s", path, note)
     return AxisFiles(
         path=path, result=result, config=read_object(path / CONFIG) or {}, replies=replies,
-        drifts=tuple(parts["drift"]), caps=tuple(parts["caps"]),
+        drifts=tuple(parts["drift"]), caps=tuple(parts["caps"]), holds=tuple(parts["hold"]),
         unfinished=tuple(unfinished), warnings=(*result.doubts, *notes),
     )  # fmt: skip
 

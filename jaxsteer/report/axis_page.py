@@ -15,7 +15,7 @@ from jaxsteer.axis.transcripts import DEFAULT
 from jaxsteer.display import Plot, decimals, percent, visible
 from jaxsteer.ranges import Interval
 from jaxsteer.report.axis_files import AxisFiles, cut
-from jaxsteer.report.axis_parts import caps_part, caps_plot, drift_part, drift_plot
+from jaxsteer.report.axis_parts import caps_part, caps_plot, drift_part, drift_plot, hold_part, hold_plot
 from jaxsteer.report.templates import embedded, flat, template
 
 Column = tuple[str, str, Callable[[Layer], str]]
@@ -76,6 +76,7 @@ def axis_plots(files: AxisFiles) -> dict[str, Plot]:
         made.append(axis_figures.traits(result.traits))
     made += [drift_plot(name, drift) for name, drift in files.drifts]
     made += [caps_plot(name, found) for name, found in files.caps]
+    made += [hold_plot(name, found) for name, found in files.holds]
     return {plot.name: plot for plot in made}
 
 
@@ -97,6 +98,7 @@ def render_axis(files: AxisFiles) -> str:
         ends=_ends(result),
         drifts=[drift_part(name, drift) for name, drift in files.drifts],
         caps=[caps_part(name, found) for name, found in files.caps],
+        holds=[hold_part(name, found) for name, found in files.holds],
         plots={name: Markup(plot.svg(themed=True)) for name, plot in axis_plots(files).items()},
         settings=flat(files.config),
         environment=flat(result.environment),

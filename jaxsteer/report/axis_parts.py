@@ -1,4 +1,5 @@
-"""What the page of an axis run shows of the work that was done with the axis: conversations that drift, and caps."""
+"""What the page of an axis run shows of the work that was done with the axis: conversations that drift, caps, and
+what holds the Assistant."""
 
 from __future__ import annotations
 
@@ -7,10 +8,13 @@ from typing import Any
 
 from jaxsteer.axis.cap_result import CapResult, CapRow
 from jaxsteer.axis.drift import Drift
+from jaxsteer.axis.hold_result import EDIT, PROMPT, HoldResult, HoldRow
 from jaxsteer.display import Plot, decimals, ends, percent
 from jaxsteer.ranges import Interval
 from jaxsteer.report.axis_files import cut
 
+STYLES = {PROMPT: "other", EDIT: "persona"}
+"""Of replies, by the kind of the method."""
 ASKED = 8
 """Questions whose replies are shown under every condition."""
 
@@ -72,11 +76,16 @@ def caps_part(name: str, found: CapResult) -> dict[str, Any]:
         "rows": [(row, _cap_cells(row, judged, dataset)) for row in found.rows],
         "asked": _side_by_side(
             [f"{one.role}, asked: {one.question}" for one in found.asked],
-            found.rows,
+            _cap_names(found),
             [row.replies for row in found.rows],
         ),
-        "ordinary": _side_by_side(list(found.ordinary), found.rows, [row.answers for row in found.rows]),
+        "ordinary": _side_by_side(list(found.ordinary), _cap_names(found), [row.answers for row in found.rows]),
     }
+
+
+def _cap_names(found: CapResult) -> list[tuple[str, str]]:
+    """Conditions with their style: caps along the axis stand out."""
+    return [(row.name or "as it is", "other" if row.name.startswith("cap, ") else "") for row in found.rows]
 
 
 def _cap_cells(row: CapRow, judged: bool, dataset: bool) -> list[str]:
@@ -88,17 +97,13 @@ def _cap_cells(row: CapRow, judged: bool, dataset: bool) -> list[str]:
 
 
 def _side_by_side(
-    questions: Sequence[str], rows: Sequence[CapRow], texts: Sequence[Sequence[str]]
+    questions: Sequence[str], names: Sequence[tuple[str, str]], texts: Sequence[Sequence[str]]
 ) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """(question, [(condition, style, reply)]) of the first questions; caps along the axis stand out."""
+    """(question, [(condition, style, reply)]) of the first questions; ``names`` are conditions with their style."""
     return [
         (
             question,
-            [
-                (row.name or "as it is", "other" if row.name.startswith("cap, ") else "", cut(said[at]))
-                for row, said in zip(rows, texts, strict=True)
-                if at < len(said)
-            ],
+            [(*name, cut(said[at])) for name, said in zip(names, texts, strict=True) if at < len(said)],
         )
         for at, question in enumerate(questions[:ASKED])
     ]
@@ -106,3 +111,31 @@ def _side_by_side(
 
 def _share(share: float | None, ci95: Interval | None) -> str:
     return percent(share) + (f" ({ends(ci95)})" if ci95 is not None else "")
+
+
+def hold_plot(name: str, found: HoldResult) -> Plot:
+    """Positions of replies in roles under every method, beside its disturbance."""
+    title = f"What holds the Assistant at equal disturbance: {name}"
+    return Plot(name=f"hold-{name}", title=title, figure=found.plot(), rows=tuple(found.to_rows()))
+
+
+def hold_part(name: str, found: HoldResult) -> dict[str, Any]:
+    """What the page shows of prompts, caps and vectors that hold the Assistant against a role."""
+    attacked = any(row.attacked is not None for row in found.rows)
+    return {
+        "name": name,
+        "found": found,
+        "head": ["KL", "position", "moved by", *["attacked", "moved by"] * attacked, "answers", "distinct"],
+        "rows": [(row, _hold_cells(row, attacked)) for row in found.rows],
+        "asked": _side_by_side(
+            [f"{one.role}{' (attack)' if one.attack else ''}, asked: {one.question}" for one in found.asked],
+            [(row.name, STYLES.get(row.kind, "")) for row in found.rows],
+            [row.replies for row in found.rows],
+        ),
+    }
+
+
+def _hold_cells(row: HoldRow, attacked: bool) -> list[str]:
+    cells = [decimals(row.kl), decimals(row.position), _change(row.moved, row.moved_ci95)]
+    cells += [decimals(row.attacked), _change(row.attacked_moved, row.attacked_ci95)] * attacked
+    return [*cells, percent(row.relevant), percent(row.distinct)]

@@ -18,6 +18,7 @@ from jaxsteer.axis import AxisResult
 from jaxsteer.axis import figures as axis_figures
 from jaxsteer.axis.cap_result import CapResult, CapRow, Exchange
 from jaxsteer.axis.drift import Contrast, Domain, Drift, Slope, Trajectory
+from jaxsteer.axis.hold_result import Asked, HoldResult, HoldRow
 from jaxsteer.axis.movers import Moved, Movers, Predicted
 from jaxsteer.axis.places import Place
 from jaxsteer.errors import UserError
@@ -114,6 +115,30 @@ def write_caps(folder: Path) -> None:
     folder.mkdir()
     write_json(folder / CONFIG, {"kind": "caps"})
     write_json(folder / METRICS, cap_result().to_json())
+
+
+def hold_result() -> HoldResult:
+    def row(name: str, kind: str, **more: Any) -> HoldRow:
+        return HoldRow(name=name, kind=kind, relevant=0.5, distinct=0.9, replies=(f"{name} says {HOSTILE}",), **more)
+
+    return HoldResult(
+        model="organism:persona", site="blocks.1.hook_resid_post", cosine=0.81, kl=0.12, train_roles=("pirate",),
+        asked=(Asked(role="ghost", question="Who goes there?"),),
+        rows=(
+            row("as it is", "control", position=-0.5),
+            row("discovered", "prompt", text=HOSTILE, kl=0.12, position=0.25, moved=0.75, moved_ci95=(0.5, 1.0)),
+        ),
+    )  # fmt: skip
+
+
+def test_what_holds_the_assistant_is_on_the_page(tmp_path: Path):
+    folder = write_axis(tmp_path / "run", axis_result(6, 1, target="blocks.0.hook_resid_post"))
+    (folder / "hold").mkdir()
+    write_json(folder / "hold" / CONFIG, {"kind": "hold"})
+    write_json(folder / "hold" / METRICS, hold_result().to_json())
+    text, _, words = page_of(folder)
+    assert "0.12 0.25 +0.75 (+0.5 to +1) 50.0 % 90.0 %" in words and "ghost, asked: Who goes there?" in words
+    assert "as it is says" in words and "discovered says" in words and HOSTILE not in text
 
 
 def test_everything_is_on_the_page(rich: tuple[Path, AxisResult, str, Page, str]):
