@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,11 +18,11 @@ from jaxsteer.circuits.paths import patch_edges
 from jaxsteer.circuits.rows import kl_difference, make_rows, reading_logits, token_difference
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.model import Model
-from jaxsteer.models.params import Layers, Params
 from jaxsteer.models.sharding import make_mesh, shard_params
 from jaxsteer.models.sites import Site
 from jaxsteer.objectives import LogitDifference
 from jaxsteer.steer.edits import Edits
+from tests.circuits.toy import toy
 from tests.helpers.checkpoints import FAMILIES, family_config, random_model, tiny_config
 from tests.steer import plain
 
@@ -63,31 +62,6 @@ def test_edges_have_names() -> None:
     for name, message in (("m1->a1.h0<q>", "writes after"), ("a0.h0->a1.h5<q>", "write for example 'input->a0.h0<q>'")):
         with pytest.raises(UserError, match=message):
             graph.edge(name)
-
-
-# The circuit that was computed by hand: two layers of two heads that multiply (1, 2) and (3, 4) into the stream.
-
-
-def toy() -> tuple[Model, Any]:
-    """A transformer that is that circuit on texts of one token, and the edits that fix its norms to 1."""
-    config = dataclasses.replace(
-        tiny_config(n_layers=2, n_heads=2, n_kv_heads=2, d_model=2, d_head=2, d_mlp=2, vocab_size=2), norm_eps=1e-6
-    )
-    eye, zero = np.eye(2), np.zeros((2, 2, 2))
-    write = np.zeros((2, 2, 2, 2))
-    write[:, 0], write[:, 1] = np.diag([1, 2]), np.diag([3, 4])
-    layers = dict(
-        attn_norm=np.ones((2, 2)), mlp_norm=np.ones((2, 2)), q=np.zeros((2, 2, 2, 2)), k=np.zeros((2, 2, 2, 2)),
-        v=np.broadcast_to(eye[:, None], (2, 2, 2, 2)), o=write, gate=zero, up=zero, down=zero,
-    )  # fmt: skip
-    wide = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
-    params = Params(
-        embed=wide([[1, 1], [-1, -1]]), unembed=wide(eye), final_norm=wide([1, 1]),
-        layers=Layers(**jax.tree.map(wide, layers)),
-    )  # fmt: skip
-    sites = ["blocks.0.ln1.hook_scale", "blocks.1.ln1.hook_scale", "ln_final.hook_scale"]
-    edits = Edits(tuple(steer.replace(site, np.ones((1, 1))) for site in sites))
-    return Model(params=params, config=config, tokenizer=None, name="toy", fingerprint=""), edits
 
 
 BY_HAND = {
