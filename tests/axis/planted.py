@@ -10,6 +10,7 @@ import numpy as np
 
 import jaxsteer
 from jaxsteer.axis.projection import encoded
+from jaxsteer.axis.role_vectors import RoleVectors
 from jaxsteer.models.model import Model
 from jaxsteer.models.reading import direction_sites, read_rows
 from jaxsteer.models.sites import resid_site
@@ -18,9 +19,10 @@ from jaxsteer.personas.passages import Passage
 from jaxsteer.prompts.generate import generate
 from jaxsteer.steer.vectors import Vectors
 
-TOPICS, SAMPLES = persona_world.CALM_TOPICS[:6], 2
-ROLES = ("", *persona_world.ASSISTANTNESS)
+ROLES = ("", *list(persona_world.ASSISTANTNESS)[::2])
 """The default first."""
+TOPICS, OWN = persona_world.CALM_TOPICS[:4], 12
+"""What roles are asked about, and rollouts of the default."""
 SIDE = {word: word in persona_world.PROFESSIONAL for word in persona_world.WORDS}
 
 
@@ -28,6 +30,7 @@ SIDE = {word: word in persona_world.PROFESSIONAL for word in persona_world.WORDS
 class Planted:
     model: Model
     axis: Vectors
+    roles: RoleVectors
     rollouts: tuple[Passage, ...]
     """Of the default ("default" is their group), then of every role."""
 
@@ -47,16 +50,16 @@ def professional(texts: list[str]) -> float:
 @functools.cache
 def planted() -> Planted:
     model = jaxsteer.load("organism:persona")
-    chats = [asked(role, topic, i) for role in ROLES for i, topic in enumerate(TOPICS)]
-    made = generate(model, chats, samples=SAMPLES, temperature=1.0, seed=5, max_new_tokens=24)
+    own = [("", asked("", topic, i)) for i, topic in enumerate(persona_world.CALM_TOPICS[:OWN])]
+    chats = [*own, *((role, asked(role, topic, i)) for role in ROLES[1:] for i, topic in enumerate(TOPICS))]
+    made = generate(model, [chat for _, chat in chats], temperature=1.0, seed=5, max_new_tokens=24)
     rollouts = tuple(
         Passage(
             id=f"{role or 'default'}-{i}",
-            messages=(*chats[i // SAMPLES], {"role": "assistant", "content": text}),
+            messages=(*chat, {"role": "assistant", "content": text}),
             group=role or "default",
         )
-        for i, text in enumerate(made.texts)
-        for role in [ROLES[i // (SAMPLES * len(TOPICS))]]
+        for i, ((role, chat), text) in enumerate(zip(chats, made.texts, strict=True))
     )
     sites = tuple(resid_site(layer) for layer in range(model.config.n_layers))
     rows = encoded(model, rollouts)
@@ -64,11 +67,12 @@ def planted() -> Planted:
     masks = [spans[-1].mask for _, spans in rows]
     for numbers, values in read_rows(model, [ids for ids, _ in rows], masks, direction_sites(model, sites)):
         states[:, numbers] = values
-    means = states.reshape(len(sites), len(ROLES), -1, model.config.d_model).mean(2)
+    groups = np.asarray([role for role, _ in chats])
+    means = np.stack([states[:, groups == role].mean(1) for role in ROLES], 1)
     arrays = (means[:, 0] - means[:, 1:].mean(1)).astype(np.float32)
     unit = arrays / np.linalg.norm(arrays, axis=-1, keepdims=True)
     ends = np.einsum("srd,sd->sr", means, unit.astype(np.float64))
-    default = np.einsum("snd,sd->sn", states[:, : len(TOPICS) * SAMPLES], unit.astype(np.float64))
+    default = np.einsum("snd,sd->sn", states[:, :OWN], unit.astype(np.float64))
     points = (1, 5, 10, 25, 50, 75)
     axis = Vectors(
         arrays=dict(zip(sites, arrays, strict=True)),
@@ -84,4 +88,12 @@ def planted() -> Planted:
             ),
         },
     )
-    return Planted(model, axis, rollouts)
+    roles = RoleVectors(
+        names=ROLES[1:],
+        arrays={site: np.roll(array, -1, 0).astype(np.float32) for site, array in zip(sites, means, strict=True)},
+        errors={site: np.zeros_like(array, np.float32) for site, array in zip(sites, means, strict=True)},
+        stream=axis.mean_resid_norm,
+        model=model.name,
+        fingerprint=model.fingerprint,
+    )
+    return Planted(model, axis, roles, rollouts)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
+import io
 import json
 from pathlib import Path
 
@@ -30,22 +31,39 @@ from tests.helpers.tiny import tiny_model
 
 HOW = {
     "layers": (0, 5),
-    "roles": 4,
-    "questions": 3,
+    "roles": 6,
+    "questions": 2,
     "max_new_tokens": 24,
     "percentiles": (75.0,),
     "strengths": (0.3,),
     "items": 6,
     "random": 1,
     "ordinary": 8,
+    "dataset": "refusal",
 }
 
 
-@functools.cache
-def found() -> Capping:
-    world = planted()
-    says = Rule(write=lambda asked: "2")
-    return cap(world.model, world.axis, world.rollouts, judge=says, dataset="refusal", **HOW)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The directory of an axis, and that of its caps, written by the command."""
+    world, folder = planted(), tmp_path_factory.mktemp("caps")
+    save_vectors(world.axis, folder / "axis.safetensors")
+    world.roles.save(folder / "role_vectors.safetensors")
+    lines = [{"role": one.group, "messages": [dict(m) for m in one.messages]} for one in world.rollouts]
+    (folder / "transcripts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    argv = ["axis", "cap", "--axis", str(folder), "--out", str(folder / "whole"), "--layers", "0", "5", "--roles", "6"]
+    argv += ["--questions", "2", "--max-new-tokens", "24", "--percentiles", "75", "--strengths", "0.3"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main([*argv, "--dataset", "refusal", "--items", "6", "--random", "1", "--ordinary", "8"]) == 0
+    assert "percentile 25 of 12 rollouts of default" in " ".join(printed.getvalue().split())
+    (folder / "whole" / "caps.png").unlink()
+    return folder, folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def found(whole: tuple[Path, Path]) -> Capping:
+    """What stands in the directory."""
+    return cap(planted().model, whole[0], out=whole[1], **HOW)
 
 
 def drifted() -> list[list[dict[str, str]]]:
@@ -61,9 +79,9 @@ def drifted() -> list[list[dict[str, str]]]:
     return chats
 
 
-def test_caps_restore_the_assistants_words_and_random_axes_do_not() -> None:
+def test_caps_restore_the_assistants_words_and_random_axes_do_not(found: Capping) -> None:
     """When it was made: 59 % of the way back, in conversations that had drifted, at 0.001 nats."""
-    world, result, chats = planted(), found().result, drifted()
+    world, result, chats = planted(), found.result, drifted()
     random = dataclasses.replace(world.axis, arrays=random_arrays(world.axis.arrays, 0))
     other = calibrate_caps(world.model, random, world.rollouts, layers=(0, 5)).caps(random, 25)
 
@@ -72,11 +90,12 @@ def test_caps_restore_the_assistants_words_and_random_axes_do_not() -> None:
         return professional(list(generate(world.model, chats, **how).texts))
 
     fresh = words([chat[-1:] for chat in chats], None)
-    plain, held, moved = (words(chats, edits) for edits in (None, found().caps.edits(), other.edits()))
+    plain, held, moved = (words(chats, edits) for edits in (None, found.caps.edits(), other.edits()))
     assert fresh - plain > 0.35, "there is drift to be held"
     assert held - plain > 0.4 * (fresh - plain) and abs(moved - plain) < 0.1 * (fresh - plain)
     row = result.row("cap, percentile 25")
     assert row.kl < 0.01 and row.kl <= result.row("cap, percentile 75").kl
+    assert result.row("cap on PC2").vectors == world.roles.component(2).sign, "taken from the directory by itself"
     assert row.moved_ci95[0] > 0 and result.row("").kl is None and result.row("").changed is None
     assert row.position == pytest.approx(result.row("").position + row.moved, abs=1e-6)
     for one in result.rows:
@@ -84,9 +103,9 @@ def test_caps_restore_the_assistants_words_and_random_axes_do_not() -> None:
             assert one.moved < row.moved / 2
 
 
-def test_what_is_reported_is_what_the_parts_give() -> None:
-    world, result = planted(), found().result
-    caps = found().caps
+def test_what_is_reported_is_what_the_parts_give(found: Capping) -> None:
+    world, result = planted(), found.result
+    caps = found.caps
     assert caps.operation == "floor" and caps.sites == result.sites == cap_sites(world.model, world.axis, (0, 5))
     own = project(world.model, world.axis, world.rollouts, sites=caps.sites).passages
     for site in caps.sites:
@@ -103,8 +122,8 @@ def test_what_is_reported_is_what_the_parts_give() -> None:
     assert result.plot().axes
 
 
-def test_the_projection_never_falls_below_a_cap_and_capping_twice_is_capping_once() -> None:
-    world, caps = planted(), found().caps
+def test_the_projection_never_falls_below_a_cap_and_capping_twice_is_capping_once(found: Capping) -> None:
+    world, caps = planted(), found.caps
     rows = [ids for ids, _ in encoded(world.model, world.rollouts[-20:])]
     held = along(world.model, rows, units(caps, caps.sites)[:, None], caps.sites, edits=caps.edits())
     for values in held:
@@ -117,9 +136,9 @@ def test_the_projection_never_falls_below_a_cap_and_capping_twice_is_capping_onc
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_the_addition_adds_what_the_caps_add_on_average() -> None:
+def test_the_addition_adds_what_the_caps_add_on_average(found: Capping) -> None:
     """With one site, the mean of what a floor lifts; with several, each with the caps below it in force."""
-    world, caps = planted(), found().caps
+    world, caps = planted(), found.caps
     some = world.rollouts[-30:]
     rows = [ids for ids, _ in encoded(world.model, some)]
     addition = mean_displacement(world.model, caps, some)
@@ -135,8 +154,8 @@ def test_the_addition_adds_what_the_caps_add_on_average() -> None:
     assert addition.operation == "add" and cosine == pytest.approx(1, abs=1e-5)
 
 
-def test_divergence_on_some_tokens_is_that_of_these_tokens() -> None:
-    world, caps = planted(), found().caps
+def test_divergence_on_some_tokens_is_that_of_these_tokens(found: Capping) -> None:
+    world, caps = planted(), found.caps
     rows = [ids for ids, _ in encoded(world.model, world.rollouts[-3:])]
     masks = [spans[0].mask for _, spans in encoded(world.model, world.rollouts[-3:])]
     one = side_effects(world.model, rows, [caps.edits()], counted=masks)
@@ -154,18 +173,10 @@ def test_divergence_on_some_tokens_is_that_of_these_tokens() -> None:
 
 
 def test_what_was_cut_off_goes_on_with_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    whole: tuple[Path, Path], found: Capping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole run is the command's."""
-    world, calls = planted(), []
-    save_vectors(world.axis, tmp_path / "axis.safetensors")
-    lines = [{"role": one.group, "messages": [dict(m) for m in one.messages]} for one in world.rollouts]
-    (tmp_path / "transcripts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    argv = ["axis", "cap", "--axis", str(tmp_path), "--out", str(tmp_path / "whole"), "--layers", "0", "5"]
-    argv += ["--roles", "4", "--questions", "3", "--max-new-tokens", "24", "--percentiles", "75"]
-    assert main([*argv, "--strengths", "0.3", "--items", "6", "--random", "1", "--ordinary", "8"]) == 0
-    assert "percentile 25 of 12 rollouts of default" in " ".join(capsys.readouterr().out.split())
-    (tmp_path / "whole" / "caps.png").unlink()
+    world, calls, (axis, complete) = planted(), [], whole
 
     def stops(*given: object, **options: object) -> object:
         calls.append(1)
@@ -175,28 +186,31 @@ def test_what_was_cut_off_goes_on_with_the_same_bytes(
 
     monkeypatch.setattr(cap_study, "generate", stops)
     with pytest.raises(KeyboardInterrupt):
-        cap(world.model, tmp_path, out=tmp_path / "cut", **HOW)
+        cap(world.model, axis, out=tmp_path / "cut", **HOW)
     log = tmp_path / "cut" / "written.jsonl"
     log.write_bytes(log.read_bytes()[:-9])  # a line that was cut
-    whole = cap(world.model, tmp_path, out=tmp_path / "cut", **HOW)
-    names = sorted(path.name for path in (tmp_path / "whole").iterdir() if not path.name.startswith("."))
+    cap(world.model, axis, out=tmp_path / "cut", **HOW)
+    names = sorted(path.name for path in complete.iterdir() if not path.name.startswith("."))
     assert names == ["caps.safetensors", "config.json", "metrics.json", "written.jsonl"]
     for name in names:
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    again = cap(world.model, tmp_path, out=tmp_path / "cut", **HOW)
-    assert again.result == whole.result and again.caps.values == whole.caps.values
+        assert (tmp_path / "cut" / name).read_bytes() == (complete / name).read_bytes()
+    again = cap(world.model, axis, out=tmp_path / "cut", **HOW)
+    assert again.result == found.result and again.caps.values == found.caps.values
     caps = load_vectors(tmp_path / "cut" / "caps.safetensors", model=world.model)
     assert caps.operation == "floor" and caps.positions == "all"
 
 
-def test_a_judge_and_a_dataset_stand_beside() -> None:
-    result = found().result
-    row = result.row("cap, percentile 25")
+def test_a_judge_and_a_dataset_stand_beside(found: Capping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is judged was measured before."""
+    monkeypatch.setattr(cap_study._Bench, "measured", lambda bench, pc2: found)
+    world, says = planted(), Rule(write=lambda asked: "2")
+    judged = cap(world.model, world.axis, world.rollouts, judge=says, out=tmp_path / "out", **HOW).result
+    row = judged.row("cap, percentile 25")
     assert row.judged.score == 2 and row.judged.rate == 1 and 0 <= row.persona <= 1
-    assert "assistant, judged" in result.table() and "persona's answer" in result.table()
+    assert "assistant, judged" in judged.table() and "persona's answer" in judged.table()
     with pytest.raises(Unfinished, match="no reply of the judge rule") as stopped:
-        cap_study._judged(result, Rule(write=lambda asked: "well"), None)
-    assert stopped.value.result == result
+        cap_study._judged(found.result, Rule(write=lambda asked: "well"), None)
+    assert stopped.value.result == found.result
 
 
 @pytest.mark.parametrize(
