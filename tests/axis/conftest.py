@@ -15,7 +15,7 @@ from jaxsteer.organisms import persona_world as world
 WRITING = WritingOptions(prompts=1, max_new_tokens=20)
 
 
-def planted_roles(questions: int = 16) -> RoleSet:
+def planted_roles(questions: int = 12) -> RoleSet:
     """The roles of the organism, with the order that was planted as the rating; the Assistant is asked four times."""
     roles = [
         Role(
@@ -26,7 +26,7 @@ def planted_roles(questions: int = 16) -> RoleSet:
         for name, assistantness in world.ASSISTANTNESS.items()
     ]
     asked = [text.format(topic) for text in world.TOPIC_QUESTIONS for topic in world.CALM_TOPICS]
-    return RoleSet(name="planted", roles=tuple(roles), questions=tuple(asked[::4][:questions]), default=("",) * 4)
+    return RoleSet(name="planted", roles=tuple(roles), questions=tuple(asked[::6][:questions]), default=("",) * 4)
 
 
 @pytest.fixture(scope="session")
