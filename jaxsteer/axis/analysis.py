@@ -14,6 +14,7 @@ from jaxsteer.axis.roles import Role, RoleSet
 from jaxsteer.axis.states import States
 from jaxsteer.axis.transcripts import DEFAULT, Transcript
 from jaxsteer.errors import UserError
+from jaxsteer.models.sites import resid_site
 from jaxsteer.statistics import spearman
 
 SPLITS, DRAWS, TARGET_DRAWS = 20, 200, 1000
@@ -123,9 +124,11 @@ def read_blocks(
     return found
 
 
-def best_block(blocks: Sequence[Block]) -> Block:
-    """Where the axes of two halves of the questions agree best."""
-    return max(blocks, key=lambda block: block.halves.cosine)
+def best_block(blocks: Sequence[Block], depth: int) -> Block:
+    """Where the axes of two halves of the questions agree best, the last of ``depth`` blocks left out unless it
+    is alone: its output is about the next token, and an edit there changes no state that a later token reads."""
+    inner = [block for block in blocks if block.site != resid_site(depth - 1)] or blocks
+    return max(inner, key=lambda block: block.halves.cosine)
 
 
 def layer_of(

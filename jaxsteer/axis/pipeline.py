@@ -282,7 +282,7 @@ def _analysed(
     with progress_bar("blocks", len(states.sites), unit="block") as advance:
         blocks = analysis.read_blocks(states, rollouts, seed=options.seed, progress=advance)
     target = (
-        analysis.best_block(blocks)
+        analysis.best_block(blocks, model.config.n_layers)
         if options.target is None
         else next(block for block in blocks if block.site == resid_site(options.target))
     )

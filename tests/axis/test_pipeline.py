@@ -45,6 +45,8 @@ def test_the_planted_order_is_found(planted: Planted):
     assert spearman(np.asarray([place.position for place in result.roles]), truth) > 0.9
     assert spearman(np.asarray(result.layer.pc1), truth) > 0.9
     assert all(result.default.position > place.position for place in result.roles)  # at the extreme
+    assert result.target != "blocks.5.hook_resid_post"  # the last one is about the next token
+    assert result.layer.halves == max(layer.halves for layer in result.layers[:-1])
     assert result.layer.order > 0.9 and abs(result.layer.shuffled_order) < 0.5
     assert result.layer.rating is not None and result.layer.rating > 0.9 and result.rating_p == 1 / 2001
 
