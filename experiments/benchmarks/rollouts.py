@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="replies that jaxsteer writes at the same time")
     parser.add_argument("--json", type=Path, help="file to write all figures to")
     options = parser.parse_args()
-    result = measure(options) | {"machine": machine()}
+    result = {"machine": machine()} | measure(options)
     print(table(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
