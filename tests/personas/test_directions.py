@@ -144,7 +144,7 @@ def test_few_shapes_are_compiled(model, pairs, compile_counter):
     model = resized(model, norm_eps=1e-4)  # never seen before
     with compile_counter() as count:
         mean_difference(model, pairs, SITES)
-    assert count["_read"] == len({-(-len(row) // 32) for row in (*pairs.good, *pairs.bad)})
+    assert count["read_batch"] == len({-(-len(row) // 32) for row in (*pairs.good, *pairs.bad)})
 
 
 def planted_pairs(model, good_tokens, bad_tokens, n=40, seed=0):
