@@ -122,6 +122,31 @@ def spearman_interval(r: float, n: int) -> tuple[float, float]:
     return math.tanh(centre - spread), math.tanh(centre + spread)
 
 
+def student(values: Sequence[float] | np.ndarray) -> tuple[float, float] | None:
+    """95 % interval of a mean of independent values (Student 1908); None for fewer than two."""
+    if len(values) < 2:
+        return None
+    spread = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return float(np.mean(values)) - spread, float(np.mean(values)) + spread
+
+
+def welch(
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray
+) -> tuple[float | None, tuple[float, float] | None]:
+    """Difference of two means with its 95 % interval (Welch 1947); None where there is nothing to tell it from."""
+    if not len(first) or not len(second):
+        return None, None
+    value = float(np.mean(first) - np.mean(second))
+    if min(len(first), len(second)) < 2:
+        return value, None
+    parts = [np.var(side, ddof=1) / len(side) for side in (first, second)]
+    if not sum(parts):
+        return value, (value, value)
+    freedom = sum(parts) ** 2 / sum(p * p / (len(side) - 1) for p, side in zip(parts, (first, second), strict=True))
+    spread = float(stats.t.ppf(0.975, freedom) * np.sqrt(sum(parts)))
+    return value, (value - spread, value + spread)
+
+
 def bootstrap(
     statistic: Callable[[np.ndarray], float],
     groups: Sequence[str],

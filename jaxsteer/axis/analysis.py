@@ -152,7 +152,7 @@ def layer_of(
         halves_spread=block.halves.cosine_spread,
         order=block.halves.order,
         order_spread=block.halves.order_spread,
-        shuffled_order=agreement(means.shuffled(seed), SPLITS, seed).order,
+        shuffled_order=float(np.mean([agreement(means.shuffled(k), 1, k).order for k in range(seed, seed + SPLITS)])),
         other_order=spearman(here.positions[:-1], here.along(other.axis)[:-1]),
         cosine=float(here.cosines[0]),
         cosine_ci95=pivotal(float(here.cosines[0]), [one.cosines[0] for one in drawn], 0, 1),

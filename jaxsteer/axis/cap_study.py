@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxsteer.axis.cap_result import ASSISTANT, CapResult, CapRow, Exchange
 from jaxsteer.axis.caps import Calibration, calibrate_caps, cap_sites, mean_displacement
-from jaxsteer.axis.drift import student, whole_projections
+from jaxsteer.axis.drift import whole_projections
 from jaxsteer.axis.pipeline import TRANSCRIPTS, VECTORS
 from jaxsteer.axis.projection import axis_hash, axis_sites, load_axis, project, scale
 from jaxsteer.axis.role_vectors import load_role_vectors
@@ -40,7 +40,7 @@ from jaxsteer.runs import files
 from jaxsteer.runs.bars import behind, load, progress_bar
 from jaxsteer.runs.folder import opened
 from jaxsteer.runs.result import KEPT, Unfinished
-from jaxsteer.statistics import rate_interval
+from jaxsteer.statistics import rate_interval, student
 from jaxsteer.steer.vectors import Vectors, check_vectors, random_arrays, save_vectors
 from jaxsteer.study.measure import judge_config
 from jaxsteer.writers.judge import judge, require_scores

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 from jaxsteer.axis.movers import Movers, find_movers
 from jaxsteer.axis.projection import along, axis_sites, calibration, encoded, scale, units
@@ -24,7 +23,7 @@ from jaxsteer.models.model import Model
 from jaxsteer.personas.passages import Passage
 from jaxsteer.ranges import CountFrom0, Interval, Share
 from jaxsteer.runs.result import Result
-from jaxsteer.statistics import rate_interval
+from jaxsteer.statistics import rate_interval, student, welch
 from jaxsteer.steer.vectors import Vectors
 
 if TYPE_CHECKING:
@@ -355,31 +354,6 @@ def _contrast(
     slope, slope_ci95 = welch(slopes[first], slopes[second])
     assert level is not None
     return Contrast(first=first, second=second, level=level, level_ci95=level_ci95, slope=slope, slope_ci95=slope_ci95)
-
-
-def student(values: Sequence[float] | np.ndarray) -> tuple[float, float] | None:
-    """95 % interval of a mean of independent values (Student 1908); None for fewer than two."""
-    if len(values) < 2:
-        return None
-    spread = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    return float(np.mean(values)) - spread, float(np.mean(values)) + spread
-
-
-def welch(
-    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray
-) -> tuple[float | None, tuple[float, float] | None]:
-    """Difference of two means with its 95 % interval (Welch 1947); None where there is nothing to tell it from."""
-    if not len(first) or not len(second):
-        return None, None
-    value = float(np.mean(first) - np.mean(second))
-    if min(len(first), len(second)) < 2:
-        return value, None
-    parts = [np.var(side, ddof=1) / len(side) for side in (first, second)]
-    if not sum(parts):
-        return value, (value, value)
-    freedom = sum(parts) ** 2 / sum(p * p / (len(side) - 1) for p, side in zip(parts, (first, second), strict=True))
-    spread = float(stats.t.ppf(0.975, freedom) * np.sqrt(sum(parts)))
-    return value, (value - spread, value + spread)
 
 
 def _with(value: float | None, ci95: Interval | None) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,6 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsteer.axis.caps import calibrate_caps
-from jaxsteer.axis.drift import student
 from jaxsteer.axis.geometry import cosine
 from jaxsteer.axis.hold_contexts import Context, HoldOptions
 from jaxsteer.axis.hold_contexts import contexts as hold_contexts
@@ -50,9 +50,10 @@ from jaxsteer.ranges import check_ranges
 from jaxsteer.runs.bars import load, progress_bar
 from jaxsteer.runs.files import CONFIG, write_json
 from jaxsteer.runs.folder import opened
+from jaxsteer.statistics import student
 from jaxsteer.steer.vectors import Vectors, check_vectors, random_arrays
 from jaxsteer.study.api import search
-from jaxsteer.study.results import SearchRun
+from jaxsteer.study.results import Prompt, SearchRun
 
 INSTRUCTIONS = (
     " Answer as a plain, helpful AI assistant.",
@@ -144,11 +145,11 @@ class _Bench:
             "RESGA along the axis": self.searched("axis", axis, norm),
             "RESGA along a random direction": self.searched("random", random, norm),
         }
-        prompts = {name: self.best([p.text for p in run.prompts]) for name, run in searched.items()}
-        found = {p.text: p for run in searched.values() for p in run.prompts}
+        prompts = {name: self.best([p.text for p in some]) for name, (some, _) in searched.items()}
+        found = {p.text: p for some, _ in searched.values() for p in some}
         discovered = prompts["RESGA along the axis"]
         prompts["best instruction"] = self.best(INSTRUCTIONS)
-        prompts["random prompt"] = searched["RESGA along the axis"].controls["random"].text
+        prompts["random prompt"] = searched["RESGA along the axis"][1]
         with progress_bar("disturbance"):
             effects = reply_effects(self.model, neutral_texts(self.model), list(prompts.values()))
         kl = dict(zip(prompts, map(float, effects.kl), strict=True))
@@ -200,9 +201,9 @@ class _Bench:
         axis = (default - np.mean([*means.values()], axis=0)).astype(np.float32)
         return axis, float(np.linalg.norm(states, axis=1).mean())
 
-    def searched(self, name: str, axis: Float[np.ndarray, " D"], norm: float) -> SearchRun:
-        """A search along a direction in the conversations of the search. The best of all seeds stand first."""
-        options, runs = self.options, []
+    def searched(self, name: str, axis: Float[np.ndarray, " D"], norm: float) -> tuple[list[Prompt], str]:
+        """The best prompts of the searches along a direction, best objective first, and a random prompt."""
+        options, runs = self.options, list[SearchRun]()
         direction = Direction(
             delta={self.site: axis}, mean_resid_norm={self.site: norm}, n=len(self.run.transcripts),
             read_position="decision", metadata={
@@ -227,7 +228,7 @@ class _Bench:
         ranked = sorted(good, key=lambda prompt: -(prompt.target or 0.0))[: options.leads * options.searches]
         if not ranked:
             raise UserError("no search found a prompt whose text gives its tokens back: search longer")
-        return dataclasses.replace(runs[0], prompts=tuple(ranked), selected=None)
+        return ranked, runs[0].controls["random"].text
 
     def best(self, texts: Sequence[str]) -> str:
         """The prompt whose replies to validation questions lie nearest to the Assistant."""
@@ -287,16 +288,17 @@ class _Bench:
 
     def at(self, kl: float, edits: Mapping[str, Intervention]) -> tuple[Intervention, dict[str, Any]]:
         """Of edits of rising strength the one whose disturbance is nearest to ``kl``, in logarithms."""
-        texts = neutral_texts(self.model)
-        own = self._own(texts)
+        own = self.ordinary
         effects = side_effects(self.model, [ids for ids, _ in own], list(edits.values()), counted=[m for _, m in own])
         distance = [abs(np.log(max(value, 1e-6) / kl)) for value in effects.kl]
         best = int(np.argmin(distance))
         name = list(edits)[best]
         return edits[name], {"strength": name, "kl": float(effects.kl[best])}
 
-    def _own(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The model's own replies to ordinary requests, and which tokens they are."""
+    @functools.cached_property
+    def ordinary(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The model's own replies to ordinary requests: ids of the conversations, and which tokens are the reply's."""
+        texts = neutral_texts(self.model)
         made = generate(self.model, neutral_rows(self.model, texts), temperature=0, max_new_tokens=32)
         found = []
         for text, reply in zip(texts, made.texts, strict=True):

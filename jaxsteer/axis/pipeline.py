@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from jaxsteer.axis.result import AxisResult, Filter, Reply
 from jaxsteer.axis.role_files import load_roles
 from jaxsteer.axis.role_vectors import RoleVectors, load_role_vectors
 from jaxsteer.axis.roles import RoleSet
-from jaxsteer.axis.rollouts import WritingOptions, plan, read_transcripts, write_rollouts
+from jaxsteer.axis.rollouts import WritingOptions, plan, read_transcripts, require_template, write_rollouts
 from jaxsteer.axis.states import States, read_states
 from jaxsteer.axis.transcripts import DEFAULT, Transcript
 from jaxsteer.errors import UserError, refuse_unknown
@@ -135,12 +136,15 @@ def run(
         if folder.finished is not None:
             return load_run(folder.path)
         ready = load(model) if isinstance(model, str) else model
+        require_template(ready)
         sites = _sites(ready, chosen)
         say(cost(ready, roles, len(sites), chosen.writing, brought))
         folder.begin()
         write_json(folder.path / ROLES, roles.to_json())
         found = _found(ready, roles, brought, sites, chosen, folder.path)
         folder.finish(found.result)
+        if is_first():  # they stand in the transcripts
+            shutil.rmtree(folder.path / WRITTEN, ignore_errors=True)
         return found
 
 
@@ -251,18 +255,11 @@ def _found(
         result, vectors = analysed(model, roles, written, states, options)
     result = dataclasses.replace(result, seconds=seconds)
     plain = np.asarray([written[row].role == DEFAULT for row in states.rows()])
-    axis = vectors.axis({site: states.at(site)[plain] @ _unit(vectors.arrays[site]) for site in states.sites})
-    axis = dataclasses.replace(axis, metadata=axis.metadata | {"site": result.target})
+    axis = vectors.axis(lambda site: states.at(site)[plain], result.target)
     if is_first():
         vectors.save(path / VECTORS)
         save_vectors(axis, path / AXIS)
     return AxisRun(result=result, axis=axis, role_vectors=vectors, transcripts=tuple(written))
-
-
-def _unit(array: np.ndarray) -> np.ndarray:
-    axis = array[-1] - array[:-1].mean(0)
-    unit: np.ndarray = axis / np.linalg.norm(axis)
-    return unit
 
 
 def analysed(

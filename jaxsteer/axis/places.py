@@ -58,7 +58,7 @@ class Layer(Record):
     """Rank correlation of the roles' positions in two halves."""
     order_spread: Interval
     shuffled_order: float
-    """The same where the roles of the rollouts are exchanged at random: what no order gives."""
+    """The same where the roles of the rollouts are exchanged at random, mean over exchanges: what no order gives."""
     other_order: float
     """Rank correlation of the positions with those on the axis of the block half the depth away."""
     cosine: float

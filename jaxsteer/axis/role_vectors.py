@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -68,27 +68,31 @@ class RoleVectors:
             found[site] = (here.components[k - 1] * np.linalg.norm(here.axis)).astype(np.float32)
         return self._vectors(found, f"along PC{k} of the roles, oriented towards the Assistant")
 
-    def axis(self, projections: Mapping[str, Float[np.ndarray, " n"]]) -> Vectors:
-        """The axis at every site. ``projections`` are those of the Assistant's rollouts on the unit axis, whose
-        percentiles are kept with it."""
+    def axis(self, rollouts: Callable[[str], Float[np.ndarray, "n D"]], target: str) -> Vectors:
+        """The axis at every site, with what makes positions of projections on it, and where to read by default.
+
+        ``rollouts`` gives the states of the Assistant's rollouts at a site: percentiles of their projections are kept
+        with the axis. ``target`` is where roles are placed.
+        """
+        default, roles, percentiles = {}, {}, {}
+        for site, array in self.arrays.items():
+            wide = array.astype(np.float64)
+            middle = wide[:-1].mean(0)
+            unit = (wide[-1] - middle) / np.linalg.norm(wide[-1] - middle)
+            default[site], roles[site] = float(wide[-1] @ unit), float(middle @ unit)
+            values = np.percentile(rollouts(site) @ unit, PERCENTILES)
+            percentiles[site] = dict(zip(map(str, PERCENTILES), map(float, values), strict=True))
         return dataclasses.replace(
             self._vectors({site: array[-1] - array[:-1].mean(0) for site, array in self.arrays.items()}, TOWARDS),
             metadata={
                 "kind": "assistant axis",
                 "roles": str(len(self.names)),
-                DEFAULT_PROJECTION: json.dumps({s: self._on_axis(s, self.arrays[s][-1]) for s in self.arrays}),
-                ROLES_PROJECTION: json.dumps({s: self._on_axis(s, a[:-1].mean(0)) for s, a in self.arrays.items()}),
-                CALIBRATION: json.dumps({
-                    site: {str(p): float(np.percentile(values, p)) for p in PERCENTILES}
-                    for site, values in projections.items()
-                }),
+                "site": target,
+                DEFAULT_PROJECTION: json.dumps(default),
+                ROLES_PROJECTION: json.dumps(roles),
+                CALIBRATION: json.dumps(percentiles),
             },
-        )  # fmt: skip
-
-    def _on_axis(self, site: str, state: np.ndarray) -> float:
-        array = self.arrays[site].astype(np.float64)
-        axis = array[-1] - array[:-1].mean(0)
-        return float(state.astype(np.float64) @ axis / np.linalg.norm(axis))
+        )
 
     def _vectors(self, arrays: dict[str, np.ndarray], sign: str) -> Vectors:
         return Vectors(

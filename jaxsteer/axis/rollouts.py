@@ -104,9 +104,8 @@ def write_rollouts(
 ) -> list[Transcript]:
     """All rollouts of ``plan`` as the model writes them. Shards that stand in ``folder`` are not written again.
 
-    Raises ``UserError`` for a model without a chat template, and for conversations that do not fit its positions.
+    Raises ``UserError`` for conversations that do not fit the model's positions.
     """
-    require_template(model)
     asked, found = plan(roles, options, model.name), list[Transcript]()
     make_directory(folder)
     for number, begin in enumerate(range(0, len(asked), SHARD)):

@@ -67,10 +67,8 @@ class Run(WritingOptions):
         from jaxsteer.runs.bars import load, say
         from jaxsteer.writers.endpoint import Endpoint
 
-        roles, options = (
-            axis.load_roles(self.roles),
-            {f.name: getattr(self, f.name) for f in dataclasses.fields(WritingOptions)},
-        )
+        roles = axis.load_roles(self.roles)
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(WritingOptions)}
         names = self.only or ([role.name for role in roles.roles[:: QUICK["every"]]] if self.quick else None)
         count = self.questions or (QUICK["questions"] if self.quick else None)
         roles = roles.only(roles=names, questions=count, traits=None if self.traits else ())
