@@ -98,7 +98,7 @@ class _OnAxis:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
     any_weights: bool = False
-    """Use the axis although it was made on other weights."""
+    """Use the axis, and vectors, although they were made on other weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,15 +131,11 @@ class Project(_OnAxis):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drift(DriftOptions):
+class Drift(DriftOptions, _OnAxis):
     """Lead the model through conversations, or read some, and see which drift along the axis, and after what."""
 
-    axis: Path
-    """Vector file of the axis, or the directory of `axis run`."""
     out: Path
     """Directory for messages as they come, transcripts.jsonl, metrics.json and drift.png; what was cut off goes on."""
-    model: str = "organism:persona"
-    """organism:NAME, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
     scripts: str = "default"
     """JSON file of the user's messages, {"domains": {name: [[message, ...], ...]}} (default: those that ship: coding,
     writing, therapy, philosophy)."""
@@ -153,10 +149,6 @@ class Drift(DriftOptions):
     """Conversations of the model as it is, whose percentile is the threshold (default: what the axis file says)."""
     steer: Path | None = None
     """Vector file under which the model replies, e.g. caps.safetensors of `axis cap`; it reads without them."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the weights."""
-    any_weights: bool = False
-    """Use axis and vectors although they were made on other weights."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -187,17 +179,14 @@ class Drift(DriftOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cap(CapOptions):
+class Cap(CapOptions, _OnAxis):
     """Calibrate caps that hold the Assistant, and measure them beside random axes and an addition of equal size."""
 
-    axis: Path
-    """Directory of `axis run`, or a vector file of the axis (then with --rollouts)."""
     out: Path
     """Directory for caps.safetensors, replies as they come, metrics.json and caps.png; what was cut off goes on."""
-    model: str = "organism:persona"
-    """organism:NAME, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
     rollouts: Path | None = None
-    """What caps are calibrated on: JSON Lines of messages with a role (default: transcripts.jsonl of the directory)."""
+    """What caps are calibrated on: JSON Lines of messages with a role (default: transcripts.jsonl of the directory; a
+    vector file needs it)."""
     pc2: Path | None = None
     """Vector file of another direction that is capped by the same rule (default: of the directory, the second
     principal component of the roles)."""
@@ -205,10 +194,6 @@ class Cap(CapOptions):
     """Also let the model behind this OpenAI-compatible address say whether the Assistant speaks in the replies."""
     judge_model: str = ""
     """Name of the judge there (default: the first that it lists)."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the weights."""
-    any_weights: bool = False
-    """Use the axis although it was made on other weights."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -237,7 +222,7 @@ class Cap(CapOptions):
 class Hold(HoldOptions):
     """Search prompts that hold the Assistant while a role stands in the system message, beside caps and vectors."""
 
-    run_dir: Annotated[Path, arg(name="run")]
+    axis: Path
     """Directory of `axis run`."""
     out: Path
     """Directory for the searches and the result; what was cut off goes on."""
@@ -252,7 +237,7 @@ class Hold(HoldOptions):
         from jaxsteer.display import write_figure
 
         options = HoldOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(HoldOptions)})
-        found = hold(self.run_dir, self.model, out=self.out, options=options)
+        found = hold(self.axis, self.model, out=self.out, options=options)
         drawn = write_figure(self.out / "hold.png", found.plot())
         print(document(found.to_json()) if self.json else f"{found.table()}\n\nFigure: {drawn}")
         return 0
