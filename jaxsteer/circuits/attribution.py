@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 
 from jaxsteer.circuits.edge_scores import EdgeScores
 from jaxsteer.circuits.graph import Graph, Per
-from jaxsteer.circuits.rows import Rows, check_answer, metric_of, on_devices, same_form
+from jaxsteer.circuits.rows import Rows, check_answer, check_lengths, metric_of, on_devices
 from jaxsteer.circuits.runs import Written, alphas, score_from, two_runs, written
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
@@ -85,7 +85,7 @@ def attribute_edges(
     pytree, found = metric_of(metric, model.config)
     check_answer(found, rows)
     if isinstance(source, Rows):
-        same_form(rows, source)
+        check_lengths(rows, source)
     for each in (edits, source):
         if isinstance(each, Intervention):
             checked(each, model.config, None)

@@ -27,7 +27,16 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsteer.circuits.edge_scores import EdgeScores
 from jaxsteer.circuits.graph import Graph
-from jaxsteer.circuits.rows import Rows, check_answer, layout_of, metric_of, on_devices, opened_rows, same_form, scores
+from jaxsteer.circuits.rows import (
+    Rows,
+    check_answer,
+    check_lengths,
+    layout_of,
+    metric_of,
+    on_devices,
+    opened_rows,
+    scores,
+)
 from jaxsteer.circuits.runs import two_runs, written
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
@@ -181,7 +190,7 @@ def run_circuits(
     if found.sites or found.spans:
         raise UserError("circuits are judged by what the model says: the metric may read logits and answers")
     if isinstance(source, Rows):
-        same_form(rows, source)
+        check_lengths(rows, source)
     masks = np.stack([np.asarray(circuit, bool) for circuit in circuits])
     if masks.shape[1:] != graph.edges.shape or (masks & ~graph.edges).any():
         raise UserError(f"circuits must be edges of the graph {list(graph.edges.shape)}, got {list(masks.shape[1:])}")

@@ -27,11 +27,11 @@ from jaxsteer.circuits.patch_map import PatchMap
 from jaxsteer.circuits.rows import (
     Rows,
     check_answer,
+    check_lengths,
     layout_of,
     metric_of,
     on_devices,
     opened_rows,
-    same_form,
     scores,
 )
 from jaxsteer.circuits.sweep_axes import Axes, make_axes, rows_of_a_pass
@@ -212,7 +212,7 @@ def patch(
             if each.rows is not None:
                 raise UserError("a sweep puts rows side by side: give edits that serve all rows, not one for each")
     if isinstance(source, Rows):
-        same_form(rows, source)
+        check_lengths(rows, source)
     inner = "hook_resid_pre" if kind == "hook_embed" else kind
     size, count = rows_of_a_pass(model, kind, rows, at_once), len(rows.tokens)
     own = math.ceil(count / math.ceil(count / size))  # rows of one part; all parts have as many

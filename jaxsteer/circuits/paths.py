@@ -20,7 +20,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxsteer.circuits.graph import Graph, Per
-from jaxsteer.circuits.rows import Rows, check_answer, metric_of, on_devices, same_form
+from jaxsteer.circuits.rows import Rows, check_answer, check_lengths, metric_of, on_devices
 from jaxsteer.circuits.runs import score_from, two_runs, written
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
@@ -79,7 +79,7 @@ def patch_edges(
     pytree, found = metric_of(metric, model.config)
     check_answer(found, rows)
     if isinstance(source, Rows):
-        same_form(rows, source)
+        check_lengths(rows, source)
     if not edges:
         raise UserError("no edge was given: name at least one, e.g. 'input->logits'")
     places = [graph.edge(edge) for edge in edges]

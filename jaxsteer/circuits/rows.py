@@ -142,7 +142,7 @@ def make_rows(
     return rows.replace(answer=ids, answer_mask=valid)  # type: ignore[attr-defined,no-any-return]
 
 
-def same_form(rows: Rows, other: Rows) -> None:
+def check_lengths(rows: Rows, other: Rows) -> None:
     """Refuse rows that cannot be patched into each other token by token, with their lengths (``UserError``)."""
     if np.shape(rows.tokens)[0] != np.shape(other.tokens)[0]:
         raise UserError(f"{len(rows.tokens)} rows cannot be patched from {len(other.tokens)}: give one for each")

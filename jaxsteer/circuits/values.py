@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxsteer.circuits.attribution import averaged
-from jaxsteer.circuits.rows import Rows, check_answer, metric_of, on_devices, opened_rows, same_form
+from jaxsteer.circuits.rows import Rows, check_answer, check_lengths, metric_of, on_devices, opened_rows
 from jaxsteer.circuits.runs import alphas, score_from, two_runs
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
@@ -90,7 +90,7 @@ def attribute_values(
     pytree, found = metric_of(metric, model.config)
     check_answer(found, rows)
     if isinstance(source, Rows):
-        same_form(rows, source)
+        check_lengths(rows, source)
     for each in (edits, source):
         if isinstance(each, Intervention):
             checked(each, model.config, None)
