@@ -1,0 +1,1 @@
+"""What latents mean: words by mutual information, contexts, labels, and scores of all of these."""
