@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import arg, subcommand
+from tyro.conf import Positional, arg, subcommand
 
-from jaxsteer.display import listed
+from jaxsteer.display import aligned, listed
 from jaxsteer.errors import UserError
+from jaxsteer.explain.options import ExplainOptions
+from jaxsteer.files import read_text
 from jaxsteer.processes import is_first
 from jaxsteer.ranges import MOST, CountFrom0, Large, Positive, Range
 from jaxsteer.runs.files import document
@@ -203,13 +207,92 @@ class Explore(_OnSae):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Explain(ExplainOptions):
+    """Explain all latents by words; where there is text or a writer, say how good the explanations are."""
+
+    sae: str
+    """Folder, file or hub_id:folder of any layout that is known, or organism:NAME."""
+    out: Path
+    """Directory for the table of words and the result; what was cut off goes on."""
+    model: str = "organism:persona"
+    """organism:NAME, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
+    data: tuple[Path, ...] = ()
+    """Text to test explanations on: one document per line, or JSON Lines with the key "text" (an organism brings its
+    own corpus; of any other model without text only the words are found)."""
+    vocabulary: Path | None = None
+    """A file of words of your own, one per line."""
+    writer: str | None = None
+    """Let the model behind this OpenAI-compatible address label latents, e.g. http://127.0.0.1:8000/v1."""
+    writer_model: str = ""
+    """Name of the writer there (default: the first that it lists)."""
+    site: str | None = None
+    """Where the SAE reads, if its files do not say."""
+    k: int | None = None
+    """Active latents of top-k, if its files do not say."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the model's weights."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def run(self) -> int:
+        """Explain and print."""
+        from jaxsteer import explain
+        from jaxsteer.runs.bars import load, say
+        from jaxsteer.sae import load_sae
+        from jaxsteer.writers.endpoint import Endpoint
+
+        words = None if self.vocabulary is None else read_text(self.vocabulary).split("\n")
+        sae = load_sae(self.sae, site=self.site, k=self.k)
+        model = load(self.model, dtype=self.dtype, quiet=self.json)
+        found = explain.run(
+            model, sae, _held_out(model, self.data) if self.data or self.model.startswith("organism:") else None,
+            name=self.sae, vocabulary=None if words is None else [word for word in words if word.strip()],
+            writer=None if self.writer is None else Endpoint(url=self.writer, model=self.writer_model),
+            options=ExplainOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ExplainOptions)}),
+            out=self.out, say=partial(say, file=sys.stderr),
+        )  # fmt: skip
+        print(document(found.result.to_json()) if self.json else f"{found.result.table()}\n\nWrote {self.out}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Find:
+    """Find latents by words, in what `sae explain` wrote."""
+
+    query: Positional[tuple[str, ...]]
+    """Words that latents should speak of."""
+    explanations: Path
+    """Directory of `sae explain`, or its explanations.safetensors."""
+    top: CountFrom0 = 20
+    """Latents."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> int:
+        """Look up and print."""
+        from jaxsteer.explain import load_explanations
+        from jaxsteer.explain.pipeline import TABLE
+
+        path = self.explanations / TABLE if self.explanations.is_dir() else self.explanations
+        hits = load_explanations(path).find(" ".join(self.query), top=self.top)
+        if self.json:
+            print(document([hit._asdict() for hit in hits]))
+            return 0
+        rows = [(str(hit.latent), f"{hit.score:.3f}", " ".join(hit.words)) for hit in hits]
+        print(aligned([("latent", "nats", "words"), *rows], left=(0, 2)) if rows else "No latent has these words.")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sae:
-    """Sparse autoencoders: train one, measure any, look at latents."""
+    """Sparse autoencoders: train one, measure any, look at latents, explain and find them."""
 
     action: (
         Annotated[Train, subcommand("train")]
         | Annotated[Eval, subcommand("eval")]
         | Annotated[Explore, subcommand("explore")]
+        | Annotated[Explain, subcommand("explain")]
+        | Annotated[Find, subcommand("find")]
     )
 
     def run(self) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
+from jaxsteer.explain.options import WIDTH
 from jaxsteer.explain.vocabulary import Vocabulary
 from jaxsteer.models.model import Model
 from jaxsteer.models.run import capture
@@ -29,8 +30,8 @@ from jaxsteer.sae.harvest import rows_of, usable
 from jaxsteer.sae.loading import check_sae
 from jaxsteer.sae.texts import Documents
 
-WIDTH = 32
-"""Tokens of a context, of delphi."""
+_SHORT = 64
+"""Batches of texts that are too short, after which there will be no others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,7 +39,6 @@ class Contexts:
     """Pieces of text with all latents' values."""
 
     tokens: Int[np.ndarray, "n w"]
-    """-1 behind the end of a text."""
     values: Float[np.ndarray, "n C"]
     """The largest value of every latent in each context; 0 where it is silent."""
     places: Int[np.ndarray, "n C"]
@@ -76,10 +76,13 @@ def read_contexts(
     rows: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> Contexts:
-    """``count`` contexts of ``width`` tokens, each the beginning of another text, and all latents in them.
+    """``count`` pieces of ``width`` tokens, cut from texts one after the other, and all latents in them.
 
-    Values at the beginning of a text, at its BOS and at outliers do not count, as in training. Raises ``UserError`` for
-    an SAE that does not fit the model, and for contexts that need more memory than there is.
+    What is shorter is left out: in a longer context more words occur and more latents fire, so that any words would
+    seem to tell. Values at the beginning of a text, at its BOS and at outliers do not count, as in training.
+
+    Raises ``UserError`` for an SAE that does not fit the model, for texts that are all shorter than ``width``, and for
+    contexts that need more memory than there is.
     """
     check_sae(sae, model)
     site = parse_site(sae.config.site_in or "", model.config.n_layers)
@@ -87,16 +90,22 @@ def read_contexts(
         f"{count:,} contexts of {sae.n_latents:,} latents", 6 * count * sae.n_latents, "choose fewer contexts."
     )
     texts, bos = rows_of(model, documents, rows=rows, context=width)
-    tokens, values, places, seen = [], [], [], 0
+    tokens, values, places, seen, short = [], [], [], 0, 0
     while seen < count:
         ids, mask, _ = texts.next()
+        whole = mask.all(1)
+        short = 0 if whole.any() else short + 1
+        if short > _SHORT:
+            raise UserError(f"{short * rows:,} texts in a row are shorter than {width} tokens: choose a smaller width")
+        if not whole.any():
+            continue
         x = capture(model, ids, [site.name], mask)[site.name].reshape(*ids.shape, -1)
         keep = usable(x, jnp.asarray(ids), jnp.asarray(mask), bos)
         largest, at = to_host(_largest(sae, x, keep))
-        tokens.append(np.where(mask, ids, -1).astype(np.int32))
-        values.append(largest)
-        places.append(at.astype(np.int16))
-        seen += len(ids)
+        tokens.append(ids[whole].astype(np.int32))
+        values.append(largest[whole])
+        places.append(at[whole].astype(np.int16))
+        seen += int(whole.sum())
         if progress is not None:
             progress(min(seen, count))
     return Contexts(

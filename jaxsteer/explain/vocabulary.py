@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsteer.display import visible
 from jaxsteer.errors import UserError
+from jaxsteer.explain.options import SIZE
 from jaxsteer.files.records import Record
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.layers import run_layers
@@ -30,8 +31,6 @@ from jaxsteer.models.transformer import embed, make_context, unembed
 from jaxsteer.processes import to_host
 from jaxsteer.prompts import bos_id
 
-SIZE = 5000
-"""Words, of the released study."""
 COMMON = 250
 """The most frequent words, which explain nothing by themselves."""
 SHORT = 4

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +39,6 @@ from jaxsteer.objectives.terms import check_choice
 from jaxsteer.processes import to_host
 from jaxsteer.sae.dictionary import SAE
 
-Posterior = Literal["bayes", "softmax"]
-Side = Literal["decoder", "encoder"]
 CHUNK = 1024
 """Latents at a time: [c, V] logits are held."""
 
@@ -87,6 +84,22 @@ def explain_words(
         posterior=posterior,
         temperature=temperature,
     )
+
+
+def dot_words(
+    model: Model, sae: SAE, vocabulary: Vocabulary, *, top: int = 50, side: str = "decoder"
+) -> Int[np.ndarray, "C K"]:
+    """The words of every latent by the plain dot product of its vector with theirs: a baseline."""
+    vectors, words = latent_vectors(model, sae, side), jnp.asarray(word_vectors(model, vocabulary))
+    chunk = min(CHUNK, len(vectors))
+    blocks = jnp.pad(vectors, ((0, -len(vectors) % chunk), (0, 0))).reshape(-1, chunk, vectors.shape[1])
+    found = np.asarray(to_host(_largest(blocks, words, top=min(top, len(vocabulary)))))
+    return found.reshape(-1, found.shape[-1])[: len(vectors)]
+
+
+@partial(jax.jit, static_argnames="top")
+def _largest(blocks: Float[Array, "n c D"], words: Float[Array, "V D"], *, top: int) -> Int[Array, "n c K"]:
+    return lax.map(lambda block: lax.top_k(block @ words.T, top)[1], blocks)
 
 
 def latent_vectors(model: Model, sae: SAE, side: str = "decoder") -> Float[Array, "C D"]:

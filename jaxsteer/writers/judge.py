@@ -126,7 +126,7 @@ def judge(
     """
     requests = [[{"role": "user", "content": rubric.template.format(**named)}] for named in facts]
     name = writer.name  # an endpoint that is not there fails here
-    replies = _replies(writer, requests, max_tokens, log, progress)
+    replies = ask_all(writer, requests, max_tokens=max_tokens, log=log, progress=progress)
     scores = [rubric.read(reply, rubric.scale) for reply in replies]
     known = np.asarray([score for score in scores if score is not None], np.float64)
     if scores and not len(known):
@@ -160,14 +160,18 @@ def require_scores(*found: Judged) -> None:
         )
 
 
-def _replies(
+def ask_all(
     writer: Writer,
     requests: Sequence[Messages],
-    max_tokens: int,
-    log: Path | None,
-    progress: Callable[[int, int], None] | None,
+    *,
+    max_tokens: int = 16,
+    log: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """The writer's replies, without those that stand in the log; all that came are there when the writer fails."""
+    """The writer's greedy replies to all conversations; those that stand in the file ``log`` are not asked for again.
+
+    All that came stand there when the writer fails. Raises ``UserError`` when it gives no reply.
+    """
     keys = [hashlib.sha256(json.dumps([writer.name, max_tokens, *asked]).encode()).hexdigest() for asked in requests]
     known: dict[str, str] = {} if log is None else from_first(lambda: _logged(log))
     missing = {key: asked for key, asked in zip(keys, requests, strict=True) if key not in known}

@@ -1,0 +1,265 @@
+"""``run``: from an SAE to explanations of all its latents, in one directory that can be resumed.
+
+1. Words of every latent (``words``): seconds, without text.
+2. Where texts are given: contexts (``contexts``), and how well words tell where latents fire (``detection``).
+3. Where a writer is given: labels (``labels``), and how well they tell (``judged_detection``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxsteer.errors import UserError, refuse_unknown
+from jaxsteer.explain.contexts import Contexts, neighbours, read_contexts
+from jaxsteer.explain.detection import DetectionResult, detect, firing_words
+from jaxsteer.explain.explanations import Explanations, digest_of, load_explanations
+from jaxsteer.explain.judged_detection import LabelScores, judge_labels
+from jaxsteer.explain.labels import Labels, write_labels
+from jaxsteer.explain.options import ExplainOptions
+from jaxsteer.explain.result import ExplainResult, WordUse, word_use
+from jaxsteer.explain.vocabulary import Vocabulary
+from jaxsteer.explain.words import dot_words, explain_words
+from jaxsteer.files import read_json
+from jaxsteer.files.records import Record
+from jaxsteer.models.model import Model
+from jaxsteer.processes import is_first
+from jaxsteer.ranges import check_ranges
+from jaxsteer.runs.bars import progress_bar
+from jaxsteer.runs.files import write_json
+from jaxsteer.runs.folder import opened
+from jaxsteer.sae.dictionary import SAE
+from jaxsteer.sae.loading import check_sae
+from jaxsteer.sae.texts import Documents
+from jaxsteer.writers.endpoint import Endpoint
+from jaxsteer.writers.writer import Writer
+
+log = logging.getLogger(__name__)
+
+TABLE, DETECTED, LABELS, LOG = "explanations.safetensors", "detection.json", "labels.json", "replies.jsonl"
+
+
+LABELLED = 100
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Explained:
+    """Explanations of an SAE's latents: the table of words, and what was measured."""
+
+    table: Explanations
+    result: ExplainResult
+
+    def find(self, query: str, *, top: int = 20) -> list[Any]:
+        """Latents by words, as ``Explanations.find``."""
+        return list(self.table.find(query, top=top))
+
+    def _repr_html_(self) -> str:
+        return self.result._repr_html_()
+
+
+def run(
+    model: Model,
+    sae: SAE,
+    documents: Documents | None = None,
+    *,
+    name: str = "",
+    vocabulary: Vocabulary | Sequence[str] | None = None,
+    writer: Writer | None = None,
+    options: ExplainOptions | None = None,
+    out: str | Path,
+    say: Callable[[str], None] = log.info,
+    **changed: Any,
+) -> Explained:
+    """Explain all latents of ``sae``.
+
+    ``documents`` is text to test explanations on (``jaxsteer.sae.texts.documents_of``); ``vocabulary`` a list of words
+    of one's own; ``writer`` whoever labels; ``name`` what the SAE is called. ``changed`` are fields of ``options``. The
+    same call, cut off, goes on in the directory ``out``. Many parameters: all that may be brought.
+
+    Raises ``UserError`` for options out of range, an SAE that does not fit the model, words that the tokenizer cannot
+    spell, labels or words from text where there is none, and a writer none of whose replies can be read.
+    """
+    refuse_unknown(changed, [f.name for f in dataclasses.fields(ExplainOptions)], "option of explain.run")
+    chosen = dataclasses.replace(options or ExplainOptions(), **changed)
+    check_ranges(chosen)
+    check_sae(sae, model)
+    if documents is None and (chosen.words == "text" or (writer is not None and chosen.based != "words")):
+        raise UserError("words or labels from text need text: give documents (--data FILE ...)")
+    wrong = [latent for latent in chosen.label if not 0 <= latent < sae.n_latents]
+    if wrong:
+        raise UserError(f"there is no latent {wrong[0]} to label: this SAE has the latents 0 to {sae.n_latents - 1}")
+    given = None if vocabulary is None else _given(model, vocabulary)
+    config = {
+        "kind": "explain",
+        "model": [model.name, model.fingerprint],
+        "sae": [name, digest_of(sae)],
+        "text": None if documents is None else _first_tokens(documents),
+        "vocabulary": None if given is None else list(given.words),
+        "writer": None if writer is None else _called(writer),
+        **dataclasses.asdict(chosen),
+    }
+    with opened(out, config, say) as folder:
+        if folder.finished is not None:
+            return load_explained(folder.path)
+        folder.begin()
+        found = _explained(model, sae, documents, given, writer, chosen, folder.path, name)
+        folder.finish(found.result)
+        return found
+
+
+def load_explained(folder: str | Path) -> Explained:
+    """What is in a directory of ``jaxsteer sae explain``. Raises ``UserError`` where nothing was finished."""
+    return Explained(table=load_explanations(Path(folder) / TABLE), result=ExplainResult.read(folder))
+
+
+def _explained(
+    model: Model,
+    sae: SAE,
+    documents: Documents | None,
+    given: Vocabulary | None,
+    writer: Writer | None,
+    chosen: ExplainOptions,
+    path: Path,
+    name: str,
+) -> Explained:
+    """All stages; what an earlier call has finished is read."""
+    seconds: dict[str, float] = {}
+    begun = time.monotonic()
+    if (path / TABLE).is_file():
+        table = load_explanations(path / TABLE)
+    else:
+        with progress_bar("words", unit="latent") as advance:
+            words = given or _vocabulary(model, documents, chosen)
+            seconds["vocabulary"] = round(time.monotonic() - begun, 2)
+            begun = time.monotonic()
+            table = explain_words(
+                model, sae, words, top=chosen.top, side=chosen.side, posterior=chosen.posterior,
+                temperature=chosen.temperature, name=name,
+            )  # fmt: skip
+            advance(sae.n_latents)
+        seconds["words"] = round(time.monotonic() - begun, 2)
+        if is_first():
+            table.save(path / TABLE)
+    plain = dot_words(model, sae, table.vocabulary, top=table.words.shape[1], side=chosen.side)
+    uses = [
+        word_use("mutual information", table.words, table.vocabulary),
+        word_use("dot product", plain, table.vocabulary),
+    ]
+    tested, contexts = None, None
+    if documents is not None and (writer is not None or not (path / DETECTED).is_file()):
+        begun = time.monotonic()
+        with progress_bar("contexts", chosen.contexts, unit="text") as advance:
+            contexts = read_contexts(model, sae, documents, count=chosen.contexts, width=chosen.width, progress=advance)
+        seconds["contexts"] = round(time.monotonic() - begun, 2)
+    if documents is not None:
+        tested = _tested(sae, table, contexts, plain, chosen, path, seconds)
+        uses.append(tested.use)
+    labels: Labels | None = None
+    scores: tuple[LabelScores, ...] = ()
+    if writer is not None:
+        labels, scores = _labelled(model, table, writer, contexts, chosen, path)
+    result = ExplainResult.of(
+        table,
+        detection=None if tested is None else tested.detection,
+        uses=tuple(uses),
+        labels=labels,
+        scores=scores,
+        seconds=seconds,
+    )
+    return Explained(table=table, result=result)
+
+
+def _vocabulary(model: Model, documents: Documents | None, chosen: ExplainOptions) -> Vocabulary:
+    if chosen.words == "model":
+        return Vocabulary.of_model(model, size=chosen.size)
+    assert documents is not None
+    texts = (model.tokenizer.decode(documents(i), skip_special_tokens=True) for i in range(chosen.contexts))
+    return Vocabulary.of_text(model, texts, size=chosen.size)
+
+
+def _given(model: Model, vocabulary: Vocabulary | Sequence[str]) -> Vocabulary:
+    return vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary.of_words(model, vocabulary)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Tested(Record):
+    """What text says of the words."""
+
+    detection: DetectionResult
+    use: WordUse
+    """Of the words at which latents fire most strongly."""
+
+
+def _tested(
+    sae: SAE,
+    table: Explanations,
+    contexts: Contexts | None,
+    plain: np.ndarray,
+    chosen: ExplainOptions,
+    path: Path,
+    seconds: dict[str, float],
+) -> _Tested:
+    if (path / DETECTED).is_file():
+        return _Tested.from_json(read_json(path / DETECTED), str(path / DETECTED))
+    assert contexts is not None
+    begun = time.monotonic()
+    with progress_bar("detection", unit="latent") as advance:
+        found = detect(
+            table, contexts, neighbours(sae, min(chosen.near, sae.n_latents - 1)), plain=plain, seed=chosen.seed,
+            progress=advance,
+        )  # fmt: skip
+    seconds["detection"] = round(time.monotonic() - begun, 2)
+    tested = _Tested(detection=found, use=_firing_use(contexts, table))
+    write_json(path / DETECTED, tested.to_json())
+    return tested
+
+
+def _firing_use(contexts: Contexts, table: Explanations) -> WordUse:
+    weights = firing_words(contexts, table.vocabulary, table.words.shape[1])
+    order = np.argsort(-weights, axis=1, kind="stable")[:, : table.words.shape[1]]
+    return word_use(
+        "strongest tokens", np.where(np.take_along_axis(weights, order, 1) > 0, order, -1), table.vocabulary
+    )
+
+
+def _labelled(
+    model: Model,
+    table: Explanations,
+    writer: Writer,
+    contexts: Contexts | None,
+    chosen: ExplainOptions,
+    path: Path,
+) -> tuple[Labels, tuple[LabelScores, ...]]:
+    latents = list(chosen.label) or [int(i) for i in np.argsort(-table.information, kind="stable")[:LABELLED]]
+    with progress_bar("labels", unit="reply") as advance:
+
+        def tell(done: int, total: int) -> None:
+            advance(done, total)
+
+        labels = write_labels(
+            model, table, writer, latents, contexts=contexts, based=chosen.based, classes=chosen.classes,
+            log=path / LOG, progress=tell,
+        )  # fmt: skip
+        write_json(path / LABELS, labels.to_json())
+        if contexts is None or not any(label.label for label in labels.labels):
+            return labels, ()
+        scores = tuple(
+            judge_labels(model, labels, contexts, writer, kind=kind, seed=chosen.seed, log=path / LOG, progress=tell)
+            for kind in ("detection", "fuzzing")
+        )
+    return labels, scores
+
+
+def _first_tokens(documents: Documents) -> list[list[int]]:
+    """What tells one text from another, for config.json."""
+    return [list(map(int, documents(i)))[:16] for i in range(4)]
+
+
+def _called(writer: Writer) -> list[str]:
+    return [writer.url, writer.model] if isinstance(writer, Endpoint) else [type(writer).__name__, writer.name]
