@@ -87,6 +87,21 @@ class Graph:
         """True where a reader sees a writer."""
         return np.arange(len(self.writers)) < np.asarray([reader.writers for reader in self.readers])[:, None]
 
+    @functools.cached_property
+    def owners(self) -> Bool[np.ndarray, "R S"]:
+        """Whether a reader belongs to a node, which writes what it makes of what it reads."""
+        found, group = np.zeros((len(self.readers), len(self.writers)), bool), self.heads // self.kv_heads
+        for number, reader in enumerate(self.readers[:-1]):
+            first = 1 + (reader.layer - self.start) * (self.heads + 1)
+            if reader.site == "hook_mlp_in":
+                found[number, first + self.heads] = True
+            elif reader.head < 0:
+                found[number, first : first + self.heads] = True
+            else:
+                width = 1 if reader.site == "hook_q_input" else group
+                found[number, first + reader.head * width : first + (reader.head + 1) * width] = True
+        return found
+
     def edge(self, name: str) -> tuple[int, int]:
         """(reader, writer) of an edge by its name, "m3->a5.h2<q>". Raises ``UserError`` for one that there is not."""
         writer, arrow, reader = name.partition("->")
