@@ -65,6 +65,11 @@ class Frozen(Intervention):
         return 2 * self.pairs
 
     @property
+    def together(self) -> int:
+        """2 where both rows of a pair say the same."""
+        return 2 if self.spoken else 1
+
+    @property
     def label(self) -> str:
         """The edits, and what is frozen."""
         return f"{'nothing' if self.edits is None else self.edits.label}, frozen: {', '.join(sorted(self.on))}"
@@ -179,14 +184,13 @@ def generate_frozen(
     layers: Sequence[int] | None = None,
     **options: Any,
 ) -> Generation:
-    """Greedy continuations under edits, with ``what`` frozen to the base run on the same tokens.
+    """Continuations under edits, with ``what`` frozen to the base run on the same tokens.
 
-    Other arguments as in ``generate``, of which all prompts are decoded at once. Raises ``UserError`` as ``freeze``,
-    and for a temperature, because a pair would draw two tokens.
+    Greedy at ``temperature`` 0, by sampling otherwise: text i draws the random numbers that it draws in ``generate``
+    with the same seed, so that what differs is what was frozen. Other arguments as there; all prompts are decoded at
+    once. For several samples give a prompt several times. Raises ``UserError`` as ``freeze``.
     """
     decoding = dataclasses.replace(decoding, **options)
-    if decoding.temperature != 0:
-        raise UserError("frozen generation is greedy: give temperature=0")
     rows = encode_prompts(model, prompts, roles=True)
     frozen = freeze(model, edits, what, len(rows), layers=layers, spoken=True)
     found = generate(model, [row for row in rows for _ in range(2)], decoding, edits=frozen)

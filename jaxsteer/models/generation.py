@@ -172,7 +172,8 @@ def _decode_batch(
         return state, Progress(rows.ravel()[:kept], tokens, length, done)
 
     spread = partial(shard_rows, mesh)
-    arrays = dict(tokens=tokens, mask=mask, groups=groups, rows=rows.ravel(), limit=limit.astype(np.int32))
+    numbers = rows.ravel() // (1 if edits is None else edits.together)
+    arrays = dict(tokens=tokens, mask=mask, groups=groups, rows=numbers, limit=limit.astype(np.int32))
     known = edits is not None and any(prompt.turns for prompt in prompts)
     placed = Batch(
         **{name: spread(array) for name, array in arrays.items()}, roles=jax.tree.map(spread, roles) if known else None

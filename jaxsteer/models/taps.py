@@ -126,6 +126,11 @@ class Intervention:
         return None
 
     @property
+    def together(self) -> int:
+        """Rows in a row that draw the same random numbers in generation: 2 for pairs that say the same. Static."""
+        return 1
+
+    @property
     def neutral(self) -> bool:
         """Whether it is known to change nothing (coefficient 0): it is then not run at all.
 
