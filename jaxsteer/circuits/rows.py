@@ -150,7 +150,7 @@ def check_lengths(rows: Rows, other: Rows) -> None:
         if own != theirs:
             raise UserError(
                 f"row {row} has {own} tokens and its source has {theirs}: values go from token to token, so write "
-                f"texts of equally many tokens"
+                f"texts of equally many tokens, or align them (circuits.sources.align, for exact patching)"
             )
 
 
