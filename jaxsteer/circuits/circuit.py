@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsteer.circuits.edge_scores import EdgeScores
 from jaxsteer.circuits.graph import Graph
+from jaxsteer.circuits.memory import abstract_rows, row_bytes, rows_at_once
 from jaxsteer.circuits.rows import (
     Rows,
     check_answer,
@@ -37,7 +38,7 @@ from jaxsteer.circuits.rows import (
     opened_rows,
     scores,
 )
-from jaxsteer.circuits.runs import two_runs, written
+from jaxsteer.circuits.runs import stream_before, two_runs, written
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.layers import layer_weights
@@ -78,7 +79,7 @@ def greedy_edges(found: EdgeScores, count: int, *, end: str = "output") -> Edges
     check_choice("end", end, ("output", "input"))
     graph = found.graph
     _check_count(graph, count)
-    owners, size = _owners(graph), np.where(graph.edges, np.abs(found.matrix), -1.0)
+    owners, size = graph.owners, np.where(graph.edges, np.abs(found.matrix), -1.0)
     edges = np.zeros(graph.edges.shape, bool)
     inside = np.arange(len(graph.writers)) == 0
     for _ in range(count):
@@ -95,7 +96,7 @@ def greedy_edges(found: EdgeScores, count: int, *, end: str = "output") -> Edges
 
 def pruned(graph: Graph, edges: Edges) -> Edges:
     """Those edges that lie on a way from the input to the unembedding: the rest can neither hear nor be heard."""
-    owners, kept = _owners(graph), edges & graph.edges
+    owners, kept = graph.owners, edges & graph.edges
     while True:
         heard = np.r_[True, np.zeros(len(graph.writers) - 1, bool)] | owners[kept.any(1)].any(0)
         hears = owners[:, kept.any(0)].any(1) | (np.arange(len(owners)) == len(owners) - 1)
@@ -109,7 +110,7 @@ def random_edges(graph: Graph, count: int, seed: int) -> Edges:
     """A random circuit that hangs together, of ``count`` edges or a few more: ways from input to output through random
     edges, until there are enough."""
     _check_count(graph, count)
-    rng, owners = np.random.default_rng(seed), _owners(graph)
+    rng, owners = np.random.default_rng(seed), graph.owners
     edges, order = np.zeros(graph.edges.shape, bool), np.argwhere(graph.edges)
     for reader, writer in order[rng.permutation(len(order))]:
         if edges.sum() >= count:
@@ -125,21 +126,6 @@ def random_edges(graph: Graph, count: int, seed: int) -> Edges:
             reader = int(rng.choice(above))
             edges[reader, node] = True
     return edges
-
-
-def _owners(graph: Graph) -> Bool[np.ndarray, "R W"]:
-    """Whether a reader belongs to a node, which writes what it makes of what it reads."""
-    found, group = np.zeros((len(graph.readers), len(graph.writers)), bool), graph.heads // graph.kv_heads
-    for number, reader in enumerate(graph.readers[:-1]):
-        first = 1 + (reader.layer - graph.start) * (graph.heads + 1)
-        if reader.site == "hook_mlp_in":
-            found[number, first + graph.heads] = True
-        elif reader.head < 0:
-            found[number, first : first + graph.heads] = True
-        else:
-            width = 1 if reader.site == "hook_q_input" else group
-            found[number, first + reader.head * width : first + (reader.head + 1) * width] = True
-    return found
 
 
 def _check_count(graph: Graph, count: int) -> None:
@@ -194,6 +180,26 @@ def run_circuits(
     masks = np.stack([np.asarray(circuit, bool) for circuit in circuits])
     if masks.shape[1:] != graph.edges.shape or (masks & ~graph.edges).any():
         raise UserError(f"circuits must be edges of the graph {list(graph.edges.shape)}, got {list(masks.shape[1:])}")
+    count, length = rows.tokens.shape
+    slots = rows_at_once(
+        "Running circuits",
+        model,
+        row_bytes(model.config, length, rows.read.shape[1]) + 12 * len(graph.writers) * length * model.config.d_model,
+        count * max(1, min(len(masks), room() // (count * length))),
+        lambda n: _lowered(
+            model, abstract_rows(model, rows, n // count * count or n), edits, pytree, count, needs=found, graph=graph
+        ),
+    )
+    if slots < count:  # not even one circuit for all rows: some rows after the others
+        parts = [slice(i, i + slots) for i in range(0, count, slots)]
+        sources = [source.take(part) if isinstance(source, Rows) else source for part in parts]
+        given = dict(graph=graph, circuits=circuits, semantics=semantics, edits=edits)
+        each = [run_circuits(model, rows.take(p), metric, own, **given) for p, own in zip(parts, sources, strict=True)]
+        base, target, scored = (
+            np.concatenate([getattr(one, name) for one in each], axis=-1) for name in ("base", "target", "scores")
+        )
+        weights = rows.readings.sum(-1) / rows.readings.sum()
+        return CircuitScores(semantics=semantics, base=base, target=target, scores=scored, weights=weights)
     outside = semantics == "ablate outside"
     masks = graph.edges & ~masks if outside else masks
     one = on_devices(model, rows)
@@ -202,9 +208,7 @@ def run_circuits(
     streams = streams if outside else streams[::-1]
     call = partial(written, model.params, model.config, one, start=graph.start)
     recorded = call(streams[0], edits).stacked()
-    count = len(rows.tokens)
-    fits = room() // (count * rows.tokens.shape[1])
-    groups = max(1, min(len(masks), fits))
+    groups = slots // count
     many = on_devices(model, jax.tree.map(lambda a: np.tile(a, (groups, *[1] * (np.ndim(a) - 1))), rows))
     begin = jnp.tile(streams[1], (groups, 1, 1))
     values = []
@@ -218,6 +222,20 @@ def run_circuits(
     weights = rows.readings.sum(-1) / rows.readings.sum()
     scored = np.concatenate(values)[: len(masks)].astype(np.float64)
     return CircuitScores(semantics=semantics, base=ends[0], target=ends[1], scores=scored, weights=weights)
+
+
+def _lowered(
+    model: Model, rows: Rows, edits: Intervention | None, metric: Any, count: int, *, needs: Needs, graph: Graph
+) -> jax.stages.Lowered:
+    """The program for slots of these shapes, of ``count`` rows for each circuit, or fewer where there are not so
+    many."""
+    before = lambda params, rows: stream_before(params, model.config, rows, edits, start=graph.start)  # noqa: E731
+    x = abstract_rows(model, jax.eval_shape(before, model.params, rows))
+    slots, one = len(rows.tokens), min(count, len(rows.tokens))
+    recorded = jax.ShapeDtypeStruct((len(graph.writers), one, *x.shape[1:]), jnp.float32)
+    masks = jax.ShapeDtypeStruct((slots, *graph.edges.shape), bool)
+    given = (model.params, model.config, rows, x, recorded, masks, edits, metric)
+    return _run.lower(*given, needs=needs, start=graph.start, per=graph.per)
 
 
 def _by_layer(masks: Bool[Array, "S R W"], config: ModelConfig, per: str) -> dict[str, Array]:

@@ -23,6 +23,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.circuits.means import Mean
+from jaxsteer.circuits.memory import abstract_rows, rows_at_once
 from jaxsteer.circuits.patch_map import PatchMap
 from jaxsteer.circuits.rows import (
     Rows,
@@ -34,7 +35,8 @@ from jaxsteer.circuits.rows import (
     opened_rows,
     scores,
 )
-from jaxsteer.circuits.sweep_axes import Axes, make_axes, rows_of_a_pass
+from jaxsteer.circuits.sources import Aligned, check_alignment
+from jaxsteer.circuits.sweep_axes import Axes, make_axes, patch_bytes
 from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.layers import walk_blocks
@@ -47,12 +49,13 @@ from jaxsteer.models.taps import Intervention, Tap, Visit, checked, joined
 from jaxsteer.models.transformer import embed, final_norm
 from jaxsteer.objectives.reads import Needs, Objective, composed, pickers
 from jaxsteer.processes import to_host
+from jaxsteer.steer.completions import room
 
 Progress = Callable[[int, int], None]
 
 
-Source = Rows | Intervention | Mean | str
-"""Where values come from: another text, the same texts under edits, a mean, zero."""
+Source = Rows | Aligned | Intervention | Mean | str
+"""Where values come from: another text, one of another length, the same texts under edits, a mean, zero."""
 
 
 @struct.dataclass
@@ -168,6 +171,17 @@ def _walk(
     return state, scores(metric, reads, rows)
 
 
+def _lowered(
+    model: Model, rows: Rows, edits: Intervention | None, metric: Any, *, needs: Needs, kind: str
+) -> jax.stages.Lowered:
+    """The program of a sweep for rows of these shapes."""
+    begin = lambda params, rows: _begin(params, model.config, rows, edits, needs=needs, kind=kind)  # noqa: E731
+    walk = abstract_rows(model, jax.eval_shape(begin, model.params, rows))
+    number, slots = jax.ShapeDtypeStruct((), jnp.int32), abstract_rows(model, rows.prompt_length)
+    put = _Patch(kind=kind, layer=number, positions=rows.mask, head=slots, value=walk.value)
+    return _walk.lower(model.params, model.config, rows, walk, put, edits, metric, (number, number), needs=needs)
+
+
 def patch(
     model: Model,
     rows: Rows,
@@ -190,7 +204,8 @@ def patch(
     Args:
         metric: an objective; larger is better. It may read logits, answers and sites.
         kind: a kind of site ("hook_resid_pre", "attn.hook_z", "attn.hook_pattern", "ln_final.hook_scale" ...).
-        source: another text (``Rows`` of the same lengths), edits on the same texts, a ``Mean``, or "zero".
+        source: another text (``Rows`` of the same lengths, or ``align``ed), edits on the same texts, a ``Mean``, or
+            "zero".
         layers: all by default.
         positions: every token by itself, all of them together, or those listed. In patterns and scores: queries.
         heads: all together, every one by itself, or those listed.
@@ -213,8 +228,18 @@ def patch(
                 raise UserError("a sweep puts rows side by side: give edits that serve all rows, not one for each")
     if isinstance(source, Rows):
         check_lengths(rows, source)
+    if isinstance(source, Aligned):
+        check_alignment(rows, source, kind)
+    texts = source.rows if isinstance(source, Aligned) else source if isinstance(source, Rows) else rows
     inner = "hook_resid_pre" if kind == "hook_embed" else kind
-    size, count = rows_of_a_pass(model, kind, rows, at_once), len(rows.tokens)
+    count, wide = len(rows.tokens), max(rows, texts, key=_width)
+    size = at_once or rows_at_once(
+        "Patching",
+        model,
+        patch_bytes(model.config, kind, wide),
+        max(1, min(room() // _width(wide), count * sweep.count)),
+        lambda slots: _lowered(model, abstract_rows(model, wide, slots), edits, pytree, needs=found, kind=inner),
+    )
     own = math.ceil(count / math.ceil(count / size))  # rows of one part; all parts have as many
     shards = 1 if model.mesh is None else model.mesh.shape.get("prompts", 1)
     least = shards // math.gcd(shards, own)
@@ -226,7 +251,8 @@ def patch(
         index = np.arange(begin, begin + own) % count
         part = _Sweep(
             model=model, kind=inner, axes=sweep, metric=pytree, needs=found, rows=spread(rows.take(index)),
-            theirs=spread((source if isinstance(source, Rows) else rows).take(index)) if _is_run(source) else None,
+            theirs=spread(texts.take(index)) if isinstance(source, Rows | Aligned | Intervention) else None,
+            at=shard_rows(model.mesh, _repeated(groups, source.at[index])) if isinstance(source, Aligned) else None,
             source=source, edits=edits, groups=groups,
         )  # fmt: skip
         parts.append(part.effects())
@@ -238,6 +264,8 @@ def patch(
     effects = effects.reshape(count, *sweep.shape)
     if sweep.positions is not None:
         outside = np.asarray(sweep.positions) >= rows.lengths[:, None]
+        if isinstance(source, Aligned):
+            outside |= np.asarray(source.at)[:, list(sweep.positions)] < 0
         effects = np.where(outside[:, None, :, None] if sweep.heads is not None else outside[:, None], np.nan, effects)
     return PatchMap(
         model=model.name, kind=kind, source=_label(source), axes=("row", *sweep.names), layers=sweep.layers,
@@ -250,13 +278,15 @@ def _repeated(groups: int, array: Any) -> np.ndarray:
     return np.tile(array, (groups, *[1] * (np.ndim(array) - 1)))
 
 
-def _is_run(source: Source) -> bool:
-    return isinstance(source, Rows | Intervention)
+def _width(rows: Rows) -> int:
+    return int(rows.tokens.shape[1])
 
 
 def _label(source: Source) -> str:
     if isinstance(source, Mean):
         return "mean, per position" if source.per_position else "mean"
+    if isinstance(source, Aligned):
+        return "another text, aligned"
     return "zero" if isinstance(source, str) else "another text" if isinstance(source, Rows) else source.label
 
 
@@ -273,6 +303,8 @@ class _Sweep:
     """S = groups x B slots."""
     theirs: Rows | None
     """The source's slots where it is a run."""
+    at: Int[Array, "S T"] | None
+    """The token of the source for each token, where the two have other lengths."""
     source: Source
     edits: Intervention | None
     groups: int
@@ -284,6 +316,9 @@ class _Sweep:
         changed = self.source if isinstance(self.source, Intervention) else self.edits
         walk, theirs = self._start(self.rows, self.edits), self._start(self.theirs, changed)
         off = self._put(walk.value, -2, positions[:0], heads[:0])
+        theirs_off = off
+        if self.theirs is not None:
+            theirs_off = self._put(theirs.value, -2, np.zeros((0, _width(self.theirs)), bool), heads[:0])
         at = behind = 0
         found: list[list[Array]] = [[] for _ in self.axes.layers]
         for index, layer in sorted(enumerate(self.axes.layers), key=lambda pair: pair[1]):
@@ -291,7 +326,7 @@ class _Sweep:
             walk, _ = self._go(self.rows, walk, off, self.edits, at, first)
             value = walk.value
             if self.theirs is not None:
-                theirs, _ = self._go(self.theirs, theirs, off, changed, behind, last)
+                theirs, _ = self._go(self.theirs, theirs, theirs_off, changed, behind, last)
                 value = theirs.value
             at, behind = first, last
             for begin in range(0, self.axes.count, self.groups):
@@ -301,7 +336,7 @@ class _Sweep:
         base = to_host(self._go(self.rows, walk, off, self.edits, at, depth)[1])
         other = np.full_like(base, np.nan)
         if self.theirs is not None:
-            other = to_host(self._go(self.theirs, theirs, off, changed, behind, depth)[1])
+            other = to_host(self._go(self.theirs, theirs, theirs_off, changed, behind, depth)[1])
         count = len(base) // self.groups
         moved = np.stack([np.stack([a - base for a in to_host(each)]) for each in found])  # [l, calls, S]
         moved = moved.reshape(len(found), -1, count)[:, : self.axes.count]
@@ -322,7 +357,10 @@ class _Sweep:
         """The value to put in, in every slot."""
         if isinstance(self.source, Mean):
             return jnp.broadcast_to(self.source.of_layer(layer, value.shape[1]), value.shape)
-        return jnp.zeros_like(value) if self.source == "zero" else value
+        if self.at is not None:
+            index = jnp.maximum(self.at, 0).reshape(*self.at.shape, *[1] * (value.ndim - 2))
+            return jnp.take_along_axis(value, index, axis=1)
+        return jnp.zeros_like(value) if isinstance(self.source, str) else value
 
     def _put(
         self, value: Array, layer: int, positions: Bool[np.ndarray, "g T"], heads: Int[np.ndarray, " g"]
@@ -330,10 +368,13 @@ class _Sweep:
         """A patch for every group, of which the last may have none."""
         spare, rows = self.groups - len(heads), self.rows.tokens.shape[0] // self.groups
         spread = lambda a, fill: shard_rows(self.model.mesh, np.concatenate([a, fill]).repeat(rows, axis=0))  # noqa: E731
+        there = spread(positions, np.zeros((spare, positions.shape[1]), bool))
+        if self.at is not None and len(heads):
+            there = there & (self.at >= 0)
         return _Patch(
             kind=self.kind,
             layer=jnp.int32(layer),
-            positions=spread(positions, np.zeros((spare, positions.shape[1]), bool)),
+            positions=there,
             head=spread(heads, np.full(spare, -1, np.int32)),
             value=value,
         )

@@ -20,8 +20,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxsteer.circuits.graph import Graph, Per
+from jaxsteer.circuits.memory import abstract_rows, row_bytes, rows_at_once
 from jaxsteer.circuits.rows import Rows, check_answer, check_lengths, metric_of, on_devices
-from jaxsteer.circuits.runs import score_from, two_runs, written
+from jaxsteer.circuits.runs import score_from, stream_before, two_runs, written
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.model import Model
@@ -83,9 +84,23 @@ def patch_edges(
     if not edges:
         raise UserError("no edge was given: name at least one, e.g. 'input->logits'")
     places = [graph.edge(edge) for edge in edges]
-    count = len(rows.tokens)
-    groups = max(1, min(len(edges), room() // (count * rows.tokens.shape[1])))
-    groups = math.ceil(len(edges) / math.ceil(len(edges) / groups))
+    count, length = rows.tokens.shape
+    slots = rows_at_once(
+        "Patching edges",
+        model,
+        row_bytes(model.config, length, rows.read.shape[1]) + 4 * len(graph.writers) * length * model.config.d_model,
+        count * max(1, min(len(edges), room() // (count * length))),
+        lambda n: _lowered(
+            model, abstract_rows(model, rows, n // count * count or n), edits, pytree, count, needs=found, graph=graph
+        ),
+    )
+    if slots < count:  # not even one edge for all rows: some rows after the others
+        parts = [slice(i, i + slots) for i in range(0, count, slots)]
+        sources = [source.take(part) if isinstance(source, Rows) else source for part in parts]
+        given = dict(edges=edges, start=start, edits=edits, per=per)
+        pairs = zip(parts, sources, strict=True)
+        return np.concatenate([patch_edges(model, rows.take(part), metric, own, **given) for part, own in pairs])
+    groups = math.ceil(len(edges) / math.ceil(len(edges) / (slots // count)))
     many = on_devices(model, jax.tree.map(lambda a: np.tile(a, (groups, *[1] * (np.ndim(a) - 1))), rows))
     one = on_devices(model, rows)
     other = on_devices(model, source) if isinstance(source, Rows) else one
@@ -106,6 +121,19 @@ def patch_edges(
         moved = to_host(go(writers, from_writer, _Readers(*columns))) - base
         effects.append(moved.reshape(groups, count)[: len(here)])
     return np.concatenate(effects).T
+
+
+def _lowered(
+    model: Model, rows: Rows, edits: Intervention | None, metric: Any, count: int, *, needs: Needs, graph: Graph
+) -> jax.stages.Lowered:
+    """The program for slots of these shapes, of ``count`` rows for each edge, or fewer where there are not so many."""
+    before = lambda params, rows: stream_before(params, model.config, rows, edits, start=graph.start)  # noqa: E731
+    x = abstract_rows(model, jax.eval_shape(before, model.params, rows))
+    slots, one = len(rows.tokens), min(count, len(rows.tokens))
+    changes = jax.ShapeDtypeStruct((len(graph.writers), one, *x.shape[1:]), jnp.float32)
+    numbers = [jax.ShapeDtypeStruct((size,), jnp.int32) for size in (slots // one, slots, slots, slots)]
+    given = (model.params, model.config, rows, x, edits, metric, changes, numbers[0], _Readers(*numbers[1:]))
+    return _patched.lower(*given, needs=needs, start=graph.start)
 
 
 @jax.jit

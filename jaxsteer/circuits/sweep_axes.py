@@ -1,4 +1,4 @@
-"""The axes of a sweep of patches, and how many rows go through the model at a time."""
+"""The axes of a sweep of patches, and what a patch takes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxsteer.circuits.memory import row_bytes
 from jaxsteer.circuits.rows import Rows
 from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.model import Model
-from jaxsteer.models.sharding import require_memory
 from jaxsteer.models.sites import KINDS
-from jaxsteer.steer.completions import room
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,22 +79,10 @@ def _numbers(name: str, given: Any, size: int) -> tuple[int, ...] | None:
     return tuple((numbers % size).tolist())
 
 
-def rows_of_a_pass(model: Model, kind: str, rows: Rows, at_once: int | None) -> int:
-    """Rows of one pass. Raises ``UserError`` where not even one fits into memory."""
-    config, length = model.config, rows.tokens.shape[1]
+def patch_bytes(config: ModelConfig, kind: str, rows: Rows) -> int:
+    """About what one patched row takes: ``row_bytes``, and the values at a kind of site."""
+    length = rows.tokens.shape[1]
     wide = {"D": config.d_model, "N": config.n_heads, "K": config.n_kv_heads, "H": config.d_head, "I": config.d_mlp}
     axes = KINDS[kind].axes.split()
     value = int(np.prod([wide.get(axis, length if axis in "TU" else 1) for axis in axes if axis != "B"]))
-    own = length * (8 * config.d_model + 4 * config.d_mlp + 6 * config.n_heads * config.d_head)
-    own += 4 * config.n_heads * length**2 + 4 * value + 3 * rows.read.shape[1] * config.vocab_size
-    require_memory("One patched row", 4 * own, model.mesh, "shorten the texts.")
-    if at_once is not None:
-        return max(1, int(at_once))
-    fits = max(1, room() // length)
-    while fits > 1:
-        try:
-            require_memory("The patches", 4 * own * fits, model.mesh, "")
-            return fits
-        except UserError:
-            fits //= 2
-    return fits
+    return row_bytes(config, length, rows.read.shape[1]) + 16 * value
