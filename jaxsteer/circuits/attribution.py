@@ -9,7 +9,8 @@ D_u what writer u adds in the source minus what it adds in the run, and g the gr
 "inputs" (EAP-IG, 2403.17806): g is averaged along the straight line between the streams before the first block of the
 graph; with a steering vector added there, that is along its coefficient, and IE(input) tends to the whole effect. One
 step with ``rule="left"`` is EAP (2310.10348). "activations": g is averaged while the outputs of attention, or of the
-MLP, of one layer go along their own line, and everything above follows.
+MLP, of one layer go along their own line, and everything above follows. "nodes": likewise, but every head goes alone,
+so that a node's score tends to its exact effect; attention takes as many times as long as a layer has heads.
 
 Letters: B rows, T tokens, D width, N heads, K key/value heads, l blocks of the graph, S writers, R readers.
 """
@@ -28,21 +29,21 @@ from jaxtyping import Array, Float
 
 from jaxsteer.circuits.edge_scores import EdgeScores
 from jaxsteer.circuits.graph import Graph, Per
+from jaxsteer.circuits.memory import abstract_rows, row_bytes, rows_at_once
 from jaxsteer.circuits.rows import Rows, check_answer, check_lengths, metric_of, on_devices
-from jaxsteer.circuits.runs import Written, alphas, score_from, two_runs, written
+from jaxsteer.circuits.runs import Written, alphas, score_from, stream_before, two_runs, written
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.log_probs import LOGITS_NOT_FINITE
 from jaxsteer.models.model import Model
 from jaxsteer.models.params import Params
-from jaxsteer.models.sharding import require_memory
 from jaxsteer.models.sites import Site
 from jaxsteer.models.taps import NO_TAP, Intervention, Tap, checked
 from jaxsteer.objectives.reads import Needs, Objective
 from jaxsteer.objectives.terms import check_choice
 from jaxsteer.processes import to_host
 
-Method = Literal["inputs", "activations"]
+Method = Literal["inputs", "activations", "nodes"]
 Rule = Literal["midpoint", "left"]
 
 
@@ -91,7 +92,14 @@ def attribute_edges(
             checked(each, model.config, None)
             if each.rows is not None:
                 raise UserError("give edits that serve all rows, not one for each")
-    size = batch or _rows_that_fit(model, rows, graph)
+    size = batch or rows_at_once(
+        "Attribution",
+        model,
+        _bytes_of_a_row(model.config, rows, graph),
+        len(rows.tokens),
+        lambda n: _lowered(model, abstract_rows(model, rows, n), edits, pytree, steps, needs=found, graph=graph),
+        advice="shorten the texts, or begin at a later block (start).",
+    )
     weights = rows.readings.sum(-1) / rows.readings.sum()
     matrix: Any = 0.0
     nodes: Any = 0.0
@@ -103,10 +111,11 @@ def attribute_edges(
         other = on_devices(model, source.take(index)) if isinstance(source, Rows) else part
         streams, scored = two_runs(model, part, other, source, edits, pytree, found, start)
         weight = jnp.asarray(np.where(spare, 0, weights[index]), jnp.float32)
-        call = partial(
-            _inputs if method == "inputs" else _activations, model.params, model.config, part, *streams, edits
-        )
-        edges, own = call(pytree, weight, alphas(steps, rule), needs=found, start=start, per=per)
+        given = (model.params, model.config, part, *streams, edits, pytree, weight, alphas(steps, rule))
+        if method == "inputs":
+            edges, own = _inputs(*given, needs=found, start=start, per=per)
+        else:
+            edges, own = _activations(*given, alone=method == "nodes", needs=found, start=start, per=per)
         matrix, nodes = matrix + to_host(edges).astype(np.float64), nodes + to_host(own).astype(np.float64)
         ends.append(scored[:, ~spare])
     base, target = np.concatenate(ends, axis=1).astype(np.float64) @ weights
@@ -121,26 +130,23 @@ def attribute_edges(
     )  # fmt: skip
 
 
-def _rows_that_fit(model: Model, rows: Rows, graph: Graph) -> int:
-    """Rows of one pass: what is written, read and differentiated in all blocks is held at once."""
-    config, length = model.config, rows.tokens.shape[1]
-    inputs = (config.n_layers - graph.start) * (config.n_heads + 2 * config.n_kv_heads + 3)
-    one = (
-        4 * length * config.d_model * (3 * len(graph.writers) + 2 * inputs)
-        + 12 * rows.read.shape[1] * config.vocab_size
-    )
-    one += 4 * (3 * config.n_heads * length**2 + 6 * config.d_mlp * length)
-    require_memory(
-        "The attribution of one row", one, model.mesh, "shorten the texts, or begin at a later block (start)."
-    )
-    size = len(rows.tokens)
-    while size > 1:
-        try:
-            require_memory("The attribution", one * size, model.mesh, "")
-            return size
-        except UserError:
-            size = -(-size // 2)
-    return size
+def _bytes_of_a_row(config: ModelConfig, rows: Rows, graph: Graph) -> int:
+    """About what one row takes: what is written, read and differentiated in all blocks is held at once."""
+    length, blocks = rows.tokens.shape[1], config.n_layers - graph.start
+    inputs = blocks * (config.n_heads + 2 * config.n_kv_heads + 3)
+    streams = 4 * length * config.d_model * (3 * len(graph.writers) + 2 * inputs)
+    return streams + blocks * row_bytes(config, length, 0) + row_bytes(config, 0, rows.read.shape[1])
+
+
+def _lowered(
+    model: Model, rows: Rows, edits: Intervention | None, metric: Any, steps: int, *, needs: Needs, graph: Graph
+) -> jax.stages.Lowered:
+    """The program for rows of these shapes."""
+    before = lambda params, rows: stream_before(params, model.config, rows, edits, start=graph.start)  # noqa: E731
+    x = abstract_rows(model, jax.eval_shape(before, model.params, rows))
+    weight = abstract_rows(model, jax.ShapeDtypeStruct(x.shape[:1], jnp.float32))
+    given = (model.params, model.config, rows, x, x, edits, metric, weight, np.zeros(steps, np.float32))
+    return _inputs.lower(*given, needs=needs, start=graph.start, per=graph.per)
 
 
 # Gradients
@@ -249,11 +255,13 @@ def _activations(
     weight: Float[Array, " B"],
     alphas: Float[np.ndarray, " n"],
     *,
+    alone: bool,
     needs: Needs,
     start: int,
     per: str,
 ) -> tuple[Float[np.ndarray, "R S"], Float[np.ndarray, " S"]]:
-    """Edges and nodes with gradients along every layer's own line. Many parameters: as ``_inputs``."""
+    """Edges and nodes with gradients along every layer's own line, or that of each head ``alone``. Many parameters: as
+    ``_inputs``."""
     heads, blocks = config.n_heads, range(start, config.n_layers)
     whole = _inputs(params, config, rows, x, other, edits, metric, weight, alphas, needs=needs, start=start, per=per)
     edges, nodes = (np.array(to_host(each)) for each in whole)  # of which the input's are right already
@@ -265,8 +273,10 @@ def _activations(
             ("hook_attn_out", slice(first, first + heads)),
             ("hook_mlp_out", slice(first + heads, first + heads + 1)),
         ):
-            found = to_host(call(jnp.int32(layer), kind=kind, needs=needs, start=start, per=per))
-            edges[:, own], nodes[own] = found
+            moving = range(heads) if alone and kind == "hook_attn_out" else (-1,)
+            given = dict(kind=kind, needs=needs, start=start, per=per)
+            parts = [to_host(call(jnp.int32(layer), jnp.int32(head), **given)) for head in moving]
+            edges[:, own], nodes[own] = (np.sum(part, axis=0) for part in zip(*parts, strict=True))
     return edges, nodes
 
 
@@ -283,19 +293,23 @@ def _one_layer(
     weight: Float[Array, " B"],
     alphas: Float[Array | np.ndarray, " n"],
     layer: Array,
+    head: Array,
     *,
     kind: str,
     needs: Needs,
     start: int,
     per: str,
 ) -> tuple[Float[Array, "R s"], Float[Array, " s"]]:
-    """Edges and nodes of the writers of one kind in one layer. Many parameters: as ``_inputs``."""
+    """Edges and nodes of the writers of one kind in one layer, or of one ``head`` (not -1) and 0 for the others. Many
+    parameters: as ``_inputs``."""
     own = lambda a: lax.dynamic_index_in_dim(a, layer - start, 0, keepdims=False)  # noqa: E731
     if kind == "hook_attn_out":
         before, after = (jnp.moveaxis(own(each.heads), 2, 0) for each in (run, other))
     else:
         before, after = (own(each.mlps)[None] for each in (run, other))
-    base, way = before.sum(0), (after - before).sum(0)
+    moves = (head < 0) | (jnp.arange(len(before)) == head)
+    difference = jnp.where(moves[:, None, None, None], after - before, 0)
+    base, way = before.sum(0), difference.sum(0)
 
     def at(alpha: Array) -> dict[str, Array]:
         def change(_: str, here: Any, value: Array) -> Array:
@@ -304,6 +318,6 @@ def _one_layer(
         tap = Tap(frozenset({kind}), change)
         return _gradients(params, config, rows, x, edits, metric, needs=needs, start=start, tap=tap)
 
-    slopes, change = averaged(at, alphas), (after - before) * weight[:, None, None]
+    slopes, change = averaged(at, alphas), difference * weight[:, None, None]
     nodes = jnp.einsum("sbtd,btd->s", change, own(slopes[kind]), precision=lax.Precision.HIGHEST)
     return _products(_readers(slopes, per), change), nodes

@@ -90,7 +90,8 @@ def test_the_circuit_computed_by_hand(how: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [*((family, "inputs") for family in FAMILIES), ("gemma3", "activations")]
+    ("family", "method"),
+    [*((family, "inputs") for family in FAMILIES), ("gemma3", "activations"), ("gemma3", "nodes")],
 )
 def test_a_node_is_the_sum_of_its_edges(family: str, method: str) -> None:
     model = small(family)
@@ -127,6 +128,18 @@ def test_the_activations_of_a_layer_tend_to_its_exact_effect() -> None:
     for kind, scores in (("hook_attn_out", nodes[:, :4].sum(1)), ("hook_mlp_out", nodes[:, 4])):
         exact = patch(model, ROWS, METRIC, kind, SOURCE, positions="together").mean()
         np.testing.assert_allclose(scores, exact, atol=5e-3 * np.abs(exact).max())
+
+
+def test_every_node_s_own_line_leads_to_its_exact_effect() -> None:
+    model = small("llama")
+    found = attribute_edges(model, ROWS, METRIC, SOURCE, steps=16, method="nodes")
+    nodes = np.asarray(found.nodes[1:]).reshape(2, 5)
+    heads = patch(model, ROWS, METRIC, "attn.hook_z", SOURCE, positions="together", heads="each").mean()
+    mlps = patch(model, ROWS, METRIC, "hook_mlp_out", SOURCE, positions="together").mean()
+    exact = np.concatenate([heads, mlps[:, None]], axis=1)
+    np.testing.assert_allclose(nodes, exact, atol=5e-3 * np.abs(exact).max())
+    together = attribute_edges(model, ROWS, METRIC, SOURCE, steps=16, method="activations").nodes[1:5]
+    assert np.abs(together - exact[0, :4]).max() > 0.02 * np.abs(exact).max()
 
 
 def test_a_linear_model_has_exact_edges() -> None:
@@ -218,7 +231,7 @@ def test_rows_count_by_their_readings_whatever_the_batch() -> None:
     [
         ({"start": 2}, "start is 2, but this model has blocks 0 to 1"),
         ({"source": PUSH, "start": 0}, "choose start"),
-        ({"method": "input"}, "method must be one of inputs, activations"),
+        ({"method": "input"}, "method must be one of inputs, activations, nodes"),
         ({"source": make_rows(MODEL, TEXTS[::-1])}, "row 0 has 6 tokens and its source has 8"),
         ({"metric": lambda reads: reads.logits[:, 0] * jnp.nan}, "NaN or infinite"),
     ],
