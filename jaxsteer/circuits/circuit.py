@@ -193,7 +193,7 @@ def run_circuits(
     if slots < count:  # not even one circuit for all rows: some rows after the others
         parts = [slice(i, i + slots) for i in range(0, count, slots)]
         sources = [source.take(part) if isinstance(source, Rows) else source for part in parts]
-        given = dict(graph=graph, circuits=circuits, semantics=semantics, edits=edits)
+        given: dict[str, Any] = dict(graph=graph, circuits=circuits, semantics=semantics, edits=edits)
         each = [run_circuits(model, rows.take(p), metric, own, **given) for p, own in zip(parts, sources, strict=True)]
         base, target, scored = (
             np.concatenate([getattr(one, name) for one in each], axis=-1) for name in ("base", "target", "scores")

@@ -60,12 +60,13 @@ def save_circuit(path: str | os.PathLike[str], model: Model, scores: EdgeScores,
     if edges.shape != graph.edges.shape or (edges & ~graph.edges).any():
         raise UserError(f"a circuit must be edges of the graph, bool {list(graph.edges.shape)}")
     matrix, ours = scores.matrix, graph.owners
-    used = edges.any(0) | (ours & edges.any(1)[:, None]).any(0)
+    read = np.asarray(edges.any(1))
+    used = np.asarray(edges.any(0) | (ours & read[:, None]).any(0))
     nodes: dict[str, Any] = {
         name: {"in_graph": bool(used[i]), "score": scores.nodes[i]} for i, name in enumerate(graph.writers)
     }
     nodes["logits"] = {"in_graph": True}
-    table = {}
+    table: dict[str, Any] = {}
     for row, reader in enumerate(graph.readers):
         names = ungrouped(graph, reader)
         for column in range(reader.writers):

@@ -71,7 +71,7 @@ def circuit_svg(graph: Graph, edges: Edges, scores: EdgeScores | None = None, *,
     lines = _lines(graph, edges, scores)
     ranks = _ranks(graph, lines)
     width, height = LEFT + ACROSS * max(map(len, ranks)) + 10, UP * len(ranks)
-    places = {}
+    places: dict[str, tuple[float, float]] = {}
     for level, rank in enumerate(ranks):
         start = LEFT + (width - LEFT - ACROSS * len(rank)) / 2
         places |= {name: (start + ACROSS * (i + 0.5), height - UP * (level + 0.5)) for i, name in enumerate(rank)}

@@ -177,7 +177,8 @@ def _lowered(
     """The program of a sweep for rows of these shapes."""
     begin = lambda params, rows: _begin(params, model.config, rows, edits, needs=needs, kind=kind)  # noqa: E731
     walk = abstract_rows(model, jax.eval_shape(begin, model.params, rows))
-    number, slots = jax.ShapeDtypeStruct((), jnp.int32), abstract_rows(model, rows.prompt_length)
+    number: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    slots = abstract_rows(model, rows.prompt_length)
     put = _Patch(kind=kind, layer=number, positions=rows.mask, head=slots, value=walk.value)
     return _walk.lower(model.params, model.config, rows, walk, put, edits, metric, (number, number), needs=needs)
 

@@ -97,7 +97,7 @@ def patch_edges(
     if slots < count:  # not even one edge for all rows: some rows after the others
         parts = [slice(i, i + slots) for i in range(0, count, slots)]
         sources = [source.take(part) if isinstance(source, Rows) else source for part in parts]
-        given = dict(edges=edges, start=start, edits=edits, per=per)
+        given: dict[str, Any] = dict(edges=edges, start=start, edits=edits, per=per)
         pairs = zip(parts, sources, strict=True)
         return np.concatenate([patch_edges(model, rows.take(part), metric, own, **given) for part, own in pairs])
     groups = math.ceil(len(edges) / math.ceil(len(edges) / (slots // count)))
@@ -132,7 +132,8 @@ def _lowered(
     slots, one = len(rows.tokens), min(count, len(rows.tokens))
     changes = jax.ShapeDtypeStruct((len(graph.writers), one, *x.shape[1:]), jnp.float32)
     numbers = [jax.ShapeDtypeStruct((size,), jnp.int32) for size in (slots // one, slots, slots, slots)]
-    given = (model.params, model.config, rows, x, edits, metric, changes, numbers[0], _Readers(*numbers[1:]))
+    readers: Any = numbers[1:]
+    given = (model.params, model.config, rows, x, edits, metric, changes, numbers[0], _Readers(*readers))
     return _patched.lower(*given, needs=needs, start=graph.start)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -213,7 +214,10 @@ def size_curve(
     made, count = (got.scores - got.base) * got.weights, len(chosen)
     drawn = got.faithfulness[2 * count :].reshape(len(partly), random)
     random_of = {i: tuple(drawn[number].tolist()) for number, i in enumerate(partly)}
-    share_of = lambda index, some: made[index][..., some].sum(-1) / change[some].sum()  # noqa: E731
+
+    def share_of(index: Any, rows: np.ndarray) -> Any:
+        return made[index][..., rows].sum(-1) / change[rows].sum()
+
     names = list(groups) if groups is not None else [str(row) for row in range(len(change))]
     every = slice(0, count)
     points = [
@@ -221,17 +225,18 @@ def size_curve(
             share=float(asked[i]),
             edges=int(edges.sum()),
             faithfulness=float(got.faithfulness[i]),
-            ci95=bootstrap(lambda some, i=i: float(share_of(i, some)), names, draws=1000),
+            ci95=bootstrap(partial(share_of, i), names, draws=1000),
             complement=float(got.faithfulness[count + i]),
             random=random_of.get(i, (float(got.faithfulness[i]),) * random),
         )
         for i, edges in enumerate(chosen)
     ]
-    ends = [bootstrap(lambda some, j=j: areas(asked, share_of(every, some))[j], names, draws=1000) for j in (0, 1)]
+    own = bootstrap(lambda rows: areas(asked, share_of(every, rows))[0], names, draws=1000)
+    apart = bootstrap(lambda rows: areas(asked, share_of(every, rows))[1], names, draws=1000)
     return SizeCurve(
         model=model.name, method=found.method, semantics=semantics, n_edges=graph.n_edges,
         base=float(got.base @ got.weights), target=float(got.target @ got.weights), rows=len(change),
-        points=tuple(points), cpr_ci95=ends[0], cmd_ci95=ends[1],
+        points=tuple(points), cpr_ci95=own, cmd_ci95=apart,
     )  # fmt: skip
 
 
