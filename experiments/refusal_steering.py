@@ -39,7 +39,6 @@ from jaxsteer.models.taps import Intervention, make_where
 from jaxsteer.models.transformer import positions_of
 from jaxsteer.organisms import persona_world as world
 from jaxsteer.personas import Requests, load_requests, mean_difference, random_direction, shuffled, text_pairs
-from jaxsteer.personas.directions import to_vectors
 from jaxsteer.personas.latent_vectors import sta_vector
 from jaxsteer.runs.files import document
 from jaxsteer.steer import Example, Learning, Vectors, ablate_everywhere, learn_vectors, save_vectors
@@ -166,8 +165,8 @@ def vectors_of(bench: Bench, args: argparse.Namespace) -> tuple[Selection, dict[
         found["sta, 5 % of latents"] = sta_vector(model, jaxsteer.load_sae(args.sae), pairs, trim=0.95)
     found["key-value cache"] = cache_vectors(model, *(list(bench.texts["train"][kind]) for kind in kinds))
     mean = mean_difference(model, pairs, site)
-    found["random (control)"] = to_vectors(random_direction(mean, args.seed))
-    found["shuffled labels (control)"] = to_vectors(mean_difference(model, shuffled(pairs, args.seed), site))
+    found["random (control)"] = random_direction(mean, args.seed).vectors()
+    found["shuffled labels (control)"] = mean_difference(model, shuffled(pairs, args.seed), site).vectors()
     return chosen, found
 
 

@@ -141,7 +141,9 @@ class Calibrate(Steering):
             print(document([one.to_json() for one in found]))
         else:
             rows = [(f"{o.coefficient:.4g}", f"{o.kl:.4g}", f"{o.perplexity:.4g}") for o in found]
-            note = f"units: {vectors.coefficient_units}"
+            note = (
+                f"units: {vectors.coefficient_units}; perplexity without the vector: {found[0].baseline_perplexity:.4g}"
+            )
             print(aligned([("coefficient", "KL", "perplexity"), *rows], note=note))
         if self.out is not None:
             save_vectors(dataclasses.replace(vectors, coefficient=found[0].coefficient), self.out)

@@ -104,13 +104,15 @@ class Export:
         """Read, write and print what was written."""
         _new(self.out)
         torch = self.out.suffix.lower() == ".pt"
+        if not torch and self.out.suffix.lower() != ".gguf":
+            raise UserError(f"{self.out}: files for other tools end in .gguf or .pt")
+        vectors = load_vectors(self.file)
         if torch and (self.model_hint or self.coefficient is not None):
             raise UserError("--model-hint and --coefficient are for .gguf: a .pt file holds the vectors as they are")
         if not torch and (self.model_hint is None or self.name is not None):
             raise UserError(
                 f"{self.out} is written as GGUF: give --model-hint and no --name, or a name that ends in .pt"
             )
-        vectors = load_vectors(self.file)
         vectors = vectors.at(self.sites) if self.sites else vectors
         if self.coefficient is not None:
             vectors = dataclasses.replace(vectors, coefficient=self.coefficient)

@@ -39,6 +39,8 @@ class Calibrated(Record):
     """Mean KL(model || steered) of neutral text, nats per token."""
     perplexity: float
     """Of neutral text, steered."""
+    baseline_perplexity: float
+    """Of neutral text, as the model is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,7 @@ def approach(
     units = np.asarray([_unit(one) for one, _ in wanted])
     search = _Search(kl, len(wanted))
     zero = np.asarray([not any(array.any() for array in one.arrays.values()) for one, _ in wanted])
-    found = np.zeros((2, len(wanted)))
+    found = np.zeros((3, len(wanted)))
     for _ in range(ROUNDS):
         open_ = np.flatnonzero(~search.done & ~zero)
         if not len(open_):
@@ -152,6 +154,7 @@ def approach(
             coefficient=float(sign * units[i] * search.strength[i]),
             kl=float(found[0, i]),
             perplexity=float(found[1, i]),
+            baseline_perplexity=float(found[2, i]),
         )
         if search.done[i]
         else _unreached(one, sign, units[i], search, i)
@@ -184,18 +187,18 @@ def _unit(vectors: Vectors) -> float:
     return float(np.mean(ratios)) if ratios else abs(vectors.coefficient) or 1.0
 
 
-def _measured(
-    model: Model, rows: Sequence[np.ndarray], edits: Sequence[Intervention]
-) -> tuple[Float[np.ndarray, " E"], Float[np.ndarray, " E"]]:
-    """KL and perplexity under every edit; those of one form in one program, always as many as a power of two."""
-    found = np.zeros((2, len(edits)))
+def _measured(model: Model, rows: Sequence[np.ndarray], edits: Sequence[Intervention]) -> Float[np.ndarray, "3 E"]:
+    """KL and perplexity under every edit, and perplexity without any; those of one form in one program, always as many
+    as a power of two."""
+    found = np.zeros((3, len(edits)))
     for members in same_form(edits):
         size = 1 << (len(members) - 1).bit_length()
         padded = [edits[i] for i in members] + [edits[members[-1]]] * (size - len(members))
         with np.errstate(over="ignore"):
             effects = side_effects(model, rows, padded)
-        found[:, members] = effects.kl[: len(members)], effects.perplexity[: len(members)]
-    return found[0], found[1]
+        found[:2, members] = effects.kl[: len(members)], effects.perplexity[: len(members)]
+        found[2, members] = effects.baseline_perplexity
+    return found
 
 
 class _Search:

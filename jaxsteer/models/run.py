@@ -256,6 +256,12 @@ def _rows(
         raise UserError(
             f"prompt_length must have one number for each of {len(tokens)} rows, got shape {list(lengths.shape)}."
         )
+    if prompt_length is not None and not isinstance(prompt_length, jax.Array):
+        given = np.asarray(prompt_length)
+        if ((given < 0) | (given > tokens.shape[1])).any():
+            raise UserError(
+                f"prompt_length must lie in 0 ... {tokens.shape[1]}, the tokens of a row; got {given.tolist()}."
+            )
     if roles is not None and roles.role.shape != tokens.shape:
         raise UserError(f"roles are those of tokens {list(roles.role.shape)}, but tokens are {list(tokens.shape)}.")
     return _Rows(

@@ -56,6 +56,22 @@ class Direction:
             raise UserError(f"the direction at {site} is zero: its pairs do not differ there")
         return self.delta[site] / np.float32(norm)
 
+    def vectors(self) -> Vectors:
+        """The direction as steering vectors. Added, they reduce the persona: negative coefficients bring it out."""
+        return Vectors(
+            arrays=self.delta,
+            mean_resid_norm=self.mean_resid_norm,
+            read_position=self.read_position,
+            metadata={
+                **{name: text for name, text in self.metadata.items() if name not in _OWN},
+                "n_pairs": str(self.n),
+                "diagnostics": json.dumps(self.diagnostics),
+            },
+            model=self.metadata.get("model", ""),
+            fingerprint=self.metadata.get("fingerprint", ""),
+            sign=self.metadata.get("sign", ""),
+        )
+
 
 def mean_difference(
     model: Model,
@@ -239,24 +255,7 @@ def random_direction(direction: Direction, seed: int) -> Direction:
 
 def check_direction(direction: Direction, model: Model) -> None:
     """Refuse a direction that cannot belong to ``model`` (width, layers); warn when it comes from other weights."""
-    check_vectors(to_vectors(direction), model, any_weights=True)
-
-
-def to_vectors(direction: Direction) -> Vectors:
-    """The direction as steering vectors: to be added, which reduces the persona."""
-    return Vectors(
-        arrays=direction.delta,
-        mean_resid_norm=direction.mean_resid_norm,
-        read_position=direction.read_position,
-        metadata={
-            **{name: text for name, text in direction.metadata.items() if name not in _OWN},
-            "n_pairs": str(direction.n),
-            "diagnostics": json.dumps(direction.diagnostics),
-        },
-        model=direction.metadata.get("model", ""),
-        fingerprint=direction.metadata.get("fingerprint", ""),
-        sign=direction.metadata.get("sign", ""),
-    )
+    check_vectors(direction.vectors(), model, any_weights=True)
 
 
 _OWN = frozenset({"model", "fingerprint", "sign"})
@@ -265,7 +264,7 @@ _OWN = frozenset({"model", "fingerprint", "sign"})
 
 def save_direction(direction: Direction, path: str | os.PathLike[str]) -> Path:
     """Write ``direction.safetensors`` (``jaxsteer.steer.vectors``), whole or not at all. Returns the path."""
-    return save_vectors(to_vectors(direction), path)
+    return save_vectors(direction.vectors(), path)
 
 
 def load_direction(path: str | os.PathLike[str], *, model: Model | None = None) -> Direction:

@@ -19,6 +19,7 @@ from jaxsteer.models.reading import BATCH
 from jaxsteer.personas.directions import SIGN
 from jaxsteer.personas.pairs import Pairs
 from jaxsteer.personas.signatures import Signature, own_site, read_codes
+from jaxsteer.ranges import a_number, is_number
 from jaxsteer.sae import SAE, check_sae, require_same_model
 from jaxsteer.steer.vectors import Vectors
 
@@ -44,6 +45,12 @@ def latents_vector(
     sign = "raises these latents"
     if isinstance(latents, Signature):
         latents, sign = dict(zip(latents.indices.tolist(), latents.weights.tolist(), strict=True)), SIGN
+    if not isinstance(latents, Mapping) or not all(
+        isinstance(i, int | np.integer) and is_number(w) for i, w in latents.items()
+    ):
+        raise UserError(f"latents are numbers by latent, such as {{4711: 1.0}}, or a Signature; got {latents!r:.80}")
+    if not any(latents.values()):
+        raise UserError("the values of all latents are 0: they would write nothing")
     if not latents or not all(0 <= latent < sae.n_latents for latent in latents):
         raise UserError(f"give latents from 0 to {sae.n_latents - 1}, got {sorted(latents) or 'none'}")
     weights = np.zeros(sae.n_latents)
@@ -66,7 +73,7 @@ def sta_vector(
     not write to the site that it reads.
     """
     require_same_model(sae, model, any_weights=any_weights)
-    if not 0 <= trim < 1:
+    if not 0 <= a_number(trim, "trim") < 1:
         raise UserError(f"trim is the share of latents that is left out, from 0 to below 1; got {trim:g}")
     site = own_site(model, sae).name
     if sae.config.site_out not in (None, sae.config.site_in):

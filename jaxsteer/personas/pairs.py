@@ -167,8 +167,12 @@ def text_pairs(
     """Pairs of texts that have nothing to do with each other, for example harmful and harmless requests: ``shown`` show
     the behaviour, ``others`` do not. They are read where the reply would begin, or at the last token of plain text.
 
-    The longer list is cut to the shorter. Raises ``UserError`` where one is empty, and for a text on both sides.
+    Their mean difference, like every direction, points from ``shown`` to ``others``. The longer list is cut to the
+    shorter. Raises ``UserError`` where one is empty, and for a text on both sides.
     """
+    for side, texts in (("shown", shown), ("others", others)):
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{side} must be a list of texts, got {texts!r:.80}")
     if not shown or not others:
         raise UserError(
             f"a contrast needs texts of both signs: {len(shown)} show {name}, and {len(others)} do not. Give some of "

@@ -40,7 +40,14 @@ def stack_rows(rows: Sequence[Edit | Edits | None]) -> Edits:
 
 
 def take_rows(edits: Edits | Edit, index: Int[np.ndarray, " b"]) -> Edits | Edit:
-    """The edits of rows ``index`` of the batch, in that order; what serves all rows stays as it is."""
+    """The edits of rows ``index`` of the batch, in that order; what serves all rows stays as it is.
+
+    Raises ``UserError`` for rows that there are not.
+    """
+    rows = edits.rows
+    chosen = np.asarray(index)
+    if rows is not None and chosen.size and (chosen.min() < -rows or chosen.max() >= rows):
+        raise UserError(f"the edits have rows 0 to {rows - 1}, asked for {chosen.tolist()[:8]}.")
     return jax.tree.map(lambda a: a if a.shape[0] == 1 else a[index], edits)
 
 

@@ -261,7 +261,7 @@ def svec(ask: Ask) -> Vectors:
     return ask.vectors(
         {resid_site(i): arrays[i] for i in sorted(arrays)},
         "svec (AISteer360)" if nested else "svec (activation-steering)",
-        UNKNOWN_SIGN if nested else f"{UNKNOWN_SIGN}; a unit principal component of pairwise differences",
+        UNKNOWN_SIGN if nested else f"{UNKNOWN_SIGN}; a principal component of pairwise differences, usually",
         AFTER_BLOCK
         + ("" if nested else ", where it was read; activation-steering itself adds it at the input of block i"),
         model=str(data.get("model_type") or ""),

@@ -104,7 +104,18 @@ def _recognise(ask: Ask) -> Vectors:
     if start.lstrip()[:1] == b"{":
         _agree(ask, "svec")
         return svec(ask)
+    if not start:
+        raise UserError("the file is empty")
+    ending = path.suffix.lower()
+    if ending in _BEGIN and not start.startswith(b"PK"):
+        raise UserError(f"this is no {ending} file: those begin with {_BEGIN[ending]}, and this one with {start[:8]!r}")
     return _torch(ask, read_torch(path))
+
+
+_BEGIN = {
+    ".safetensors": "8 bytes of length and a JSON object", ".gguf": "GGUF", ".svec": "a JSON object",
+    ".npy": "\\x93NUMPY", ".json": "a JSON object",
+}  # fmt: skip
 
 
 def _agree(ask: Ask, found: str) -> None:

@@ -16,6 +16,7 @@ Constructors may be called inside jit and grad. They check values only outside.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,8 +30,12 @@ from jaxsteer.models.sites import KINDS, Site, every_layer, parse_site
 from jaxsteer.steer.edits import EVERY, Edit, Edits
 from jaxsteer.steer.selectors import Positions, select
 
+log = logging.getLogger(__name__)
+
 Numbers = ArrayLike | Sequence[Any]
 """One number, an array, or lists of numbers."""
+LONGEST = 1e18
+"""Length of what is added: squares of greater ones overflow float32 in the next norm."""
 Sites = str | Site | Sequence[str | Site]
 
 
@@ -62,7 +67,15 @@ def add(
             raise UserError(f"mean_norm must be greater than 0, got {mean_norm}.")
         vectors = _unit(vectors) * norms[..., None, None]
     operation = "add_keep_norm" if keep_norm else "add"
-    return _edit(operation, kind, layers, vectors, _numbers(coefficient, len(layers), "coefficient"), head, positions)
+    amount = _numbers(coefficient, len(layers), "coefficient")
+    if isinstance(amount, np.ndarray) and isinstance(vectors, np.ndarray):
+        longest = float((np.abs(amount) * np.linalg.norm(vectors.astype(np.float64), axis=(-2, -1))).max())
+        if longest > LONGEST:
+            log.warning(
+                "coefficient times vector has a length of %.2g: its square overflows float32 in the model's norms, and "
+                "logits may be NaN. Choose a smaller coefficient.", longest,
+            )  # fmt: skip
+    return _edit(operation, kind, layers, vectors, amount, head, positions)
 
 
 def ablate(
@@ -230,6 +243,8 @@ def _sites(given: Sites) -> tuple[str, list[int], bool]:
         given = parse_site(given)  # checked against the model's depth when the edit is used
     if isinstance(given, Site):
         return given.kind, [given.layer], False
+    if not isinstance(given, Sequence) or not given:
+        raise UserError(f"a site is a name such as 'blocks.2.hook_resid_post', or a list of names; got {given!r:.80}.")
     parsed = [_sites(each) for each in given]
     kinds, layers = sorted({kind for kind, _, _ in parsed}), [layer for _, (layer, *_), _ in parsed]
     if len(kinds) != 1 or len(set(layers)) < len(layers) or (EVERY in layers and len(layers) > 1):
@@ -249,10 +264,17 @@ def _array(given: Numbers, name: str) -> Any:
     """float32; NumPy and finite, except for tracers and arrays that live on other hosts."""
     if isinstance(given, jax.Array) and (isinstance(given, jax.core.Tracer) or not given.is_fully_addressable):
         return given.astype(jnp.float32)
+    try:
+        whole = np.asarray(given)
+    except ValueError:
+        raise UserError(f"{name} must be numbers of one shape, got {given!r:.80}.") from None
+    if whole.dtype.kind not in "iufV" and whole.dtype.name != "bfloat16":
+        raise UserError(f"{name} must be real numbers, got {given!r:.80}.")
     with np.errstate(over="ignore"):  # what is infinite is refused below
-        array = np.asarray(given).astype(np.float32)
-    if not np.isfinite(array).all():
-        raise UserError(f"{name} has {int((~np.isfinite(array)).sum())} entries that are NaN or infinite.")
+        array = whole.astype(np.float32)
+    if (beyond := ~np.isfinite(array)).any():
+        why = "too large for float32" if np.isfinite(whole.astype(np.float64)[beyond]).all() else "NaN or infinite"
+        raise UserError(f"{name} has {int(beyond.sum())} entries that are {why}.")
     return array
 
 

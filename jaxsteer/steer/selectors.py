@@ -146,7 +146,7 @@ def select(
             raise UserError("positions is a Selector already: give tokens, turns and the rest where it is made.")
         return positions
     if positions is None:
-        positions = [] if len(tokens) else "all"
+        positions = "all" if isinstance(tokens, tuple) and not tokens else []
     roles: tuple[int, ...] = (ANYBODY,)
     if isinstance(positions, str):
         if positions not in _NAMED:

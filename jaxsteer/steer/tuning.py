@@ -42,8 +42,8 @@ def tune_gate(
     Prompts are what ``generate`` takes. They are divided by ``seed`` into three parts. The first makes the condition
     vector of every site of the stream, the difference of the two kinds' means; the second chooses site, side and
     threshold by balanced accuracy (the widest gap settles equal ones); the third, which chooses nothing, gives
-    ``Gate.accuracy`` and its interval. Raises ``UserError`` for fewer than six prompts of a kind, a prompt without a
-    token at ``positions``, and kinds that no site tells apart.
+    ``Gate.accuracy`` and its interval. Raises ``UserError`` for fewer than six prompts of a kind, a prompt on both
+    sides or without a token at ``positions``, and kinds that no site tells apart.
     """
     parsed = direction_sites(model, sites)
     kinds = [encode_prompts(model, as_tuple(prompts), roles=True) for prompts in (wanted, other)]
@@ -55,6 +55,11 @@ def tune_gate(
         raise UserError(
             f"a gate is tuned on at least {FEWEST} different prompts of each kind, got {different[0]} wanted and "
             f"{different[1]} other ones"
+        )
+    if both := {row.ids.tobytes() for row in kinds[0]} & {row.ids.tobytes() for row in kinds[1]}:
+        raise UserError(
+            f"{len(both)} prompts stand on both sides of the gate, wanted and other: a gate cannot be open and closed "
+            "for the same prompt. Leave them out of one"
         )
     for chunk, found in read_rows(model, [row.ids for row in rows], masks, parsed):
         states[:, chunk] = found

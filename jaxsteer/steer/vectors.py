@@ -35,7 +35,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import kind_of, make_directory, parse_json, read_tensors, tensor_bytes, write_bytes
+from jaxsteer.files import describe, kind_of, make_directory, parse_json, read_tensors, tensor_bytes, write_bytes
 from jaxsteer.models.model import Model
 from jaxsteer.models.sites import KINDS, parse_site
 from jaxsteer.ranges import a_number, check_types, must_be
@@ -243,8 +243,13 @@ def random_controls(vectors: Vectors, draws: int = 3, seed: int = 0) -> list[Vec
 
 
 def save_vectors(vectors: Vectors, path: str | os.PathLike[str]) -> Path:
-    """Write a vector file, whole or not at all; its directory is made. Returns the path."""
+    """Write a vector file, whole or not at all; its directory is made. Returns the path.
+
+    Raises ``UserError`` for a name that ends as the files of other tools do (.pt, .gguf, .npy, .svec, .json).
+    """
     path = Path(path)
+    if path.suffix.lower() in (".pt", ".pth", ".gguf", ".npy", ".npz", ".svec", ".json"):
+        raise UserError(f"{path} would be a safetensors file under another tool's name: end it in .safetensors")
     tensors = {site: np.ascontiguousarray(array, np.float32) for site, array in vectors.arrays.items()}
     tensors |= {NORM_KEY + site: np.asarray(norm, np.float32) for site, norm in vectors.mean_resid_norm.items()}
     if vectors.gate is not None:
@@ -277,7 +282,7 @@ def load_vectors(path: str | os.PathLike[str], *, model: Model | None = None, an
     if metadata.get("format") != FORMAT:
         raise UserError(
             f"{path} is not a vector file of jaxsteer: its metadata says format {metadata.get('format')!r}, expected "
-            f"{FORMAT!r}"
+            f"{FORMAT!r}. It holds {describe(tensors)}. One tensor of a .npy or .pt file is imported with --site"
         )
     facts = _OPTIONAL | metadata
     try:

@@ -22,7 +22,7 @@ from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.files.torchwrite import write_torch
 from jaxsteer.models.model import Model
 from jaxsteer.models.sites import resid_site
-from jaxsteer.personas.directions import mean_difference, to_vectors
+from jaxsteer.personas.directions import mean_difference
 from jaxsteer.personas.traits import (
     COHERENCE,
     SIDES,
@@ -290,7 +290,7 @@ def rollout_vectors(
     for average in options.averages:
         with progress_bar(f"reading {average}", unit="answer") as advance:
             pairs = rollout_pairs(model, name, sides[0], sides[1], average)
-            found = to_vectors(mean_difference(model, pairs, sites, progress=advance))
+            found = mean_difference(model, pairs, sites, progress=advance).vectors()
         notes = {key: text for key, text in found.metadata.items() if key not in ("n_pairs", "diagnostics")}
         shares = {site: found.norm(site) / found.mean_resid_norm[site] for site in sites}
         vectors[average] = dataclasses.replace(

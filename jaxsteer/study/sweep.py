@@ -38,7 +38,6 @@ from jaxsteer.personas import (
     save_direction,
     split,
 )
-from jaxsteer.personas.directions import to_vectors
 from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
 from jaxsteer.ranges import CountFrom0, Positive, Range, Seed, check_ranges
 from jaxsteer.runs import files
@@ -358,7 +357,7 @@ def choose(rows: Sequence[SweepRow], max_kl: Positive, goal: str = "reduce") -> 
 
 def steering_of(direction: Direction, row: SweepRow, positions: str = "all") -> Vectors:
     """The setting of a row as vectors that steer as it did, without further options."""
-    vectors = to_vectors(direction).at(row.site)
+    vectors = direction.vectors().at(row.site)
     return dataclasses.replace(
         vectors,
         coefficient=row.coefficient,

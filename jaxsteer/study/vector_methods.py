@@ -29,7 +29,7 @@ from jaxsteer.personas import (
     role_pairs,
     shuffled,
 )
-from jaxsteer.personas.directions import SIGN, to_vectors
+from jaxsteer.personas.directions import SIGN
 from jaxsteer.personas.items import mostly_replies
 from jaxsteer.personas.latent_vectors import sta_vector
 from jaxsteer.personas.pairs import Pairs
@@ -145,7 +145,7 @@ def make_vectors(
         direction = dataclasses.replace(direction, metadata={**direction.metadata, "estimator": method})
     else:
         direction = fit_direction(model, pairs, list(sites), method)
-    whole = dataclasses.replace(to_vectors(direction), coefficient_units="mean_resid_norm")
+    whole = dataclasses.replace(direction.vectors(), coefficient_units="mean_resid_norm")
     return [whole.at(site) for site in whole.sites]
 
 

@@ -102,7 +102,7 @@ def test_bad_input_gives_one_message(tmp_path, ours, capsys):
     evil = tmp_path / "evil.pt"
     evil.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     before = sorted(tmp_path.iterdir())
-    out = str(tmp_path / "new.safetensors")
+    out, gguf = str(tmp_path / "new.safetensors"), str(tmp_path / "new.gguf")
     for argv, word in (
         (["show", str(bare)], "--site"),
         (["show", str(evil)], "not a file of torch"),
@@ -110,10 +110,11 @@ def test_bad_input_gives_one_message(tmp_path, ours, capsys):
         (["import", str(ours), str(ours)], "exists already"),
         (["import", str(ours), str(tmp_path / "no" / "x")], "does not exist"),
         (["export", str(ours), str(ours), "--model-hint", "llama"], "exists already"),
-        (["export", str(ours), out, "--model-hint", "llama", "--sites", "layer_0"], "no vector is left"),
-        (["export", str(ours), out, "--model-hint", "llama", "--sites", "layer_7"], "there is no vector at"),
-        (["export", str(ours), out], "give --model-hint"),
-        (["export", str(ours), out, "--model-hint", "llama", "--name", "ghost"], "and no --name"),
+        (["export", str(ours), gguf, "--model-hint", "llama", "--sites", "layer_0"], "no vector is left"),
+        (["export", str(ours), gguf, "--model-hint", "llama", "--sites", "layer_7"], "there is no vector at"),
+        (["export", str(ours), gguf], "give --model-hint"),
+        (["export", str(ours), out, "--model-hint", "llama"], "end in .gguf or .pt"),
+        (["export", str(ours), gguf, "--model-hint", "llama", "--name", "ghost"], "and no --name"),
         (["export", str(ours), str(tmp_path / "x.pt"), "--model-hint", "llama"], "are for .gguf"),
         (["export", str(ours), str(tmp_path / "x.pt"), "--coefficient", "2"], "are for .gguf"),
         (["export", str(ours), str(tmp_path / "x.pt"), "--sites", "layer_1"], "no vector at the output of block 0"),
