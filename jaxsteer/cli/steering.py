@@ -78,13 +78,15 @@ class Controlled(Steering):
     their own (0: none). Of files that add or ablate; caps, caches and scales have no such control."""
 
     def beside(self, vectors: Vectors, seed: int, coefficient: float | None = None) -> dict[str, Edits]:
-        """Edits of the controls of ``vectors`` by name, at this coefficient or that of the options."""
+        """Edits of the controls of ``vectors`` by name, at this coefficient or that of the options; none at 0."""
         from jaxsteer.steer.vectors import RANDOMISED, random_controls
 
         if self.controls and vectors.operation not in RANDOMISED:
             log.warning("%s: operation %s has no random control", self.steer, vectors.operation)
             return {}
         amount = self.coefficient if coefficient is None else coefficient
-        made = random_controls(vectors, self.controls, seed) if self.controls else []
+        if not self.controls or amount == 0:  # at 0 nothing is added, by any vector
+            return {}
+        made = random_controls(vectors, self.controls, seed)
         edits = [one.edits(coefficient=amount, positions=self.positions) for one in made]
         return {f"random {i + 1}": one for i, one in enumerate(edits)}
