@@ -44,7 +44,7 @@ from jaxsteer.objectives.terms import check_choice
 from jaxsteer.processes import to_host
 
 Method = Literal["inputs", "activations", "nodes"]
-Rule = Literal["midpoint", "left"]
+Rule = Literal["midpoint", "left", "half"]
 
 
 def attribute_edges(
@@ -72,7 +72,9 @@ def attribute_edges(
             act on it, or below: the source is what follows from there.
         edits: under which both runs are; with patterns and norms replaced by fixed ones the model is linear, say.
         steps: points on the way from the run to its source.
-        rule: their places: the middles of equal parts, or their left ends (as released code has it).
+        rule: their places: the middles of equal parts, their left ends (as released code has it), or the middles of
+            equal parts of the "half" that begins at the run. An edge alone changes its reader by less than the whole
+            way does, so that "half" ranks edges better; but its scores do not add up to the whole change.
         per: whether queries, keys and values are read head by head, or layer by layer.
         batch: rows of one pass, by default as many as fit.
 

@@ -131,9 +131,10 @@ def score_rows(
 
 
 def alphas(steps: int, rule: str) -> np.ndarray:
-    """Where on the way from one run to the other gradients are taken: the middles of ``steps`` equal parts, or their
-    left ends."""
-    return (np.arange(steps) + (0.5 if rule == "midpoint" else 0.0)).astype(np.float32) / steps
+    """Where on the way from one run to the other gradients are taken: the middles of ``steps`` equal parts ("half": of
+    the first half of the way), or their left ends."""
+    places = (np.arange(steps) + (0.0 if rule == "left" else 0.5)).astype(np.float32) / steps
+    return places / 2 if rule == "half" else places
 
 
 def two_runs(

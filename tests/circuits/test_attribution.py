@@ -31,7 +31,8 @@ TEXTS, OTHERS = ([RNG.integers(0, 67, n) for n in (6, 8)] for _ in range(2))
 METRIC = LogitDifference(plus=np.asarray([3, 5]), minus=np.asarray([4, 60]))
 MODEL = random_model(tiny_config(n_layers=2))
 ROWS, SOURCE = make_rows(MODEL, TEXTS), make_rows(MODEL, OTHERS)
-PUSH = steer.add("blocks.0.hook_resid_post", RNG.standard_normal(24), 1.5)
+VECTOR = RNG.standard_normal(24)
+PUSH = steer.add("blocks.0.hook_resid_post", VECTOR, 1.5)
 
 
 def small(family: str) -> Model:
@@ -119,6 +120,15 @@ def test_left_ends_and_middles_are_the_left_ends_of_twice_as_many_steps() -> Non
     left, middle, twice = take(3, "left"), take(3, "midpoint"), take(6, "left")
     np.testing.assert_allclose((left.matrix + middle.matrix) / 2, twice.matrix, atol=1e-5)
     assert np.abs(left.matrix - middle.matrix).max() > 0.01
+
+
+def test_half_the_way_is_the_way_to_the_middle() -> None:
+    """With a vector, gradients on the first half of the way are those of the whole way of half the vector."""
+    half = steer.add("blocks.0.hook_resid_post", VECTOR, 0.75)
+    first = attribute_edges(MODEL, ROWS, METRIC, PUSH, start=1, steps=4, rule="half")
+    whole = attribute_edges(MODEL, ROWS, METRIC, half, start=1, steps=4)
+    assert first.node("input") == pytest.approx(2 * whole.node("input"), rel=1e-4)
+    assert first.of("input->logits") == pytest.approx(2 * whole.of("input->logits"), rel=1e-4)
 
 
 def test_the_activations_of_a_layer_tend_to_its_exact_effect() -> None:
