@@ -40,6 +40,7 @@ from jaxsteer.files import read_json, write_text
 from jaxsteer.models.model import Model
 from jaxsteer.models.taps import Intervention
 from jaxsteer.personas import Persona, contrast_pairs, load_persona, mean_difference, split
+from jaxsteer.personas.written_persona import ready
 from jaxsteer.prompts import encode_texts, join_answer, question_conversation, render
 from jaxsteer.prompts.soft import load_soft, with_soft
 from jaxsteer.runs.files import SOFT as SOFT_FILE
@@ -51,7 +52,6 @@ from jaxsteer.study.probe import Extent
 from jaxsteer.study.probing import probe_positions
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.selection import best_prompt
-from jaxsteer.study.written_persona import ready
 from jaxsteer.writers.endpoint import Endpoint
 
 CHARACTERS = ("pirate", "ghost", "jester", "accountant")

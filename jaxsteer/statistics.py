@@ -184,6 +184,22 @@ def bootstrap_mean(
     return float(low), float(high)
 
 
+def ratio_draws(
+    over: np.ndarray, under: np.ndarray, groups: Sequence[str], *, draws: int = 2000, seed: int = 0
+) -> Float[np.ndarray, "draws k"]:
+    """Ratios of sums when whole groups of rows are drawn with replacement: of ``over`` (n, k) to ``under`` (n,).
+
+    Draws in which ``under`` sums to 0 are left out.
+    """
+    member, counts = _drawn_groups(groups, draws, seed)
+    sums = np.zeros((counts.shape[1], over.shape[1] + 1))
+    np.add.at(sums, member, np.column_stack([np.asarray(over, np.float64), np.asarray(under, np.float64)]))
+    drawn = counts @ sums
+    drawn = drawn[drawn[:, -1] != 0]
+    found: np.ndarray = drawn[:, :-1] / drawn[:, -1:]
+    return found
+
+
 def bootstrap_auroc(
     score: np.ndarray, positive: np.ndarray, groups: Sequence[str], *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:

@@ -15,6 +15,7 @@ from jaxsteer.statistics import (
     mcnemar,
     principal,
     rate_interval,
+    ratio_draws,
     spearman,
     spearman_interval,
     wilson,
@@ -111,6 +112,20 @@ def test_bootstrap_draws_whole_groups() -> None:
     slow = bootstrap(lambda rows: float(values[rows].mean()), groups, draws=2000)
     assert (low, high) == pytest.approx(slow, abs=0.02)
     assert low < values.mean() < high
+
+
+def test_ratios_of_sums_spread_over_groups_as_the_delta_method_says() -> None:
+    rng = np.random.default_rng(0)
+    groups = [str(i // 2) for i in range(400)]
+    under = rng.uniform(1, 3, 400)
+    over = np.stack([0.5 * under + rng.normal(0, 0.3, 400), 2.0 * under], axis=1)
+    found = ratio_draws(over, under, groups, draws=4000)
+    assert found.shape == (4000, 2)
+    np.testing.assert_allclose(found[:, 1], 2.0)  # a ratio that is the same in every row does not vary
+    ratio = over[:, 0].sum() / under.sum()
+    residuals = (over[:, 0] - ratio * under).reshape(200, 2).sum(1)
+    np.testing.assert_allclose(found[:, 0].mean(), ratio, atol=2e-3)
+    np.testing.assert_allclose(found[:, 0].std(), np.sqrt((residuals**2).sum()) / under.sum(), rtol=0.05)
 
 
 def test_bootstrap_of_an_auroc_equals_the_slow_one() -> None:

@@ -115,7 +115,7 @@ def attribute_edges(
         weight = jnp.asarray(np.where(spare, 0, weights[index]), jnp.float32)
         given = (model.params, model.config, part, *streams, edits, pytree, weight, alphas(steps, rule))
         if method == "inputs":
-            edges, own = _inputs(*given, needs=found, start=start, per=per)
+            edges, own = along_inputs(*given, needs=found, start=start, per=per)
         else:
             edges, own = _activations(*given, alone=method == "nodes", needs=found, start=start, per=per)
         matrix, nodes = matrix + to_host(edges).astype(np.float64), nodes + to_host(own).astype(np.float64)
@@ -148,7 +148,7 @@ def _lowered(
     x = abstract_rows(model, jax.eval_shape(before, model.params, rows))
     weight = abstract_rows(model, jax.ShapeDtypeStruct(x.shape[:1], jnp.float32))
     given = (model.params, model.config, rows, x, x, edits, metric, weight, np.zeros(steps, np.float32))
-    return _inputs.lower(*given, needs=needs, start=graph.start, per=graph.per)
+    return along_inputs.lower(*given, needs=needs, start=graph.start, per=graph.per)
 
 
 # Gradients
@@ -218,7 +218,7 @@ def averaged(gradients: Callable[[Array], Any], alphas: Float[Array | np.ndarray
 
 
 @partial(jax.jit, static_argnames=("config", "needs", "start", "per"))
-def _inputs(
+def along_inputs(
     params: Params,
     config: ModelConfig,
     rows: Rows,
@@ -263,9 +263,11 @@ def _activations(
     per: str,
 ) -> tuple[Float[np.ndarray, "R S"], Float[np.ndarray, " S"]]:
     """Edges and nodes with gradients along every layer's own line, or that of each head ``alone``. Many parameters: as
-    ``_inputs``."""
+    ``along_inputs``."""
     heads, blocks = config.n_heads, range(start, config.n_layers)
-    whole = _inputs(params, config, rows, x, other, edits, metric, weight, alphas, needs=needs, start=start, per=per)
+    whole = along_inputs(
+        params, config, rows, x, other, edits, metric, weight, alphas, needs=needs, start=start, per=per
+    )
     edges, nodes = (np.array(to_host(each)) for each in whole)  # of which the input's are right already
     runs = [written(params, config, rows, each, edits, start=start) for each in (x, other)]
     call = partial(_one_layer, params, config, rows, x, *runs, edits, metric, weight, alphas)
@@ -303,7 +305,7 @@ def _one_layer(
     per: str,
 ) -> tuple[Float[Array, "R s"], Float[Array, " s"]]:
     """Edges and nodes of the writers of one kind in one layer, or of one ``head`` (not -1) and 0 for the others. Many
-    parameters: as ``_inputs``."""
+    parameters: as ``along_inputs``."""
     own = lambda a: lax.dynamic_index_in_dim(a, layer - start, 0, keepdims=False)  # noqa: E731
     if kind == "hook_attn_out":
         before, after = (jnp.moveaxis(own(each.heads), 2, 0) for each in (run, other))

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsteer.circuits.freezing import FREEZES, Frozen, kinds_of
-from jaxsteer.circuits.rows import Rows, check_answer, metric_of, on_devices
+from jaxsteer.circuits.rows import Rows, check_answer, check_lengths, metric_of, on_devices
 from jaxsteer.circuits.runs import score_rows
 from jaxsteer.display import INK, Plot, aligned, in_style, panels, percent
 from jaxsteer.errors import UserError
@@ -116,7 +116,7 @@ def freeze_table(
     model: Model,
     rows: Rows,
     metric: Objective,
-    edits: Intervention,
+    edits: Intervention | Rows,
     what: Sequence[str] = tuple(FREEZES),
     *,
     layers: Sequence[int] | None = None,
@@ -125,6 +125,8 @@ def freeze_table(
     progress: Callable[[int, int], None] | None = None,
 ) -> FreezeTable:
     """What stays of the effect of ``edits`` on ``metric`` when each of ``what`` is frozen to the run without them.
+
+    In the place of edits there may be another text of equal lengths, run with parts frozen to that of ``rows``.
 
     ``what`` are names of ``FREEZES``, or kinds of site; "values+mlps" freezes both. They are frozen in all of
     ``layers`` (default: every one), and with ``by_layer`` also in each alone. Raises ``UserError`` for things that
@@ -139,9 +141,13 @@ def freeze_table(
         raise UserError(f"layers must be some of 0 to {config.n_layers - 1}, got {list(chosen)}")
     pytree, found = metric_of(metric, config)
     check_answer(found, rows)
-    checked(edits, config, None)
-    if edits.rows is not None:
-        raise UserError("give edits that serve all rows, not one for each")
+    pushed = None if isinstance(edits, Rows) else edits
+    if isinstance(edits, Rows):
+        check_lengths(rows, edits)
+    else:
+        checked(edits, config, None)
+        if edits.rows is not None:
+            raise UserError("give edits that serve all rows, not one for each")
     kinds = {name: kinds_of(name.split("+"), config) for name in what}
     plans = [("", ())] + [(name, chosen) for name in what]
     plans += [(name, (layer,)) for name in what for layer in chosen] if by_layer else []
@@ -156,18 +162,25 @@ def freeze_table(
     for begin in range(0, jobs.shape[1], pairs):
         index = np.arange(begin, begin + pairs)
         plan, row = jobs[:, np.minimum(index, jobs.shape[1] - 1)]
-        frozen = Frozen(edits=edits, on={kind: table[plan] for kind, table in on.items()}, pairs=pairs)
-        part = on_devices(model, rows.take(row.repeat(2)))
+        frozen = Frozen(edits=pushed, on={kind: table[plan] for kind, table in on.items()}, pairs=pairs)
+        part = on_devices(model, _side_by_side(rows.take(row), (edits if isinstance(edits, Rows) else rows).take(row)))
         got = to_host(score_rows(model.params, config, part, jax.tree.map(np.asarray, frozen), pytree, needs=found))
         scores[plan, row], base[row] = got[1::2], got[0::2]
         if progress is not None:
             progress(min(begin + pairs, jobs.shape[1]), jobs.shape[1])
-    return _table(model, edits, plans, base, scores, groups or [str(row) for row in range(count)])
+    label = "another text" if isinstance(edits, Rows) else edits.label
+    return _table(model, label, plans, base, scores, groups or [str(row) for row in range(count)])
+
+
+def _side_by_side(rows: Rows, others: Rows) -> Rows:
+    """Row after row, each before its other."""
+    both = lambda a, b: np.stack([a, b], axis=1).reshape(-1, *np.shape(a)[1:])  # noqa: E731
+    return jax.tree.map(both, rows, others)  # type: ignore[no-any-return]
 
 
 def _table(
     model: Model,
-    edits: Intervention,
+    label: str,
     plans: list[tuple[str, tuple[int, ...]]],
     base: Float[np.ndarray, " B"],
     scores: Float[np.ndarray, "F B"],
@@ -194,7 +207,7 @@ def _table(
         )
     return FreezeTable(
         model=model.name,
-        steered_by=edits.label,
+        steered_by=label,
         base=tuple(base.tolist()),
         steered=tuple(scores[0].tolist()),
         whole=tuple(f for f in found if len(f.layers) > 1 or len({f.layers for f in found}) == 1),

@@ -59,7 +59,7 @@ Source = Rows | Aligned | Intervention | Mean | str
 
 
 @struct.dataclass
-class _Patch:
+class Patch:
     """What is put where in the S slots; nothing where ``layer`` is none of the model's."""
 
     kind: str = struct.field(pytree_node=False)
@@ -101,7 +101,7 @@ class _Walk:
 
 
 @partial(jax.jit, static_argnames=("config", "needs", "kind"))
-def _begin(
+def begin_walk(
     params: Params, config: ModelConfig, rows: Rows, edits: Intervention | None, *, needs: Needs, kind: str
 ) -> _Walk:
     """The stream before block 0, and zeros for what will be read."""
@@ -127,12 +127,12 @@ def _begin(
 
 
 @partial(jax.jit, static_argnames=("config", "needs"))
-def _walk(
+def walk_on(
     params: Params,
     config: ModelConfig,
     rows: Rows,
     walk: _Walk,
-    patch: _Patch,
+    patch: Patch,
     edits: Intervention | None,
     metric: Any,
     span: tuple[Int[Array, ""], Int[Array, ""]],
@@ -175,12 +175,12 @@ def _lowered(
     model: Model, rows: Rows, edits: Intervention | None, metric: Any, *, needs: Needs, kind: str
 ) -> jax.stages.Lowered:
     """The program of a sweep for rows of these shapes."""
-    begin = lambda params, rows: _begin(params, model.config, rows, edits, needs=needs, kind=kind)  # noqa: E731
+    begin = lambda params, rows: begin_walk(params, model.config, rows, edits, needs=needs, kind=kind)  # noqa: E731
     walk = abstract_rows(model, jax.eval_shape(begin, model.params, rows))
     number: Any = jax.ShapeDtypeStruct((), jnp.int32)
     slots = abstract_rows(model, rows.prompt_length)
-    put = _Patch(kind=kind, layer=number, positions=rows.mask, head=slots, value=walk.value)
-    return _walk.lower(model.params, model.config, rows, walk, put, edits, metric, (number, number), needs=needs)
+    put = Patch(kind=kind, layer=number, positions=rows.mask, head=slots, value=walk.value)
+    return walk_on.lower(model.params, model.config, rows, walk, put, edits, metric, (number, number), needs=needs)
 
 
 def patch(
@@ -346,13 +346,13 @@ class _Sweep:
     def _start(self, rows: Rows | None, edits: Intervention | None) -> Any:
         if rows is None:
             return None
-        return _begin(self.model.params, self.model.config, rows, edits, needs=self.needs, kind=self.kind)
+        return begin_walk(self.model.params, self.model.config, rows, edits, needs=self.needs, kind=self.kind)
 
     def _go(
-        self, rows: Rows, walk: _Walk, put: _Patch, edits: Intervention | None, start: int, stop: int
+        self, rows: Rows, walk: _Walk, put: Patch, edits: Intervention | None, start: int, stop: int
     ) -> tuple[_Walk, Float[Array, " S"]]:
         span, config = (jnp.int32(start), jnp.int32(stop)), self.model.config
-        return _walk(self.model.params, config, rows, walk, put, edits, self.metric, span, needs=self.needs)
+        return walk_on(self.model.params, config, rows, walk, put, edits, self.metric, span, needs=self.needs)
 
     def _fixed(self, value: Array, layer: int) -> Array:
         """The value to put in, in every slot."""
@@ -363,16 +363,14 @@ class _Sweep:
             return jnp.take_along_axis(value, index, axis=1)
         return jnp.zeros_like(value) if isinstance(self.source, str) else value
 
-    def _put(
-        self, value: Array, layer: int, positions: Bool[np.ndarray, "g T"], heads: Int[np.ndarray, " g"]
-    ) -> _Patch:
+    def _put(self, value: Array, layer: int, positions: Bool[np.ndarray, "g T"], heads: Int[np.ndarray, " g"]) -> Patch:
         """A patch for every group, of which the last may have none."""
         spare, rows = self.groups - len(heads), self.rows.tokens.shape[0] // self.groups
         spread = lambda a, fill: shard_rows(self.model.mesh, np.concatenate([a, fill]).repeat(rows, axis=0))  # noqa: E731
         there = spread(positions, np.zeros((spare, positions.shape[1]), bool))
         if self.at is not None and len(heads):
             there = there & (self.at >= 0)
-        return _Patch(
+        return Patch(
             kind=self.kind,
             layer=jnp.int32(layer),
             positions=there,

@@ -9,6 +9,7 @@ from tyro.conf import subcommand
 
 from jaxsteer.cli.axis import Axis
 from jaxsteer.cli.chat import Chat
+from jaxsteer.cli.circuits import Circuits
 from jaxsteer.cli.convert import Convert
 from jaxsteer.cli.data import Data
 from jaxsteer.cli.demo import Demo
@@ -45,6 +46,7 @@ Command = (
     | Annotated[Vector, subcommand("vector")]
     | Annotated[Sae, subcommand("sae")]
     | Annotated[Axis, subcommand("axis")]
+    | Annotated[Circuits, subcommand("circuits")]
 )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import re
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from jaxsteer.planning import Plan as Found
 
 _GIB = 2**30
+TWO = {"axis": "generate or --what states", "circuits": "attribution or --what patching"}
+"""Work that takes two programs, and which they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,20 +56,22 @@ class Plan:
             jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)  # programs for other machines are of no use again
         from jaxsteer.planning import make_plan, topology
-        from jaxsteer.planning.axis_plan import make_axis_plan
+        from jaxsteer.planning.axis_plan import AxisPlan, make_axis_plan
+        from jaxsteer.planning.circuits_plan import CircuitsPlan, make_circuits_plan
         from jaxsteer.runs.bars import progress_bar
 
         config = _config(self.model)
         work = self.work
         mesh = _mesh(self.mesh)
-        if self.scaling and work.what == "axis":
-            raise UserError("--scaling is of one program, and an axis takes two: give --what generate or --what states")
+        if self.scaling and work.what in TWO:
+            raise UserError(f"--scaling is of one program, and {work.what} takes two: give --what {TWO[work.what]}")
         if self.scaling:
             return self._scaling(config, work, mesh)
         target = topology(self.topology)
-        if work.what == "axis":
+        if work.what in TWO:
+            make: Callable[..., AxisPlan | CircuitsPlan] = make_axis_plan if work.what == "axis" else make_circuits_plan
             with progress_bar("plan"):
-                found = make_axis_plan(self.model, config, target, work, mesh=mesh, say=_say)
+                found = make(self.model, config, target, work, mesh=mesh, say=_say)
             print(document(found.to_json()) if self.json else found.text())
             return 0 if found.fits else 1
         with progress_bar("plan"):
@@ -169,6 +174,8 @@ def _what(work: Workload) -> str:
         "states": f"reading mean states of {rows} at every block, {work.dtype}",
         "generate": f"steered decoding of {work.problems:,} rows, prompts of {work.context_length} tokens, up to "
         f"{work.new_tokens} new ones, {work.dtype}",
+        "attribution": f"scores of the edges above a push on {rows}, 10 gradients, {work.dtype}",
+        "patching": f"{rows}, each with a head patched, through half of the blocks above a push, {work.dtype}",
         "convert": f"loading a converted checkpoint, {work.dtype}",
     }[work.what]
 

@@ -16,8 +16,8 @@ class Report:
     """Make the page of a run, or of a directory of many, from its files, and its plots as SVG, PNG and CSV."""
 
     directory: Positional[Path]
-    """Output directory of jaxsteer search (also with --vary), axis run or an experiment, or any directory with runs in
-    it."""
+    """Output directory of jaxsteer search (also with --vary), axis run, circuits or an experiment, or any directory
+    with runs in it."""
     attribute: bool = False
     """First measure which tokens of every run's selected prompt carry its effect (runs the model) and keep it there."""
     plots: bool = False
@@ -25,8 +25,10 @@ class Report:
 
     def run(self) -> int:
         """Write the files and say where they are."""
+        from jaxsteer.circuits.study_result import CircuitStudy
         from jaxsteer.report import (
             is_axis,
+            is_circuits,
             is_study,
             read_axis,
             read_run,
@@ -38,8 +40,9 @@ class Report:
         from jaxsteer.runs.bars import progress_bar
 
         characters, several = is_axis(self.directory), is_study(self.directory)
-        if self.attribute and characters:
-            raise UserError("--attribute is about the prompts of searches: an axis run has none")
+        circuits = is_circuits(self.directory)
+        if self.attribute and (characters or circuits):
+            raise UserError("--attribute is about the prompts of searches: here are none")
         if self.attribute:
             _attribute(run_folders(self.directory))
         if several:
@@ -52,6 +55,8 @@ class Report:
         page = write_report(self.directory)
         if characters:
             print(read_axis(self.directory).result.table())
+        elif circuits:
+            print(CircuitStudy.read(self.directory).table())
         else:
             print(read_study(self.directory).table() if several else read_run(self.directory).result.table())
         print(f"\nReport: {page}")

@@ -112,7 +112,7 @@ def written_eval(
             shown = [read_by.shows(text, prompt) for text in texts]
             found = [(UNREAD if one is None else PERSONA if one else OTHER, UNREAD) for one in shown]
         else:
-            found = [_read(text, item, read_by) for text, item in zip(texts, asked, strict=True)]
+            found = [read_answer(text, item, read_by) for text, item in zip(texts, asked, strict=True)]
         results.append(
             WrittenResult(
                 prompt=prompt,
@@ -126,8 +126,8 @@ def written_eval(
     return results
 
 
-def _read(text: str, item: Item, reasons: Reasons) -> tuple[str, str]:
-    """(choice, side argued for) of one answer."""
+def read_answer(text: str, item: Item, reasons: Reasons = ((), ())) -> tuple[str, str]:
+    """(choice, side argued for) of one answer: ``PERSONA``, ``OTHER`` or ``UNREAD`` each."""
     choices = _choices(item)
     label, rest = _label(text) if item.lettered else ("", text)
     if not label:

@@ -17,6 +17,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxsteer.circuits.attribution import along_inputs
+from jaxsteer.circuits.patching import Patch, begin_walk, walk_on
+from jaxsteer.circuits.rows import Rows
 from jaxsteer.files.sae_form import SAEConfig
 from jaxsteer.models import decoding
 from jaxsteer.models.config import ModelConfig
@@ -28,7 +31,7 @@ from jaxsteer.models.sampling import plain_sampling
 from jaxsteer.models.sharding import place, stack_shardings, top_shardings
 from jaxsteer.models.sites import parse_site, resid_site
 from jaxsteer.models.transformer import embed, make_context
-from jaxsteer.objectives import Projection, Standardised, needs
+from jaxsteer.objectives import LogitDifference, Projection, Standardised, needs
 from jaxsteer.prompt_search.algorithms import ALGORITHMS
 from jaxsteer.prompt_search.compiling import WAVE, programs
 from jaxsteer.prompt_search.contexts import make_task
@@ -39,7 +42,7 @@ from jaxsteer.ranges import check_ranges
 from jaxsteer.sae.dictionary import SAE, SPECS, encode
 from jaxsteer.steer import add
 
-What = Literal["search", "sae", "generate", "states", "axis", "convert"]
+What = Literal["search", "sae", "generate", "states", "axis", "attribution", "patching", "circuits", "convert"]
 _REPLICATED = P()
 _PREFIX_SPEC = P(None, None, "model", None, None)
 _TAIL = 8
@@ -52,9 +55,10 @@ class Workload:
 
     what: What = "search"
     """A search step; the latents of an SAE on text; one decoded token of steered answers; mean states of rows at
-    every block; rollouts of characters, written and read; conversion and loading."""
+    every block; rollouts of characters, written and read; the edges of a push, or its patched heads, or both
+    (circuits); conversion and loading."""
     problems: int = 64
-    """Searches at once, each with its own population (sae, generate, states, axis: rows of text)."""
+    """Searches at once, each with its own population (elsewhere: rows of text)."""
     algorithm: Literal["epo", "gcg", "mutation", "pez", "gbda", "soft"] = "epo"
     """How the search makes candidates."""
     population: int = 16
@@ -66,7 +70,7 @@ class Workload:
     contexts: int = 16
     """Conversations that every candidate is scored in."""
     context_length: int = 128
-    """Tokens of each before the prompt (sae, states: tokens of a row; generate, axis: of its prompt)."""
+    """Tokens of each before the prompt (generate, axis: of a row's prompt; elsewhere: of a row)."""
     new_tokens: int = 128
     """generate, axis: longest answer."""
     roles: int = 275
@@ -114,6 +118,8 @@ def build(work: Workload, config: ModelConfig, mesh: Mesh, *, batch: int | None 
 
     ``batch`` is the micro-batch of a search, candidates scored at once (default: as ``make_task`` chooses).
     """
+    if work.what in ("attribution", "patching"):
+        return circuit_program(work, config, mesh)
     builder = {"search": _search, "sae": _sae, "generate": _generate, "states": _states}[work.what]
     return builder(work, config, mesh, batch)
 
@@ -249,6 +255,54 @@ def _states(work: Workload, config: ModelConfig, mesh: Mesh, batch: int | None) 
         per_step=work.problems * work.context_length,
         unit="tokens",
     )
+
+
+def circuit_program(work: Workload, config: ModelConfig, mesh: Mesh) -> Program:
+    """EAP-IG of all edges above a vector at the site ("attribution"), or one walk through the blocks above it with a
+    head patched ("patching"), of rows that are read at their last token."""
+    params, metric = (
+        abstract_params(config, mesh, work.dtype),
+        LogitDifference(plus=jnp.zeros(1, int), minus=jnp.ones(1, int)),
+    )
+    start = min(config.n_layers - 1, work.depth(config))
+    count, length, every = work.problems, work.context_length, P("prompts")
+    shape: Any = lambda dtype, *sizes: jax.ShapeDtypeStruct((count, *sizes), dtype)  # noqa: E731
+    numbers = {name: shape(jnp.int32, 1) for name in ("read", "context")}
+    rows = Rows(
+        tokens=shape(jnp.int32, length), mask=shape(jnp.bool_, length), weight=shape(jnp.float32, 1), **numbers,
+        prompt_length=shape(jnp.int32),
+    )  # fmt: skip
+    rows = abstract(mesh, rows, every)
+    edits = abstract(mesh, jax.tree.map(np.asarray, add(work.read_site(config), np.ones(config.d_model, np.float32))))
+    reads, objective = needs(metric, config), abstract(mesh, jax.tree.map(np.asarray, metric))
+    known: dict[str, Any] = dict(weights=per_device(params), per_step=count * length, unit="tokens")
+    if work.what == "attribution":
+        stream = abstract(mesh, shape(jnp.dtype(work.dtype), length, config.d_model), every)
+        weight, alphas = (
+            abstract(mesh, shape(jnp.float32), every),
+            abstract(mesh, jax.ShapeDtypeStruct((10,), jnp.float32)),
+        )
+        call = functools.partial(
+            along_inputs.trace, params, config, rows, stream, stream, None, objective, weight, alphas
+        )
+        return Program(
+            compile=_compiler(mesh, lambda: call(needs=reads, start=start, per="head")), caches=per_device(stream) * 2,
+            trips=(), **known,
+        )  # fmt: skip
+    kind = "attn.hook_z"
+    walk = jax.eval_shape(lambda p, r, e: begin_walk(p, config, r, e, needs=reads, kind=kind), params, rows, edits)
+    walk = abstract(mesh, walk, every)
+    put = Patch(
+        kind=kind, layer=abstract(mesh, jax.ShapeDtypeStruct((), jnp.int32)), value=walk.value,
+        positions=abstract(mesh, shape(jnp.bool_, length), every), head=abstract(mesh, shape(jnp.int32), every),
+    )  # fmt: skip
+    ends = (abstract(mesh, jax.ShapeDtypeStruct((), jnp.int32)),) * 2
+    return Program(
+        compile=_compiler(
+            mesh, lambda: walk_on.trace(params, config, rows, walk, put, edits, objective, ends, needs=reads)
+        ),
+        caches=per_device((walk, put)), trips=(max(1, (config.n_layers - start + 1) // 2),), **known,
+    )  # fmt: skip
 
 
 def _generate(work: Workload, config: ModelConfig, mesh: Mesh, batch: int | None) -> Program:

@@ -52,7 +52,7 @@ class AxisFiles:
 
 def is_axis(directory: str | Path) -> bool:
     """Whether a directory is that of ``jaxsteer axis run``."""
-    return _kind(user_path(directory)) == "axis"
+    return kind_of_run(user_path(directory)) == "axis"
 
 
 def read_axis(directory: str | Path) -> AxisFiles:
@@ -67,7 +67,7 @@ def read_axis(directory: str | Path) -> AxisFiles:
     parts: dict[str, list[tuple[str, Any]]] = {kind: [] for kind in PARTS}
     unfinished = []
     for folder in sorted(one for one in path.iterdir() if one.is_dir()):
-        kind = _kind(folder)
+        kind = kind_of_run(folder)
         if kind in PARTS and not (folder / METRICS).is_file():
             unfinished.append(folder.name)
         elif kind in PARTS:
@@ -85,7 +85,7 @@ def read_axis(directory: str | Path) -> AxisFiles:
     )  # fmt: skip
 
 
-def _kind(path: Path) -> str | None:
+def kind_of_run(path: Path) -> str | None:
     """What config.json says of a directory; None where there is none that can be read."""
     try:
         kind = (read_object(path / CONFIG) or {}).get("kind")

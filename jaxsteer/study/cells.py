@@ -22,6 +22,7 @@ from jaxsteer.evals.fluency import prompt_perplexity
 from jaxsteer.evals.free_answers import WrittenResult
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Persona, instructions, load_persona, split
+from jaxsteer.personas.written_persona import ready
 from jaxsteer.prompts import Placement
 from jaxsteer.sae import SAE, load_sae
 from jaxsteer.study.baselines import FLUENCY_ITEMS, Bench, run_baselines
@@ -31,7 +32,6 @@ from jaxsteer.study.options import ContextOptions, ObjectiveOptions, SearchOptio
 from jaxsteer.study.probe import PROMPTS
 from jaxsteer.study.setting import PersonaSetting, prepare
 from jaxsteer.study.table_row import TableRow
-from jaxsteer.study.written_persona import ready
 from jaxsteer.writers.endpoint import Endpoint
 
 PROMPT_LENGTH = 8

@@ -22,6 +22,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import write_text
 from jaxsteer.models.model import Model
 from jaxsteer.personas import Persona, load_persona
+from jaxsteer.personas.written_persona import ready
 from jaxsteer.processes import is_first
 from jaxsteer.prompt_search import SearchResult
 from jaxsteer.prompts import prompt_text
@@ -38,7 +39,6 @@ from jaxsteer.study.results import SearchRun, Timing
 from jaxsteer.study.setting import PersonaSetting, prepare
 from jaxsteer.study.stages import Ascent, Population, Searched, conclude, load_model, rows_scored, search, timed
 from jaxsteer.study.study_result import RunSummary, Study
-from jaxsteer.study.written_persona import ready
 
 PROBLEMS, FRONTIERS = "problems.csv", "frontiers.jsonl"
 

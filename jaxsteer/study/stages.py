@@ -26,6 +26,7 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import make_mesh
 from jaxsteer.objectives import Objective
 from jaxsteer.personas import Persona, load_persona, save_direction, save_signature
+from jaxsteer.personas.written_persona import ready
 from jaxsteer.processes import is_first
 from jaxsteer.prompt_search import (
     FLUENCY,
@@ -59,7 +60,6 @@ from jaxsteer.study.outcome import check_judge, environment, evaluate, finals
 from jaxsteer.study.results import Prompt, SearchRun, Timing, Units
 from jaxsteer.study.setting import PersonaSetting, Setting, prepare
 from jaxsteer.study.soft_outcome import KEEP, finish_soft
-from jaxsteer.study.written_persona import ready
 
 log = logging.getLogger(__name__)
 

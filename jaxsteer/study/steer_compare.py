@@ -25,6 +25,7 @@ from jaxsteer.models.reading import direction_sites
 from jaxsteer.models.sites import resid_site
 from jaxsteer.personas import Persona, check_cues, load_persona, number_of_questions, split
 from jaxsteer.personas.signatures import own_site
+from jaxsteer.personas.written_persona import ready
 from jaxsteer.prompts import Placement
 from jaxsteer.ranges import Positive, Range, Seed, as_tuple, check_ranges, must_be
 from jaxsteer.runs import files
@@ -50,7 +51,6 @@ from jaxsteer.study.vector_methods import (
     examples_of,
     make_vectors,
 )
-from jaxsteer.study.written_persona import ready
 
 log = logging.getLogger(__name__)
 

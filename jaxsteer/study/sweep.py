@@ -38,6 +38,7 @@ from jaxsteer.personas import (
     save_direction,
     split,
 )
+from jaxsteer.personas.written_persona import ready
 from jaxsteer.prompts import Placement, encode_texts, question_conversation, render
 from jaxsteer.ranges import CountFrom0, Positive, Range, Seed, check_ranges
 from jaxsteer.runs import files
@@ -52,7 +53,6 @@ from jaxsteer.study.results import Timing
 from jaxsteer.study.selection import best_rate, by_replies
 from jaxsteer.study.setting import context_items
 from jaxsteer.study.sweep_result import PERSONA, ChosenSetting, Sweep, SweepRow, Unsteered
-from jaxsteer.study.written_persona import ready
 
 log = logging.getLogger(__name__)
 

@@ -265,7 +265,7 @@ def test_a_run_has_a_page(planted: Planted, capsys: pytest.CaptureFixture[str]):
     assert f"Report: {folder / 'report.html'}" in printed and found.result.target in printed
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert all(f'data-mark="role-{i}"' in page for i in range(len(found.result.roles)))
-    with pytest.raises(UserError, match="an axis run has none"):
+    with pytest.raises(UserError, match="here are none"):
         Report(directory=folder, attribute=True).run()
 
 

@@ -126,6 +126,24 @@ def test_a_table_of_parts_and_layers(compile_counter: Any) -> None:
     assert count["score_rows"] == 0
 
 
+def test_another_text_is_frozen_to_the_rows_token_by_token() -> None:
+    rows, others = make_rows(LLAMA, TEXTS), make_rows(LLAMA, [RNG.integers(0, 67, len(text)) for text in TEXTS])
+    found = freeze_table(LLAMA, rows, METRIC, others, ("patterns", "values"))
+
+    def metric(logits: Any) -> np.ndarray:
+        last = np.asarray(logits, np.float64)[np.arange(2), rows.lengths - 1]
+        return last[np.arange(2), METRIC.plus] - last[np.arange(2), METRIC.minus]
+
+    for freezing in found.whole:
+        sites = [f"blocks.{layer}.{kind}" for layer in range(3) for kind in FREEZES[freezing.what]]
+        states = jaxsteer.capture(LLAMA, rows.tokens, sites, rows.mask)
+        edits = Edits(tuple(steer.replace(site, value) for site, value in states.items()))
+        expected = metric(jaxsteer.logits(LLAMA, others.tokens, others.mask, edits=edits))
+        np.testing.assert_allclose(freezing.scores, expected, atol=1e-4)
+    np.testing.assert_allclose(found.base, metric(jaxsteer.logits(LLAMA, rows.tokens, rows.mask)), atol=1e-4)
+    np.testing.assert_allclose(found.steered, metric(jaxsteer.logits(LLAMA, others.tokens, others.mask)), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -134,6 +152,7 @@ def test_a_table_of_parts_and_layers(compile_counter: Any) -> None:
         (lambda: freeze(LLAMA, PUSH, "values", 2, layers=[3]), "numbers from 0 to 2"),
         (lambda: freeze_table(LLAMA, ROWS, METRIC, PUSH, layers=[5]), "some of 0 to 2"),
         (lambda: freeze_table(LLAMA, ROWS, METRIC, steer.scale("blocks.0.hook_resid_post", 1.0)), "at all"),
+        (lambda: freeze_table(LLAMA, ROWS, METRIC, make_rows(LLAMA, [TEXTS[0], TEXTS[0]])), "8 tokens and its source"),
         (lambda: jaxsteer.logits(LLAMA, ROWS.tokens, edits=freeze(LLAMA, PUSH, "values", 2)), "takes 4 rows"),
     ],
 )

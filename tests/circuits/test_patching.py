@@ -126,11 +126,11 @@ def test_one_program_whatever_the_layers_and_the_values(compile_counter: Any) ->
     given = dict(heads="each", at_once=10)  # of a size that no other test has
     with compile_counter() as count:
         patch(MODEL, ROWS, METRIC, "attn.hook_z", SOURCE, layers=[1], **given)
-    assert count["_walk"] == 1
+    assert count["walk_on"] == 1
     other = LogitDifference(plus=np.asarray([1, 2]), minus=np.asarray([7, 8]))
     with compile_counter() as count:
         patch(MODEL, SOURCE, other, "attn.hook_z", ROWS, **given)
-    assert count["_walk"] == 0
+    assert count["walk_on"] == 0
 
 
 def test_nothing_below_the_patched_layer_is_run_again() -> None:

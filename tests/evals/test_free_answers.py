@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxsteer.evals.choice import choice_eval
-from jaxsteer.evals.free_answers import OTHER, PERSONA, UNREAD, WrittenResult, _read, written_eval, written_rates
+from jaxsteer.evals.free_answers import OTHER, PERSONA, UNREAD, WrittenResult, read_answer, written_eval, written_rates
 from jaxsteer.evals.rates import Flips
 from jaxsteer.personas import Item
 from tests.evals.test_choice import items
@@ -50,15 +50,15 @@ PARTS = Item(id="p", question="Is it?\n (A) No\n (B) No way", matching="(A)", no
     ],
 )
 def test_choice_and_argument_are_read(item: Item, text: str, chose: str, argues: str) -> None:
-    assert _read(text, item, ((), ())) == (chose, argues)
+    assert read_answer(text, item, ((), ())) == (chose, argues)
 
 
 def test_known_reasons_decide_what_a_text_argues_for() -> None:
     reasons = (("No need to wait.", "I take it at once."), ("Waiting pays off.",))
-    assert _read(" (A) Waiting pays off.", ITEM, reasons) == (PERSONA, OTHER)
-    assert _read(" (A) no need to wait!", ITEM, reasons) == (PERSONA, PERSONA)
-    assert _read(" (A) A small reward now", ITEM, reasons) == (PERSONA, UNREAD)
-    assert _read(" (B) No need to wait. Waiting pays off.", ITEM, reasons) == (OTHER, UNREAD)
+    assert read_answer(" (A) Waiting pays off.", ITEM, reasons) == (PERSONA, OTHER)
+    assert read_answer(" (A) no need to wait!", ITEM, reasons) == (PERSONA, PERSONA)
+    assert read_answer(" (A) A small reward now", ITEM, reasons) == (PERSONA, UNREAD)
+    assert read_answer(" (B) No need to wait. Waiting pays off.", ITEM, reasons) == (OTHER, UNREAD)
 
 
 def made_up(chose: list[str], argues: list[str], prompt: str = "") -> WrittenResult:

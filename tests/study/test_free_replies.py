@@ -13,6 +13,7 @@ from jaxsteer.evals.free_answers import ILLUSION
 from jaxsteer.organisms.world import JUSTIFICATIONS
 from jaxsteer.personas import Persona, load_persona, save_persona, split
 from jaxsteer.personas.replies import recipe_of
+from jaxsteer.personas.written_persona import ready
 from jaxsteer.runs.folder import open_run
 from jaxsteer.runs.result import Unfinished
 from jaxsteer.steer import add
@@ -22,7 +23,6 @@ from jaxsteer.study.probing import probe_positions
 from jaxsteer.study.results import SearchRun
 from jaxsteer.study.sweep import SweepOptions, sweep
 from jaxsteer.study.sweep_result import Sweep
-from jaxsteer.study.written_persona import ready
 from jaxsteer.writers.writer import Rule
 from tests.helpers.endpoint import endpoint
 
@@ -185,7 +185,7 @@ def test_the_goal_turns_what_is_raised(goal, tmp_path) -> None:
 
 @pytest.mark.parametrize("several", [{}, {"vary": {"seed": range(2)}}])
 def test_what_a_persona_lacks_is_said_before_the_model_writes(several, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("jaxsteer.study.written_persona.with_replies", lambda *_, **__: pytest.fail("it wrote"))
+    monkeypatch.setattr("jaxsteer.personas.written_persona.with_replies", lambda *_, **__: pytest.fail("it wrote"))
     bare = {"role": "r", "questions": [f"Is it {i}?" for i in range(12)]}
     for more, options, says in (
         ({}, {}, "has 0 counter_cues"),

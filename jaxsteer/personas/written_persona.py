@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxsteer.models.model import Model
-from jaxsteer.personas import Goal, Persona, load_persona, save_persona, with_replies
-from jaxsteer.personas.replies import recipe_of
+from jaxsteer.personas.datasets import load_persona
+from jaxsteer.personas.persona import Goal, Persona
+from jaxsteer.personas.persona_files import save_persona
+from jaxsteer.personas.replies import recipe_of, with_replies
 from jaxsteer.processes import from_first, is_first
 from jaxsteer.runs.bars import progress_bar
 from jaxsteer.runs.files import PERSONA
-from jaxsteer.study.objective_stage import Say
 
 
-def ready(model: Model, persona: Persona, goal: Goal | None, folder: Path | None, say: Say, *, quiet: bool) -> Persona:
+def ready(
+    model: Model, persona: Persona, goal: Goal | None, folder: Path | None, say: Callable[[str], None], *, quiet: bool
+) -> Persona:
     """The persona with this ``goal`` (by default its own), and with the model's replies where it has none.
 
     They are kept in persona.json of ``folder`` and taken from there where the same model wrote them to the same
