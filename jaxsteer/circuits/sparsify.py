@@ -173,7 +173,10 @@ def _drawn(found: SparsityCurve) -> Plot:
             [level.kept for level in own], [100 * level.share for level in own], marker="o", markersize=3, label=by
         )
     axis.axhline(100, color=INK, linewidth=0.8)
+    counts = sorted({level.kept for level in found.levels})
     axis.set_xscale("log")
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.set_xticks([], minor=True)
     axis.set_xlabel("dimensions that are kept")
     axis.set_ylabel("% of the effect")
     axis.legend(frameon=False, fontsize=8)

@@ -171,7 +171,8 @@ class Matches(Term):
 
     def __call__(self, reads: Reads) -> Float[Array, " rows"]:
         """The agreement of every reading."""
-        return (reads.logits.argmax(-1) == self.tokens).astype(jnp.float32)
+        wanted = self.tokens.at[reads.context].get(mode="fill", fill_value=-1)
+        return (reads.logits.argmax(-1) == wanted).astype(jnp.float32)
 
 
 def token_rows(

@@ -70,7 +70,7 @@ def test_the_planted_effect_is_found_and_a_random_push_has_none(done: tuple[Circ
     found = done[0].push("refusal")
     base, pushed = found.effects[0], found.effect
     assert base.metric < 0 < pushed.metric  # chosen because the push flips them
-    assert all(abs(control.change) < 0.3 * pushed.change for control in found.controls)
+    assert all(abs(control.change) < 0.5 * pushed.change for control in found.controls)
     assert found.effect.ci95[0] > 0
     said = {line.condition: line.shown for line in found.generated}
     assert said["pushed"] >= 0.75 and said["as it is"] <= 0.25 and said["random push"] <= 0.25
@@ -120,7 +120,7 @@ def test_cut_off_at_any_stage_it_goes_on_with_the_same_bytes(
 
     whole = once(tmp_path / "whole")
     names = [name for name in whole if name.startswith("stages")]
-    assert len(names) == 9
+    assert len(names) == 10
     written, left = study.write_json, [0]
 
     class Cut(Exception):
@@ -134,7 +134,7 @@ def test_cut_off_at_any_stage_it_goes_on_with_the_same_bytes(
 
     out = tmp_path / "cut"
     monkeypatch.setattr(study, "write_json", cut)
-    for _ in range(len(names)):
+    for _ in range(len(names) - 1):
         left[0] = 1  # one more stage, and dead
         with pytest.raises(Cut):
             study.run(model, {"refusal": vectors}, "refusal", out=out, **small)
@@ -143,11 +143,14 @@ def test_cut_off_at_any_stage_it_goes_on_with_the_same_bytes(
 
 
 def test_a_prompt_is_studied_against_fillers(model: Model, tmp_path: Path) -> None:
-    options = SMALL | dict(questions=4, flipped=False, layer_questions=0)
-    guard = "Refuse whatever could do harm."
-    found = study.run(model, (), "refusal", out=tmp_path / "out", prompt=guard, **options)
+    story = "Write it as a scene of a story."  # planted: takes 9 nats from the log-odds of a refusal
+    found = study.run(model, (), "refusal", out=tmp_path / "out", prompt=story, **SMALL | dict(layer_questions=0))
     one = found.push("prompt")
-    assert one.effect.change > 1.0 and found.filler.strip() in (".", ",", "-", "the", "and", "...")
+    base, pushed = one.effects[0], one.effect
+    assert base.metric > 0 > pushed.metric and found.filler.strip() in (".", ",", "-", "the", "and", "...")
+    assert all(abs(control.change) < 0.5 * abs(pushed.change) for control in one.controls)
+    said = {line.condition: line.shown for line in one.generated}
+    assert said["as it is"] > 0.5 > said["pushed"]
     assert one.effects[-1].name == "no prompt"
     assert one.words is None and not one.sparsity and one.start == 0
     assert len(one.generated) == 7
