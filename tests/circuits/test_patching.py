@@ -138,12 +138,12 @@ def test_nothing_below_the_patched_layer_is_run_again() -> None:
     from jaxsteer.circuits import patching
 
     spans: list[tuple[int, int]] = []
-    walk = patching._walk
+    walk = patching.walk_on
     try:
-        patching._walk = lambda *args, **more: (spans.append(tuple(map(int, args[7]))), walk(*args, **more))[1]
+        patching.walk_on = lambda *args, **more: (spans.append(tuple(map(int, args[7]))), walk(*args, **more))[1]
         patch(MODEL, ROWS, METRIC, "hook_resid_pre", SOURCE, layers=[2], at_once=8)
     finally:
-        patching._walk = walk
+        patching.walk_on = walk
     assert spans[0] == (0, 2) and spans[1] == (0, 3) and set(spans[2:]) == {(2, 3), (3, 3)}
 
 
