@@ -49,7 +49,7 @@ def latents_vector(
         isinstance(i, int | np.integer) and is_number(w) for i, w in latents.items()
     ):
         raise UserError(f"latents are numbers by latent, such as {{4711: 1.0}}, or a Signature; got {latents!r:.80}")
-    if not any(latents.values()):
+    if latents and not any(latents.values()):
         raise UserError("the values of all latents are 0: they would write nothing")
     if not latents or not all(0 <= latent < sae.n_latents for latent in latents):
         raise UserError(f"give latents from 0 to {sae.n_latents - 1}, got {sorted(latents) or 'none'}")
