@@ -85,6 +85,13 @@ def decimals(value: Any, digits: int = 2) -> str:
     return "–" if given is None else f"{given:.{digits}f}"
 
 
+def duration(hours: float) -> str:
+    """Hours as "0.68 h", below a tenth of one as minutes or seconds."""
+    if hours >= 0.1:
+        return f"{hours:.2f} h"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.1f} s"
+
+
 def compact(value: Any) -> str:
     """A number of any size in a few digits; a dash where there is none."""
     given = number(value)

@@ -10,7 +10,12 @@ import pytest
 
 from jaxsteer.cli.tables import direction_table
 from jaxsteer.cli.vector import vector_table
-from jaxsteer.display import aligned, listed, points
+from jaxsteer.display import (
+    aligned,
+    duration,
+    listed,
+    points,
+)
 from jaxsteer.evals.organism_gates import Gate, gates_table
 from jaxsteer.evals.rates import Difference
 from jaxsteer.personas import Direction
@@ -87,3 +92,7 @@ def test_a_table_becomes_paragraphs_where_no_columns_fit(monkeypatch: pytest.Mon
     assert aligned([row[:2] for row in rows]) == (
         "prompt          rate\n--------------------\nbe honest  83.0–91.5\n                   1"
     )
+
+
+def test_durations_have_the_unit_that_shows_them() -> None:
+    assert [duration(hours) for hours in (0.68, 0.05, 0.001)] == ["0.68 h", "3.0 min", "3.6 s"]

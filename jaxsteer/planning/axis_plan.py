@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxsteer.display import listed, wrapped
+from jaxsteer.display import duration, listed, wrapped
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.planning.chips import Topology
 from jaxsteer.planning.plan import Plan, Say, make_plan
@@ -98,10 +98,10 @@ class AxisPlan:
                 "",
                 f"estimate, as if everything ran at its published peak ({self.write.chip.source})",
                 *_rows(
-                    ("prompts", f"{hours['prefill']:.2f} h"),
-                    ("replies, all of full length", f"{hours['write']:.2f} h"),
-                    ("states", f"{hours['read']:.2f} h"),
-                    ("together", f"{sum(hours.values()):.2f} h"),
+                    ("prompts", duration(hours["prefill"])),
+                    ("replies, all of full length", duration(hours["write"])),
+                    ("states", duration(hours["read"])),
+                    ("together", duration(sum(hours.values()))),
                 ),
             ]
         return "\n".join(line if line.startswith(" ") else wrapped(line) for line in lines)

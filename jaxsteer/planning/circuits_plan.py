@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from jaxsteer.circuits.graph import Graph
-from jaxsteer.display import listed, wrapped
+from jaxsteer.display import duration, listed, wrapped
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.planning.chips import Topology
 from jaxsteer.planning.plan import Plan, Say, make_plan
@@ -91,9 +91,9 @@ class CircuitsPlan:
                 "",
                 f"estimate, as if everything ran at its published peak ({self.attribute.chip.source})",
                 *_rows(
-                    ("all edges", f"{hours['attribution']:.2f} h"),
-                    ("every head and MLP", f"{hours['patching']:.2f} h"),
-                    ("together", f"{sum(hours.values()):.2f} h"),
+                    ("all edges", duration(hours["attribution"])),
+                    ("every head and MLP", duration(hours["patching"])),
+                    ("together", duration(sum(hours.values()))),
                 ),
             ]
         return "\n".join(line if line.startswith(" ") else wrapped(line) for line in lines)
