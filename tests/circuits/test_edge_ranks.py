@@ -19,6 +19,7 @@ from jaxsteer.statistics import spearman
 SITE = "blocks.3.hook_resid_post"
 
 
+@pytest.mark.slow
 def test_ranks_of_the_largest_edges() -> None:
     """The refusal vector of block 3, x 1.2, 32 harmless requests, the 110 edges from block 4 on, of them the largest
     tenth. Along half of every layer's own line the rank correlation is above 0.9, along whole lines it is not."""

@@ -158,6 +158,7 @@ def test_a_prompt_is_studied_against_fillers(model: Model, tmp_path: Path) -> No
     assert shape == (model.config.n_layers, model.config.n_heads)
 
 
+@pytest.mark.slow
 def test_replies_of_the_pushed_run_can_be_the_metric(model: Model, vectors: Vectors) -> None:
     options = SMALL | dict(metric="tokens", random=2, layer_questions=0)
     found = study.run(model, {"refusal": vectors}, "refusal", **options).push("refusal")
