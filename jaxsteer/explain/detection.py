@@ -119,7 +119,7 @@ def detect(
     order = np.random.default_rng(seed).permutation(len(contexts))
     half = len(order) // 2
     seen, held = contexts.part(order[:half]), contexts.part(order[half:])
-    fires = held.values != 0
+    fires = held.values > 0
     count = fires.sum(0)
     chosen = np.flatnonzero((count >= FEWEST) & (len(held) - count >= FEWEST))
     if not len(chosen):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Int
 
 from jaxsteer.display import aligned, decimals, visible
 from jaxsteer.errors import UserError
@@ -118,14 +118,6 @@ class Explanations:
         total = np.where(hit, self.scores, 0.0).sum(1)
         order = [int(i) for i in np.argsort(-total, kind="stable")[:top] if total[i] > 0]
         return [Found(latent, float(total[latent]), self.of(latent)) for latent in order]
-
-    def weights(self, latents: Sequence[int]) -> Float32[np.ndarray, "S V"]:
-        """The scores of all words for some latents; 0 for words that are not among a latent's K, and below 0."""
-        self.check_latents(latents)
-        chosen = np.asarray(latents, int)
-        found = np.zeros((len(chosen), len(self.vocabulary)), np.float32)
-        np.put_along_axis(found, self.words[chosen], np.maximum(self.scores[chosen], 0.0), axis=1)
-        return found
 
     def table(self, latents: Sequence[int] | None = None, *, count: int = 10) -> str:
         """A line for each of some latents (by default those that say most), under a line about all."""

@@ -114,7 +114,7 @@ def judge_labels(
         for at in range(0, len(rows), AT_ONCE):
             part = slice(at, at + AT_ONCE)
             texts = [
-                _marked(model, contexts, row, label.latent, mark if kind == "fuzzing" else None)
+                shown_context(model, contexts, row, mark if kind == "fuzzing" else None)
                 for row, mark in zip(rows[part], marked[part], strict=True)
             ]
             listed = "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1))
@@ -153,14 +153,6 @@ def _drawn(contexts: Contexts, latent: int, kind: str, seed: int) -> tuple[list[
         marks.append(peak if right else int(rng.choice(away)))
     order = rng.permutation(len(rows))
     return [rows[i] for i in order], [truth[i] for i in order], [marks[i] for i in order]
-
-
-def _marked(model: Model, contexts: Contexts, row: int, latent: int, mark: int | None) -> str:
-    if mark is None:
-        return shown_context(model, contexts, row, latent).replace("<<", "").replace(">>", "")
-    ids = contexts.tokens[row]
-    pieces = [model.tokenizer.decode([int(token)]) for token in ids]
-    return "".join(f"<<{piece}>>" if i == mark else piece for i, piece in enumerate(pieces)).replace("\n", " ")
 
 
 def _answers(reply: str, count: int) -> list[bool] | None:

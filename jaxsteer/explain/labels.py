@@ -179,12 +179,10 @@ def write_labels(
     )
 
 
-def shown_context(model: Model, contexts: Contexts, row: int, latent: int) -> str:
-    """A context as text, with the token at which the latent is strongest between << and >>."""
-    ids = contexts.tokens[row]
-    peak = int(contexts.places[row, latent])
-    pieces = [model.tokenizer.decode([int(token)]) for token in ids]
-    return "".join(f"<<{piece}>>" if i == peak else piece for i, piece in enumerate(pieces)).replace("\n", " ")
+def shown_context(model: Model, contexts: Contexts, row: int, mark: int | None) -> str:
+    """A context as text, with the token at place ``mark`` between << and >>."""
+    pieces = [model.tokenizer.decode([int(token)]) for token in contexts.tokens[row]]
+    return "".join(f"<<{piece}>>" if i == mark else piece for i, piece in enumerate(pieces)).replace("\n", " ")
 
 
 def _evidence(model: Model, found: Explanations, contexts: Contexts | None, latent: int, based: str) -> list[str]:
@@ -194,7 +192,7 @@ def _evidence(model: Model, found: Explanations, contexts: Contexts | None, late
     if contexts is not None and based != "words":
         values = contexts.values[:, latent]
         best = [int(row) for row in np.argsort(-values, kind="stable")[:CONTEXTS] if values[row] > 0]
-        lines += [f"Text: {shown_context(model, contexts, row, latent)}" for row in best]
+        lines += [f"Text: {shown_context(model, contexts, row, int(contexts.places[row, latent]))}" for row in best]
     return lines or ["(it is never active)"]
 
 

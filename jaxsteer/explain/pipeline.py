@@ -46,6 +46,7 @@ TABLE, DETECTED, LABELS, LOG = "explanations.safetensors", "detection.json", "la
 
 
 LABELLED = 100
+"""Latents that a writer labels where none are named."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -52,6 +52,6 @@ def test_ranks_of_the_largest_edges() -> None:
     assert len(exact) == 110
     ranks = {name: rank for name, (rank, _) in found.items()}
     golden = {"EAP": 0.755, "EAP-IG": 0.745, "activations": 0.845, "activations, half": 0.964}
-    assert ranks == pytest.approx(golden, abs=0.06)
+    assert ranks == pytest.approx(golden, abs=0.02)
     assert ranks["activations, half"] >= 0.9
     assert [sign for _, sign in found.values()] == pytest.approx([10 / 11, 1, 1, 1])
