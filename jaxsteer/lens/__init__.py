@@ -1,0 +1,1 @@
+"""What is there: logit and tuned lens, logit attribution, probes, attention statistics, features."""
