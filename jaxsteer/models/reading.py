@@ -68,7 +68,7 @@ def read_rows(
         raise UserError(f"{len(reads)} reads were given for {len(rows)} rows: give one for each")
     places = np.asarray(reads, np.int32) if isinstance(reads, np.ndarray) and reads.dtype.kind in "iu" else None
     weights = [] if places is not None else [*map(_weights, rows, reads)]
-    for chunk, tokens in _batches(model, rows, batch_size):
+    for chunk, tokens in batches(model, rows, batch_size):
         if places is not None:
             read = np.zeros((batch_size, *places.shape[1:]), np.int32)
             read[: len(chunk)] = places[chunk]
@@ -102,7 +102,7 @@ def read_along(
     row comes exactly once, ordered by length. Raises ``UserError`` for a row longer than the model's positions.
     """
     along = np.asarray(vectors, np.float32)
-    for chunk, tokens in _batches(model, rows, batch_size):
+    for chunk, tokens in batches(model, rows, batch_size):
         mask = np.zeros(tokens.shape, bool)
         for at, number in enumerate(chunk):
             mask[at, : len(rows[number])] = True
@@ -118,10 +118,13 @@ def read_along(
         yield chunk, to_host(found)[:, :, : len(chunk)]
 
 
-def _batches(
+def batches(
     model: Model, rows: Sequence[np.ndarray], batch_size: int
 ) -> Iterator[tuple[Int[np.ndarray, " b"], Int[np.ndarray, "B T"]]]:
-    """Numbers of the rows of every batch, and their tokens, padded to one of few shapes."""
+    """Numbers of the rows of every batch, and their tokens, padded on the right to one of few shapes, ordered by length.
+
+    Raises ``UserError`` for a row longer than the model's positions.
+    """
     longest = max((len(row) for row in rows), default=0)
     if longest > model.config.max_positions:
         raise UserError(
