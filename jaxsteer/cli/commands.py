@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from tyro.conf import subcommand
 
+from jaxsteer.cli.attribute import Attribute
 from jaxsteer.cli.axis import Axis
 from jaxsteer.cli.chat import Chat
 from jaxsteer.cli.circuits import Circuits
@@ -47,6 +48,7 @@ Command = (
     | Annotated[Sae, subcommand("sae")]
     | Annotated[Axis, subcommand("axis")]
     | Annotated[Circuits, subcommand("circuits")]
+    | Annotated[Attribute, subcommand("attribute")]
 )
 
 

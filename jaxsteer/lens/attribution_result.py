@@ -92,7 +92,9 @@ class LogitAttribution(Result):
         ):  # fmt: skip
             if parts:
                 note = f"The strongest for one random token has {control:+.3f} (in size)." if control else ""
-                found.append(aligned([(what, *head[1:]), *map(_row, _largest(parts))], note=note))
+                columns = 4 if parts[0].control else 3
+                table = [(what, *head[1:]), *map(_row, _largest(parts))]
+                found.append(aligned([row[:columns] for row in table], note=note))
         notes = [f"The logit stands before the model's soft-cap of {self.softcap:g}."] if self.softcap else []
         notes += [f"The run was changed by: {self.edits}."] if self.edits else []
         notes.append("Direct paths only: what a part does by way of later layers counts as theirs.")

@@ -121,7 +121,7 @@ def read_along(
 def batches(
     model: Model, rows: Sequence[np.ndarray], batch_size: int
 ) -> Iterator[tuple[Int[np.ndarray, " b"], Int[np.ndarray, "B T"]]]:
-    """Numbers of the rows of every batch, and their tokens, padded on the right to one of few shapes, ordered by length.
+    """Numbers of the rows of every batch, and their tokens, padded on the right to one of few shapes; by length.
 
     Raises ``UserError`` for a row longer than the model's positions.
     """
