@@ -164,9 +164,14 @@ def _command(arguments: list[str]) -> int:
 
         print(f"jaxsteer {__version__}")
         return 0
+    from jaxsteer.cli.commands import help_text, needs_command, parse
+
+    if not needs_command(arguments):
+        with _printing():
+            print(help_text())
+        return 0 if arguments else USAGE_ERROR
     _settings()
     arguments = join_processes(arguments)
-    from jaxsteer.cli.commands import parse
 
     with _printing():  # help
         command = parse(arguments)
