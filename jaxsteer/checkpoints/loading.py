@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from checkpoints_convert.gguf import is_gguf
 from checkpoints_convert.hf import config_from_hf, quiet_transformers, stop_tokens
 from checkpoints_convert.leaves import RECORD, read_record
+from jaxsteer.checkpoints.deltas import applied, load_delta
 from jaxsteer.checkpoints.remote import side_files
 from jaxsteer.checkpoints.restoring import check_finite, restore
 from jaxsteer.errors import UserError, first_line
@@ -46,6 +47,7 @@ def load(
     mesh: Mesh | None = None,
     layers: int | None = None,
     ignore_fields: Collection[str] = (),
+    delta: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Load a model.
 
@@ -67,13 +69,18 @@ def load(
     ``ignore_fields`` are names of fields of a config.json that change no number although jaxsteer does not know them;
     such a model would be refused otherwise.
 
-    Raises ``UserError`` when the source cannot be found, is damaged or is not supported, and when weights are NaN or
-    infinite, naming the first of them.
+    ``delta`` is a file of a change of the weights (``jaxsteer rewrite run``), which is added to them; the fingerprint
+    is then that of the changed model.
+
+    Raises ``UserError`` when the source cannot be found, is damaged or is not supported, when weights are NaN or
+    infinite, naming the first of them, and for a delta of another model.
     """
-    name = str(source)
+    name, change = str(source), None if delta is None else load_delta(delta)
     checkpoint = _checkpoint_of(name, ignore_fields)
     record = read_record(checkpoint)
     config = _shallower(ModelConfig.from_json(record["config"]), layers)
+    if change is not None:
+        change.check(name, config, record["fingerprint"])
     target = _dtype(dtype, record["dtype"])
     params = restore(
         checkpoint / "weights",
@@ -85,7 +92,7 @@ def load(
     # Conversion has looked at every weight since it says so; float16 cannot hold all that the other dtypes can.
     if record.get("finite") is not True or (target == jnp.float16 and record["dtype"] != "float16"):
         check_finite(params, config, name)
-    return Model(
+    model = Model(
         params=params,
         config=config,
         tokenizer=load_tokenizer(checkpoint),
@@ -94,6 +101,7 @@ def load(
         mesh=mesh,
         stop_tokens=stop_tokens(checkpoint),
     )
+    return model if change is None else applied(model, change)
 
 
 def _shallower(config: ModelConfig, layers: int | None) -> ModelConfig:

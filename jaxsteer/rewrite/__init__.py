@@ -1,0 +1,1 @@
+"""Knowledge rewriting: ROME, MEMIT, and weight deltas as files."""
