@@ -49,6 +49,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "attribute": Command("attribute:Attribute", "what the parts of a model add to the logit of a token"),
     },
     "Models and data": {
+        "doctor": Command("doctor:Doctor", "what this machine has, what a model would need on it, what to mend"),
         "inspect": Command("inspect:Inspect", "a model's sizes, sites and memory, from its configuration alone"),
         "convert": Command("convert:Convert", "a checkpoint that loads straight into shards, from published files"),
         "data": Command("data:Data", "public datasets of personas: list and show"),
