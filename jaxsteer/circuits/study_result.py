@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsteer.circuits.overlap import Overlap
-from jaxsteer.circuits.value_vectors import Words
 from jaxsteer.display import aligned, decimals, percent, short, visible, wrapped
 from jaxsteer.files import read_json
 from jaxsteer.files.records import Record
+from jaxsteer.lens.words import Words
 from jaxsteer.ranges import CountFrom0
 from jaxsteer.runs.files import METRICS
 from jaxsteer.runs.result import Result

@@ -27,8 +27,9 @@ from jaxsteer.circuits.sparsify import dimension_effects, kept_dimensions, spars
 from jaxsteer.circuits.study_options import CircuitOptions
 from jaxsteer.circuits.study_result import Circuits, CircuitSize, Grid, Level, Said, Stays, as_grid
 from jaxsteer.circuits.study_setting import Push, Task, row_scores
-from jaxsteer.circuits.value_vectors import Words, ablate_value_vectors, read_words, value_vectors
+from jaxsteer.circuits.value_vectors import ablate_value_vectors, value_vectors
 from jaxsteer.files.records import Record
+from jaxsteer.lens.words import Words, read_words
 from jaxsteer.models.model import Model
 from jaxsteer.models.sampling import Decoding
 from jaxsteer.models.taps import Intervention

@@ -230,3 +230,15 @@ def unembed_normed(params: Params, config: ModelConfig, x: Float[Array, "... D"]
     if config.final_softcap is not None:
         logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
     return logits
+
+
+def direction_logits(params: Params, config: ModelConfig, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Float32 logits that vectors of the stream add where the final norm divides by 1, before the soft-cap.
+
+    Linear in x. The norm's division depends on the rest of the stream: divide by a token's scale
+    (``ln_final.hook_scale``) for the logits that a part of its stream adds. Vectors are rounded to the table's dtype.
+    """
+    table = params.embed.T if params.unembed is None else params.unembed
+    weight = params.final_norm.astype(jnp.float32) + (1.0 if config.norm_plus_one else 0.0)
+    weighted = (x.astype(jnp.float32) * weight).astype(table.dtype)
+    return jnp.matmul(weighted, table, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

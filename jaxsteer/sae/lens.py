@@ -15,6 +15,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.model import Model
 from jaxsteer.models.params import Params
+from jaxsteer.models.transformer import direction_logits
 from jaxsteer.processes import to_host
 from jaxsteer.sae.dictionary import SAE
 
@@ -51,7 +52,5 @@ def promoted_tokens(
 def _best(
     params: Params, config: ModelConfig, rows: Float[Array, "S D"], *, known: int, top: int
 ) -> Int[Array, "S top"]:
-    weight = params.final_norm.astype(jnp.float32) + (1.0 if config.norm_plus_one else 0.0)
-    table = params.embed.T if params.unembed is None else params.unembed
-    logits = jnp.matmul((rows * weight).astype(table.dtype), table, preferred_element_type=jnp.float32)
+    logits = direction_logits(params, config, rows)
     return lax.top_k(jnp.where(jnp.arange(logits.shape[-1]) < known, logits, -jnp.inf), top)[1]

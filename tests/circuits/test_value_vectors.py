@@ -9,10 +9,9 @@ import pytest
 
 import jaxsteer
 from jaxsteer import UserError, steer
-from jaxsteer.circuits.value_vectors import ablate_value_vectors, read_words, value_vectors
+from jaxsteer.circuits.value_vectors import ablate_value_vectors, value_vectors
 from jaxsteer.steer.edits import Edits
 from tests.helpers.checkpoints import FAMILIES, family_config, random_model
-from tests.helpers.tiny import tiny_model
 
 RNG = np.random.default_rng(0)
 VECTOR = RNG.standard_normal(24).astype(np.float32)
@@ -77,25 +76,8 @@ def test_value_vectors_are_what_heads_write_of_the_push(family: str) -> None:
     np.testing.assert_array_equal(some.heads, found.heads * (np.arange(3) == 2)[:, None, None])
 
 
-def test_words_are_those_of_the_lens_and_of_the_nearest_columns() -> None:
-    model = tiny_model()
-    table = wide(model.params.unembed)[:, : len(model.tokenizer)]
-    vectors = RNG.standard_normal((3, 32)).astype(np.float32)
-    found = read_words(model, vectors, ["a", "b", "c"], top=5)
-    logits = vectors * wide(model.params.final_norm) @ table
-    cosines = vectors @ table / np.linalg.norm(vectors, axis=1, keepdims=True) / np.linalg.norm(table, axis=0)
-    text = lambda scores: tuple(model.tokenizer.decode([i]) for i in np.argsort(-scores)[:5])  # noqa: E731
-    for row in range(3):
-        assert found.lens[row] == text(logits[row]) and found.lens_against[row] == text(-logits[row])
-        assert found.nearest[row] == text(cosines[row])
-        np.testing.assert_allclose(found.cosines[row], np.sort(cosines[row])[::-1][:5], atol=1e-5)
-    assert type(found).from_json(found.to_json()) == found and found.table().count("\n") == 4
-
-
 def test_what_is_refused() -> None:
     with pytest.raises(UserError, match="is not in the stream"):
         value_vectors(model_of("llama"), VECTOR, "blocks.0.attn.hook_z")
     with pytest.raises(UserError, match=r"the vector has shape \[3\]"):
         value_vectors(model_of("llama"), VECTOR[:3], SITE)
-    with pytest.raises(UserError, match=r"vectors must be \[S, 24\]"):
-        read_words(model_of("llama"), VECTOR[None, :3])

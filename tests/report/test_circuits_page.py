@@ -22,8 +22,8 @@ from jaxsteer.circuits.study_result import (
     Stays,
     Unexplained,
 )
-from jaxsteer.circuits.value_vectors import Words
 from jaxsteer.cli import main
+from jaxsteer.lens.words import Words
 from jaxsteer.report import is_circuits, write_plots, write_report
 from jaxsteer.report.circuits_graph import circuit_svg
 from jaxsteer.runs.files import CONFIG, METRICS, write_json
