@@ -232,6 +232,15 @@ def _drawn_groups(groups: Sequence[str], draws: int, seed: int) -> tuple[np.ndar
     return member, rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
 
 
+def calibration_error(probability: np.ndarray, positive: np.ndarray, bins: int = 10) -> float:
+    """Expected calibration error (Naeini et al. 2015) of (n,) probabilities: over equal bins of [0, 1], the mean
+    distance of the mean probability from the share of the boolean labels ``positive`` (n,)."""
+    probability = np.asarray(probability, np.float64)
+    at = np.minimum((probability * bins).astype(int), bins - 1)
+    gaps = np.bincount(at, weights=probability - np.asarray(positive, np.float64), minlength=bins)
+    return float(np.abs(gaps).sum() / len(probability))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Principal:
     """The axes along which states vary most."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-Kind = Literal["logistic", "ridge", "mean", "mlp"]
+from jaxsteer.lens.probe_options import Kind
+
 HIDDEN, STEPS, RATE = 16, 200, 1e-2
 """Of the MLP: hidden units, steps of Adam, and its learning rate."""
 _NEWTON, _CONJUGATE = 25, 60

@@ -13,7 +13,9 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import read_text
 from jaxsteer.files.records import Record
 from jaxsteer.lens.texts import Text
+from jaxsteer.personas import Persona
 from jaxsteer.personas.dataset_files import place, read_rows
+from jaxsteer.personas.pairs import both_orders
 
 FIELDS = ("label", "group", "type", "target", "minus")
 """Of a row, beside its text."""
@@ -65,6 +67,27 @@ def asked(record: TextRecord) -> TextRecord:
     if record.messages:
         return record
     return dataclasses.replace(record, text="", messages=({"role": "user", "content": record.text},))
+
+
+SHOWS, OTHER = "shows", "does not"
+"""Labels of a persona's answers."""
+
+
+def persona_texts(persona: Persona) -> tuple[TextRecord, ...]:
+    """Both answers to every question of a persona, labelled by whether they show it; the question is the group.
+
+    Questions with lettered choices come in both orders, so that no letter tells the label. Raises ``UserError`` for a
+    persona whose answers have not been written yet.
+    """
+    if not persona.items:
+        raise UserError(f"persona {persona.name!r} has no answers yet: let a model write them (personas.with_replies)")
+    found = []
+    for _, item in both_orders(persona.items):
+        before = [{"role": role, "content": text} for role, text in item.before]
+        for answer, label in ((item.matching, SHOWS), (item.not_matching, OTHER)):
+            turns = [*before, {"role": "user", "content": item.question}, {"role": "assistant", "content": answer}]
+            found.append(TextRecord(messages=tuple(turns), label=label, group=item.group))
+    return tuple(found)
 
 
 def _record(path: Path, line: int, row: Mapping[str, Any]) -> TextRecord:

@@ -48,7 +48,9 @@ def _padded_length(length: int) -> int:
 def read_rows(
     model: Model,
     rows: Sequence[np.ndarray],
-    reads: Int[np.ndarray, " n"] | Int[np.ndarray, "n p"] | Sequence[Bool[np.ndarray, " _"] | Float[np.ndarray, " _"]],
+    reads: Int[np.ndarray, " n"]
+    | Int[np.ndarray, "n p"]
+    | Sequence[Bool[np.ndarray, " _"] | Float[np.ndarray, "*p _"]],
     sites: Sequence[Site],
     *,
     batch_size: int = BATCH,
@@ -56,8 +58,9 @@ def read_rows(
     """Yield (row numbers, float32 streams [s, b, D] at ``sites`` read from each row), every row exactly once.
 
     ``reads`` are one position for each row, or p of them (then streams are [s, b, p, D]), or for each row a mask over
-    its tokens, whose mean is read, or weights of its tokens, whose sum is. The mean over the last response of
-    conversations ``c`` in token space (``prompts.encode_turns``)::
+    its tokens, whose mean is read, or weights [T] or [p, T] of its tokens, whose sum is. Sites may be any of one width;
+    their heads are joined. The mean over the last response of conversations ``c`` in token space
+    (``prompts.encode_turns``)::
 
         read_rows(model, [r.ids for r in c], [r.mask("assistant", turns=[-1]) for r in c], sites)
 
@@ -73,9 +76,9 @@ def read_rows(
             read = np.zeros((batch_size, *places.shape[1:]), np.int32)
             read[: len(chunk)] = places[chunk]
         else:
-            read = np.zeros(tokens.shape, np.float32)
+            read = np.zeros((batch_size, *weights[0].shape[:-1], tokens.shape[1]), np.float32)
             for at, number in enumerate(chunk):
-                read[at, : len(rows[number])] = weights[number]
+                read[at, ..., : len(rows[number])] = weights[number]
         states = read_batch(
             model.params,
             model.config,
@@ -141,9 +144,9 @@ def batches(
             yield chunk, pad_rows([rows[number] for number in chunk] + padding, length)[0]
 
 
-def _weights(row: np.ndarray, read: np.ndarray) -> Float[np.ndarray, " T"]:
+def _weights(row: np.ndarray, read: np.ndarray) -> Float[np.ndarray, "*p T"]:
     """Weights of a row's tokens; those of a mask sum to 1."""
-    if np.shape(read) != np.shape(row) or (np.asarray(read).dtype == bool and not np.any(read)):
+    if np.shape(read)[-1:] != np.shape(row) or (np.asarray(read).dtype == bool and not np.any(read)):
         raise UserError(
             f"a row of {len(row)} tokens cannot be read by a mask of shape {list(np.shape(read))} with "
             f"{int(np.sum(read))} True: give one entry for each token, and at least one token to read"
@@ -156,15 +159,16 @@ def read_batch(
     params: Params,
     config: ModelConfig,
     tokens: Int[Array, "B T"],
-    read: Int[Array, "B ..."] | Float[Array, "B T"],
+    read: Int[Array, "B ..."] | Float[Array, "B *p T"],
     *,
     sites: tuple[Site, ...],
 ) -> Float[Array, "s B ... D"]:
     """One scan up to the deepest site; each layer keeps what is read of B rows only."""
 
-    def pick(_: str, value: Float[Array, "B T D"]) -> Float[Array, "B ... D"]:
+    def pick(_: str, value: Float[Array, "B T ..."]) -> Float[Array, "B ... D"]:
+        value = value.reshape(*value.shape[:2], -1)
         if jnp.issubdtype(read.dtype, jnp.floating):
-            return jnp.einsum("bt,btd->bd", read, value.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+            return jnp.einsum("b...t,btd->b...d", read, value.astype(jnp.float32), precision=lax.Precision.HIGHEST)
         found = jnp.take_along_axis(value, read.reshape(len(read), -1)[:, :, None], axis=1)
         return found.reshape(*read.shape, -1).astype(jnp.float32)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxsteer.cli import main
+from jaxsteer.steer import load_vectors
 
 
 def test_attribute(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,3 +35,26 @@ def test_attribute_refuses(model_dir: Path, tmp_path: Path, capsys: pytest.Captu
     path.write_text('{"text": "a", "target": " x"}\n{"text": "b"}\n')
     assert main(["attribute", "--file", str(path), "--model", str(model_dir)]) == 2
     assert "only some rows have a target" in capsys.readouterr().err
+
+
+def test_probe(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"text": f"{first} {second}", "label": "place" if second in places else "other", "group": second}
+        for first in ("the old", "every small", "wait for the", "I think the")
+        for places in [("river", "mill", "town")]
+        for second in (*places, "money", "advice", "friend")
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    argv = ["probe", "--file", str(path), "--model", str(model_dir), "--folds", "3", "--penalties", "1", "100"]
+    argv += ["--sites", "blocks.*.hook_resid_post", "--transfer", str(path), "--positive", "place"]
+    out = tmp_path / "probe.safetensors"
+    assert main([*argv, "--out", str(out), "--plot", str(tmp_path / "layers.svg")]) == 0
+    text = capsys.readouterr().out
+    assert "logistic probe of 'place' (12) against 'other' (12), 24 texts of 6 groups, 3 folds" in text
+    assert "on rows" in text and (tmp_path / "layers.csv").exists()
+    assert set(load_vectors(out).sites) == {f"blocks.{i}.hook_resid_post" for i in range(3)}
+    assert main([*argv[:-4], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["positive"] == "place"
+    assert main(["probe", "--model", str(model_dir)]) == 2
+    assert "--file, or a --persona" in capsys.readouterr().err

@@ -43,7 +43,9 @@ def test_logistic_is_that_of_scikit_learn(n: int, d: int):
     found = fitted("logistic", x, columns, inside.astype(np.float32), penalty)
     z, std = standardised(x, inside)
     for i, strength in enumerate(penalty):
-        oracle = LogisticRegression(C=1 / float(strength), solver="newton-cholesky", tol=1e-12).fit(z[inside], y[inside])
+        oracle = LogisticRegression(C=1 / float(strength), solver="newton-cholesky", tol=1e-12).fit(
+            z[inside], y[inside]
+        )
         w = np.asarray(found.w[:, i], np.float64) * std
         assert np.linalg.norm(w - oracle.coef_[0]) <= 1e-4 * np.linalg.norm(oracle.coef_[0])
         scores = np.asarray(found.scores[:, i])
