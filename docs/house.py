@@ -27,6 +27,7 @@ ROOMS = (
     "lens",
     "rewrite",
     "personas",
+    "engine",
     "sae",
     "objectives",
     "steer",

@@ -1,0 +1,189 @@
+"""What the engine is asked, and what it answers: requests, pieces of text, and how a row ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import numpy as np
+
+from jaxsteer.engine.device import Scores
+from jaxsteer.errors import UserError
+from jaxsteer.models.roles import Rendered
+from jaxsteer.models.sampling import DEFAULTS, Decoding
+from jaxsteer.models.taps import Intervention
+
+Reason = Literal["stop", "length", "cancelled", "timeout", "error"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One row that is asked for."""
+
+    prompt: Rendered
+    """With roles, where edits are to be told them; ``unlabelled`` otherwise."""
+    decoding: Decoding = DEFAULTS
+    number: int = 0
+    """Which of the answers to one prompt this is: each has random numbers of its own, as in ``generate``."""
+    edits: Intervention | None = None
+    """One row's."""
+    tops: int | None = None
+    """Log-probabilities are wanted of every token, and of so many most likely ones (0 to 20); None: none."""
+    echo: bool = False
+    """With ``tops``: also those of the prompt's tokens."""
+    max_tokens: int | None = None
+    """Tokens that are decoded at most, 0 included; None: those of ``decoding``."""
+    timeout: float | None = None
+    """Seconds from now after which the row ends as it is; None: the engine's."""
+    client: str = ""
+    """Who asks. Clients take turns."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Scored:
+    """A token and how likely it was."""
+
+    token: int
+    log_prob: float | None
+    """Natural logarithm, float32; None for the first token of a prompt."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens in its place, the most likely one first."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Piece:
+    """What a row has decoded since the last piece."""
+
+    text: str
+    """Ends where a character is complete, and holds nothing that may begin a stop string."""
+    tokens: tuple[int, ...]
+    """Those of the text; a stop token is among them, and no part of the text."""
+    scores: tuple[Scored, ...] = ()
+    """Of each token, where they were asked for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Finished:
+    """How a row ended."""
+
+    reason: Reason
+    text: str
+    """All of it."""
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    """Tokens of the prompt whose keys and values were there already."""
+    scores: tuple[Scored, ...] = ()
+    prompt_scores: tuple[Scored, ...] = ()
+    """With ``echo``: of every token of the prompt."""
+    gate_open: bool | None = None
+    """What the prompt decided, where edits stand behind a gate."""
+    error: str = ""
+
+
+class Ticket:
+    """A request that was accepted. Its pieces come in order, and ``Finished`` last."""
+
+    def __init__(self, request: Request, listener: Callable[[Piece | Finished], None] | None) -> None:
+        """``listener`` is called by the engine's thread with everything; without one, ``events`` gives it."""
+        self.request = request
+        self._queue: queue.SimpleQueue[Piece | Finished] = queue.SimpleQueue()
+        self._tell = listener or self._queue.put
+        self._cancelled = threading.Event()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was cancelled."""
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        """End the row with the engine's next step, or take the request out of the queue."""
+        self._cancelled.set()
+
+    def tell(self, event: Piece | Finished) -> None:
+        """By the engine: the next event."""
+        self._tell(event)
+
+    def events(self) -> Iterator[Piece | Finished]:
+        """Pieces as they come, and ``Finished``."""
+        while True:
+            event = self._queue.get()
+            yield event
+            if isinstance(event, Finished):
+                return
+
+    def result(self) -> Finished:
+        """Wait for the end. Raises ``UserError`` where the row failed."""
+        *_, end = self.events()
+        assert isinstance(end, Finished)
+        if end.reason == "error":
+            raise UserError(end.error)
+        return end
+
+
+class Text:
+    """Tokens of a row turned into text bit by bit; what it gives out is never taken back."""
+
+    def __init__(self, decode: Callable[[list[int]], str], stops: tuple[str, ...]) -> None:
+        """``decode`` makes a text of ids; ``stops`` end it."""
+        self._decode, self._stops = decode, stops
+        self._ids: list[int] = []
+        self._anchor = self._read = 0
+        self._pending = ""
+        """Decoded, but not given out: it may begin a stop string."""
+        self.ended = False
+        """Whether a stop string was found."""
+
+    def add(self, ids: list[int]) -> str:
+        """The text that is certain now."""
+        for token in ids:  # one by one, so that it does not matter in how many calls they come
+            if self.ended:
+                break
+            self._ids.append(token)
+            self._pending += self._new(final=False)
+            self._cut()
+        hold = max(
+            (n for stop in self._stops for n in range(1, len(stop)) if self._pending.endswith(stop[:n])), default=0
+        )
+        if self.ended:
+            hold = 0
+        given, self._pending = self._pending[: len(self._pending) - hold], self._pending[len(self._pending) - hold :]
+        return given
+
+    def rest(self) -> str:
+        """What is left at the end."""
+        if not self.ended:
+            self._pending += self._new(final=True)
+            self._cut()
+        given, self._pending = self._pending, ""
+        return given
+
+    def _new(self, *, final: bool) -> str:
+        """What the ids since the last look say, as soon as the last character is whole."""
+        before, whole = self._decode(self._ids[self._anchor : self._read]), self._decode(self._ids[self._anchor :])
+        if not final and (whole.endswith("\ufffd") or len(whole) <= len(before)):
+            return ""
+        self._anchor, self._read = self._read, len(self._ids)
+        return whole[len(before) :]
+
+    def _cut(self) -> None:
+        found = [at for stop in self._stops if (at := self._pending.find(stop)) >= 0]
+        if found:
+            self._pending, self.ended = self._pending[: min(found)], True
+
+
+def scored(tokens: np.ndarray, scores: Scores, most: int) -> list[Scored]:
+    """Scores of some tokens, the first of ``scores`` [N], with the ``most`` likeliest of each."""
+    n = len(tokens)
+    log_probs, ids, tops = (np.asarray(a)[:n] for a in (scores.log_prob, scores.top_ids, scores.top_log_probs))
+    return [
+        Scored(
+            token=int(token),
+            log_prob=float(log_prob),
+            top=tuple((int(i), float(p)) for i, p in zip(own_ids[:most], own[:most], strict=True)),
+        )
+        for token, log_prob, own_ids, own in zip(tokens, log_probs, ids, tops, strict=True)
+    ]
