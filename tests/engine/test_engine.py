@@ -127,7 +127,8 @@ def test_every_edit_is_what_it_is_in_process(model: jaxsteer.Model, engine: Engi
             found = [score.log_prob for score in row.scores]
             np.testing.assert_allclose(found, expected.max(-1), atol=2e-5, err_msg=name)
             assert row.gate_open == gates.get(name)
-            same = np.allclose(found[0], plain.scores[0].log_prob, atol=1e-5)
+            known = [score.log_prob for score in plain.scores]
+            same = len(found) == len(known) and np.allclose(found, known, atol=1e-4)
             assert same == (name == "behind a closed gate"), name
 
 
@@ -299,10 +300,10 @@ def test_log_probs_of_a_prompt(model: jaxsteer.Model, engine: Engine) -> None:
         assert row.prompt_scores[0].log_prob is None and len(row.prompt_scores) == 150 and len(row.tokens) == 1
         found = [s.log_prob for s in row.prompt_scores[1:]] + [row.scores[0].log_prob]
         labels = [*ids[1:], row.tokens[0]]
-        np.testing.assert_allclose(found, reference[np.arange(150), labels], rtol=1e-6, atol=1e-5)
+        np.testing.assert_allclose(found, reference[np.arange(150), labels], atol=4e-5)  # 1e-6 of the logits' range
         for score, at in zip(row.prompt_scores[1:], reference):
             assert score.token in [i for i, _ in score.top] or score.log_prob <= score.top[-1][1]
-            np.testing.assert_allclose([p for _, p in score.top], np.sort(at)[::-1][:3], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose([p for _, p in score.top], np.sort(at)[::-1][:3], atol=4e-5)
         assert [s.log_prob for s in bare.prompt_scores] == [s.log_prob for s in row.prompt_scores]
         assert bare.reason == "length" and bare.tokens == ()
 
