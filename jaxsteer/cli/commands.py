@@ -47,6 +47,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "circuits": Command("circuits:Circuits", "how a push, by a vector or a prompt, travels through a model"),
         "sae": Command("sae:Sae", "train, measure, explore, explain and find latents of sparse autoencoders"),
         "attribute": Command("attribute:Attribute", "what the parts of a model add to the logit of a token"),
+        "attention": Command("attention:Attention", "what every head attends to: sinks, roles, induction"),
         "probe": Command("probe:Probe", "what can be read off a model's states, layer by layer, beside random labels"),
     },
     "Models and data": {

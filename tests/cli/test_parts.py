@@ -58,3 +58,18 @@ def test_probe(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out)["positive"] == "place"
     assert main(["probe", "--model", str(model_dir)]) == 2
     assert "--file, or a --persona" in capsys.readouterr().err
+
+
+def test_attention(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "the old town past the old mill"
+    argv = ["attention", text, "--model", str(model_dir), "--span", "town", "--repeated", "4", "--length", "12"]
+    assert (
+        main([*argv, "--patterns", str(tmp_path / "p.npz"), "--layers", "1", "--plot", str(tmp_path / "map.svg")]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "induction, repeated" in out and "Span: 'town'" in out and f"Wrote {tmp_path / 'p.npz'}" in out
+    assert (tmp_path / "p.npz").exists() and (tmp_path / "map.csv").exists()
+    assert main([*argv, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["statistics"]) == 13
+    assert main([*argv, "--layers", "1"]) == 2
+    assert "belong together" in capsys.readouterr().err
