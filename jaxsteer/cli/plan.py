@@ -34,7 +34,9 @@ class Plan:
     """A built-in configuration (llama-3.1-8b, qwen2.5-7b, gemma-3-27b ...), a config.json, a Hugging Face directory, a
     converted checkpoint, a hub id, or organism:NAME."""
     topology: str
-    """v4:AxBxC, v5p:AxBxC, v5e:AxB or v6e:AxB (a TPU slice of that many chips), cpu:N, or gpu (those that are here)."""
+    """v4:AxBxC, v5p:AxBxC, v5e:AxB or v6e:AxB (a TPU slice of that many chips), cpu:N, gpu (those that are here), or
+    gpu:CARD or gpu:CARD:N (N cards that need not be here: A100-40G, A100-80G, H100-80G, H200-141G, L4-24G, L40S-48G,
+    RTX4090-24G)."""
     mesh: str | None = None
     """Devices along "prompts" x along "model", such as 64x4 (default: the best of a few, each of which is compiled)."""
     micro_batch: int | None = None
@@ -49,9 +51,11 @@ class Plan:
         """Plan and print; 1 when it does not fit."""
         import jax
 
-        if count := re.fullmatch(r"cpu:(\d{1,4})", self.topology):
+        from jaxsteer.planning.chips import host_devices
+
+        if count := host_devices(self.topology):
             with contextlib.suppress(RuntimeError):  # devices are in use already: those must do
-                jax.config.update("jax_num_cpu_devices", int(count[1]))
+                jax.config.update("jax_num_cpu_devices", count)
         if self.topology != "gpu":  # planning touches no accelerator, not even where there is one
             jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)  # programs for other machines are of no use again

@@ -49,13 +49,29 @@ CHIPS = {
     "v5p": _tpu("TPU v5p", 459, 95, 2765, 600, "TPU v5p"),
     "v6e": _tpu("TPU v6e", 918, 32, 1600, 400, "TPU v6e (Trillium)"),
 }
+
+
+def _gpu(name: str, tflops: float, gb: int, gb_s: float, link_gb_s: float, page: str) -> Chip:
+    return Chip(
+        name=f"NVIDIA {name}",
+        flops=tflops * 1e12,
+        hbm_bytes=gb * 10**9,
+        hbm_bandwidth=gb_s * 1e9,
+        link_bandwidth=link_gb_s * 1e9,
+        source=f"NVIDIA data sheet, {page}",
+    )
+
+
+# Dense bfloat16; data sheets with sparsity print twice that. Sending is in one direction: NVLink, else PCIe 4 x16.
 GPUS = {
-    "A100": (312e12, 2039e9, 300e9, "NVIDIA A100 80GB SXM data sheet"),
-    "H100": (989e12, 3350e9, 450e9, "NVIDIA H100 SXM data sheet"),
-    "H200": (989e12, 4800e9, 450e9, "NVIDIA H200 SXM data sheet"),
+    "A100-40G": _gpu("A100", 312, 40, 1555, 300, "A100 40GB SXM"),
+    "A100-80G": _gpu("A100", 312, 80, 2039, 300, "A100 80GB SXM"),
+    "H100-80G": _gpu("H100", 989, 80, 3350, 450, "H100 SXM"),
+    "H200-141G": _gpu("H200", 989, 141, 4800, 450, "H200 SXM"),
+    "L4-24G": _gpu("L4", 121, 24, 300, 32, "L4"),
+    "L40S-48G": _gpu("L40S", 362, 48, 864, 32, "L40S"),
+    "RTX4090-24G": _gpu("RTX 4090", 165, 24, 1008, 32, "Ada architecture, GeForce RTX 4090"),
 }
-"""Part of a device's name -> dense bfloat16 FLOP/s, bytes per second of memory and of sending over NVLink, source.
-Memory is what the device itself reports."""
 
 SLICES = {
     "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
@@ -66,7 +82,10 @@ SLICES = {
 """Usual slices of 4 to 256 chips, smallest first."""
 
 MOST_CPUS = 1024
-KINDS = "v4:AxBxC, v5p:AxBxC, v5e:AxB or v6e:AxB (a TPU slice of that many chips), cpu:N, or gpu (those that are here)"
+KINDS = (
+    "v4:AxBxC, v5p:AxBxC, v5e:AxB or v6e:AxB (a TPU slice of that many chips), cpu:N, gpu (those that are here), or "
+    f"gpu:CARD or gpu:CARD:N (N cards that need not be here: {', '.join(GPUS)})"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +103,12 @@ class Topology:
 
 
 def topology(name: str) -> Topology:
-    """The devices of ``name``: a TPU slice such as "v5e:16x16", "cpu:N", or "gpu".
+    """The devices of ``name``: a TPU slice such as "v5e:16x16", "cpu:N", "gpu", or cards such as "gpu:H100-80G:8".
 
-    Described TPUs are as good as real ones to the compiler, libtpu, which must be installed; no TPU is needed. Raises
-    ``UserError`` for a name that means nothing, when libtpu is missing, for too few CPU devices, and without a GPU.
+    Described TPUs are as good as real ones to the compiler, libtpu, which must be installed; no TPU is needed. There is
+    no such compiler for GPUs: of cards that are not here memory and peaks are those published, and the program is the
+    one that CPUs would run. Raises ``UserError`` for a name that means nothing, when libtpu is missing, for too few CPU
+    devices, and without a GPU.
     """
     kind, _, shape = name.partition(":")
     if kind in CHIPS and re.fullmatch(r"\d+(x\d+)*", shape):
@@ -96,7 +117,19 @@ def topology(name: str) -> Topology:
         return _cpus(name, int(shape))
     if name == "gpu":
         return _gpus()
+    if count := host_devices(name):
+        card = GPUS[shape.partition(":")[0]]
+        of = "its program is compiled for CPUs, which differs: memory and time are rough"
+        return Topology(name, dataclasses.replace(card, source=f"{card.source}; {of}"), _cpus(name, count).devices)
     raise UserError(f"--topology {name!r} is none of: {KINDS}. N is at most {MOST_CPUS}.")
+
+
+def host_devices(name: str) -> int:
+    """CPU devices that ``name`` is compiled for: N of "cpu:N" and of "gpu:CARD:N", 1 of "gpu:CARD"; else 0."""
+    found = re.fullmatch(r"(?:cpu|gpu:([^:]+)):(\d{1,4})|gpu:([^:]+)", name)
+    if not found or not {found[1], found[3]} <= {None, *GPUS}:
+        return 0
+    return int(found[2] or 1) if int(found[2] or 1) <= MOST_CPUS else 0
 
 
 def chips_in(name: str) -> int:
@@ -156,10 +189,14 @@ def _gpus() -> Topology:
     except RuntimeError:
         raise UserError("--topology gpu plans for the GPUs of this machine, and JAX sees none here.") from None
     kind = devices[0].device_kind
-    known = next((peaks for part, peaks in GPUS.items() if part in kind), None)
-    flops, bandwidth, links, source = known or (None, None, None, "no published peaks are known here")
     memory = (devices[0].memory_stats() or {}).get("bytes_limit")
     if memory is None:
         raise UserError(f"{kind} does not tell its memory, so that nobody can say what fits.")
-    peaks = Chip(name=kind, flops=flops, hbm_bytes=memory, hbm_bandwidth=bandwidth, link_bandwidth=links, source=source)
-    return Topology("gpu", peaks, devices)
+    unknown = Chip(
+        name=kind, flops=None, hbm_bytes=memory, hbm_bandwidth=None, link_bandwidth=None,
+        source="no published peaks are known here",
+    )  # fmt: skip
+    words = set(re.split(r"[\s-]+", kind))
+    alike = [card for card in GPUS.values() if set(card.name.split()) <= words and "PCIe" not in words]
+    nearest = min(alike, key=lambda card: abs(card.hbm_bytes - memory), default=unknown)
+    return Topology("gpu", dataclasses.replace(nearest, name=kind, hbm_bytes=memory), devices)

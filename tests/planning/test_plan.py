@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -217,6 +218,33 @@ def test_slices():
 def test_no_topology(name: str):
     with pytest.raises(UserError, match="v5e:AxB"):
         topology(name)
+
+
+@pytest.mark.parametrize("name", ["gpu:H100", "gpu:H100-80G:0", "gpu:H100-80G:9999", "gpu:H100-80G:2:2", "gpu:"])
+def test_no_card(name: str):
+    with pytest.raises(UserError, match=r"gpu:CARD.*H100-80G, H200-141G"):
+        topology(name)
+
+
+def test_a_card_that_is_not_here_has_published_sizes_and_says_what_is_rough(config: ModelConfig):
+    eight = topology("gpu:H100-80G:8")
+    assert len(eight.devices) == 8 and len(topology("gpu:L4-24G").devices) == 1
+    plan, cpu = (make_plan("t", config, target, WORK, mesh=(4, 2)) for target in (eight, topology("cpu:8")))
+    assert plan.costs == cpu.costs and plan.total == cpu.total  # one program
+    assert plan.chip.hbm_bytes == 80 * 10**9 and "compiled for CPUs" in plan.chip.source
+    assert plan.seconds is not None and plan.seconds["compute"] == plan.costs.flops / 989e12
+
+
+def test_peaks_of_cards_that_are_here_are_those_of_their_memory(monkeypatch: pytest.MonkeyPatch):
+    def kind_of(kind: str, memory: int) -> Chip:
+        device = SimpleNamespace(device_kind=kind, platform="gpu", memory_stats=lambda: {"bytes_limit": memory})
+        monkeypatch.setattr("jax.devices", lambda _: [device])
+        return topology("gpu").chip
+
+    assert kind_of("NVIDIA A100-SXM4-40GB", 30 * 2**30).hbm_bandwidth == 1555e9
+    assert kind_of("NVIDIA A100-SXM4-80GB", 60 * 2**30).hbm_bandwidth == 2039e9
+    assert kind_of("NVIDIA H200", 105 * 2**30).flops == 989e12
+    assert kind_of("NVIDIA H100 PCIe", 60 * 2**30).flops is None and kind_of("NVIDIA V100", 2**34).flops is None
 
 
 def test_more_devices_than_there_are():
