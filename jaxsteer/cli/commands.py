@@ -48,6 +48,10 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "sae": Command("sae:Sae", "train, measure, explore, explain and find latents of sparse autoencoders"),
         "attribute": Command("attribute:Attribute", "what the parts of a model add to the logit of a token"),
         "attention": Command("attention:Attention", "what every head attends to: sinks, roles, induction"),
+        "features": Command(
+            "features:Features", "what neurons, heads and vectors respond to, and the tokens they promote"
+        ),
+        "dream": Command("features:Dream", "a fluent text that a neuron, a head, a vector or a latent likes best"),
         "probe": Command("probe:Probe", "what can be read off a model's states, layer by layer, beside random labels"),
     },
     "Models and data": {

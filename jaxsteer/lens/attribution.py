@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.lens.attribution_result import LogitAttribution, summarised
 from jaxsteer.lens.logit_parts import AVERAGE, NONE, Asked, Found, attribute_batch, best_token, mean_column
-from jaxsteer.lens.texts import Text, first_token, row_mask, rows_of_texts
+from jaxsteer.lens.texts import Text, first_token, known_tokens, row_mask, rows_of_texts
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.model import Model
 from jaxsteer.models.reading import BATCH, batches
@@ -202,7 +202,7 @@ def _asked_batches(
     batch: int,
 ) -> Iterator[tuple[np.ndarray, Asked]]:
     """The rows of every batch with their readings, targets and random tokens, on the devices."""
-    known = min(len(model.tokenizer), model.config.vocab_size)
+    known = known_tokens(model)
     rng = np.random.default_rng([options.seed, 1])
     drawn = rng.choice(known, (2, min(options.controls, known // 2)), replace=False).astype(np.int32)
     mean = mean_column(model.params, known=known)
@@ -265,6 +265,6 @@ def _likeliest(
     for chunk, tokens in batches(model, rows, batch):
         mask = row_mask(tokens, [rows[number] for number in chunk])
         place = partial(shard_rows, model.mesh)
-        best = best_token(model.params, model.config, place(tokens), place(mask), edits, known=len(model.tokenizer))
+        best = best_token(model.params, model.config, place(tokens), place(mask), edits, known=known_tokens(model))
         found[chunk] = to_host(best)[: len(chunk)]
     return found

@@ -12,8 +12,8 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.roles import Rendered, unlabelled
 from jaxsteer.prompts import encode_texts, encode_turns
 
-Text = str | Sequence[Mapping[str, str]]
-"""A plain text, or the messages of a conversation."""
+Text = str | Sequence[Mapping[str, str]] | Int[np.ndarray, " T"]
+"""A plain text, the messages of a conversation, or token ids."""
 
 
 def rows_of_texts(model: Model, texts: Sequence[Text]) -> list[Rendered]:
@@ -22,13 +22,19 @@ def rows_of_texts(model: Model, texts: Sequence[Text]) -> list[Rendered]:
     Raises ``UserError`` without a tokenizer, without texts, for a text without tokens and for one that is longer than
     the model's positions, by its number from 1.
     """
-    if model.tokenizer is None:
-        raise UserError(f"{model.name} came without a tokenizer.json, and texts cannot be read without one")
     if isinstance(texts, str) or not len(texts):
         raise UserError(f"texts must be a list of one or more texts or conversations, got {texts!r:.80}")
+    if model.tokenizer is None and not all(isinstance(text, np.ndarray) for text in texts):
+        raise UserError(f"{model.name} came without a tokenizer.json, and texts cannot be read without one")
     rows = []
     for number, text in enumerate(texts, 1):
-        if isinstance(text, str):
+        if isinstance(text, np.ndarray):
+            if text.ndim != 1 or text.dtype.kind not in "iu" or ((text < 0) | (text >= model.config.vocab_size)).any():
+                raise UserError(
+                    f"text {number} must be token ids from 0 to {model.config.vocab_size - 1}, got {text!r:.80}"
+                )
+            row = unlabelled(text)
+        elif isinstance(text, str):
             row = unlabelled(encode_texts(model.tokenizer, [text])[0])
         else:
             answered = bool(text) and text[-1]["role"] == "assistant"
@@ -39,6 +45,12 @@ def rows_of_texts(model: Model, texts: Sequence[Text]) -> list[Rendered]:
             )
         rows.append(row)
     return rows
+
+
+def known_tokens(model: Model) -> int:
+    """Tokens that texts can have: those of the tokenizer, without padding of the table of embeddings."""
+    size = model.config.vocab_size
+    return size if model.tokenizer is None else min(len(model.tokenizer), size)
 
 
 def row_mask(tokens: Int[np.ndarray, "B T"], rows: Sequence[np.ndarray]) -> Bool[np.ndarray, "B T"]:

@@ -101,7 +101,7 @@ class Projection(Term):
 
     ``norm`` "raw": in stream units. "cosine": ``<r, delta> / (|r| |delta|)``. "zscore": ``<(r - mean r) / (std r +
     1e-6), delta>`` with mean and std (ddof 1) over the D entries of r, as in RESGA's older runs; for a residual stream
-    close to ``sqrt(D) |delta|`` times the cosine.
+    close to ``sqrt(D) |delta|`` times the cosine. Where a site has heads, they are joined.
     """
 
     delta: Float[Array, " D"]
@@ -114,6 +114,7 @@ class Projection(Term):
         """The projection of every row."""
         check_choice("norm", self.norm, get_args(Norm))
         r = _value(reads, self.site, self.at)
+        r = r.reshape(len(r), -1)
         if self.norm == "zscore":
             r = (r - r.mean(-1, keepdims=True)) / (r.std(-1, ddof=1, keepdims=True) + 1e-6)
         projection = jnp.sum(r * self.delta, axis=-1)

@@ -112,7 +112,7 @@ def explore(
             raise UserError(f"{empty} batches of text in a row hold no usable activation at {source.name}.")
         active, seen = active + on, seen + int(count)
         for i in range(len(latents)):
-            _keep_strongest(best[i], ids, mask, codes[:, :, i], detail)
+            keep_strongest(best[i], ids, mask, codes[:, :, i], detail)
         if progress is not None:
             progress(seen)
     writes = KINDS[target.kind].stream and sae.d_out == model.config.d_model
@@ -141,20 +141,24 @@ def _codes(
     return codes, jnp.sum(codes != 0, (0, 1), dtype=jnp.float32), keep.sum()
 
 
-def _keep_strongest(
+def keep_strongest(
     best: dict[tuple[int, ...], tuple[float, np.ndarray, int]],
     ids: np.ndarray,
     mask: np.ndarray,
     codes: np.ndarray,
     detail: Detail,
+    least: float = 0.0,
 ) -> None:
-    """Put the strongest moments of some rows among the best so far; texts that are there already do not count."""
+    """Put the strongest moments of some rows among the best so far, by text: (value, values around it, its place).
+
+    Texts that are there already do not count, nor do values that are not above ``least``.
+    """
     limit, around = detail.snippets, detail.around
     peaks = codes.argmax(1)
     values = codes[np.arange(len(codes)), peaks]
     for row in np.argsort(-values, kind="stable")[:limit]:
         value, peak = float(values[row]), int(peaks[row])
-        if value <= 0 or (len(best) >= limit and value <= min(entry[0] for entry in best.values())):
+        if value <= least or (len(best) >= limit and value <= min(entry[0] for entry in best.values())):
             return
         start, stop = max(0, peak - around), min(int(mask[row].sum()), peak + around + 1)
         text = tuple(int(i) for i in ids[row, start:stop])

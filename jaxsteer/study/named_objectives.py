@@ -14,13 +14,17 @@ import numpy as np
 
 from jaxsteer.errors import UserError
 from jaxsteer.files.paths import user_path
+from jaxsteer.lens.features import find_feature
 from jaxsteer.models.model import Model
-from jaxsteer.objectives import Attention, ByContext, LogitDifference, Neuron, Objective, TargetLogProb
+from jaxsteer.objectives import Attention, ByContext, LogitDifference, Neuron, Objective, Projection, TargetLogProb
 from jaxsteer.objectives.reads import KEYS
 from jaxsteer.personas import Item, Persona
 from jaxsteer.personas.items import mostly_replies
 from jaxsteer.personas.pairs import both_orders
 from jaxsteer.prompts import Conversation, Placement, Slots, question_conversation, with_target
+from jaxsteer.sae import load_sae
+from jaxsteer.sae.loading import check_sae
+from jaxsteer.sae.objective import Latents, latents_objective
 from jaxsteer.study.free_replies import neutral_replies
 
 FORMS = (
@@ -32,6 +36,8 @@ FORMS = (
     "logit-diff:TEXT|TEXT",
     "neuron:SITE[INDEX]",
     "attention:SITE[HEAD]:TO",
+    "feature:NAME",
+    "latent:SAE[INDEX]",
 )
 
 
@@ -103,6 +109,9 @@ def named_objective(
     ``neuron:SITE[17]``        one entry of a site, e.g. ``blocks.2.mlp.hook_post[17]``
     ``attention:SITE[3]:TO``   what a head of ``blocks.1.attn.hook_pattern`` gives to "first", "before", "prompt"
                                (the default) or "tail"
+    ``feature:a3.h5: Paris``   a feature by its name (``lens.find_feature``): a neuron, what a head adds to a token, a
+                               vector of a file
+    ``latent:SAE[17]``         one latent of an SAE (a folder, a file, a hub id)
     =========================  ================================================================================
 
     Raises ``UserError`` for anything else, and for files that do not give a function.
@@ -134,6 +143,11 @@ def named_objective(
             return _named(text, lambda _: Neuron(index=index, site=site), target)
         if kind == "attention" and (to is None or to in KEYS):
             return _named(text, lambda _: Attention(head=index, site=site, to=to or "prompt"), target)  # type: ignore[arg-type]
+    if kind == "feature" and rest:
+        return _named(text, lambda c: _feature(c, rest), target)
+    if kind == "latent" and (match := re.fullmatch(r"(.+)\[(\d+)\]", rest)):
+        path, number = match.group(1), int(match.group(2))
+        return _named(text, lambda c: _latent(c, path, number), target)
     if ".py" not in text:
         raise UserError(f"--objective {text!r} is none of: {', '.join(FORMS)} (TO is one of {', '.join(KEYS)})")
     found = load_objective(text)
@@ -142,6 +156,19 @@ def named_objective(
 
 def _named(name: str, make: Callable[[Contexts], Objective], target: str | None = None) -> NamedObjective:
     return NamedObjective(name=f"custom: {name}", make=make, target=target)
+
+
+def _feature(contexts: Contexts, name: str) -> Projection:
+    feature = find_feature(contexts.model, name)
+    return Projection(delta=jnp.asarray(feature.reads), site=feature.site)
+
+
+def _latent(contexts: Contexts, path: str, number: int) -> Latents:
+    sae = load_sae(path, mesh=contexts.model.mesh)
+    check_sae(sae, contexts.model, None)
+    if number >= sae.n_latents:
+        raise UserError(f"latent {number}: {path} has the latents 0 to {sae.n_latents - 1}")
+    return latents_objective(sae, np.asarray([number]), np.ones(1, np.float32), str(sae.config.site_in))
 
 
 def _beyond(contexts: Contexts) -> ByContext:

@@ -73,3 +73,20 @@ def test_attention(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(json.loads(capsys.readouterr().out)["statistics"]) == 13
     assert main([*argv, "--layers", "1"]) == 2
     assert "belong together" in capsys.readouterr().err
+
+
+def test_features(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("I think the answer is clear\nthe old town past the old mill\n")
+    argv = ["features", "m1.n3", "a0.h1: river", "--model", str(model_dir), "--data", str(texts), "--tokens", "40"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "m1.n3 at blocks.1.mlp.hook_post" in out and "a0.h1: river at" in out and ">>" in out
+    assert main(["features", "n3", "--model", str(model_dir), "--data", str(texts)]) == 2
+    assert "names no feature" in capsys.readouterr().err
+
+
+def test_dream(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["dream", "m1.n3", "--model", str(model_dir), "--out", str(tmp_path / "dream"), "--length", "3"]
+    assert main([*argv, "--steps", "2", "--population", "2", "--children", "4"]) == 0
+    assert "feature:m1.n3" in capsys.readouterr().out and (tmp_path / "dream" / "pareto.jsonl").exists()

@@ -196,6 +196,17 @@ def test_neither_batch_nor_padding_nor_devices_change_it():
     assert [p.name for p in spread.result.neurons] == [p.name for p in whole.result.neurons]
 
 
+def test_token_ids_stand_for_their_text():
+    model = family_model("llama")
+    ids = [ids_of(model, text) for text in TEXTS]
+    first, second = (attribute_logits(model, given, TARGET) for given in (TEXTS, ids))
+    np.testing.assert_array_equal(first.heads, second.heads)
+    bare = attribute_logits(dataclasses.replace(model, tokenizer=None), ids, options=Attributed(positions="all"))
+    np.testing.assert_allclose(summed(bare), bare.logit, atol=1e-4)
+    with pytest.raises(UserError, match="must be token ids from 0 to"):
+        attribute_logits(model, [np.asarray([99999])], TARGET)
+
+
 def test_result_survives_json_and_shows_itself():
     model = family_model("llama")
     result = attribute_logits(model, TEXTS, [TARGET, OTHER, TARGET], minus=[OTHER, TARGET, OTHER]).result
