@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 
 from jaxsteer.circuits.rows import Rows
 from jaxsteer.errors import UserError
+from jaxsteer.lens.differences import by_ends
 from jaxsteer.models.sites import KINDS
 
 
@@ -80,7 +81,7 @@ def align(rows: Rows, source: Rows, how: str | Sequence[Sequence[int]] = "ends")
     at = np.full(np.shape(rows.tokens), -1, np.int32)
     for row, (own, theirs) in enumerate(zip(rows.lengths, source.lengths, strict=True)):
         if how == "ends":
-            found = _by_ends(np.asarray(rows.tokens)[row, :own], np.asarray(source.tokens)[row, :theirs])
+            found = by_ends(np.asarray(rows.tokens)[row, :own], np.asarray(source.tokens)[row, :theirs])
         elif how == "last":
             found = np.maximum(np.arange(own) + theirs - own, -1)
         else:
@@ -92,20 +93,6 @@ def align(rows: Rows, source: Rows, how: str | Sequence[Sequence[int]] = "ends")
                 )
         at[row, :own] = found
     return Aligned(rows=source, at=at)
-
-
-def _by_ends(own: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    short = min(len(own), len(theirs))
-    differ = np.flatnonzero(own[:short] != theirs[:short])
-    begin = int(differ[0]) if len(differ) else short
-    differ = np.flatnonzero(own[::-1][: short - begin] != theirs[::-1][: short - begin])
-    end = int(differ[0]) if len(differ) else short - begin
-    found = np.full(len(own), -1)
-    found[:begin] = np.arange(begin)
-    found[len(own) - end :] = np.arange(len(theirs) - end, len(theirs))
-    if len(own) == len(theirs):
-        found = np.arange(len(own))
-    return found
 
 
 def check_alignment(rows: Rows, source: Aligned, kind: str) -> None:

@@ -26,9 +26,11 @@ class Report:
     def run(self) -> int:
         """Write the files and say where they are."""
         from jaxsteer.circuits.study_result import CircuitStudy
+        from jaxsteer.lens.lens_files import read_result
         from jaxsteer.report import (
             is_axis,
             is_circuits,
+            is_lens,
             is_study,
             read_axis,
             read_run,
@@ -41,7 +43,7 @@ class Report:
 
         characters, several = is_axis(self.directory), is_study(self.directory)
         circuits = is_circuits(self.directory)
-        if self.attribute and (characters or circuits):
+        if self.attribute and (characters or circuits or is_lens(self.directory)):
             raise UserError("--attribute is about the prompts of searches: here are none")
         if self.attribute:
             _attribute(run_folders(self.directory))
@@ -55,6 +57,8 @@ class Report:
         page = write_report(self.directory)
         if characters:
             print(read_axis(self.directory).result.table())
+        elif is_lens(self.directory):
+            print(read_result(self.directory).table())
         elif circuits:
             print(CircuitStudy.read(self.directory).table())
         else:

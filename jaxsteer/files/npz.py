@@ -7,12 +7,14 @@ import math
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxsteer.errors import FileError, UserError, first_line
-from jaxsteer.files.whole import reading
+from jaxsteer.files.whole import reading, write_bytes
 
 _EXPANDED, _SLACK = 16, 1 << 28
 """Compressed archives may expand to so many times their size, and to this many bytes more."""
@@ -53,6 +55,13 @@ def read_npz(path: str | os.PathLike[str], *, texts: bool = False) -> dict[str, 
         raise
     except _FAULTS as error:
         raise UserError(f"{path} is no readable .npz file of plain NumPy arrays: {error}.") from error
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """A compressed ``.npz`` of arrays by name, whole or not at all; the same arrays give the same bytes."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **dict[str, Any](arrays))
+    write_bytes(path, buffer.getvalue())
 
 
 def _array(file: io.BufferedIOBase, size: int, kinds: str) -> np.ndarray:

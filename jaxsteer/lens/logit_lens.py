@@ -123,7 +123,7 @@ def read(
     along = None if lens is None else lens.along(model, places)
     found: list[Any] = [None] * len(rows)
     done = 0
-    for numbers, batch in batches(model, rows, len(places)):
+    for numbers, [batch] in batches(model, [rows], len(places)):
         stats = to_host(_read(
             model.params, model.config, batch, edits, along, chosen, places=places, top=top,
             step=step_of(model.config, batch.tokens.shape),
@@ -199,25 +199,30 @@ def encoded(model: Model, texts: Prompt | Sequence[Prompt]) -> list[Rendered]:
     return rows
 
 
-def batches(model: Model, rows: Sequence[Rendered], places: int) -> Iterator[tuple[list[int], LensRows]]:
-    """(numbers of the rows, the rows) of every batch: rows of similar lengths, in few shapes; the last rows of a batch
-    may be copies that nobody reads."""
-    config = model.config
-    widths: dict[int, list[int]] = {}
-    for number, row in enumerate(rows):
-        widths.setdefault(min(bucket(len(row.ids)), config.max_positions), []).append(number)
-    known = all(row.turns for row in rows)
+def batches(
+    model: Model, rows: Sequence[Sequence[Rendered]], places: int
+) -> Iterator[tuple[list[int], list[LensRows]]]:
+    """(numbers of the rows, the rows of each list) of every batch: lists of equally many rows that go together.
+
+    Rows of a batch are of similar lengths, in few shapes; its last ones may be copies that nobody reads.
+    """
+    config, groups = model.config, dict[tuple[int, ...], list[int]]()
+    for number, together in enumerate(zip(*rows, strict=True)):
+        widths = tuple(min(bucket(len(row.ids)), config.max_positions) for row in together)
+        groups.setdefault(widths, []).append(number)
+    known = [all(row.turns for row in each) for each in rows]
     each = (places + 1) * config.d_model * model.params.embed.dtype.itemsize
-    for width, numbers in sorted(widths.items()):
-        size = min(
-            ROWS, max(1, STATES // (each * width)), len(numbers) if len(numbers) < 3 else bucket(len(numbers), 2)
-        )
+    put = partial(shard_rows, model.mesh)
+    for widths, numbers in sorted(groups.items()):
+        count = len(numbers) if len(numbers) < 3 else bucket(len(numbers), 2)
+        size = min(ROWS, max(1, STATES // (each * sum(widths))), count)
         for start in range(0, len(numbers), size):
             part = numbers[start : start + size]
-            filled = part + part[:1] * (size - len(part))
-            tokens, mask, roles = stack_rendered([rows[number] for number in filled], width)
-            put = partial(shard_rows, model.mesh)
-            yield part, LensRows(put(tokens), put(mask), jax.tree.map(put, roles) if known else None)
+            filled, found = part + part[:1] * (size - len(part)), []
+            for some, width, whose in zip(rows, widths, known, strict=True):
+                tokens, mask, roles = stack_rendered([some[number] for number in filled], width)
+                found.append(LensRows(put(tokens), put(mask), jax.tree.map(put, roles) if whose else None))
+            yield part, found
 
 
 def step_of(config: ModelConfig, shape: tuple[int, ...]) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ from jaxsteer.processes import to_host
 
 if TYPE_CHECKING:
     from jaxsteer.lens.logit_lens import Place
+
+log = logging.getLogger(__name__)
 
 BEFORE = ("hook_embed", "hook_resid_pre", "hook_resid_post")
 """Sites that a translator is for: the stream before a block."""
@@ -67,7 +70,7 @@ class TunedLens:
     fingerprint: str = ""
     """Of the model's weights; "" in files of other tools."""
     unembed_hash: str = ""
-    """SHA-256 over the float32 unembedding [V, D]."""
+    """``unembed_hash`` of the model."""
 
     @property
     def n_layers(self) -> int:
@@ -84,16 +87,36 @@ class TunedLens:
                 f"{config.n_layers} layers of width {config.d_model}: it belongs to another model "
                 f"({self.model or 'unknown'})"
             )
-        if self.fingerprint and self.fingerprint != model.fingerprint:
-            raise UserError(
-                f"the lens {self.name} was trained on {self.model} (weights {self.fingerprint[:12]}), not on the "
-                f"weights of {model.name} ({model.fingerprint[:12]}): train one with jaxsteer lens train"
+        if why := self._other(model):
+            raise UserError(f"{why}. If it is meant for it all the same, load it with any_weights (--any-weights)")
+
+    def _other(self, model: Model) -> str:
+        """In what way this is a lens of other weights, or ""."""
+        known, own = (self.fingerprint, model.fingerprint)
+        if known:
+            return (
+                ""
+                if known == own
+                else (
+                    f"the lens {self.name} was trained on {self.model} (weights {known[:12]}), not on the weights of "
+                    f"{model.name} ({own[:12]})"
+                )
             )
-        if not self.fingerprint and self.unembed_hash and self.unembed_hash != unembed_hash(model):
-            raise UserError(
+        if self.unembed_hash and self.unembed_hash != (own := unembed_hash(model)):
+            return (
                 f"the lens {self.name} was made for another unembedding ({self.unembed_hash[:12]}) than that of "
-                f"{model.name} ({unembed_hash(model)[:12]}): is it of this model, in this revision?"
+                f"{model.name} ({own[:12]}): another model, another revision or another tokenizer"
             )
+        return ""
+
+    def of(self, model: Model, *, any_weights: bool = False) -> TunedLens:
+        """The lens as one of ``model``. Raises ``UserError`` as ``check``; with ``any_weights`` other weights of the
+        same sizes are a logged warning."""
+        if any_weights and (why := self._other(model)):
+            log.warning("%s: it may mean nothing here", why)
+        known = dataclasses.replace(self, fingerprint=model.fingerprint) if any_weights else self
+        known.check(model)
+        return known
 
     def along(self, model: Model, places: Sequence[Place]) -> Translators:
         """The translators of the output (nothing changed) and then of places, [S + 1, ...].
@@ -131,7 +154,10 @@ def untrained(model: Model) -> TunedLens:
 
 
 def unembed_hash(model: Model) -> str:
-    """SHA-256 over the bytes of the float32 unembedding [V, D], as AlignmentResearch/tuned-lens has it."""
+    """The hash by which AlignmentResearch/tuned-lens knows a model: SHA-256 of how NumPy prints the unembedding [V, D]
+    to one decimal, its corners alone where it is large. It tells models apart, not revisions."""
     params: Any = model.params
     table = params.embed if params.unembed is None else params.unembed.T
-    return hashlib.sha256(np.ascontiguousarray(to_host(table.astype(jnp.float32)), "<f4").tobytes()).hexdigest()
+    with np.printoptions(threshold=1000, edgeitems=3, linewidth=75, suppress=False):
+        text = np.array_str(np.asarray(to_host(table.astype(jnp.float32))), precision=1)
+    return hashlib.sha256(text.encode()).hexdigest()

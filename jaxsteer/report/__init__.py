@@ -2,6 +2,7 @@
 
 from jaxsteer.report.axis_files import AxisFiles, is_axis, read_axis
 from jaxsteer.report.circuits_page import is_circuits
+from jaxsteer.report.lens_page import is_lens
 from jaxsteer.report.page import write_plots, write_report
 from jaxsteer.report.run_files import RunFiles, read_run
 from jaxsteer.report.study import StudyFiles, is_study, read_study, run_folders
@@ -12,6 +13,7 @@ __all__ = [
     "StudyFiles",
     "is_axis",
     "is_circuits",
+    "is_lens",
     "is_study",
     "read_axis",
     "read_run",

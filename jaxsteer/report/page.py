@@ -13,6 +13,7 @@ from jaxsteer.files import make_directory, write_text
 from jaxsteer.report.axis_files import is_axis, read_axis
 from jaxsteer.report.axis_page import axis_plots, render_axis
 from jaxsteer.report.circuits_page import circuits_plots, is_circuits, render_circuits
+from jaxsteer.report.lens_page import is_lens, lens_plots, render_lens
 from jaxsteer.report.plots import run_plots
 from jaxsteer.report.replies import in_words
 from jaxsteer.report.reproduce import command_of
@@ -27,7 +28,7 @@ from jaxsteer.study.run_table import rule_of
 
 
 def write_report(directory: str | Path) -> Path:
-    """Write ``report.html`` into the directory of a run, a study, an axis run or a study of circuits; return its path.
+    """Write ``report.html`` into the directory of a run, a study, an axis run, of circuits or a lens; return its path.
 
     Reads files only, so that it can be made again at any time. The page of a study links to the pages of its runs that
     are there. Raises ``UserError`` as ``read_run``, ``read_study`` and ``read_axis`` do. The file appears whole or not
@@ -37,6 +38,8 @@ def write_report(directory: str | Path) -> Path:
         page = render_axis(read_axis(directory))
     elif is_circuits(directory):
         page = render_circuits(directory)
+    elif is_lens(directory):
+        page = render_lens(directory)
     else:
         page = render_study(read_study(directory)) if is_study(directory) else render_page(read_run(directory))
     target = Path(directory) / "report.html"
@@ -51,6 +54,8 @@ def write_plots(directory: str | Path, out: Path | None = None) -> list[Path]:
         made = axis_plots(read_axis(directory))
     elif is_circuits(directory):
         made = circuits_plots(directory)
+    elif is_lens(directory):
+        made = lens_plots(directory)
     else:
         made = study_plots(read_study(directory)) if is_study(directory) else run_plots(read_run(directory))
     out = Path(directory) / "plots" if out is None else out

@@ -126,7 +126,7 @@ def test_heads_add_up_to_what_attention_writes(family: str) -> None:
     heads = logit_lens.find_places(["blocks.1.attn.hook_result"], model.config)[:-1]
     whole = logit_lens.find_places(["blocks.1.hook_attn_out"], model.config)[:1]
     assert [place.name for place in heads] == [f"blocks.1.attn.hook_result[{i}]" for i in range(4)]
-    [(_, rows)] = logit_lens.batches(model, logit_lens.encoded(model, list(TOKENS)), 5)
+    [(_, [rows])] = logit_lens.batches(model, [logit_lens.encoded(model, list(TOKENS))], 5)
     states = np.asarray(logit_lens.states_at(model.params, model.config, rows, None, (*heads, *whole)))
     np.testing.assert_allclose(states[1:5].sum(0), states[5], atol=1e-5)
     reading = lens.read(model, list(TOKENS), sites="blocks.1.attn.hook_result", top=3)
@@ -155,7 +155,8 @@ def test_batches_padding_and_devices_change_nothing(monkeypatch: pytest.MonkeyPa
 def test_logits_of_all_places_are_never_held() -> None:
     model, count = model_of("llama", vocab_size=4000), 4
     places = logit_lens.find_places(lens.logit_lens.EVERY, model.config)
-    [(_, rows)] = logit_lens.batches(model, logit_lens.encoded(model, [RNG.integers(0, 67, 96)] * count), len(places))
+    texts = logit_lens.encoded(model, [RNG.integers(0, 67, 96)] * count)
+    [(_, [rows])] = logit_lens.batches(model, [texts], len(places))
     step = 4
     compiled = logit_lens._read.lower(
         model.params, model.config, rows, None, None, np.zeros(0, np.int32), places=places, top=2, step=step
