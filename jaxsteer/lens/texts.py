@@ -12,7 +12,7 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.roles import Rendered, unlabelled
 from jaxsteer.prompts import encode_texts, encode_turns
 
-Text = str | Sequence[Mapping[str, str]] | Int[np.ndarray, " T"]
+Text = str | Sequence[Mapping[str, str]] | Int[np.ndarray, " _"]
 """A plain text, the messages of a conversation, or token ids."""
 
 

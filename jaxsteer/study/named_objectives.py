@@ -168,7 +168,8 @@ def _latent(contexts: Contexts, path: str, number: int) -> Latents:
     check_sae(sae, contexts.model, None)
     if number >= sae.n_latents:
         raise UserError(f"latent {number}: {path} has the latents 0 to {sae.n_latents - 1}")
-    return latents_objective(sae, np.asarray([number]), np.ones(1, np.float32), str(sae.config.site_in))
+    index, weight = np.asarray([number]), np.ones(1, np.float32)  # off, it has the gradient of its pre-activation
+    return latents_objective(sae, index, weight, str(sae.config.site_in), surrogate="preact")
 
 
 def _beyond(contexts: Contexts) -> ByContext:
