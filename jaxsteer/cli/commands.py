@@ -40,6 +40,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "direction": Command("direction:Direction", "where a persona lies: probe, show, vectors from rollouts"),
         "generate": Command("generate:Generate", "answers to texts, plain or steered"),
         "chat": Command("chat:Chat", "talk with a model, plain or steered"),
+        "serve": Command("serve:Serve", "an OpenAI-compatible server with steering by request, and its page"),
         "refusal": Command("refusal:Refusal", "which requests a model refuses, under prompts, vectors and attacks"),
     },
     "Look inside": {

@@ -30,7 +30,8 @@ class Row:
         self.scores: list[Scored] = []
         self.prompt_scores: list[Scored] = []
         self.gate_open: bool | None = None
-        self.error = ""
+        self.edited = 0
+        self.error, self.internal = "", False
         decode = lambda ids: model.tokenizer.decode(  # noqa: E731
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -82,7 +83,10 @@ class Row:
                 scores=tuple(self.scores),
                 prompt_scores=tuple(self.prompt_scores),
                 gate_open=self.gate_open,
+                stopped_by_token=bool(self.tokens) and self.tokens[-1] in self.stops,
+                edited=self.edited,
                 error=self.error,
+                internal=self.internal,
             )
         )
 

@@ -325,7 +325,8 @@ class Engine:
         if not isinstance(error, UserError):
             log.exception("the engine failed")
         for row in rows:
-            row.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__} in the engine"
+            row.internal = not isinstance(error, UserError)
+            row.error = f"{type(error).__name__} in the engine" if row.internal else str(error)
             self._leave(row, "error")
 
 

@@ -71,6 +71,7 @@ class Joining:
         if table is not None:
             self._table = jax.tree.map(jnp.asarray, table)
             self._mask = programs.masks(self._table, _roles(prompt), prompt.ids)
+            self.row.edited = int(self._mask.any(0).sum())
         if scoring:
             self.row.prompt_scores.append(Scored(token=int(prompt.ids[0]), log_prob=None))
         start = hashlib.sha256(f"{slots} ".encode() + (key_of(table) if table is not None else b"")).digest()

@@ -81,7 +81,13 @@ class Finished:
     """With ``echo``: of every token of the prompt."""
     gate_open: bool | None = None
     """What the prompt decided, where edits stand behind a gate."""
+    stopped_by_token: bool = False
+    """Whether the last token is a stop token, which is no part of the text."""
+    edited: int = 0
+    """Tokens of the prompt that the edits reach."""
     error: str = ""
+    internal: bool = False
+    """Whether the error is the engine's and not the request's."""
 
 
 class Ticket:

@@ -1,0 +1,1 @@
+"""HTTP: a server that speaks the OpenAI API, with steering by request, and its page. Needs the extra ``serve``."""
