@@ -405,4 +405,4 @@ def test_memory_is_planned(model: jaxsteer.Model, monkeypatch: pytest.MonkeyPatc
 
 def test_ladders() -> None:
     assert ladder(64, 8, 1) == (1, 8, 64) and ladder(32, 8, 1) == (1, 8, 32) and ladder(1, 8, 1) == (1,)
-    assert ladder(2048, 4, 256) == (256, 1024, 2048) and ladder(100, 4, 256) == (256,)
+    assert ladder(4096, 4, 512) == (512, 2048, 4096) and ladder(100, 4, 512) == (512,)
