@@ -89,20 +89,19 @@ def test_lm_eval_as_it_is(client: Client, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "made_up.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
     args = dict(
         model="organism:llama", base_url=f"{client.url}/v1/completions", tokenizer_backend="remote",
-        tokenized_requests=False, num_concurrent=1, max_length=256,
+        tokenized_requests=True, num_concurrent=1, max_length=256,
     )  # fmt: skip
     found = lm_eval.simple_evaluate(
         model="local-completions", model_args=args, tasks=["made_up"], log_samples=True, bootstrap_iters=0,
         task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
     )  # fmt: skip
     assert found["results"]["made_up"]["acc,none"] > 0.9
-    compared = 0
+    compared, bare = 0, {"add_special_tokens": False}
     for sample in found["samples"]["made_up"]:
-        for (context, continuation), ((score, _),) in zip(
-            [list(a.values())[:2] for a in sample["arguments"].values()], sample["resps"], strict=True
-        ):
-            whole = client.good("/tokenize", {"prompt": context + continuation})["tokens"]
-            before = len(client.good("/tokenize", {"prompt": context})["tokens"])
+        for (context, continuation, *_), response in zip(sample["arguments"], sample["filtered_resps"], strict=True):
+            score = response[0]
+            whole = client.good("/tokenize", {"prompt": context + continuation} | bare)["tokens"]
+            before = len(client.good("/tokenize", {"prompt": context} | bare)["tokens"])
             request = Request(
                 prompt=unlabelled(np.asarray(whole, np.int32)), decoding=Decoding(temperature=0), tops=1, echo=True,
                 max_tokens=1,
