@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
@@ -14,14 +14,22 @@ from jaxsteer.errors import UserError
 from jaxsteer.models.sampling import Decoding
 from jaxsteer.prompts.chat import Chat as Conversation
 
-HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit (or Ctrl-D) ends"
+if TYPE_CHECKING:
+    from jaxsteer.steer import Edits
+
+HELP = (
+    "/reset forgets the conversation, /system TEXT sets the system message, /retry answers the last message again, "
+    "/quit (or Ctrl-D) ends"
+)
+STRENGTH = "/strength X steers with X times the vectors from now on, /strength 0 leaves the model as it is"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chat(Steering):
     """Talk with a model, steered by a vector file on request.
 
-    Ctrl-C interrupts an answer; /reset, /system TEXT and /quit are commands.
+    Ctrl-C interrupts an answer; /reset, /system TEXT, /retry, /strength X and /quit are commands; the arrow keys edit a
+    line and bring back earlier ones.
     """
 
     model: str = "organism:llama"
@@ -36,15 +44,37 @@ class Chat(Steering):
         """Read, answer, repeat."""
         from jaxsteer.runs.bars import load
 
+        with contextlib.suppress(ImportError):  # input() edits lines where this is there
+            import readline  # noqa: F401
+
         model = load(self.model, dtype=self.dtype)
-        chat = Conversation(model, system=self.system, decoding=self.decoding, edits=self.edits(model))
+        vectors = self.vectors(model)
+        chat = Conversation(model, system=self.system, decoding=self.decoding, edits=self.edits_of(vectors))
         print(f"{model.name}. {HELP}.")
-        talk(chat, read=input, write=lambda text: print(text, end="", flush=True))
+        if vectors is None:
+            talk(chat, read=input, write=lambda text: print(text, end="", flush=True))
+            return 0
+        amount = vectors.coefficient if self.coefficient is None else self.coefficient
+        print(f"Steered by {self.steer} with {amount:g} {_UNITS[vectors.coefficient_units]}. {STRENGTH}.")
+
+        def at(strength: float) -> Edits | None:
+            return vectors.edits(coefficient=strength, positions=self.positions) if strength else None
+
+        talk(chat, read=input, write=lambda text: print(text, end="", flush=True), at=at)
         return 0
 
 
-def talk(chat: Conversation, *, read: Callable[[str], str], write: Callable[[str], None]) -> None:
-    """Read, answer, repeat. ``read`` raises ``EOFError`` at the end of input."""
+_UNITS = {"vector": "times the vectors", "mean_resid_norm": "mean norms of the stream"}
+
+
+def talk(
+    chat: Conversation,
+    *,
+    read: Callable[[str], str],
+    write: Callable[[str], None],
+    at: Callable[[float], Edits | None] | None = None,
+) -> None:
+    """Read, answer, repeat. ``read`` raises ``EOFError`` at the end of input; ``at`` makes the edits of a strength."""
     while True:
         try:
             said = read("> ").strip()
@@ -61,10 +91,24 @@ def talk(chat: Conversation, *, read: Callable[[str], str], write: Callable[[str
             chat.turns = []
         elif command == "/system":
             chat.system = rest.strip()
+        elif command == "/strength" and at is not None:
+            _set_strength(chat, rest, at, write)
+        elif command == "/retry" and chat.turns:
+            *chat.turns, asked, _ = chat.turns
+            _answer(chat, asked["content"], write)
         elif command.startswith("/"):
-            write(f"{HELP}.\n")
+            write(f"{HELP}.\n" if at is None else f"{HELP}. {STRENGTH}.\n")
         elif said:
             _answer(chat, said, write)
+
+
+def _set_strength(
+    chat: Conversation, text: str, at: Callable[[float], Edits | None], write: Callable[[str], None]
+) -> None:
+    try:
+        chat.edits = at(float(text))
+    except (ValueError, UserError) as error:
+        write(f"{error if isinstance(error, UserError) else f'{text!r} is no number'}. {STRENGTH}.\n")
 
 
 def _answer(chat: Conversation, said: str, write: Callable[[str], None]) -> None:

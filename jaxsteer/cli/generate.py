@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,8 @@ class Generate(Steering):
     """Rows decoded at a time."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
+    compare: bool = False
+    """With --steer: the answer without it beside each, from the same random numbers."""
     json: bool = False
     """Print one JSON object per answer instead of text."""
 
@@ -48,6 +51,8 @@ class Generate(Steering):
         """Generate and print."""
         if self.plain and self.system:
             raise UserError("plain text has no system message: leave out --plain or --system")
+        if self.compare and self.steer is None:
+            raise UserError("--compare shows the answer without steering beside each: give --steer FILE with it")
         asked = [*self.prompts, *(prompt for file in self.file for prompt in _read(file))]
         if not asked:
             raise UserError("no prompt was given: write one after the command, or use --file")
@@ -62,18 +67,26 @@ class Generate(Steering):
             model, text = with_soft(model, load_soft(self.soft), any_weights=self.any_weights)
             prompts = [placed(prompt, text) for prompt in prompts]
         with progress_bar("generating"):
-            made = generate(model, prompts, self.decoding, samples=self.samples, batch=self.batch, edits=edits)
+            answer = partial(generate, model, prompts, self.decoding, samples=self.samples, batch=self.batch)
+            made, bare = answer(edits=edits), answer() if self.compare else None
         for row, text in enumerate(made.texts):
             prompt = asked[row // self.samples]
+            beside = None if bare is None else bare.texts[row]
             if self.json:
                 line = {"prompt": prompt, "sample": row % self.samples, "text": text, "finish": made.finish[row]}
-                print(json.dumps(line | {"tokens": int(made.lengths[row])}, ensure_ascii=False))
+                line |= {"tokens": int(made.lengths[row])} | ({} if beside is None else {"unsteered": beside})
+                print(json.dumps(line, ensure_ascii=False))
             else:
-                head = prompt if isinstance(prompt, str) else prompt[-1].get("content", "")
-                print(f"{head}{text}\n" if self.plain else f"> {head}\n{text.strip()}\n")
+                self._print(prompt if isinstance(prompt, str) else prompt[-1].get("content", ""), text, beside)
         new = int(made.lengths.sum())
         print(f"{new} tokens in {made.seconds:.1f} s, compilation included", file=sys.stderr)
         return 0
+
+    def _print(self, head: str, text: str, unsteered: str | None) -> None:
+        if unsteered is not None:
+            print(f"> {head}\n  as it is:  {unsteered.strip()}\n  steered:   {text.strip()}\n")
+        else:
+            print(f"{head}{text}\n" if self.plain else f"> {head}\n{text.strip()}\n")
 
     def _prompt(self, prompt: Any) -> Any:
         if self.plain or not isinstance(prompt, str):

@@ -44,6 +44,7 @@ from jaxsteer.steer.caching import cache_edit
 from jaxsteer.steer.edits import Edit, Edits
 from jaxsteer.steer.gates import Gate, gated
 from jaxsteer.steer.selectors import Positions, select
+from jaxsteer.steer.summary import summary
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,8 @@ class Vectors:
             if not 0 < norm < math.inf:
                 raise UserError(f"the mean norm of the stream at {site} must be a number above 0, got {norm}")
 
+    __repr__ = summary
+
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the sites, in order."""
@@ -136,9 +139,8 @@ class Vectors:
     def at(self, sites: str | Sequence[str]) -> Vectors:
         """The vectors at these sites only (names or aliases). Raises ``UserError`` for one that is not held."""
         names = [parse_site(site).name for site in ([sites] if isinstance(sites, str) else sites)]
-        for name in names:
-            if name not in self.arrays:
-                raise UserError(f"there is no vector at {name}: the file has {_listed(self.arrays)}")
+        if absent := [name for name in names if name not in self.arrays]:
+            raise UserError(f"there is no vector at {absent[0]}: the file has {_listed(self.arrays)}")
         return dataclasses.replace(
             self,
             arrays={name: self.arrays[name] for name in names},

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxsteer.cli import main
 from jaxsteer.cli.chat import talk
+from jaxsteer.display import escaped
 from jaxsteer.models.sampling import Decoding
 from jaxsteer.prompts.chat import Chat
 from jaxsteer.steer import Vectors, save_vectors
@@ -51,6 +53,12 @@ def test_answers_are_steered(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert main([*arguments, *(["--steer", str(file), *extra] if extra else [])]) == 0
         texts.append(json.loads(capsys.readouterr().out)["text"])
     assert texts[0] == texts[1] != texts[2]
+    assert main([*arguments, "--steer", str(file), "--coefficient", "50", "--compare"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert (both["unsteered"], both["text"]) == (texts[0], texts[2])
+    assert main([*arguments[:-1], "--steer", str(file), "--coefficient", "50", "--compare"]) == 0
+    shown = capsys.readouterr().out
+    assert f"as it is:  {escaped(texts[0].strip())}" in shown and f"steered:   {escaped(texts[2].strip())}" in shown
 
 
 def test_plain_text_is_continued(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,6 +75,7 @@ def test_bad_input_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[st
     cases = [
         (["generate"], "no prompt was given"),
         (["generate", "a", "--plain", "--system", "b"], "no system message"),
+        (["generate", "a", "--compare"], "give --steer FILE"),
         (["generate", "--file", str(broken)], "line 2: expected a text"),
         (["generate", "-f", str(typo)], "line 1: there is no field 'temprature'"),
         (["generate", "-f", str(both), "-f", str(broken)], "line 1: both messages and prompt"),
@@ -80,7 +89,7 @@ def test_bad_input_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert message in capsys.readouterr().err
 
 
-def conversation(said: list[str | type[BaseException]]) -> tuple[list[dict[str, str]], str]:
+def conversation(said: list[str | type[BaseException]], **options: Any) -> tuple[list[dict[str, str]], str]:
     """Turns and everything written, of a chat in which ``said`` is typed."""
     lines: Iterator[str | type[BaseException]] = iter([*said, EOFError])
     written: list[str] = []
@@ -92,7 +101,7 @@ def conversation(said: list[str | type[BaseException]]) -> tuple[list[dict[str, 
         raise line
 
     chat = Chat(MODEL, decoding=Decoding(max_new_tokens=8))
-    talk(chat, read=read, write=written.append)
+    talk(chat, read=read, write=written.append, **options)
     return chat.turns, "".join(written)
 
 
@@ -105,6 +114,28 @@ def test_chat_keeps_the_context_until_reset() -> None:
     steered, _ = conversation(["/system Be patient.", "Hello there", KeyboardInterrupt])
     assert steered[0] == turns[0] and steered[1] != turns[1]
     assert "/reset forgets" in conversation(["/help"])[1]
+
+
+def test_an_answer_is_tried_again_with_other_random_numbers() -> None:
+    turns, written = conversation(["Hello there", "/retry"])
+    first = conversation(["Hello there"])[0]
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] and turns[0] == first[0]
+    assert turns[1] != first[1] and first[1]["content"] in written
+    assert conversation(["/retry"])[0] == []
+
+
+def test_the_strength_of_steering_changes_from_answer_to_answer() -> None:
+    vector = np.random.default_rng(0).normal(size=MODEL.config.d_model).astype(np.float32)
+    vectors = Vectors(arrays={"blocks.1.hook_resid_post": vector})
+    at = lambda x: vectors.edits(coefficient=x) if x else None  # noqa: E731
+    plain = conversation(["Hello there"])[0]
+    assert conversation(["/strength 0", "Hello there"], at=at)[0] == plain
+    assert conversation(["/strength 50", "Hello there"], at=at)[0] != plain
+    assert conversation(["/strength 50", "/strength 0", "Hello there"], at=at)[0] == plain
+    for wrong in ("/strength much", "/strength", "/strength nan"):
+        turns, written = conversation([wrong, "Hello there"], at=at)
+        assert turns == plain and "/strength X steers" in written
+    assert "/strength" not in conversation(["/strength 5"])[1]
 
 
 def test_chat_says_when_the_conversation_is_too_long() -> None:

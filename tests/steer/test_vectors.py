@@ -321,3 +321,12 @@ def test_random_controls_have_the_norms_and_the_form_of_the_vectors(model) -> No
     same(first, random_controls(given, 1, seed=3)[0])
     with pytest.raises(UserError, match="floor has no random control"):
         random_controls(made_on(model, operation="floor", values=dict.fromkeys(given.sites, 0.0)))
+
+
+def test_what_vectors_are_is_said_in_a_line() -> None:
+    arrays = {f"blocks.{layer}.hook_resid_post": np.ones(8, np.float32) for layer in range(4)}
+    said = repr(Vectors(arrays=arrays, coefficient=0.3, coefficient_units="mean_resid_norm", model="some/model"))
+    assert said == (
+        "Vectors(add at 4 sites: blocks.0.hook_resid_post, ..., blocks.3.hook_resid_post; size 8; coefficient 0.3 mean "
+        "norms of the stream, made on some/model)"
+    )
