@@ -30,6 +30,7 @@ from jaxsteer.lens.logit_lens import (
     checked_edits,
     encoded,
     find_places,
+    inner,
     over_tokens,
     read,
     states_at,
@@ -184,7 +185,7 @@ def _differ(
             change = jnp.exp(log_p) - jnp.exp(log_q)
             gained, gained_ids = lax.top_k(change, top)
             lost, lost_ids = lax.top_k(-change, top)
-            kl = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+            kl = inner(jnp.exp(log_p), log_p - log_q)
             return _Apart(kl=kl, gained_ids=gained_ids, gained=gained, lost_ids=lost_ids, lost=-lost)
 
         return lax.map(place, (*part, along))

@@ -305,6 +305,11 @@ class Statistics:
     log_probs: Float[Array, "S B T y"]
 
 
+def inner(a: Float[Array, "... V"], b: Float[Array, "... V"]) -> Float[Array, ...]:
+    """Inner products over the vocabulary. On the CPU XLA takes ten times as long for the sum of a product."""
+    return jnp.einsum("...v,...v->...", a, b, precision=lax.Precision.HIGHEST)
+
+
 def over_tokens(states: Any, step: int, one: Callable[[Any], Any]) -> Any:
     """``one`` of ``step`` tokens after the other: of trees of [S, B, step, ...], joined again along the tokens."""
     width = jax.tree.leaves(states)[0].shape[2]
@@ -351,8 +356,8 @@ def _read(
             picked = jnp.take_along_axis(log_p, labels, -1)
             ranks = lax.map(lambda one: (log_p > one[..., None]).sum(-1), jnp.moveaxis(picked, -1, 0))
             return output, Statistics(
-                entropy=-(jnp.exp(log_p) * log_p).sum(-1),
-                kl=(jnp.exp(output) * (output - log_p)).sum(-1),
+                entropy=-inner(jnp.exp(log_p), log_p),
+                kl=inner(jnp.exp(output), output - log_p),
                 top_ids=ids,
                 top_log_probs=values,
                 ranks=jnp.moveaxis(ranks, 0, -1),

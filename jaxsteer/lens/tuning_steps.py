@@ -18,7 +18,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsteer.lens.logit_lens import EVERY, LensRows, find_places, over_tokens, states_at
+from jaxsteer.lens.logit_lens import EVERY, LensRows, find_places, inner, over_tokens, states_at
 from jaxsteer.lens.tuned_lens import Translators
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.params import Params
@@ -58,7 +58,7 @@ def add_gradients(
 
         def kl(y: Float[Array, "B t D"]) -> tuple[Array, Array]:
             log_q = jax.nn.log_softmax(unembed(params, config, y.astype(x.dtype)))
-            each = jnp.where(inside[0], (jnp.exp(log_p) * (log_p - log_q)).sum(-1), 0.0)
+            each = jnp.where(inside[0], inner(jnp.exp(log_p), log_p - log_q), 0.0)
             return each.sum(), each
 
         (_, each), slope = lax.map(jax.value_and_grad(kl, has_aux=True), y)
