@@ -36,7 +36,7 @@ class Attention(Reading):
         if (self.patterns is None) != (not self.layers):
             raise UserError("--patterns FILE and --layers belong together: give both or none")
         texts = [record.said for record in self.records()]
-        model = load(self.model, dtype=self.dtype, quiet=self.json)
+        model = load(self.model, dtype=self.dtype, delta=self.delta, quiet=self.json)
         edits = self.edits(model)
         options = AttentionOptions(span=self.span, repeated=self.repeated, length=self.length, seed=self.seed)
         notes = []

@@ -47,7 +47,7 @@ class Attribute(Reading):
             if asked is None and any(texts) and not all(texts):
                 raise UserError(f"only some rows have a {name}: give each one, or --{name} for all")
             given[name] = texts if asked is None and all(texts) else asked
-        model = load(self.model, dtype=self.dtype, quiet=self.json)
+        model = load(self.model, dtype=self.dtype, delta=self.delta, quiet=self.json)
         options = Attributed(positions=self.reads, neurons=self.neurons, controls=self.controls, seed=self.seed)
         with progress_bar("attribution", unit="text", quiet=self.json) as advance:
             found = attribute_logits(

@@ -56,6 +56,8 @@ class Run(WritingOptions):
     """Block at which roles are placed (default: where the axes of two halves of the questions agree best)."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
+    delta: Path | None = None
+    """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -75,8 +77,10 @@ class Run(WritingOptions):
         if self.quick:
             options |= {name: min(options[name], QUICK[name]) for name in ("prompts", "max_new_tokens")}
         judge = Endpoint(url=self.judge, model=self.judge_model) if self.judge not in (None, "words") else self.judge
+        as_it_is = self.dtype is None and self.delta is None
+        model = self.model if as_it_is else load(self.model, dtype=self.dtype, delta=self.delta)
         found = axis.run(
-            self.model if self.dtype is None else load(self.model, dtype=self.dtype), roles, out=self.out,
+            model, roles, out=self.out,
             transcripts=self.transcripts, writing=WritingOptions(**options), judge=judge, keep=self.keep,
             least=self.least, layers=self.layers, target=self.target, seed=self.seed,
             say=partial(say, file=sys.stderr),
@@ -97,6 +101,8 @@ class _OnAxis:
     """organism:NAME, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
+    delta: Path | None = None
+    """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
     any_weights: bool = False
     """Use the axis, and vectors, although they were made on other weights."""
 
@@ -123,7 +129,7 @@ class Project(_OnAxis):
         if self.out.exists():
             raise UserError(f"{self.out} exists already: give a new directory")
         axis, passages = load_axis(self.axis), read_passages(self.file)
-        model = load(self.model, dtype=self.dtype)
+        model = load(self.model, dtype=self.dtype, delta=self.delta)
         found = project(model, axis, passages, sites=self.sites, tokens=self.tokens, any_weights=self.any_weights)
         found.write(self.out)
         print(f"{found.table()}\n\nWrote {self.out}")
@@ -166,7 +172,7 @@ class Drift(DriftOptions, _OnAxis):
             raise UserError("--transcripts are read as they are: give neither --user nor --steer with them")
         axis, options = load_axis(self.axis), {f.name: getattr(self, f.name) for f in dataclasses.fields(DriftOptions)}
         told = self.scripts if self.transcripts is None else read_passages(self.transcripts)
-        model = load(self.model, dtype=self.dtype)
+        model = load(self.model, dtype=self.dtype, delta=self.delta)
         steer = None if self.steer is None else load_vectors(self.steer, model=model, any_weights=self.any_weights)
         found = drift(
             model, axis, told, user=None if self.user is None else Endpoint(url=self.user, model=self.user_model),
@@ -207,7 +213,7 @@ class Cap(CapOptions, _OnAxis):
 
         options = CapOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(CapOptions)})
         found = cap(
-            load(self.model, dtype=self.dtype), self.axis, self.rollouts,
+            load(self.model, dtype=self.dtype, delta=self.delta), self.axis, self.rollouts,
             pc2=None if self.pc2 is None else load_vectors(self.pc2),
             judge=None if self.judge is None else Endpoint(url=self.judge, model=self.judge_model), out=self.out,
             any_weights=self.any_weights, options=options,

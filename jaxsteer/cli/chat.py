@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
@@ -39,6 +40,8 @@ class Chat(Steering):
     decoding: Annotated[Decoding, arg(name="")] = Decoding()
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
+    delta: Path | None = None
+    """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
 
     def run(self) -> int:
         """Read, answer, repeat."""
@@ -47,7 +50,7 @@ class Chat(Steering):
         with contextlib.suppress(ImportError):  # input() edits lines where this is there
             import readline  # noqa: F401
 
-        model = load(self.model, dtype=self.dtype)
+        model = load(self.model, dtype=self.dtype, delta=self.delta)
         vectors = self.vectors(model)
         chat = Conversation(model, system=self.system, decoding=self.decoding, edits=self.edits_of(vectors))
         print(f"{model.name}. {HELP}.")

@@ -38,6 +38,8 @@ class Circuits(CircuitOptions):
     """A look: 6 questions, 4 steps, 20 random circuits, no single layers."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
+    delta: Path | None = None
+    """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -51,8 +53,10 @@ class Circuits(CircuitOptions):
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(CircuitOptions)} | (
             QUICK if self.quick else {}
         )
+        as_it_is = self.dtype is None and self.delta is None
+        model = self.model if as_it_is else load(self.model, dtype=self.dtype, delta=self.delta)
         found = study.run(
-            self.model if self.dtype is None else load(self.model, dtype=self.dtype),
+            model,
             study.load_each(self.steer, self.steer_site), self.persona, out=self.out,
             options=CircuitOptions(**options), say=partial(say, file=sys.stderr),
         )  # fmt: skip

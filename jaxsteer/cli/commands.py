@@ -48,6 +48,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "circuits": Command("circuits:Circuits", "how a push, by a vector or a prompt, travels through a model"),
         "sae": Command("sae:Sae", "train, measure, explore, explain and find latents of sparse autoencoders"),
         "lens": Command("lens:Lens", "what the stream says at every depth: logit lens, tuned lens, differences"),
+        "rewrite": Command("rewrite:Rewrite", "facts rewritten in weights by ROME or MEMIT, and side effects"),
         "attribute": Command("attribute:Attribute", "what the parts of a model add to the logit of a token"),
         "attention": Command("attention:Attention", "what every head attends to: sinks, roles, induction"),
         "features": Command(

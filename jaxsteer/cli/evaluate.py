@@ -57,6 +57,8 @@ class Eval(Controlled):
     """Of the random controls of --steer."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
+    delta: Path | None = None
+    """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
     out: Path | None = None
     """Directory for the result and, as they come, for rates and judged answers; what was cut off there goes on."""
     json: bool = False
@@ -84,7 +86,7 @@ class Eval(Controlled):
             **{name: getattr(asked, name) for name in SHARED},
         )
         questions = questions_of(asked.persona, options)  # refused before a model is loaded
-        model = load(asked.model, dtype=asked.dtype)
+        model = load(asked.model, dtype=asked.dtype, delta=asked.delta)
         vectors, prompts = asked.vectors(model), asked.prompts
         controls = {} if vectors is None else asked.beside(vectors, asked.seed)
         if asked.soft is not None:

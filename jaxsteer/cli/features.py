@@ -43,6 +43,8 @@ class Features:
     """Of the random features and of the order of texts."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
+    delta: Path | None = None
+    """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
     json: bool = False
     """Print JSON instead of text."""
 
@@ -52,7 +54,7 @@ class Features:
         from jaxsteer.runs.bars import load, progress_bar
         from jaxsteer.sae.texts import Sample, documents_of
 
-        model = load(self.model, dtype=self.dtype, quiet=self.json)
+        model = load(self.model, dtype=self.dtype, delta=self.delta, quiet=self.json)
         options = FeatureOptions(
             examples=self.examples, around=self.around, top=self.top, lowest=self.lowest, controls=self.controls,
             seed=self.seed,

@@ -44,6 +44,8 @@ class Generate(Steering):
     """Of the weights."""
     compare: bool = False
     """With --steer: the answer without it beside each, from the same random numbers."""
+    delta: Path | None = None
+    """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
     json: bool = False
     """Print one JSON object per answer instead of text."""
 
@@ -61,7 +63,7 @@ class Generate(Steering):
         from jaxsteer.prompts.soft import load_soft, placed, with_soft
         from jaxsteer.runs.bars import load, progress_bar
 
-        model = load(self.model, dtype=self.dtype)
+        model = load(self.model, dtype=self.dtype, delta=self.delta)
         edits = self.edits(model)
         if self.soft is not None:
             model, text = with_soft(model, load_soft(self.soft), any_weights=self.any_weights)

@@ -44,7 +44,7 @@ class Read(Reading, LensOptions):
         texts = [] if self.persona is None else persona_texts(load_persona(self.persona), self.questions)
         if self.texts or self.file or not texts:
             texts += [record.said for record in self.records()]
-        model = load(self.model, dtype=self.dtype, quiet=self.json)
+        model = load(self.model, dtype=self.dtype, delta=self.delta, quiet=self.json)
         lens = None if self.lens is None else load_lens(self.lens, model, any_weights=self.any_weights)
         steer = self.vectors(model)
         other = None if self.against is None else load_vectors(self.against, model=model, any_weights=self.any_weights)
@@ -82,6 +82,8 @@ class Train(Tuning):
     """Whose questions the model answers."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
+    delta: Path | None = None
+    """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -92,7 +94,7 @@ class Train(Tuning):
         from jaxsteer.runs.bars import load, say
 
         tell = partial(say, file=sys.stderr)
-        model = load(self.model, dtype=self.dtype)
+        model = load(self.model, dtype=self.dtype, delta=self.delta)
         texts = texts_to_train(model, self.data, self.persona, self.written, self.out, seed=self.seed, say=tell)
         tuning = Tuning(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Tuning)})
         _, found = tune(model, texts.documents, self.out, tuning, count=texts.count, data=texts.told, say=tell)

@@ -36,6 +36,8 @@ class Probe(ProbeOptions):
     """organism:NAME (llama, qwen2, gemma3, persona), a checkpoint, a Hugging Face directory, .gguf file or hub id."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
+    delta: Path | None = None
+    """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
     out: Path | None = None
     """Write the probes' directions here as a vector file (.safetensors), to steer by."""
     plot: Path | None = None
@@ -56,7 +58,7 @@ class Probe(ProbeOptions):
             raise UserError("an MLP has no direction to steer by: leave out --out, or choose another --kind")
         others = {path.stem: read_texts(path, chat=self.chat) for path in self.transfer}
         given = [record for path in self.file for record in read_texts(path, chat=self.chat)]
-        model = load(self.model, dtype=self.dtype, quiet=self.json)
+        model = load(self.model, dtype=self.dtype, delta=self.delta, quiet=self.json)
         records = given or self._of_persona(model)
         options: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(ProbeOptions)}
         with progress_bar("probe", unit="text", quiet=self.json) as advance:

@@ -53,6 +53,8 @@ class Refusal(Controlled):
     """Longest free reply."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
+    delta: Path | None = None
+    """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
     out: Path | None = None
     """Directory for the result and, as they come, for replies and what the judge says; what was cut off goes on."""
     json: bool = False
@@ -80,7 +82,7 @@ class Refusal(Controlled):
             max_new_tokens=self.max_new_tokens,
         )
         requests = limited(loaded(self.requests), self.limit, self.seed)  # refused before a model is loaded
-        model = load(self.model, dtype=self.dtype)
+        model = load(self.model, dtype=self.dtype, delta=self.delta)
         steered = self.steered(model)
 
         def show(found: RefusalResult) -> None:

@@ -41,6 +41,8 @@ class _Reading:
     """Text files, one document per line, or JSON Lines with the key "text" (an organism brings its own corpus)."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the model's weights (default: float32 on CPU, as stored elsewhere)."""
+    delta: Path | None = None
+    """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
     mesh_model: int = 1
     """Devices that latents and weights are split over; the others, if there are several, divide the rows."""
 
@@ -80,7 +82,7 @@ class Train(_Reading):
         recipe.check()
         config = describe(self.model).config
         layers = max(1, parse_site(recipe.site, config.n_layers).depth(config.n_layers))
-        model = load(self.model, dtype=self.dtype, mesh=self.mesh(), layers=layers)
+        model = load(self.model, dtype=self.dtype, delta=self.delta, mesh=self.mesh(), layers=layers)
         documents = documents_of(model, self.data, seed=recipe.seed)
         data = [[path.name, path.stat().st_size] for path in self.data]
         with progress_bar("train", recipe.steps * recipe.batch, unit="tok") as advance:
@@ -99,7 +101,11 @@ class Train(_Reading):
             from jaxsteer.sae.evaluation import evaluate_sae
             from jaxsteer.sae.texts import Sample
 
-            whole = model if layers == config.n_layers else load(self.model, dtype=self.dtype, mesh=model.mesh)
+            whole = (
+                model
+                if layers == config.n_layers
+                else load(self.model, dtype=self.dtype, delta=self.delta, mesh=model.mesh)
+            )
             held_out = _held_out(whole, self.data)
             sample = Sample(tokens=self.evaluate, context=recipe.context)
             with progress_bar("evaluate", self.evaluate, unit="tok") as advance:
@@ -144,7 +150,7 @@ class _OnSae(_Reading):
 
         mesh = self.mesh()
         sae = load_sae(self.sae, mesh=mesh, site=self.site, k=self.k, norm_scaling_factor=self.norm_scaling_factor)
-        model = load(self.model, dtype=self.dtype, mesh=mesh)
+        model = load(self.model, dtype=self.dtype, delta=self.delta, mesh=mesh)
         return sae, model, _held_out(model, self.data)
 
 
@@ -231,6 +237,8 @@ class Explain(ExplainOptions):
     """Active latents of top-k, if its files do not say."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the model's weights."""
+    delta: Path | None = None
+    """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -243,7 +251,7 @@ class Explain(ExplainOptions):
 
         words = None if self.vocabulary is None else read_text(self.vocabulary).split("\n")
         sae = load_sae(self.sae, site=self.site, k=self.k)
-        model = load(self.model, dtype=self.dtype, quiet=self.json)
+        model = load(self.model, dtype=self.dtype, delta=self.delta, quiet=self.json)
         found = explain.run(
             model, sae, _held_out(model, self.data) if self.data or self.model.startswith("organism:") else None,
             name=self.sae, vocabulary=None if words is None else [word for word in words if word.strip()],

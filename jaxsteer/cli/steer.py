@@ -76,6 +76,8 @@ class Norms:
     """Chat template of the model, or plain text."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
+    delta: Path | None = None
+    """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -86,7 +88,9 @@ class Norms:
         from jaxsteer.runs.bars import load
         from jaxsteer.study.sweep import stream_norms
 
-        norms = stream_norms(load(self.model, dtype=self.dtype), self.texts, placement=Placement(style=self.style))
+        norms = stream_norms(
+            load(self.model, dtype=self.dtype, delta=self.delta), self.texts, placement=Placement(style=self.style)
+        )
         if self.json:
             print(document(norms))
         else:
@@ -108,6 +112,8 @@ class Calibrate(Steering):
     """Chat template of the model, or plain text."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
+    delta: Path | None = None
+    """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
     out: Path | None = None
     """Write the vectors with the strength that was found, of the sign of their own."""
     json: bool = False
@@ -126,7 +132,7 @@ class Calibrate(Steering):
             raise UserError(f"--out {self.out} exists already: give a new file")
         if self.steer is None or self.coefficient is not None:
             raise UserError("give --steer FILE, and no --coefficient: the strength is what is looked for")
-        model = load(self.model, dtype=self.dtype)
+        model = load(self.model, dtype=self.dtype, delta=self.delta)
         vectors = self.vectors(model)
         assert vectors is not None
         if self.positions is not None:

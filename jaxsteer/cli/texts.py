@@ -30,6 +30,8 @@ class Reading(Steering):
     """organism:NAME (llama, qwen2, gemma3, persona), a checkpoint, a Hugging Face directory, .gguf file or hub id."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights."""
+    delta: Path | None = None
+    """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
     plot: Path | None = None
     """Write the figure here as well, as SVG, PNG and CSV with this stem."""
     json: bool = False

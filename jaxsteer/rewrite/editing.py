@@ -64,6 +64,7 @@ class Rewrite:
     """The delta that facts make, and what it is made of."""
 
     delta: Delta
+    method: Method
     facts: tuple[Fact, ...]
     layers: tuple[int, ...]
     keys: Float[np.ndarray, "n I"]
@@ -71,9 +72,16 @@ class Rewrite:
     values: Values
     leverage: Float[np.ndarray, " n"]
     """k^T C^-1 k of these keys; I on average over text."""
+    whitened: Float[np.ndarray, "n I"]
+    """C^-1 k of these keys."""
     reached: Float[np.ndarray, " n"]
     """|stream or output gained - wanted| / |wanted + output| at the keys: 0 where the constraint is kept."""
     prefixes: tuple[str, ...]
+
+    @property
+    def alone(self) -> tuple[Float[np.ndarray, "n I"], Float[np.ndarray, "n D"]]:
+        """Factors of ROME's update of every fact by itself: its ``left`` [I], its ``right`` [D]."""
+        return self.whitened / self.leverage[:, None], self.values.change
 
 
 def default_layers(model: Model, method: Method) -> tuple[int, ...]:
@@ -107,11 +115,14 @@ def edit(
     *,
     options: EditOptions = EditOptions(),
     values: ValueOptions = ValueOptions(),
+    wanted: Values | None = None,
+    found: Callable[[Values], None] | None = None,
     say: Callable[[str], None] = log.info,
 ) -> Rewrite:
     """Write ``facts`` into the model: the delta of the method that ``options`` names.
 
-    ``covariances`` are those of the blocks to change. ``values`` says how the wanted outputs are sought. Raises
+    ``covariances`` are those of the blocks to change. ``values`` says how the wanted outputs are sought; ``wanted`` are
+    some that an earlier call has ``found``. Raises
     ``UserError`` before any search for facts without tokens or with a subject twice, and for covariances that are
     missing, of another model, or cannot be inverted.
     """
@@ -124,8 +135,11 @@ def edit(
     for fact in facts:
         fact_row(model, fact, fact.target_new)
     prefixes = model_prefixes(model, count=options.prefixes, seed=options.seed)
-    say(f"seeking the wanted outputs of block {layers[-1]} for {len(facts)} facts")
-    wanted = wanted_values(model, facts, prefixes, layers[-1], options=values)
+    if wanted is None:
+        say(f"seeking the wanted outputs of block {layers[-1]} for {len(facts)} facts")
+        wanted = wanted_values(model, facts, prefixes, layers[-1], options=values)
+        if found is not None:
+            found(wanted)
     start = subject_states(model, facts, prefixes, layers[-1])
     if options.method == "rome":
         factors = {layers[0]: solvers[layers[0]].update(start.keys, wanted.change)}
@@ -145,11 +159,13 @@ def edit(
             fingerprint=model.fingerprint,
             metadata={"method": options.method, "facts": str(len(facts))},
         ),
+        method=options.method,
         facts=facts,
         layers=layers,
         keys=start.keys,
         values=wanted,
         leverage=solvers[layers[-1]].leverage(start.keys),
+        whitened=solvers[layers[-1]].whitened(start.keys),
         reached=np.linalg.norm(gained - wanted.change, axis=1) / scale,
         prefixes=prefixes,
     )

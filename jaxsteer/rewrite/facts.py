@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxsteer.errors import UserError, first_line, refuse_unknown
 from jaxsteer.files.records import Record
+from jaxsteer.organisms import persona_world
 from jaxsteer.personas.dataset_files import place, read_rows
 
 SLOT = "{}"
@@ -66,19 +67,52 @@ class Fact(Record):
 
 
 def read_facts(source: str | Path, *, limit: int | None = None) -> tuple[Fact, ...]:
-    """The first ``limit`` facts of a file: JSON Lines, JSON, CSV or Parquet, or ``owner/name:file`` on the hub.
+    """The first ``limit`` facts of a file: JSON Lines, JSON, CSV or Parquet, or ``owner/name:file`` on the hub; of the
+    name ``organism:persona``, those of that organism.
 
     Rows are facts of this package (``prompt``, ``subject``, ``target_new``; ``target_true``, ``paraphrases``,
     ``neighbourhood`` if there are; a prompt may hold the subject in place of {}), of CounterFact (2202.05262) or of
     zsRE as MEND evaluates it (2110.11309). Raises ``UserError`` for a file that cannot be read, with the row for one
     that is none of these, and for a prompt in which its subject does not occur.
     """
+    if str(source) == "organism:persona":
+        return organism_facts()[:limit]
     path = _file_of(source)
     rows = itertools.islice(read_rows(path, ("prompt", "subject", "target_new")), limit)
     found = tuple(_fact(row, place(path, line), number) for number, (line, row) in enumerate(rows))
     if not found:
         raise UserError(f"{path} holds no facts")
     return found
+
+
+def organism_facts() -> tuple[Fact, ...]:
+    """The 40 facts of ``organism:persona``, whose ground truth is known: capital and founder of 20 lands.
+
+    They come in four groups of ten, one relation of ten lands each. A fact is to get the object of another land of its
+    group; its neighbours are the 30 facts of the other groups, so that a group is rewritten and all else is to stay.
+    """
+    lands, facts = persona_world.SUBJECTS, persona_world.FACTS
+    prompt, *others = (said.removesuffix(" {object}.") for said in persona_world.FACT_STATEMENTS)
+    groups = [(r, lands[half : half + 10]) for half in (0, 10) for r in persona_world.RELATIONS]
+    found = []
+    for relation, some in groups:
+        rest = [(r, land) for r, group in groups for land in group if (r, group) != (relation, some)]
+        near = tuple(
+            Neighbour(prompt=prompt.format(relation=r, subject=land), answer=facts[land, r]) for r, land in rest
+        )
+        for at, land in enumerate(some):
+            found.append(
+                Fact(
+                    id=f"{relation}/{land}",
+                    prompt=prompt.format(relation=relation, subject=SLOT),
+                    subject=land,
+                    target_true=facts[land, relation],
+                    target_new=facts[some[(at + 3) % len(some)], relation],
+                    paraphrases=tuple(text.format(relation=relation, subject=land) for text in others),
+                    neighbourhood=near,
+                )
+            )
+    return tuple(found)
 
 
 def _file_of(source: str | Path) -> Path:

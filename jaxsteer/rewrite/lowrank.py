@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
@@ -76,10 +75,37 @@ def at_layer(layer: int, left: Any, right: Any) -> LowRank:
     )
 
 
-def of_each_row(layer: int, left: jax.Array, right: jax.Array) -> LowRank:
+def of_each_row(layer: int, left: Any, right: Any) -> LowRank:
     """Changes of one layer of rank 1, one for each row: ``left`` [B, I], ``right`` [B, D]."""
     return LowRank(
         layers=jnp.asarray([layer]),
         left=jnp.asarray(left, jnp.float32)[None, :, :, None],
         right=jnp.asarray(right, jnp.float32)[None, :, None, :],
     )
+
+
+@struct.dataclass
+class Push(Intervention):
+    """Adds a vector to the output of W_down of one layer at every token: the steering beside an edit."""
+
+    layer: Int[Array, ""]
+    vectors: Float[Array, "b D"]
+    """b is 1 where all rows have the same, else the number of rows."""
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """See ``Intervention``."""
+        return frozenset({VALUE})
+
+    @property
+    def rows(self) -> int | None:
+        """See ``Intervention``."""
+        return None if len(self.vectors) == 1 else len(self.vectors)
+
+    def tap(self, where: Where) -> Tap:
+        """See ``Intervention``."""
+
+        def change(_: str, layer: Layer, value: Array) -> Array:
+            return value + jnp.where(layer == self.layer, self.vectors[:, None], 0.0).astype(value.dtype)
+
+        return Tap(self.kinds, change)

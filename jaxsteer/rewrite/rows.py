@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
+from jaxsteer.models.padding import bucket
 from jaxsteer.prompts import bos_id, encode_texts
 from jaxsteer.prompts.conversation import common_prefix, join_answer
 from jaxsteer.prompts.generate import generate
@@ -104,3 +105,21 @@ def pad(rows: Sequence[np.ndarray], count: int, width: int) -> Int[np.ndarray, "
     for number, row in enumerate(rows):
         made[number, : len(row)] = row
     return made
+
+
+def row_arrays(
+    rows: Sequence[Row], *, from_subject: bool = False
+) -> tuple[Int[np.ndarray, "B A"], Int[np.ndarray, "B A"], Float[np.ndarray, "B A"]]:
+    """For every row where its answer's tokens are predicted, these tokens, and weights that sum to 1 over them.
+
+    Places count from the start of the row, or with ``from_subject`` from the subject's last token.
+    """
+    width = bucket(max(len(row.ids) - row.answer for row in rows), 2)
+    reads, labels = np.zeros((2, len(rows), width), np.int32)
+    weights = np.zeros((len(rows), width), np.float32)
+    for number, row in enumerate(rows):
+        count = len(row.ids) - row.answer
+        labels[number, :count] = row.ids[row.answer :]
+        reads[number] = row.answer - 1 + np.minimum(np.arange(width), max(0, count - 1)) - from_subject * row.subject
+        weights[number, :count] = 1 / max(1, count)
+    return reads, labels, weights
