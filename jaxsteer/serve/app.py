@@ -82,7 +82,8 @@ def make_app(engine: Engine, library: Library, *, host: str = "127.0.0.1", key: 
 
         return endpoint
 
-    post, get = {"methods": ["POST"]}, {"methods": ["GET"]}
+    post: dict[str, Any] = {"methods": ["POST"]}
+    get: dict[str, Any] = {"methods": ["GET"]}
     routes = [
         Route("/v1/chat/completions", completions.chat, **post),
         Route("/v1/completions", completions.text, **post),
