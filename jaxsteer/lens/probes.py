@@ -113,7 +113,7 @@ def probe(
         raise UserError("the model gives NaN or infinite activations on these texts: check its weights and dtype")
     penalties = options.penalties if options.kind != "mean" else (1.0,)
     found = to_host(
-        _fit_all(
+        fit_all(
             jnp.asarray(states), jnp.repeat(jnp.asarray(labels.columns), len(sites), 0), jnp.asarray(fold),
             jnp.asarray(penalties, jnp.float32), kind=options.kind, folds=options.folds,
         )
@@ -159,7 +159,7 @@ def _read(
 
 
 @partial(jax.jit, static_argnames=("kind", "folds"))
-def _fit_all(
+def fit_all(
     x: Float[Array, "S n D"],
     y: Float[Array, "S n C"],
     fold: Int[Array, " n"],

@@ -140,7 +140,7 @@ def test_positions_and_sites_are_one_program(compile_counter):
     options = dataclasses.replace(FAST, positions=("mean", "last", "0", "-2"))
     with compile_counter() as count:
         made = probe(tiny_model(), records, options).result
-    assert count["_fit_all"] == 1 and len(made.scores) == 8
+    assert count["fit_all"] == 1 and len(made.scores) == 8
     assert [score.position for score in made.scores[::2]] == ["mean", "last", "0", "-2"]
     alone = probe(tiny_model(), records, FAST).result
     assert [score.accuracy for score in alone.scores] == [score.accuracy for score in made.scores[2:4]]
