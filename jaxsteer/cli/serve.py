@@ -64,6 +64,8 @@ class Serve:
             raise UserError(f"{self.key_file} must hold a key of at least {SHORTEST_KEY} ASCII characters")
         if key is None and not is_loopback(self.host):
             raise UserError(f"--host {self.host} can be reached by other machines: give --key-file FILE with a key")
+        if self.vectors is not None and not self.vectors.is_dir():
+            raise UserError(f"--vectors {self.vectors} is no directory")
         model = load(self.model, dtype=self.dtype)
         library = self._library(model)
         with Engine(model, self.engine) as engine:
@@ -79,8 +81,6 @@ class Serve:
         from jaxsteer.sae import load_sae
         from jaxsteer.serve.library import Library
 
-        if self.vectors is not None and not self.vectors.is_dir():
-            raise UserError(f"--vectors {self.vectors} is no directory")
         sae = None if self.sae is None else load_sae(self.sae)
         library = Library(model=model, directory=self.vectors, sae=sae, any_weights=self.any_weights)
         for path in self.steer:

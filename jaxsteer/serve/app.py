@@ -67,7 +67,9 @@ def make_app(engine: Engine, library: Library, *, host: str = "127.0.0.1", key: 
         return JSONResponse(await asyncio.to_thread(library.list))
 
     async def show(request: HttpRequest) -> Response:
-        return JSONResponse(library.describe(request.path_params["name"]))
+        if (name := request.path_params["name"]) not in library.loaded:
+            raise Refused(f"No vectors {name[:80]!r} are loaded.", status=404, param="name", code="no_vectors")
+        return JSONResponse(library.describe(name))
 
     async def index(request: HttpRequest) -> Response:
         return FileResponse(PAGE / "index.html")

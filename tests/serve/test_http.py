@@ -301,6 +301,7 @@ def test_vectors_come_from_the_directory_and_nowhere_else(client: Client) -> Non
     shown = client.good("/v1/steering/push.safetensors")
     assert shown["operation"] == "add" and shown["site"] == SITE and shown["sign"] == "pushes"
     assert shown["norms"][SITE] == pytest.approx(8.0, rel=1e-5)
+    assert client.ask("/v1/steering/nothing")[0] == 404
     left = client.good("/v1/steering/unload", {"name": "cap.safetensors"})
     assert "cap.safetensors" not in [one["name"] for one in left["data"]]
     body = {"messages": ASKED, "steering": {"edits": [{"vector": "cap.safetensors"}]}}
