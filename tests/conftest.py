@@ -28,6 +28,7 @@ os.environ["XLA_FLAGS"] = (
 import flax.struct
 import jax
 import jax.monitoring
+import psutil
 import pytest
 from jaxtyping import install_import_hook
 
@@ -73,6 +74,16 @@ def pytest_configure(config: pytest.Config) -> None:
         except ModuleNotFoundError as error:
             if not module.name.startswith("jaxsteer.serve."):  # whose extra need not be installed
                 raise error
+
+
+_HELD = 2.5e9
+"""Bytes of a process from which its compiled programs are let go between two files."""
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """A file's programs are rarely those of the next: of a whole session they would fill the machine's memory."""
+    if nextitem is not None and nextitem.path != item.path and psutil.Process().memory_info().rss > _HELD:
+        jax.clear_caches()
 
 
 _COMPILED: list[str] = []
