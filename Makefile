@@ -63,7 +63,7 @@ test: $(VENV)/.tools
 	$(VENV)/bin/python -m pytest $(TEST_PROCESSES) $(TEST_FLAGS)
 
 screenshots: $(VENV)/.tools
-	JAXSTEER_SCREENSHOTS=runs/screenshots $(VENV)/bin/python -m pytest -m browser tests/report/test_screens.py
+	JAXSTEER_SCREENSHOTS=runs/screenshots $(VENV)/bin/python -m pytest -m browser tests/report/test_screens.py tests/serve/test_page_browser.py
 
 fuzz: $(VENV)/.tools
 	JAXSTEER_FUZZ_S=$(FUZZ_S) $(VENV)/bin/python -m pytest -s -q tests/test_fuzz.py $(TEST_FLAGS)

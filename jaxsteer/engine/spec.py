@@ -4,6 +4,8 @@
 
     {"vector": NAME, "sites": [...], "coefficient": 2, "units": "vector", "positions": "response"}
                      the vectors of a loaded file, with the flags of the command line; all but the name may be left out
+    {"vector": NAME, "sites": [...], "operation": "floor", "value": 3.5, "positions": "all"}
+                     the projection on such vectors bounded by one value at every site: floor, ceiling or clamp
     {"operation": "add", "site": "blocks.2.hook_resid_post", "values": [...], "coefficient": 2, "positions": "all"}
                      a vector in the request: add, add_keep_norm, ablate; floor, ceiling and clamp with "value"
     {"latents": [3, 17], "operation": "amplify", "amount": 2.5, "positions": "all"}
@@ -133,12 +135,12 @@ def _ours(
     item: Mapping[str, Any], find: Callable[[str], Vectors], sae: SAE | None, model: Model
 ) -> tuple[Intervention, dict[str, Any]]:
     if "vector" in item:
-        refuse_unknown(item, ("vector", "sites", "coefficient", "units", "positions"), "field")
+        refuse_unknown(item, ("vector", "sites", "coefficient", "units", "operation", "value", "positions"), "field")
         sites = _texts(item.get("sites", ()), "sites")
         units = item.get("units")
         if units not in (None, "vector", "mean_resid_norm"):
             raise UserError(f'units are "vector" or "mean_resid_norm", got {_kind(units)}')
-        vectors = find(_text(item["vector"], "vector"))
+        vectors = _bounded(find(_text(item["vector"], "vector")), item)
         coefficient = None if item.get("coefficient") is None else _number(item["coefficient"], "coefficient")
         if coefficient is not None and vectors.operation in CAPS:
             raise UserError(f"{vectors.operation} has values of its own and takes no coefficient")
@@ -151,6 +153,23 @@ def _ours(
     if "operation" not in item:
         raise UserError('an edit names a loaded "vector", or has an "operation" with "site" and "values", or "latents"')
     return _inline(item, model)
+
+
+def _bounded(vectors: Vectors, item: Mapping[str, Any]) -> Vectors:
+    """The vectors as directions whose projection is bounded, where an edit says so."""
+    operation = item.get("operation")
+    if operation is None:
+        if "value" in item:
+            raise UserError(f"a value belongs to an operation: {', '.join(CAPS)}")
+        return vectors
+    if operation not in CAPS:
+        raise UserError(f"loaded vectors are bounded by {', '.join(CAPS)}, got {_kind(operation)}")
+    if vectors.operation in CAPS or vectors.operation in FIXED:
+        raise UserError(f"the vectors are of the operation {vectors.operation} already: leave out operation and value")
+    if "value" not in item or item.get("coefficient") is not None or item.get("units") is not None:
+        raise UserError(f"{operation} takes a value, in units of the stream, and neither coefficient nor units")
+    values = dict.fromkeys(vectors.arrays, _number(item["value"], "value"))
+    return dataclasses.replace(vectors, operation=operation, values=values, coefficient=1.0, coefficient_units="vector")
 
 
 def _latents(item: Mapping[str, Any], sae: SAE | None) -> tuple[Intervention, dict[str, Any]]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxsteer.axis.projection import calibration, scale
 from jaxsteer.engine.spec import Steered, of_vectors, read_steering
 from jaxsteer.errors import UserError
 from jaxsteer.files import parse_json
@@ -109,6 +110,8 @@ class Library:
         """Vectors as JSON, without their numbers."""
         v = self.find(name)
         site = v.metadata.get("site")
+        scales = {s: dict(zip(("roles", "default"), ends, strict=True)) for s in v.sites if (ends := scale(v, s))}
+        known = {s: {f"{k:g}": p for k, p in found.items()} for s in v.sites if (found := calibration(v, s))}
         return {
             "name": name, "operation": v.operation, "sites": list(v.sites), "site": site,
             "coefficient": None if v.operation in CAPS else v.coefficient, "units": v.coefficient_units,
@@ -116,6 +119,7 @@ class Library:
             "mean_resid_norm": dict(v.mean_resid_norm), "positions": v.positions or "all", "sign": v.sign,
             "model": v.model, "gate": None if v.gate is None else parse_json(v.gate.to_json(), "gate"),
             "default": name in self.default, "axis": name == self.axis, "source_format": v.source_format,
+            "scale": scales, "calibration": known,
         }  # fmt: skip
 
     def list(self) -> dict[str, Any]:

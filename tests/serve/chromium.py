@@ -9,7 +9,6 @@ import select
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +100,10 @@ class Page:
             raise RuntimeError(answer["exceptionDetails"].get("exception", {}).get("description", expression))
         return answer["result"].get("value")
 
+    def of(self, selector: str, expression: str) -> Any:
+        """The value of an expression of the element ``e`` that a selector finds first."""
+        return self.value(f"(e => {expression})(document.querySelector({json.dumps(selector)}))")
+
     def wait(self, expression: str, seconds: float = 60) -> Any:
         """Wait until an expression is true; its value."""
         deadline = time.monotonic() + seconds
@@ -110,23 +113,11 @@ class Page:
             time.sleep(0.05)
         return found
 
-    def watch(self, expression: str, until: Callable[[Any], bool], seconds: float = 60) -> list[Any]:
-        """The values that an expression takes until one is as it should be."""
-        seen: list[Any] = []
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if not seen or self.value(expression) != seen[-1]:
-                seen.append(self.value(expression))
-            if until(seen[-1]):
-                return seen
-            time.sleep(0.02)
-        raise TimeoutError(f"{expression} ended as {seen[-1]!r}")
-
     def click(self, selector: str) -> None:
         """A click of the mouse on the middle of an element."""
-        box = f"(e => {{ e.scrollIntoView({{block: 'nearest', behavior: 'instant'}}); const b = e.getBoundingClientRect(); "
-        box += f"return [b.x + b.width / 2, b.y + b.height / 2]; }})(document.querySelector({json.dumps(selector)}))"
-        x, y = self.value(box)
+        scroll = "e.scrollIntoView({block: 'nearest', behavior: 'instant'})"
+        box = "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]"
+        x, y = self.of(selector, f"(() => {{ {scroll}; {box}; }})()")
         for kind in ("mousePressed", "mouseReleased"):
             self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
@@ -149,9 +140,7 @@ class Page:
     def look(self, width: int, height: int, scheme: str) -> None:
         """The size of the window, and light or dark."""
         mobile = width < 600
-        self.ask(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
-        )
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
         self.ask("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value=scheme)])
 
     def screenshot(self, out: Path) -> Path:

@@ -1,7 +1,7 @@
 // The page's modules without a browser: run by test_page.py with `node --test`.
 
 import assert from "node:assert/strict";
-import {readFileSync} from "node:fs";
+import {readFileSync, writeFileSync} from "node:fs";
 import test from "node:test";
 
 const page = new URL("../../jaxsteer/serve/page/", import.meta.url);
@@ -95,6 +95,27 @@ test("steering is said as the server reads it", () => {
   assert.deepEqual(server.steeringOf(s.newColumn("a", latents)), {edits: [{latents: [3, 17], operation: "calibrate", amount: 4}]});
 });
 
+test("columns are what they say, also where the server steers", async () => {
+  const site = "blocks.1.hook_resid_post", vector = {
+    name: "p.gguf", operation: "add", sites: [site], site: null, coefficient: 2, units: "vector", values: {}, norms: {[site]: 3}, mean_resid_norm: {}, sign: "up",
+    gate: null, default: true, axis: false, scale: {}, calibration: {},
+  };
+  const axis = {...vector, name: "axis", axis: true, scale: {[site]: {roles: -1, default: 3}}, calibration: {[site]: {25: 2}}};
+  const cap = {...vector, name: "cap", operation: "floor", coefficient: null, values: {[site]: 1}}, cache = {...vector, name: "cache", operation: "cache"};
+  const plain = s.newColumn("a"), steered = s.newColumn("b", {kind: "vector", vector: "p.gguf", strength: 2});
+  for (const active of [true, false]) {
+    const held = {data: [vector, axis, cap, cache], active, files: ["p.gguf", "q.npy"], sae: null};
+    globalThis.fetch = async path => new Response(JSON.stringify(path === "v1/models" ? {data: [{id: "m"}]} : held));
+    const offered = await server.describe();
+    assert.deepEqual([offered.model, offered.vectors.map(one => one.name), offered.caps.map(one => one.name), offered.files], ["m", ["p.gguf", "axis"], ["cap"], ["q.npy"]]);
+    assert.deepEqual(offered.along.map(one => one.name), ["axis", "p.gguf", "cap"]);
+    assert.deepEqual(offered.along[0].marks(site), [{value: -1, name: "roles"}, {value: 3, name: "Assistant"}]);
+    assert.deepEqual(offered.vectors.map(one => one.reach), [{low: -12, high: 12, usual: 0}, {low: -5, high: 7, usual: 2}]);
+    assert.deepEqual(server.askedOf(plain), active ? {edits: [], merge: false} : null);
+    assert.deepEqual(server.askedOf(steered), {edits: [{vector: "p.gguf", coefficient: 2}], ...active ? {merge: false} : {}});
+  }
+});
+
 test("tokens are found in their text", () => {
   const joined = (words, pieces) => spansOf(words, pieces).map(([from, to]) => words.slice(from, to));
   assert.deepEqual(joined("I am a cat.", ["I", " am", " a", " cat", "."]), ["I", " am", " a", " cat", "."]);
@@ -128,7 +149,7 @@ test("code holds the request, whatever stands in it", () => {
   assert.ok(python.includes('extra_body={"steering": ') && python.includes('os.environ["JAXSTEER_KEY"]') && !python.includes("stream"));
   assert.equal(literal([true, null, {a: [1, "x"]}]), "[True, None, {\"a\": [1, \"x\"]}]");
   assert.equal(literal(["x".repeat(50), {a: "y".repeat(50)}]), `[\n    "${"x".repeat(50)}",\n    {"a": "${"y".repeat(50)}"},\n]`);
-  console.log("PYTHON:" + JSON.stringify({python, body}));
+  if (process.env.PYTHON_OUT) writeFileSync(process.env.PYTHON_OUT, JSON.stringify({python, body}));
 });
 
 test("events come whole, however they are cut", async () => {

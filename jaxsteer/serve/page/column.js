@@ -4,7 +4,7 @@ import {button, fillSelect, make} from "./elements.js";
 import {colourTokens} from "./colour.js";
 import {BOUNDS, KINDS, OPERATIONS, PLACES, nameOf, settingOf, short} from "./session.js";
 
-const FINISHED = {stop: "", length: "cut at the longest reply", cancelled: "stopped", timeout: "out of time", content_filter: "cut"};
+const FINISHED = {stop: "", length: "cut by length", cancelled: "stopped", timeout: "out of time", content_filter: "cut"};
 
 export class Column {
   /** act: what the page does on behalf of a column: changed, used, load, remove, again, rerun, editUser, editReply. */

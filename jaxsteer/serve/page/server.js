@@ -188,7 +188,7 @@ export async function ready(tell) {
     if (answer.ok) return;
     const {compiling} = await answer.json().catch(() => ({}));
     tell(compiling || "its programs");
-    await new Promise(resolve => setTimeout(resolve, 700));
+    await new Promise(resolve => setTimeout(resolve, 1500));
   }
 }
 
