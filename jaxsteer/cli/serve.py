@@ -24,7 +24,7 @@ SHORTEST_KEY = 16
 class Serve:
     """Serve a model over HTTP: the OpenAI API with a field `steering`, projections, and a chat page at /.
 
-    Needs the extra: pip install 'jaxsteer[serve]'.
+    Needs the extra: pip install '.[serve]'.
     """
 
     model: str = "organism:llama"
@@ -55,7 +55,7 @@ class Serve:
             from jaxsteer.serve.app import make_app, make_server
             from jaxsteer.serve.guards import is_loopback
         except ImportError as error:
-            raise UserError(f"{error.name} is not installed: pip install 'jaxsteer[serve]'") from None
+            raise UserError(f"{error.name} is not installed: pip install '.[serve]'") from None
         from jaxsteer.engine import Engine
         from jaxsteer.runs.bars import load
 
