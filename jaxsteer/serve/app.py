@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,21 @@ def make_app(engine: Engine, library: Library, *, host: str = "127.0.0.1", key: 
     words = Words(engine.model)
     completions = Completions(engine, library, words)
     reading = Reading(engine, library, words)
-    started = {"created": 0}
+    served = {
+        "id": engine.model.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "jaxsteer",
+        "max_model_len": engine.context,
+    }
 
     async def models(request: HttpRequest) -> Response:
-        one = {"id": engine.model.name, "object": "model", **started, "owned_by": "jaxsteer",
-               "max_model_len": engine.context}  # fmt: skip
-        return JSONResponse({"object": "list", "data": [one]})
+        return JSONResponse({"object": "list", "data": [served]})
 
     async def model(request: HttpRequest) -> Response:
         if request.path_params["name"] != engine.model.name:
             raise Refused("There is no such model here.", status=404, param="model", code="model_not_found")
-        return JSONResponse({"id": engine.model.name, "object": "model", **started, "owned_by": "jaxsteer"})
+        return JSONResponse(served)
 
     async def health(request: HttpRequest) -> Response:
         status = engine.status

@@ -350,7 +350,8 @@ def test_tokens_there_and_back(client: Client) -> None:
 def test_models_health_metrics_page(client: Client) -> None:
     listed = client.good("/v1/models")
     assert listed["object"] == "list" and listed["data"][0]["id"] == "organism:llama"
-    assert client.good("/v1/models/organism:llama")["object"] == "model"
+    assert client.good("/v1/models/organism:llama") == listed["data"][0]
+    assert abs(listed["data"][0]["created"] - time.time()) < 3600  # when the server began
     assert client.good("/health")["status"] == "ok"
     text = client.good("/metrics")
     assert "jaxsteer_requests_total" in text and "jaxsteer_waiting 0.0" in text
