@@ -20,7 +20,7 @@ from jaxsteer.files.records import Record
 from jaxsteer.models.sharding import free_memory, size_text
 
 PACKAGES = ("jaxsteer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
-EXTRAS = {"plan": "libtpu", "parquet": "pyarrow", "parity": "torch"}
+EXTRAS = {"serve": "starlette", "plan": "libtpu", "parquet": "pyarrow", "parity": "torch"}
 """Extra of the package -> the module that tells whether it is there."""
 LITTLE_DISK = 10 * 2**30
 """Bytes below which little room for checkpoints is worth a word."""
