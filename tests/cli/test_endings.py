@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import pytest
 
-from jaxsteer.cli import commands, main, status_of
+from jaxsteer.cli import main, status_of
+from jaxsteer.cli.demo import Demo
 
 
 def interrupted() -> None:
@@ -76,7 +77,7 @@ def test_one_line_and_a_status(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(commands.Demo, "run", lambda _: run())
+    monkeypatch.setattr(Demo, "run", lambda _: run())
     assert main(["demo"]) == status
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("jaxsteer: ")
@@ -89,7 +90,7 @@ def test_one_line_and_a_status(
 def test_what_a_terminal_would_obey_is_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(commands.Demo, "run", lambda _: print("a\x1b]0;b\x07\u202e\ud800\x9bé\n\tc") or 0)
+    monkeypatch.setattr(Demo, "run", lambda _: print("a\x1b]0;b\x07\u202e\ud800\x9bé\n\tc") or 0)
     assert main(["demo"]) == 0
     assert capsys.readouterr().out == "a\\u001b]0;b\\u0007\\u202e\\ud800\\u009bé\n\tc\n"
 

@@ -23,7 +23,7 @@ MODEL = tiny_model("organism")
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxsteer.checkpoints.loading.load", lambda source, dtype=None: MODEL)
+    monkeypatch.setattr("jaxsteer.checkpoints.loading.load", lambda source, **options: MODEL)
 
 
 def test_generate_answers_arguments_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ def test_every_name_of_the_table_is_known() -> None:
     table = DOC.split("| `--objective` |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| `([^`]+)`( with `--target TEXT`)?", table, re.M)
     names = [(name.replace("\\|", "|"), " (B)" if target else None) for name, target in rows]
-    assert len(names) == 8
+    assert len(names) == 10
     for name, target in names:
         if ".py" not in name:
             assert named_objective(name, target) is not None
