@@ -125,7 +125,7 @@ def of_vectors(
     else:
         said["coefficient"] = own.coefficient if coefficient is None else coefficient
         said["units"] = own.coefficient_units
-    said["positions"] = (positions if isinstance(positions, str) else None) or own.positions or "all"
+    said["positions"] = own.positions or "all" if positions is None else positions
     if own.gate is not None:
         said["gate"] = {"site": own.gate.site, "threshold": own.gate.threshold, "sign": own.gate.sign}
     return edits, said

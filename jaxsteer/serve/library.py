@@ -75,8 +75,9 @@ class Library:
         vectors = self.loaded.get(name)
         if vectors is None:
             known = ", ".join(list(self.loaded)[:8]) or "none"
+            lies = " A file has this name: POST it to /v1/steering/load first." if name in self.files() else ""
             raise Refused(
-                f"No vectors {name[:80]!r} are loaded; these are: {known}.", param="steering", code="no_vectors"
+                f"No vectors {name[:80]!r} are loaded; these are: {known}.{lies}", param="steering", code="no_vectors"
             )
         return vectors
 
