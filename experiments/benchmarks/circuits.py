@@ -162,10 +162,8 @@ def eap_ig(model: Model, clean: np.ndarray, corrupted: np.ndarray, batch: int) -
     import eap.attribute
     import torch
     from eap.graph import Graph
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
 
-    from experiments.benchmarks.torch_peer import build
+    from experiments.benchmarks.transformer_lens_peer import build_hooked
 
     class OnCpu:
         """torch, whose zeros for "cuda" are on the CPU."""
@@ -176,20 +174,7 @@ def eap_ig(model: Model, clean: np.ndarray, corrupted: np.ndarray, batch: int) -
         def zeros(self, *sizes: Any, device: str, **options: Any) -> Any:
             return torch.zeros(*sizes, **options)
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    c = model.config
-    config = HookedTransformerConfig(
-        n_layers=c.n_layers, d_model=c.d_model, n_ctx=256, d_head=c.d_head, n_heads=c.n_heads, d_mlp=c.d_mlp,
-        d_vocab=c.vocab_size, act_fn="silu", gated_mlp=True, normalization_type="RMS", eps=c.norm_eps,
-        positional_embedding_type="rotary", rotary_base=int(c.ropes[0].theta), rotary_dim=c.d_head,
-        rotary_adjacent_pairs=False, final_rms=True, original_architecture="LlamaForCausalLM", device="cpu",
-        use_attn_result=True, use_split_qkv_input=True, use_hook_mlp_in=True,
-    )  # fmt: skip
-    net = HookedTransformer(config)
-    state = convert_llama_weights(build(c, model.params), config)
-    net.load_and_process_state_dict(
-        state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-    )
+    net = build_hooked(model, use_attn_result=True, use_split_qkv_input=True, use_hook_mlp_in=True)
     one = metric(len(clean))
     pairs = torch.tensor(np.stack([one.plus, one.minus], 1).astype(np.int64))
     eap.attribute.torch = OnCpu()

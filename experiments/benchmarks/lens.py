@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -46,24 +45,10 @@ def ours(model: Model, texts: np.ndarray) -> dict[str, np.ndarray]:
 def cache_then_loop(model: Model) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """The same by TransformerLens."""
     import torch
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
 
-    from experiments.benchmarks.torch_peer import build
+    from experiments.benchmarks.transformer_lens_peer import build_hooked
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    c = model.config
-    config = HookedTransformerConfig(
-        n_layers=c.n_layers, d_model=c.d_model, n_ctx=256, d_head=c.d_head, n_heads=c.n_heads, d_mlp=c.d_mlp,
-        d_vocab=c.vocab_size, act_fn="silu", gated_mlp=True, normalization_type="RMS", eps=c.norm_eps,
-        positional_embedding_type="rotary", rotary_base=int(c.ropes[0].theta), rotary_dim=c.d_head,
-        rotary_adjacent_pairs=False, final_rms=True, original_architecture="LlamaForCausalLM", device="cpu",
-    )  # fmt: skip
-    net = HookedTransformer(config)
-    net.load_and_process_state_dict(
-        convert_llama_weights(build(c, model.params), config), fold_ln=False, center_writing_weights=False,
-        center_unembed=False, fold_value_biases=False,
-    )  # fmt: skip
+    c, net = model.config, build_hooked(model)
     names = ["blocks.0.hook_resid_pre", *(f"blocks.{i}.hook_resid_post" for i in range(c.n_layers))]
 
     def batch(ids: Any) -> list[Any]:

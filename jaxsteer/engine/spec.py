@@ -137,6 +137,8 @@ def _ours(
     if "vector" in item:
         refuse_unknown(item, ("vector", "sites", "coefficient", "units", "operation", "value", "positions"), "field")
         sites = _texts(item.get("sites", ()), "sites")
+        if "sites" in item and not sites:
+            raise UserError("sites is an empty list: name sites, or leave it out for those of the file")
         units = item.get("units")
         if units not in (None, "vector", "mean_resid_norm"):
             raise UserError(f'units are "vector" or "mean_resid_norm", got {_kind(units)}')

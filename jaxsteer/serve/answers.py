@@ -77,7 +77,7 @@ class Answer:
         choices = []
         for i, end in enumerate(ends):
             choice: dict[str, Any] = {"index": i, "finish_reason": end.reason}
-            scores = None if tops is None else self._scores(end, tops, echo)
+            scores = None if tops is None else self._scores(end, tops, asked[i // n] if echo else None)
             if self.chat:
                 choice["message"] = {"role": "assistant", "content": end.text, "refusal": None}
             else:
@@ -98,10 +98,18 @@ class Answer:
             return prompt
         return str(self.model.tokenizer.decode(prompt, clean_up_tokenization_spaces=False))
 
-    def _scores(self, end: Finished, tops: int, echo: bool) -> dict[str, Any]:
+    def _scores(self, end: Finished, tops: int, echoed: str | list[int] | None) -> dict[str, Any]:
+        """``echoed`` is the prompt as it was given, where it stands before the text."""
         if self.chat:
             return self.chat_scores(_without_stop(end), tops)
-        return self.text_scores([*(end.prompt_scores if echo else ()), *end.scores], tops)
+        if echoed is None:
+            return self.text_scores(end.scores, tops)
+        scores = [*end.prompt_scores, *end.scores]
+        first = self.words(scores[0].token)[0]
+        added = isinstance(echoed, str) and scores[0].token in self.model.tokenizer.all_special_ids
+        # A token that the tokenizer put before a text is not in it.
+        begin = -len(first) if added and not str(echoed).startswith(first) else 0
+        return self.text_scores(scores, tops, begin)
 
     def chat_scores(self, scores: Sequence[Scored], tops: int) -> dict[str, Any]:
         """In the form of chat completions."""
@@ -117,16 +125,19 @@ class Answer:
             "refusal": None,
         }
 
-    def text_scores(self, scores: Sequence[Scored], tops: int, start: int = 0) -> dict[str, Any]:
-        """In the form of completions. A token's own number is among the most likely ones where it is one of them."""
+    def text_scores(self, scores: Sequence[Scored], tops: int, begin: int = 0) -> dict[str, Any]:
+        """In the form of completions. A token's own number is among the most likely ones where it is one of them.
+
+        The first token begins at ``begin`` of the text; one before the text is told to begin where the text does.
+        """
         texts = [self.words(s.token)[0] for s in scores]
-        offsets = [start]
+        offsets = [begin]
         for text in texts:
             offsets.append(offsets[-1] + len(text))
         return {
             "tokens": texts, "token_logprobs": [s.log_prob for s in scores],
             "top_logprobs": [None if s.log_prob is None else self._top(s, tops) for s in scores] if tops else None,
-            "text_offset": offsets[:-1],
+            "text_offset": [max(offset, 0) for offset in offsets[:-1]],
         }  # fmt: skip
 
     def _top(self, score: Scored, tops: int) -> dict[str, float]:
@@ -143,11 +154,11 @@ class Answer:
         """The first chunk of a choice: the role, and what was applied."""
         return self._chunk(index, {"role": "assistant", "content": ""}, None) | {"x_jaxsteer": dict(self.extra)}
 
-    def part(self, index: int, piece: Piece, tops: int | None) -> dict[str, Any]:
-        """A chunk of text."""
+    def part(self, index: int, piece: Piece, tops: int | None, begin: int) -> dict[str, Any]:
+        """A chunk of text, which begins at ``begin`` of the whole."""
         scores = None
         if tops is not None:
-            scores = self.chat_scores(piece.scores, tops) if self.chat else self.text_scores(piece.scores, tops)
+            scores = self.chat_scores(piece.scores, tops) if self.chat else self.text_scores(piece.scores, tops, begin)
         if self.chat:
             return self._chunk(index, {"content": piece.text}, None, scores)
         return self._text(index, piece.text, None, scores)

@@ -107,6 +107,7 @@ class Completions:
                 for index in range(running.count):
                     yield event(answer.begin(index) | none)
             ends: dict[int, Finished] = {}
+            said = [0] * running.count
             while len(ends) < running.count:
                 take = asyncio.create_task(running.queue.get())
                 await asyncio.wait({take, watch}, return_when=asyncio.FIRST_COMPLETED)
@@ -115,7 +116,8 @@ class Completions:
                     return
                 index, what = take.result()
                 if isinstance(what, Piece):
-                    yield event(answer.part(index, what, asked.tops) | none)
+                    yield event(answer.part(index, what, asked.tops, said[index]) | none)
+                    said[index] += len(what.text)
                     continue
                 ends[index] = what
                 refuse_failed(what)

@@ -45,9 +45,11 @@ class Reading:
     def _project(self, body: Mapping[str, Any]) -> dict[str, Any]:
         library = self.library
         steered = library.steered(body["steering"]) if body.get("steering") is not None else None
-        names = body.get("vectors") or ([library.axis] if library.axis else list(library.loaded)[:1])
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > 16:
-            raise Refused("vectors must be a list of at most 16 names.", param="vectors")
+        names = body.get("vectors")
+        if names is None:
+            names = [library.axis] if library.axis else list(library.loaded)[:1]
+        elif not isinstance(names, list) or not all(isinstance(n, str) for n in names) or not 1 <= len(names) <= 16:
+            raise Refused("vectors must be a list of 1 to 16 names; leave it out for the axis.", param="vectors")
         if not names:
             raise Refused("No vectors are loaded to project on: POST /v1/steering/load.", param="vectors")
         text = self._text(body)

@@ -164,6 +164,23 @@ def test_streams_say_what_answers_say(client: Client) -> None:
         assert event["object"] == "text_completion" and "text" in event["choices"][0]
 
 
+@pytest.mark.parametrize("prompt", ["The radio plays", "<|bos|>The radio plays"])
+def test_tokens_stand_where_their_offsets_say(client: Client, prompt: str) -> None:
+    """A token that the tokenizer adds before a text is not in the text; chunks of a stream count on."""
+    body = {"prompt": prompt, "temperature": 0, "max_tokens": 8, "logprobs": 1}
+    choice = client.good("/v1/completions", body | {"echo": True})["choices"][0]
+    scores = choice["logprobs"]
+    at = list(zip(scores["tokens"], scores["text_offset"], strict=True))
+    assert scores["tokens"][0] == "<|bos|>" and at[0][1] == 0
+    for token, offset in at[0 if prompt.startswith("<") else 1 :]:
+        if offset < len(choice["text"]):  # a stop token is told, and not said
+            assert choice["text"][offset : offset + len(token)] == token
+    whole = client.good("/v1/completions", body)["choices"][0]["logprobs"]
+    parts = [chunk["choices"][0]["logprobs"] for chunk in client.stream("/v1/completions", body)[:-1]]
+    streamed = [offset for part in parts if part for offset in part["text_offset"]]
+    assert streamed == whole["text_offset"] and len(streamed) > 1
+
+
 def test_echo_and_log_probs_as_harnesses_read_them(client: Client) -> None:
     """One generated token behind the prompt, the first entry null, numbers in both lists the very same."""
     model = client.engine.model
@@ -220,6 +237,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("/tokenize", {"text": "a"}, "no field 'text'"),
     ("/detokenize", {"tokens": [-1]}, "tokens"),
     ("/v1/project", {"text": "a", "vectors": ["nothing"]}, "No vectors 'nothing'"),
+    ("/v1/project", {"text": "a", "vectors": []}, "1 to 16 names"),
     ("/v1/project", {"text": "a", "vectors": ["push.safetensors"], "sites": ["blocks.1.hook_resid_post"]}, "no vector"),
     ("/v1/steering/load", {"path": "x"}, "name"),
     ("/v1/steering/load", {"name": "broken.safetensors"}, "broken"),
@@ -237,6 +255,7 @@ STEERING: list[tuple[Any, str]] = [
         "no vector",
     ),
     ({"edits": [{"vector": "push.safetensors", "positions": "everywhere"}]}, "positions"),
+    ({"edits": [{"vector": "push.safetensors", "sites": []}]}, "empty list"),
     ({"edits": [{"vector": "push.safetensors", "units": "mean_resid_norm"}]}, "mean norm"),
     ({"edits": [{"vector": "cap.safetensors", "coefficient": 2}]}, "no coefficient"),
     ({"edits": [inline(1) | {"site": "blocks.9.hook_resid_post"}]}, "blocks"),
