@@ -16,12 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from jaxsteer.engine import device
 from jaxsteer.engine.table import SELECTORS, Table, empty
+from jaxsteer.models.decoding import CACHE_SPEC
 from jaxsteer.models.model import Model
 from jaxsteer.models.roles import UNKNOWN, Roles
 from jaxsteer.models.sampling import Decoding, Sampling, make_sampling, of_rows
+from jaxsteer.models.sharding import place
 from jaxsteer.models.taps import Where
 
 log = logging.getLogger(__name__)
@@ -59,6 +62,17 @@ class Programs:
         """Programs made so far."""
         return len(self._seen)
 
+    def _placed(self, tree: Any) -> Any:
+        """Rows or a room on the model's devices: arrays of one kind, so that each program is compiled once.
+
+        What came from the host, from a program without weights, or from one with weights would be three kinds.
+        """
+
+        def where(a: Any) -> jax.sharding.Sharding:
+            return place(self.model.mesh, CACHE_SPEC if np.ndim(a) == 5 else P(), np.shape(a))
+
+        return jax.device_put(tree, jax.tree.map(where, tree))
+
     @contextlib.contextmanager
     def _said(self, name: str, *sizes: int) -> Iterator[None]:
         """Say what is compiled where it is new."""
@@ -92,13 +106,14 @@ class Programs:
     def blank(self, rows: int, slots: int) -> device.Rows:
         """An empty batch."""
         with self._said("blank", rows, slots):
-            return device.blank(
+            made = device.blank(
                 self.model.config, rows=rows, slots=slots, vocab=self.vocab, dtype=self.dtype, mesh=self.model.mesh
             )
+            return self._placed(made)
 
     def room(self, slots: int) -> device.Room:
         """Room for one row."""
-        return device.empty_room(self.model.config, slots=slots, dtype=self.dtype)
+        return self._placed(device.empty_room(self.model.config, slots=slots, dtype=self.dtype))
 
     def extend(
         self, room: device.Room, tokens: np.ndarray, mask: np.ndarray | None, table: Table | None
@@ -154,7 +169,7 @@ class Programs:
             with self._said("fit", own, slots):
                 one = dataclasses.replace(one, room=device.fit(one.room, slots=slots))
         with self._said("put", len(rows.token), slots):
-            return device.put(rows, one, np.int32(at), mesh=self.model.mesh)
+            return device.put(rows, self._placed(one), np.int32(at), mesh=self.model.mesh)
 
     def take(self, rows: device.Rows, at: int) -> device.Rows:
         """A row out of its place."""

@@ -219,6 +219,24 @@ def test_sixty_four_rows_in_any_order(model: jaxsteer.Model, engine: Engine) -> 
     close(one_by_one, expected[::7])
 
 
+def test_the_first_requests_compile_nothing(model: jaxsteer.Model, compile_counter: type) -> None:
+    """All programs were made at start, also those of arrays that have been through other programs before."""
+    vector = np.random.default_rng(0).standard_normal(128)
+    prompt, short = ask(model), Decoding(temperature=0, max_new_tokens=4)
+    plain = Request(prompt=prompt, decoding=short)
+    steered = Request(prompt=prompt, decoding=short, edits=steer.add("blocks.1.hook_resid_post", vector, 2.0))
+    scored = Request(prompt=prompt, decoding=Decoding(max_new_tokens=4, seed=1), tops=2, echo=True)
+    with Engine(model, EngineOptions(rows=2, context=128)) as engine:
+        assert engine.wait_ready(120)
+        engine.programs.sampling(short, 0)  # settings become arrays by small programs of jax.numpy
+        with compile_counter() as count:
+            for rows in ([plain], [steered], [scored], [plain, steered], [scored, plain, steered]):
+                engine.run(rows)
+    assert (
+        not {"extend", "score", "masks", "put", "take", "advance", "fit", "lay", "cut", "blank"} & count.names().keys()
+    )
+
+
 @pytest.mark.parametrize("many", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_request_compiles_anything(many: int, model: jaxsteer.Model, engine: Engine, compile_counter: type) -> None:
     """Requests with a vector, layer, strength, operation, position, seed and prompt of their own."""
