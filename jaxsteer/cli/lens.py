@@ -35,13 +35,13 @@ class Read(Reading, LensOptions):
 
     def run(self) -> int:
         """Read and print."""
-        from jaxsteer.lens.pushes import persona_texts, read_pushed
+        from jaxsteer.lens.pushes import persona_questions, read_pushed
         from jaxsteer.lens.tuned_lens_files import load_lens
         from jaxsteer.personas import load_persona
         from jaxsteer.runs.bars import load, progress_bar
         from jaxsteer.steer import load_vectors
 
-        texts = [] if self.persona is None else persona_texts(load_persona(self.persona), self.questions)
+        texts = [] if self.persona is None else persona_questions(load_persona(self.persona), self.questions)
         if self.texts or self.file or not texts:
             texts += [record.said for record in self.records()]
         model = load(self.model, dtype=self.dtype, delta=self.delta, quiet=self.json)

@@ -65,7 +65,7 @@ class Attributed:
     """Rows at once."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class LogitParts:
     """The parts of the logit of every reading, float32; a reading is a token whose next one is asked for."""
 

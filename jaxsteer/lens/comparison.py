@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from jaxsteer.display import Plot, aligned, decimals, short
 from jaxsteer.errors import UserError
 from jaxsteer.files.records import Record
-from jaxsteer.lens.result import LensReading, arrays_of, over_texts, read_arrays, spread, text_means, token_map
+from jaxsteer.lens.result import Arrays, LensReading, over_texts, spread, text_means, token_map
 from jaxsteer.ranges import Interval
 from jaxsteer.runs.result import Result
 
@@ -24,7 +24,7 @@ NAMED = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Shift(Record):
+class Shift(Arrays):
     """Differences of places and tokens, as arrays; NaN and -1 where the base has no such token."""
 
     text: Int[np.ndarray, " n"]
@@ -39,15 +39,6 @@ class Shift(Record):
     lost_ids: Int[np.ndarray, "S n k"]
     lost: Float[np.ndarray, "S n k"]
     """Below 0."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Nested lists by name."""
-        return {name: array.tolist() for name, array in arrays_of(self).items()}
-
-    @classmethod
-    def from_json(cls, record: Any, where: str = "") -> Shift:
-        """What ``to_json`` wrote, or arrays by name. Raises ``UserError`` for arrays that are missing."""
-        return cls(**read_arrays(cls, record, where))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

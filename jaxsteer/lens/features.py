@@ -5,7 +5,7 @@ vector is 1 at its entry of ``mlp.hook_post``; a head's lies in its part of ``at
 the head adds to a token's logit, before the last norm's division (and without the norm that follows attention in
 Gemma 2 and 3). Latents of sparse autoencoders have a command of their own (``jaxsteer.sae.explore``).
 
-Letters: B rows, T tokens, W width of a site, S features, D width of the stream.
+Letters: B rows, T tokens, W width of a site, F features, S these and their random ones, D width of the stream.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,14 +244,16 @@ def feature_examples(
         for site in sites:
             x = states[site].reshape(*ids.shape, -1)
             keep = usable(x, jnp.asarray(ids), jnp.asarray(mask), bos)
-            values, total, squares, top, count = to_host(_values(x, keep, jnp.asarray(by_site[site], jnp.float32)))
+            values, total, squares, top, count = to_host(
+                _values(x, keep, jnp.asarray(by_site[site], jnp.float32), every=1 + options.controls)
+            )
             sums[site] += total, squares
             largest[site] = np.maximum(largest[site], top)
             counted[site] += int(count)
             for i, one in enumerate(features):
                 if one.site == site:
-                    at = _column(features, i, options.controls)
-                    keep_strongest(best[i], ids, mask, values[:, :, at], detail, least=-np.inf)
+                    own = _column(features, i, 0)
+                    keep_strongest(best[i], ids, mask, values[:, :, own], detail, least=-np.inf)
         if not counted[sites[0]]:
             raise UserError(f"the text holds no usable activation at {sites[0]}")
         seen = min(counted.values())
@@ -279,15 +282,16 @@ def _column(features: Sequence[Feature], number: int, controls: int) -> int:
     return (1 + controls) * sum(one.site == features[number].site for one in features[:number])
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="every")
 def _values(
-    x: Float[Array, "B T W"], keep: Bool[Array, "B T"], vectors: Float[Array, "S W"]
-) -> tuple[Float[Array, "B T S"], Float[Array, " S"], Float[Array, " S"], Float[Array, " S"], Array]:
-    """Values (-inf where they do not count), their sums, sums of squares and the largest, and how many count."""
+    x: Float[Array, "B T W"], keep: Bool[Array, "B T"], vectors: Float[Array, "S W"], *, every: int
+) -> tuple[Float[Array, "B T F"], Float[Array, " S"], Float[Array, " S"], Float[Array, " S"], Array]:
+    """Values of one in ``every`` vectors (-inf where they do not count), and of all their sums, sums of squares and the
+    largest; how many tokens count."""
     found = jnp.einsum("btw,sw->bts", x.astype(jnp.float32), vectors, precision=jax.lax.Precision.HIGHEST)
     here = jnp.where(keep[..., None], found, 0.0)
     shown = jnp.where(keep[..., None], found, -jnp.inf)
-    return shown, here.sum((0, 1)), jnp.square(here).sum((0, 1)), shown.max((0, 1)), keep.sum()
+    return shown[..., ::every], here.sum((0, 1)), jnp.square(here).sum((0, 1)), shown.max((0, 1)), keep.sum()
 
 
 def _examples(model: Model, best: dict) -> tuple[Example, ...]:

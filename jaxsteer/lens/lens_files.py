@@ -12,7 +12,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import read_json
 from jaxsteer.files.npz import read_npz, write_npz
 from jaxsteer.lens.comparison import LensComparison
-from jaxsteer.lens.result import LensReading, arrays_of
+from jaxsteer.lens.result import LensReading
 from jaxsteer.processes import is_first
 from jaxsteer.runs.files import METRICS, write_json
 
@@ -29,7 +29,7 @@ def write_result(found: LensReading | LensComparison, directory: Path) -> None:
         holder, part = _inside(outline, path[:-1]), _attribute(found, path)
         if holder is not None and part is not None:
             del holder[path[-1]]
-            arrays |= {"/".join((*path, name)): array for name, array in arrays_of(part).items()}
+            arrays |= {"/".join((*path, name)): array for name, array in part.arrays().items()}
     if is_first():
         write_npz(directory / FILE, arrays)
     write_json(directory / METRICS, outline)

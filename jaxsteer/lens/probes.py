@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
+from scipy.special import expit
 
 from jaxsteer import __version__
 from jaxsteer.errors import UserError
@@ -43,7 +44,7 @@ from jaxsteer.statistics import auroc, calibration_error, difference_interval, r
 from jaxsteer.steer import Vectors
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Probes:
     """Probes at all sites and positions, and what they found."""
 
@@ -118,13 +119,13 @@ def probe(
             jnp.asarray(penalties, jnp.float32), kind=options.kind, folds=options.folds,
         )
     )  # fmt: skip
-    scores = _scores(data, found, labels, sites, options, penalties)
+    probability = expit(found["logodds"].astype(np.float64))
+    scores = _scores(data, found | {"probability": probability}, labels, sites, options, penalties)
     result = ProbeResult(
         model=model.name, kind=options.kind, positive=data.names[0], negative=data.names[1], texts=len(data.labels),
         positives=int(data.labels.sum()), groups=len(set(data.groups)), folds=options.folds, controls=options.controls,
         shuffles=options.shuffles, chosen=int(np.argmin([score.loss for score in scores])), scores=scores,
     )  # fmt: skip
-    probability = 1 / (1 + np.exp(-found["logodds"].astype(np.float64)))
     return Probes(
         result=result,
         vectors=_vectors(model, data, states, found["w"], sites, result),
@@ -220,7 +221,7 @@ def _scores(
         right = ((found["scores"][number] > 0) == (labels.columns[at] > 0)).astype(np.float64)
         true, control, mixed = right[:, 0], right[:, 1 : 1 + labels.controls], right[:, 1 + labels.controls :]
         beside = control.mean(1) if labels.controls else None
-        probability = 1 / (1 + np.exp(-found["logodds"][number].astype(np.float64)))
+        probability = found["probability"][number]
         out.append(
             ProbeScore(
                 site=site.name,

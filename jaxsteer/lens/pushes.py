@@ -19,6 +19,7 @@ from jaxsteer.lens.result import LensReading
 from jaxsteer.lens.texts import Text, rows_of_texts
 from jaxsteer.lens.tuned_lens import TunedLens
 from jaxsteer.models.model import Model
+from jaxsteer.models.roles import Rendered
 from jaxsteer.personas import Persona
 from jaxsteer.prompts import allowed_tokens, with_system
 from jaxsteer.ranges import CountFrom0, Seed, check_ranges
@@ -87,7 +88,7 @@ def read_pushed(
     def found() -> LensReading | LensComparison:
         if steer is None and not options.prompt:
             return read(model, rows, **common)
-        run, base, controls = _sides(model, texts, steer, against, edits_of, options)
+        run, base, controls = _sides(model, texts, rows, steer, against, edits_of, options)
         return compare(model, run, base, controls=controls, **common)
 
     if out is None:
@@ -101,7 +102,7 @@ def read_pushed(
     return result
 
 
-def persona_texts(persona: Persona, count: int) -> list[Text]:
+def persona_questions(persona: Persona, count: int) -> list[Text]:
     """The first ``count`` different questions of a persona, as conversations that the assistant is to answer."""
     asked = [*(item.asked for item in persona.items), *persona.ask]
     questions = list(dict.fromkeys(asked))[:count]
@@ -128,13 +129,13 @@ def chosen_tokens(model: Model, texts: Sequence[str]) -> tuple[int, ...]:
 def _sides(
     model: Model,
     texts: Sequence[Text],
+    plain: Sequence[Rendered],
     steer: Vectors | None,
     against: Vectors | None,
     edits_of: Callable[[Vectors], Edits],
     options: LensOptions,
 ) -> tuple[Side, Side, list[Side]]:
-    """The run, what it is compared with, and the controls of the run."""
-    plain = rows_of_texts(model, texts)
+    """The run, what it is compared with, and the controls of the run; ``plain`` are the texts in token space."""
 
     def prompted(prompt: str) -> list[Any]:
         if any(isinstance(text, str) for text in texts):

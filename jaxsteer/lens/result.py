@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -26,8 +26,35 @@ WRITTEN = 48
 """Tokens up to which a figure has the words in its cells."""
 
 
+A = TypeVar("A", bound="Arrays")
+
+
+class Arrays(Record):
+    """Base of dataclasses of arrays: integers where an annotation says Int, else float32."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested lists by name."""
+        return {name: array.tolist() for name, array in self.arrays().items()}
+
+    @classmethod
+    def from_json(cls: type[A], record: Any, where: str = "") -> A:
+        """What ``to_json`` wrote, or arrays by name; null is NaN. Raises ``UserError`` for arrays that are missing."""
+        found = {}
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            whole = str(field.type).startswith("Int")
+            try:
+                found[field.name] = np.asarray(record[field.name], np.int32 if whole else np.float32)
+            except (KeyError, TypeError, ValueError):
+                raise UserError(f"{where or cls.__name__}.{field.name} is missing, or is no array of numbers") from None
+        return cls(**found)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Cells(Record):
+class Cells(Arrays):
     """Statistics of places and tokens, as arrays. In nats; ranks count the tokens that are more likely, from 0."""
 
     ids: Int[np.ndarray, " n"]
@@ -46,40 +73,18 @@ class Cells(Record):
     chosen_ranks: Int[np.ndarray, "S n c"]
     chosen_log_probs: Float[np.ndarray, "S n c"]
 
-    def to_json(self) -> dict[str, Any]:
-        """Nested lists by name."""
-        return {name: array.tolist() for name, array in arrays_of(self).items()}
-
     @classmethod
     def from_json(cls, record: Any, where: str = "") -> Cells:
         """What ``to_json`` wrote, or arrays by name. Raises ``UserError`` for arrays that are missing or misshapen."""
-        return _checked(cls(**read_arrays(cls, record, where)), where)
-
-
-def arrays_of(cells: Any) -> dict[str, np.ndarray]:
-    """The arrays of a dataclass of arrays, by name."""
-    return {field.name: getattr(cells, field.name) for field in dataclasses.fields(cells)}
-
-
-def read_arrays(kind: Any, record: Any, where: str) -> dict[str, np.ndarray]:
-    """The fields of a dataclass of arrays from lists or arrays by name; null is NaN."""
-    found = {}
-    for field in dataclasses.fields(kind):
-        whole = str(field.type).startswith("Int")
-        try:
-            found[field.name] = np.asarray(record[field.name], np.int32 if whole else np.float32)
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{where or kind.__name__}.{field.name} is missing, or is no array of numbers") from None
-    return found
-
-
-def _checked(cells: Cells, where: str) -> Cells:
-    shape = cells.entropy.shape
-    fitting = len(shape) == 2 and cells.ids.shape == cells.text.shape == shape[1:]
-    fitting &= all(array.shape[:2] == shape for name, array in arrays_of(cells).items() if name not in ("ids", "text"))
-    if not fitting:
-        raise UserError(f"{where or 'Cells'}: the arrays are not of the same places and tokens")
-    return cells
+        cells = super().from_json(record, where)
+        shape = cells.entropy.shape
+        fitting = len(shape) == 2 and cells.ids.shape == cells.text.shape == shape[1:]
+        fitting &= all(
+            array.shape[:2] == shape for name, array in cells.arrays().items() if name not in ("ids", "text")
+        )
+        if not fitting:
+            raise UserError(f"{where or 'Cells'}: the arrays are not of the same places and tokens")
+        return cells
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +163,7 @@ class LensReading(Result):
         here = self.cells.text == text
         flat = ("ids", "text")
         return Cells(**{
-            name: array[here] if name in flat else array[:, here] for name, array in arrays_of(self.cells).items()
+            name: array[here] if name in flat else array[:, here] for name, array in self.cells.arrays().items()
         })  # fmt: skip
 
     def to_rows(self) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxsteer.errors import UserError
-from jaxsteer.lens.pushes import persona_texts
+from jaxsteer.lens.pushes import persona_questions
 from jaxsteer.lens.texts import rows_of_texts
 from jaxsteer.models.model import Model
 from jaxsteer.personas import load_persona
@@ -79,7 +79,7 @@ def _replies(
         return [[int(i) for i in row["ids"]] for row in kept[1:]]
     if kept:
         raise UserError(f"{path} holds other replies: give another --out, or delete it")
-    questions = persona_texts(load_persona(persona), count)
+    questions = persona_questions(load_persona(persona), count)
     prompts = rows_of_texts(model, questions)
     drawn = [prompts[i % len(prompts)] for i in range(count)]
     say(f"{model.name} writes {count} replies to {len(prompts)} questions of {persona}")

@@ -53,7 +53,7 @@ ROWS = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValueOptions:
-    """How the wanted output of the MLP is sought. Defaults are those of the papers, scaled as this module says."""
+    """How the wanted output of the MLP is sought. Where nothing else is said, defaults are those of the papers."""
 
     steps: Annotated[int, Range(1, 1000)] = 60
     """Steps of Adam, at most. (The papers: 20 to 25 longer ones, which find larger changes.)"""
