@@ -63,11 +63,12 @@ class Along:
 def along_of(
     model: Model,
     text: Rendered,
-    units: Float[np.ndarray, "s D"],
+    units: Sequence[Float[np.ndarray, " D"]],
     sites: Sequence[str],
     edits: Intervention | None = None,
 ) -> Along:
-    """<h, u> at every token of a text for the unit vector u of each site; a program per length's bucket and sites.
+    """<h, u> at every token of a text for unit vectors u, each at its site, in one pass; a site may come several times.
+    There is a program for each bucket of lengths and each set of sites.
 
     Raises ``UserError`` for a text longer than the model's positions and for edits that no table holds.
     """
@@ -80,7 +81,7 @@ def along_of(
 
     def read(own: Intervention | None) -> Float[np.ndarray, "s T"]:
         found: dict[str, Array] = runs.capture(
-            model, tokens, list(sites), mask, edits=own, prompt_length=length, roles=roles
+            model, tokens, list(dict.fromkeys(sites)), mask, edits=own, prompt_length=length, roles=roles
         )
         states = np.stack([np.asarray(found[site], np.float64)[0, :n] for site in sites])
         return np.einsum("std,sd->st", states, np.asarray(units, np.float64))

@@ -148,7 +148,7 @@ def _ours(
             raise UserError(f"{vectors.operation} has values of its own and takes no coefficient")
         return of_vectors(
             vectors, item["vector"], sites=sites, coefficient=coefficient, units=units,
-            positions=_positions(item.get("positions"), vectors),
+            positions=_positions(item.get("positions")),
         )  # fmt: skip
     if "latents" in item:
         return _latents(item, sae)
@@ -211,7 +211,7 @@ def _inline(item: Mapping[str, Any], model: Model) -> tuple[Intervention, dict[s
     return edit, said | {"positions": positions or "all"}
 
 
-def _positions(given: Any, vectors: Vectors | None = None) -> str | list[int] | None:
+def _positions(given: Any) -> str | list[int] | None:
     if given is None:
         return None
     if isinstance(given, list) and given and all(isinstance(p, int) and not isinstance(p, bool) for p in given):

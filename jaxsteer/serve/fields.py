@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import secrets
 from collections.abc import Mapping
 from typing import Any
 
 from jaxsteer.errors import UserError
+from jaxsteer.files import parse_json
 from jaxsteer.models.sampling import Decoding
 from jaxsteer.serve.errors import Refused
 
@@ -68,9 +68,11 @@ class Asked:
 def read_json(body: bytes) -> dict[str, Any]:
     """The object that a body holds. Raises ``Refused``."""
     try:
-        found = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"The body is not JSON: {str(error)[:120]}", code="not_json") from None
+        found = parse_json(body.decode(), "the body")
+    except UnicodeDecodeError:
+        raise Refused("The body is no text: it has to be UTF-8.", code="not_json") from None
+    except UserError as error:
+        raise Refused(f"The body is not JSON as it has to be: {str(error)[:200]}", code="not_json") from None
     if not isinstance(found, dict):
         raise Refused("The body must be a JSON object.")
     return found
@@ -130,8 +132,10 @@ def _asked(body: Mapping[str, Any], tokens: str, warnings: tuple[str, ...], *, l
     stream = _flag(body, "stream")
     if options and not stream:
         raise Refused("stream_options needs stream: true.", param="stream_options")
+    if (top_p := _number(body, "top_p", 1.0, 0, 1)) <= 0:
+        raise Refused("top_p must be above 0.", param="top_p")
     decoding: dict[str, Any] = dict(
-        temperature=_number(body, "temperature", 1.0, 0, 100), top_p=_number(body, "top_p", 1.0, 0, 1),
+        temperature=_number(body, "temperature", 1.0, 0, 100), top_p=top_p,
         top_k=_whole(body, "top_k", 0, 1 << 20) or 0, stop=_stops(body.get("stop")),
         seed=secrets.randbits(31) if seed is None else seed % (1 << 63),
     )  # fmt: skip

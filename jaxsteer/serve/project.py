@@ -53,16 +53,20 @@ class Reading:
         if not names:
             raise Refused("No vectors are loaded to project on: POST /v1/steering/load.", param="vectors")
         text = self._text(body)
-        edits = None if steered is None else steered.edits
         try:
+            places = [(name, library.find(name), site) for name in names for site in self._sites(name, body)]
+            along = [units(vectors, [site])[0] for _, vectors, site in places]
             with self._one:
-                results = [r for name in names for r in self._results(name, body.get("sites"), text, edits)]
+                edits = None if steered is None else steered.edits
+                found = along_of(self.engine.model, text, along, [site for *_, site in places], edits)
         except UserError as error:
-            raise Refused(str(error)) from None
+            raise Refused(str(error), param="sites" if "sites" in body else "vectors") from None
+        turns = by_turn(text, found)
+        results = [_result(name, vectors, site, s, found, turns) for s, (name, vectors, site) in enumerate(places)]
         made: dict[str, Any] = {
             "object": "projection", "model": self.engine.model.name, "count": len(text.ids),
-            "results": [one for one, _ in results], "edits": [] if steered is None else list(steered.applied),
-            "tokens_edited": results[0][1],
+            "results": results, "edits": [] if steered is None else list(steered.applied),
+            "tokens_edited": found.touched,
         }  # fmt: skip
         if body.get("tokens", True):
             made["tokens"] = [
@@ -77,16 +81,14 @@ class Reading:
                 del one["along"], one["along_edited"]
         return made
 
-    def _results(self, name: str, asked: Any, text: Rendered, edits: Any) -> list[tuple[dict[str, Any], int]]:
-        vectors = self.library.find(name)
+    def _sites(self, name: str, body: Mapping[str, Any]) -> list[str]:
+        """The sites at which one of the vectors is asked for."""
+        vectors, asked = self.library.find(name), body.get("sites")
         own = vectors.metadata.get("site")
         sites = asked if asked is not None else [own] if own else list(vectors.sites)
         if not isinstance(sites, list) or not all(isinstance(s, str) for s in sites) or not 0 < len(sites) <= 128:
             raise Refused("sites must be a list of names of sites.", param="sites")
-        sites = list(vectors.at(sites).sites)
-        found = along_of(self.engine.model, text, units(vectors, sites), sites, edits)
-        turns = by_turn(text, found)
-        return [(_result(name, vectors, site, s, found, turns), found.touched) for s, site in enumerate(sites)]
+        return list(vectors.at(sites).sites)
 
     def _text(self, body: Mapping[str, Any]) -> Rendered:
         tokenizer, model = self.engine.model.tokenizer, self.engine.model
