@@ -40,6 +40,11 @@ def load_lens(folder: str | os.PathLike[str], model: Model, *, any_weights: bool
     folder = Path(folder)
     if (folder / TRAINED / PARAMS).is_file():
         folder = folder / TRAINED
+    if folder.is_dir() and not (folder / PARAMS).is_file():
+        raise UserError(
+            f"{folder} is no tuned lens, which has {CONFIG} and {PARAMS}: `jaxsteer lens train` writes these when it "
+            "has finished (the same command goes on with one that was cut off); `lens read --out` writes other files"
+        )
     config, state = read_json(folder / CONFIG), read_torch(folder / PARAMS)
     if config.get("lens_type", TYPE) != TYPE:
         raise UserError(f"{folder} is a lens of type {config['lens_type']!r:.40}: only {TYPE} is read")

@@ -224,6 +224,8 @@ def _train(
     texts, _ = rows_of(model, others, rows=tuning.rows, context=tuning.context, position=position)
     lines = resumed_lines(folder.path / PROGRESS)[:done]
     write_lines(folder.path / PROGRESS, lines)
+    left = tuning.steps - done
+    say(f"{left} steps of {tuning.batch_tokens:,} tokens (--batch-tokens); how long is known after the first")
     begun, saved, first = time.monotonic(), time.monotonic(), tokens
     with progress_bar("tuning", tuning.steps, unit="step") as bar:
         for step in range(done, tuning.steps):

@@ -269,6 +269,9 @@ def test_lenses_that_are_refused(tmp_path: Path) -> None:
     write_json(folder / "config.json", {"lens_type": "other"})
     with pytest.raises(UserError, match="a lens of type 'other'"):
         load_lens(folder, model)
+    (folder / "params.pt").unlink()
+    with pytest.raises(UserError, match="is no tuned lens.*goes on with one that was cut off"):
+        load_lens(folder, model)
 
 
 def test_trainings_that_are_refused(organism: Any, tmp_path: Path) -> None:
