@@ -63,9 +63,9 @@ class CapOptions:
     group: str = DEFAULT
     """Rollouts that caps are calibrated on: a role, "default", or "" for all."""
     strengths: tuple[float, ...] = ()
-    """Also add the axis at its site by so many mean norms of the stream."""
+    """Also add the axis, and every random one, at its site by so many mean norms of the stream."""
     random: CountFrom0 = 2
-    """Random axes of equal norm, capped by the same rule."""
+    """Random axes of equal norm, capped by the same rule, and added where the axis is."""
     roles: CountFrom0 = 8
     """Roles that the model is asked to play, evenly from those that lie furthest from the default to the middle."""
     questions: int = 3
@@ -247,9 +247,13 @@ class _Bench:
         percentiles = sorted({options.percentile, *options.percentiles})
         found = {f"cap, percentile {p:g}": calibration.caps(self.axis, p) for p in percentiles}
         others = {} if pc2 is None else {"cap on PC2": pc2}
-        for number in range(options.random):
-            arrays = random_arrays(self.axis.arrays, options.seed * 1000 + number)
-            others[f"cap on random axis {number + 1}"] = dataclasses.replace(self.axis, arrays=arrays, sign="random")
+        random = {
+            f"random axis {number + 1}": dataclasses.replace(
+                self.axis, arrays=random_arrays(self.axis.arrays, options.seed * 1000 + number), sign="random"
+            )
+            for number in range(options.random)
+        }
+        others |= {f"cap on {name}": other for name, other in random.items()}
         found |= {name: self.calibration(other).caps(other, options.percentile) for name, other in others.items()}
         if asked:
             roles = {one.role for one in asked}
@@ -259,7 +263,8 @@ class _Bench:
                 found["addition, equal mean"] = addition
         for strength in options.strengths:
             push: dict[str, Any] = {"operation": "add", "coefficient": strength, "coefficient_units": "mean_resid_norm"}
-            found[f"axis x {strength:g}"] = dataclasses.replace(self.axis.at(site), **push)
+            for name, along in {"axis": self.axis, **random}.items():
+                found[f"{name} x {strength:g}"] = dataclasses.replace(along.at(site), **push)
         return found
 
     def written(

@@ -101,6 +101,8 @@ def test_caps_restore_the_assistants_words_and_random_axes_do_not(found: Capping
     for one in result.rows:
         if one.name.startswith("cap on random"):
             assert one.moved < row.moved / 2
+    pushed, other = result.row("axis x 0.3"), result.row("random axis 1 x 0.3")
+    assert pushed.moved > other.moved and other.vectors == "random" and other.kl > 0, "beside a random one of its size"
 
 
 def test_what_is_reported_is_what_the_parts_give(found: Capping) -> None:
