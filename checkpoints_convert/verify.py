@@ -49,6 +49,8 @@ def verify(
             f"{out} was not written by version {CONVERTER_VERSION} of the converter, the only one that this version of "
             f"jaxsteer can verify. Convert the model again."
         )
+    if src is not None and "delta" in record:
+        raise UserError(f"{out} has a delta in its weights, which {src} has not: verify it alone, by its own hashes")
     config, index = ModelConfig.from_json(record["config"]), read_index(out / WEIGHTS)
     ignored = record.get("ignored_config_fields", ())
     job = None if src is None else plan_conversion(Path(src), record["dtype"], ignored)
@@ -85,7 +87,7 @@ def _check_index(record: dict[str, Any], config: ModelConfig, index: dict[str, s
     wanted = {"/".join(leaf) for leaf in expected_leaves(config)}
     differences = [f"{leaf}: not in the index" for leaf in sorted(wanted - index.keys())]
     differences += [f"{leaf}: in the index, but not a leaf of this model" for leaf in sorted(index.keys() - wanted)]
-    if fingerprint(config, index) != record["fingerprint"]:
+    if fingerprint(config, index) != record.get("weights_fingerprint", record["fingerprint"]):
         differences.append(f"fingerprint: that in {RECORD} does not follow from the config and the index")
     return differences
 

@@ -262,9 +262,12 @@ class _Bench:
         axis = self.run.axis
         other = dataclasses.replace(axis, arrays=random_arrays(axis.arrays, self.options.seed + 1), sign="random")
         found: dict[str, tuple[str, Intervention, dict[str, Any]]] = {}
-        for vectors, kind, what in ((axis, EDIT, "along the axis"), (other, CONTROL, "along a random direction")):
-            found[f"cap {what}"] = (kind, *self.at(kl, self.caps(vectors)))
-            found[f"addition {what}"] = (kind, *self.at(kl, self.additions(vectors.at(self.site))))
+        with progress_bar("edits of equal disturbance", 4, unit="edit") as advance:
+            for vectors, kind, what in ((axis, EDIT, "along the axis"), (other, CONTROL, "along a random direction")):
+                found[f"cap {what}"] = (kind, *self.at(kl, self.caps(vectors)))
+                advance(len(found))
+                found[f"addition {what}"] = (kind, *self.at(kl, self.additions(vectors.at(self.site))))
+                advance(len(found))
         return found
 
     def caps(self, vectors: Vectors) -> dict[str, Intervention]:

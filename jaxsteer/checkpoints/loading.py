@@ -76,7 +76,7 @@ def load(
     infinite, naming the first of them, and for a delta of another model.
     """
     name, change = str(source), None if delta is None else load_delta(delta)
-    checkpoint = _checkpoint_of(name, ignore_fields)
+    checkpoint = checkpoint_of(name, ignore_fields)
     record = read_record(checkpoint)
     config = _shallower(ModelConfig.from_json(record["config"]), layers)
     if change is not None:
@@ -144,7 +144,7 @@ def cache_dir() -> Path:
         raise UserError("There is no home directory to keep a cache in. Set JAXSTEER_CACHE to a directory.") from None
 
 
-def _checkpoint_of(source: str, ignore_fields: Collection[str]) -> Path:
+def checkpoint_of(source: str, ignore_fields: Collection[str]) -> Path:
     """The converted checkpoint of any source, made if it does not exist yet."""
     directory, name, revision = find_source(source)
     if (directory / RECORD).is_file():
@@ -253,12 +253,12 @@ def _convert_here(directory: Path, source: str, revision: str | None, ignore_fie
     memo = cache_dir() / "hashes" / key
     checkpoints = cache_dir() / "checkpoints"
 
-    def checkpoint_of(digest: str) -> Path:
+    def place_of(digest: str) -> Path:
         return checkpoints / f"{digest[:32]}-v{CONVERTER_VERSION}"
 
     def known() -> Path | None:
         digest = memo.read_text(encoding="ascii") if memo.is_file() else ""
-        return checkpoint_of(digest) if digest and (checkpoint_of(digest) / RECORD).is_file() else None
+        return place_of(digest) if digest and (place_of(digest) / RECORD).is_file() else None
 
     if found := known():
         return found
@@ -281,12 +281,12 @@ def _convert_here(directory: Path, source: str, revision: str | None, ignore_fie
             convert(directory, fresh, progress=False, source=source, revision=revision, ignore_fields=ignore_fields)
         digest = read_record(fresh)["source_hash"]
         write_text(memo, digest)
-        if (checkpoint_of(digest) / RECORD).is_file():  # the same contents at another path
+        if (place_of(digest) / RECORD).is_file():  # the same contents at another path
             shutil.rmtree(fresh)
         else:
-            fresh.rename(checkpoint_of(digest))
+            fresh.rename(place_of(digest))
         discard(lock)
-        return checkpoint_of(digest)
+        return place_of(digest)
 
 
 # Reading the checkpoint

@@ -23,6 +23,8 @@ class Convert:
     """Of the stored weights (default: as they are)."""
     ignore_field: tuple[str, ...] = ()
     """Names of fields of config.json that change no number although jaxsteer does not know them."""
+    delta: Path | None = None
+    """Change of the weights to store with them (delta.safetensors of `jaxsteer rewrite run`)."""
     verify: bool = False
     """Compare OUT with SRC bit for bit instead (a single directory: with the hashes it recorded); exit status 1 if they
     differ."""
@@ -38,6 +40,11 @@ class Convert:
         from checkpoints_convert.gguf import is_gguf
         from jaxsteer.checkpoints.loading import find_source
 
+        if self.delta is not None and (self.verify or self.dtype):
+            other = "--verify" if self.verify else "--dtype"
+            raise UserError(
+                f"--delta and {other} do not go together: a delta is added to the weights as they are stored"
+            )
         source, name, revision = self.src, None, None
         if not (self.src.exists() or is_gguf(self.src)):
             source, name, revision = find_source(str(self.src))
@@ -46,6 +53,11 @@ class Convert:
             return report(verify(out, src), out, src)
         if self.out is None:
             raise UserError(f"no output was given: jaxsteer convert {self.src} OUT")
+        if self.delta is not None:
+            from jaxsteer.checkpoints.changed import convert_with_delta
+
+            print(f"Wrote {convert_with_delta(self.src, self.out, self.delta, ignore_fields=self.ignore_field)}")
+            return 0
         options = {"dtype": self.dtype, "source": name, "revision": revision}
         print(f"Wrote {convert(source, self.out, ignore_fields=self.ignore_field, **options)}")  # type: ignore[arg-type]
         return 0

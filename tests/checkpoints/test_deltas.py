@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from checkpoints_convert import verify
 from checkpoints_convert.export import write_hf
 from jaxsteer import UserError, load, logits, make_mesh
+from jaxsteer.checkpoints.changed import convert_with_delta
 from jaxsteer.checkpoints.deltas import Delta, applied, load_delta
+from jaxsteer.cli import main
 from jaxsteer.files import tensor_bytes
 from jaxsteer.steer import Vectors
 from jaxsteer.steer.vectors import check_vectors
@@ -115,3 +119,47 @@ def test_files_that_are_no_deltas_are_refused(tmp_path: Path):
             load_delta(path)
     with pytest.raises(UserError, match="there is no delta"):
         load_delta(tmp_path / "missing")
+
+
+def test_a_checkpoint_with_a_delta_is_the_model_with_it(folder: Path, model, delta: Delta, tmp_path: Path):
+    file, out = tmp_path / "delta.safetensors", tmp_path / "changed"
+    delta.save(file)
+    assert main(["convert", str(folder), str(out), "--delta", str(file)]) == 0
+    loaded, stored = load(folder, delta=file), load(out)
+    for mine, theirs in zip(jax.tree.leaves(stored.params), jax.tree.leaves(loaded.params), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-7)
+    assert stored.fingerprint == loaded.fingerprint == delta.new_fingerprint
+    assert verify(out, progress=False) == [] and not list(tmp_path.glob(".changed*")), "nothing is left of the work"
+    again = Delta(factors={1: delta.factors[0]}, model="twice", fingerprint=stored.fingerprint)
+    again.save(tmp_path / "again.safetensors")
+    twice = load(convert_with_delta(out, tmp_path / "twice", tmp_path / "again.safetensors"))
+    assert twice.fingerprint == again.new_fingerprint and verify(tmp_path / "twice", progress=False) == []
+    before = np.asarray(load(folder).params.layers.down)
+    np.testing.assert_array_equal(before, model.params.layers.down, "the model that it was made of is as it was")
+
+
+def test_a_conversion_with_a_delta_refuses_what_it_cannot_do(folder: Path, delta: Delta, tmp_path: Path, capsys):
+    file, out = tmp_path / "delta.safetensors", tmp_path / "changed"
+    delta.save(file)
+    convert_with_delta(folder, out, file)
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for given, said in (
+        ((folder, out, file), "exists already"),
+        ((out, tmp_path / "other", file), "the delta is of"),
+        ((folder, tmp_path / "other", folder / "config.json"), "not a readable safetensors file"),
+        (("gs://bucket/model", tmp_path / "other", file), "copy it to this machine"),
+    ):
+        with pytest.raises(UserError, match=said):
+            convert_with_delta(*given)
+    with pytest.raises(UserError, match="verify it alone"):
+        verify(out, folder, progress=False)
+    assert main(["convert", str(folder), str(tmp_path / "other"), "--delta", str(file), "--dtype", "bfloat16"]) == 2
+    assert "--dtype do not go together" in capsys.readouterr().err
+    huge = Delta(
+        factors={0: (delta.factors[0][0] * 1e30, delta.factors[0][1] * 1e20)}, model="m", fingerprint=delta.fingerprint
+    )
+    huge.save(tmp_path / "huge.safetensors")
+    with pytest.raises(UserError, match="beyond the range of float32"):
+        convert_with_delta(folder, tmp_path / "other", tmp_path / "huge.safetensors")
+    assert not (tmp_path / "other").exists() and not list(tmp_path.glob(".*"))
+    assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
