@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -290,13 +291,23 @@ class _Bench:
         }
 
     def at(self, kl: float, edits: Mapping[str, Intervention]) -> tuple[Intervention, dict[str, Any]]:
-        """Of edits of rising strength the one whose disturbance is nearest to ``kl``, in logarithms."""
-        own = self.ordinary
-        effects = side_effects(self.model, [ids for ids, _ in own], list(edits.values()), counted=[m for _, m in own])
-        distance = [abs(np.log(max(value, 1e-6) / kl)) for value in effects.kl]
-        best = int(np.argmin(distance))
-        name = list(edits)[best]
-        return edits[name], {"strength": name, "kl": float(effects.kl[best])}
+        """Of edits of rising strength the one whose disturbance is nearest to ``kl``, in logarithms.
+
+        Disturbance rises with strength, so that few of them have to be measured.
+        """
+        names, measured = list(edits), dict[str, float]()
+
+        def disturbance(name: str) -> float:
+            if name not in measured:
+                own = self.ordinary
+                effects = side_effects(self.model, [ids for ids, _ in own], [edits[name]], counted=[m for _, m in own])
+                measured[name] = float(effects.kl[0])
+            return measured[name]
+
+        above = min(bisect.bisect_left(names, kl, key=disturbance), len(names) - 1)  # the first that disturbs as much
+        near = names[max(above - 1, 0) : above + 1]
+        best = min(near, key=lambda name: abs(np.log(max(disturbance(name), 1e-6) / kl)))
+        return edits[best], {"strength": best, "kl": measured[best]}
 
     @functools.cached_property
     def ordinary(self) -> list[tuple[np.ndarray, np.ndarray]]:
