@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from jaxsteer.cli.steering import Steering
+from jaxsteer.engine.chat import Chat as Conversation
 from jaxsteer.errors import UserError
 from jaxsteer.models.sampling import Decoding
-from jaxsteer.prompts.chat import Chat as Conversation
 
 if TYPE_CHECKING:
     from jaxsteer.steer import Edits
@@ -126,4 +126,6 @@ def _answer(chat: Conversation, said: str, write: Callable[[str], None]) -> None
                 write(piece)
         except KeyboardInterrupt:
             write(" [interrupted]")
+        except UserError as error:
+            write(str(error))
     write("\n")

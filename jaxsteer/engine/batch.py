@@ -8,11 +8,12 @@ import numpy as np
 
 from jaxsteer.engine import device
 from jaxsteer.engine.programs import Programs
-from jaxsteer.engine.requests import Finished, Piece, Reason, Scored, Text, Ticket, scored
+from jaxsteer.engine.requests import Finished, Piece, Reason, Scored, Ticket, scored
 from jaxsteer.models.decoding import NOT_FINITE
 from jaxsteer.models.log_probs import not_finite
 from jaxsteer.models.model import Model
 from jaxsteer.models.sampling import stop_ids
+from jaxsteer.prompts.pieces import Text
 
 
 class Row:

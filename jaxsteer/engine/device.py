@@ -24,11 +24,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer.engine.table import Table, empty, tap_of_table, touched
 from jaxsteer.models.attention import Segment
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.decoding import CACHE_SPEC, NOT_FINITE
+from jaxsteer.models.decoding import CACHE_SPEC, choose_tokens, run_tokens
 from jaxsteer.models.layers import CACHE, scan_blocks
 from jaxsteer.models.params import Params
 from jaxsteer.models.roles import ASSISTANT, UNKNOWN, Roles
-from jaxsteer.models.sampling import Sampling, choose, of_rows, plain_sampling
+from jaxsteer.models.sampling import Sampling, of_rows, plain_sampling
 from jaxsteer.models.sharding import place
 from jaxsteer.models.taps import Where
 from jaxsteer.models.transformer import embed, make_context, unembed
@@ -297,12 +297,8 @@ def _step(params: Params, config: ModelConfig, rows: Rows, mesh: Mesh | None) ->
         roles=Roles(role=rows.role[:, None], turn=rows.turn[:, None], leads=rows.leads[:, None], turns=rows.turns),
     )
     tap = tap_of_table(rows.table, touched(rows.table, where))
-    context = make_context(config, positions, None, room)
-    x = embed(params, config, where.tokens, tap)
-    x, [(k, v)] = scan_blocks(params, config, x, context, 0, config.n_layers, tap=tap, keep=[CACHE], remat=False)
-    logits = unembed(params, config, x[:, 0])
-    token = choose(logits, rows.sampling, rows.made)
-    broken = ~jnp.isfinite(logits).all(-1)
+    logits, (k, v) = run_tokens(params, config, where, tap, room)
+    token, made, done = choose_tokens(logits, rows.sampling, rows.made, rows.limit, rows.done)
 
     wanted = (rows.tops >= 0) & ~rows.done
     shapes = jax.eval_shape(_scores, logits, token)
@@ -314,12 +310,9 @@ def _step(params: Params, config: ModelConfig, rows: Rows, mesh: Mesh | None) ->
         whole = whole.at[:, each, :, :, room.held].set(jnp.moveaxis(new[..., 0], 1, 0), mode="drop")
         return _laid_out(whole, mesh)
 
-    going = ~rows.done
-    made = rows.made + going
-    stopped = (token[:, None] == rows.sampling.stop).any(-1)
     known = rows.turns > 0
     new = Rows(
-        room=Room(k=write(room.k, k), v=write(room.v, v), held=room.held + going),
+        room=Room(k=write(room.k, k), v=write(room.v, v), held=room.held + ~rows.done),
         token=token,
         role=jnp.where(known, ASSISTANT, UNKNOWN).astype(jnp.int32),
         turn=rows.turns - 1,
@@ -328,12 +321,12 @@ def _step(params: Params, config: ModelConfig, rows: Rows, mesh: Mesh | None) ->
         prompt_length=rows.prompt_length,
         made=made,
         limit=rows.limit,
-        done=rows.done | stopped | broken | (made >= rows.limit),
+        done=done,
         tops=rows.tops,
         sampling=rows.sampling,
         table=rows.table,
     )
-    return new, jnp.where(broken, NOT_FINITE, token), scores
+    return new, token, scores
 
 
 def _laid_out(cache: Float[Array, "L B K H M"], mesh: Mesh | None) -> Float[Array, "L B K H M"]:

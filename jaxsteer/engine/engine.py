@@ -122,7 +122,7 @@ class Engine:
         config, rows = self.model.config, self.options.rows
         width = self.model.params.embed.dtype.itemsize
         keys = 2 * config.n_layers * config.n_kv_heads * config.d_head * width * self.context
-        needed = 2 * (rows + 2) * keys + rows * 4 * config.vocab_size * 2 + (self.options.prefix_mib << 20)
+        needed = 2 * (rows + 1) * keys + rows * 4 * config.vocab_size * 2 + (self.options.prefix_mib << 20)
         require_memory(
             f"Serving {rows} rows of {self.context} tokens", needed, self.model.mesh,
             "choose fewer rows (--rows) or shorter ones (--context).",

@@ -53,6 +53,15 @@ def check_served(edits: Intervention | None, config: ModelConfig) -> None:
     _Builder(config).table(edits, dry=True)
 
 
+def serves(edits: Intervention | None, config: ModelConfig) -> bool:
+    """Whether a table can hold edits that fit the model."""
+    try:
+        check_served(edits, config)
+    except UserError:
+        return False
+    return True
+
+
 def table_of(edits: Intervention | None, config: ModelConfig) -> Table | None:
     """The table of one row, on the host; None where nothing is changed. Gates must have been decided.
 

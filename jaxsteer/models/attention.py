@@ -106,38 +106,31 @@ class Shared:
 
 @struct.dataclass
 class Cache:
-    """Keys and values of each row's own tokens, in a ring of M slots that all rows write at the same place.
+    """Keys and values of each row's own tokens, in M slots that all rows write at the same place.
 
-    A row's tokens lie in the ``length`` slots before ``slot``, the newest last. Rows of different lengths, which may
-    have begun at different times, thus need one write for all of them and no scatter.
+    A row's tokens lie in the ``length`` slots before ``slot``, the newest last. Rows of different lengths thus need one
+    write for all of them and no scatter.
     """
 
     k: Float[Array, "L B K H M"]
     v: Float[Array, "L B K H M"]
     length: Int[Array, " B"]
-    """Tokens of each row, at most M."""
+    """Tokens of each row."""
     slot: Int[Array, ""]
-    """The slot that the next token goes to."""
+    """The slot that the next token goes to; M where the cache is full."""
 
     def segment(self, layer: Int[Array, ""], positions: Int[Array, "B T"], window: Int[Array, ""] | None) -> Segment:
         """See ``Past``."""
-        slots = self.k.shape[-1]
-        back = (self.slot - 1 - jnp.arange(slots)) % slots  # how long before the newest token a slot was written
-        allowed = (back < self.length[:, None])[:, None, None]
+        at = jnp.arange(self.k.shape[-1])
+        allowed = ((at < self.slot) & (at >= self.slot - self.length[:, None]))[:, None, None]
         if window is not None:
-            allowed = allowed & (back + 1 + jnp.arange(positions.shape[1])[:, None] < window)
+            allowed = allowed & (self.slot - at + jnp.arange(positions.shape[1])[:, None] < window)
         return Segment(_of_layer(self.k, layer), _of_layer(self.v, layer), allowed)
 
     def append(self, k: Float[Array, "L B K H 1"], v: Float[Array, "L B K H 1"]) -> Cache:
-        """The cache with one more token in every row; in a full ring it takes the place of the oldest."""
+        """The cache, which must not be full, with one more token in every row."""
         write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=self.slot, axis=4)
-        slots = self.k.shape[-1]
-        return Cache(
-            k=write(self.k, k),
-            v=write(self.v, v),
-            length=jnp.minimum(self.length + 1, slots),
-            slot=(self.slot + 1) % slots,
-        )
+        return Cache(k=write(self.k, k), v=write(self.v, v), length=self.length + 1, slot=self.slot + 1)
 
 
 def _of_layer(stack: Float[Array, "L C K H U"], layer: Int[Array, ""]) -> Float[Array, "C K H U"]:

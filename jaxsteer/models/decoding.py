@@ -1,5 +1,8 @@
 """Decoding on the device: prompts are run once, then one token after the other, without the host.
 
+The step itself, a token run (``run_tokens``) and the next one chosen (``choose_tokens``), is that of all decoding: of
+batches that begin together, which are here, and of rows that join and leave (``jaxsteer.engine``).
+
 What the rows decode goes into a ``Cache``, written in place. Rows that continue the same prompt share one copy of its
 keys and values, a ``Prefix``; where every row has a prompt of its own, the prompts are the beginning of the cache. The
 number of tokens of a call is data, so that streaming in small pieces and decoding to the end are one program.
@@ -21,18 +24,18 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsteer.models.attention import Cache, Prefix
+from jaxsteer.models.attention import Cache, Past, Prefix
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.layers import CACHE, prefill, run_and_cache, scan_blocks
 from jaxsteer.models.params import Params
 from jaxsteer.models.roles import ASSISTANT, Roles
-from jaxsteer.models.sampling import Sampling, choose, of_rows, plain_sampling
+from jaxsteer.models.sampling import Sampling, choose, of_rows
 from jaxsteer.models.sharding import place
-from jaxsteer.models.taps import Intervention, Where, make_where, of_one_token, tap_of
+from jaxsteer.models.taps import Intervention, Tap, Where, make_where, of_one_token, tap_of
 from jaxsteer.models.transformer import embed, make_context, positions_of, unembed
 
 NOT_FINITE = -2
-"""Stands in the place of a row's tokens where the logits after its prompt are NaN or infinite."""
+"""Stands in the place of a token where the logits are NaN or infinite."""
 CACHE_SPEC = P(None, "prompts", "model", None, None)
 """How keys and values [L, B, K, H, M] lie on a mesh."""
 
@@ -70,6 +73,44 @@ class Batch:
     """Tokens that a row may have at most; 0 for rows that only fill up the devices."""
     roles: Roles | None = None
     """Of the prompts' tokens, where they are known."""
+
+
+# The step
+
+
+def run_tokens(
+    params: Params, config: ModelConfig, where: Where, tap: Tap, *past: Past | None
+) -> tuple[Float[Array, "B V"], tuple[Float[Array, "L B K H 1"], Float[Array, "L B K H 1"]]]:
+    """One token of every row, run behind its past: the logits after it, and its keys and values.
+
+    The caller writes these into its cache: once per token and not layer by layer, since what the scan over the layers
+    only reads is never copied.
+    """
+    context = make_context(config, where.positions, None, *past)
+    x = embed(params, config, where.tokens, tap)
+    x, [kv] = scan_blocks(params, config, x, context, 0, config.n_layers, tap=tap, keep=[CACHE], remat=False)
+    return unembed(params, config, x[:, 0], of_one_token(tap)), kv
+
+
+def choose_tokens(
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    made: Int[Array, " B"],
+    limit: Int[Array, " B"],
+    done: Bool[Array, " B"],
+) -> tuple[Int[Array, " B"], Int[Array, " B"], Bool[Array, " B"]]:
+    """The next token of every row that is not done, how many it has then, and whether that was its last one.
+
+    A row ends at a stop token, at its limit, and where its logits are NaN or infinite (its token is ``NOT_FINITE``).
+    """
+    token = choose(logits, sampling, made)
+    broken = ~jnp.isfinite(logits).all(-1)
+    stopped = (token[:, None] == sampling.stop).any(-1)
+    made = made + ~done
+    return jnp.where(broken, NOT_FINITE, token), made, done | stopped | broken | (made >= limit)
+
+
+# Batches that begin together
 
 
 @partial(jax.jit, static_argnames=("config", "slots", "mesh"))
@@ -164,24 +205,15 @@ def _begun(
         done=batch.limit <= 0,
         sampling=of_rows(sampling, batch.rows),
     )
-    state = _append(state, logits)
-    broken = ~jnp.isfinite(logits).all(-1)
-    tokens = jnp.where(broken[:, None], NOT_FINITE, state.tokens)
-    return dataclasses.replace(state, tokens=tokens, done=state.done | broken)
+    return _append(state, logits)
 
 
 def _append(state: State, logits: Float[Array, "B V"]) -> State:
     """The state with one more token per row that is not done, chosen by ``logits``."""
-    token = choose(logits, state.sampling, state.length)
+    token, length, done = choose_tokens(logits, state.sampling, state.length, state.limit, state.done)
     new = (jnp.arange(state.tokens.shape[1]) == state.length[:, None]) & ~state.done[:, None]
-    length = state.length + ~state.done
-    stopped = (token[:, None] == state.sampling.stop).any(-1)
-    return dataclasses.replace(
-        state,
-        tokens=jnp.where(new, token[:, None], state.tokens),
-        length=length,
-        done=state.done | stopped | (length >= state.limit),
-    )
+    tokens = jnp.where(new, token[:, None], state.tokens)
+    return dataclasses.replace(state, tokens=tokens, length=length, done=done)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -198,12 +230,9 @@ def decode(
     def forward(state: State) -> tuple[Array, Cache]:
         last = jnp.maximum(state.length - 1, 0)[:, None]
         token, positions = jnp.take_along_axis(state.tokens, last, axis=1), state.prompt_length[:, None] + last
-        context = make_context(config, positions, None, prefix, state.cache)
-        tap = tap_of(edits, make_where(token, positions, ~state.done[:, None], state.prompt_length, _answers(state)))
-        x = embed(params, config, token, tap)
-        # The cache is written once per token and not layer by layer: what the scan only reads is never copied.
-        x, [kv] = scan_blocks(params, config, x, context, 0, config.n_layers, tap=tap, keep=[CACHE], remat=False)
-        return unembed(params, config, x[:, 0], of_one_token(tap)), state.cache.append(*kv)
+        where = make_where(token, positions, ~state.done[:, None], state.prompt_length, _answers(state))
+        logits, kv = run_tokens(params, config, where, tap_of(edits, where), prefix, state.cache)
+        return logits, state.cache.append(*kv)
 
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
         left, state = carry
@@ -227,73 +256,9 @@ def _answers(state: State) -> Roles:
 def grow(state: State, *, slots: int, mesh: Mesh | None = None) -> State:
     """The same rows with room for ``slots`` tokens. A token costs time in proportion to the room that there is."""
     cache, more = state.cache, slots - state.tokens.shape[1]
-    full = cache.k.shape[-1]
     wider = lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)])  # noqa: E731
-    turned = (cache.length > cache.slot).any()  # new slots may only stand behind the newest token
-    unrolled = lambda a: _laid_out(wider(jnp.roll(a, jnp.where(turned, -cache.slot, 0), axis=-1)), mesh)  # noqa: E731
-    cache = dataclasses.replace(
-        cache, k=unrolled(cache.k), v=unrolled(cache.v), slot=jnp.where(turned, full, cache.slot)
-    )
+    cache = dataclasses.replace(cache, k=_laid_out(wider(cache.k), mesh), v=_laid_out(wider(cache.v), mesh))
     return dataclasses.replace(state, cache=cache, tokens=wider(state.tokens))
-
-
-# Rows that come and go
-
-
-def idle(params: Params, config: ModelConfig, rows: int, *, slots: int, mesh: Mesh | None = None) -> State:
-    """A batch without any row in it, with room for ``slots`` tokens of each, prompt included."""
-    zeros = partial(jnp.zeros, rows, jnp.int32)  # an array each, because all of them are donated
-    k, v = (_laid_out(_no_keys(params, config, rows, slots), mesh) for _ in range(2))
-    return State(
-        cache=Cache(k=k, v=v, length=zeros(), slot=jnp.int32(0)),
-        tokens=jnp.zeros((rows, slots), jnp.int32),
-        length=zeros(),
-        prompt_length=zeros(),
-        turns=zeros(),
-        limit=zeros(),
-        done=jnp.ones(rows, bool),
-        sampling=of_rows(plain_sampling(config.vocab_size), zeros()),
-    )
-
-
-@partial(jax.jit, static_argnames="config", donate_argnames="state")
-def admit(
-    params: Params,
-    config: ModelConfig,
-    state: State,
-    batch: Batch,
-    at: Int[Array, " n"],
-    sampling: Sampling,
-    edits: Intervention | None = None,
-) -> State:
-    """The state with the n rows of ``batch``, a group each, in places ``at``, where rows were done (``evict``).
-
-    Their prompts are run and their first tokens chosen. The other rows go on as if nothing had happened. A row's
-    tokens, prompt included, must not be more than the slots of the cache.
-    """
-    prefix, logits = _run_prompts(params, config, batch, edits)
-    cache, width, slots = state.cache, batch.tokens.shape[1], state.cache.k.shape[-1]
-
-    def ring(prompt: Float[Array, "L n K H U"]) -> Float[Array, "L n K H M"]:
-        """The prompt's last token before the slot that all rows write next."""
-        return jnp.roll(jnp.pad(prompt, [(0, 0)] * 4 + [(0, slots - width)]), cache.slot - width, axis=-1)
-
-    def put(whole: Array, part: Array) -> Array:
-        if whole.ndim == 5:
-            return whole.at[:, at].set(part)
-        return whole.at[at].set(part) if whole.ndim else whole
-
-    own = Cache(k=ring(prefix.k), v=ring(prefix.v), length=prefix.length, slot=cache.slot)
-    missing = state.sampling.stop.shape[1] - len(sampling.stop)
-    sampling = dataclasses.replace(
-        sampling, stop=jnp.pad(sampling.stop, (0, missing), constant_values=-1), vocab=state.sampling.vocab
-    )
-    return jax.tree.map(put, state, _begun(own, batch, sampling, prefix.length, logits, state.tokens.shape[1]))
-
-
-def evict(state: State, at: Int[Array, " n"]) -> State:
-    """The batch in which the rows at ``at`` have ended."""
-    return dataclasses.replace(state, done=state.done.at[at].set(True))
 
 
 def _no_keys(params: Params, config: ModelConfig, rows: int, slots: int) -> Float[Array, "L B K H M"]:

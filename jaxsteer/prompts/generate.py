@@ -20,6 +20,7 @@ from jaxsteer.models.roles import Rendered, unlabelled
 from jaxsteer.models.sampling import DEFAULTS, Decoding, stop_ids
 from jaxsteer.models.taps import Intervention
 from jaxsteer.prompts.conversation import encode_texts
+from jaxsteer.prompts.pieces import Text
 from jaxsteer.prompts.roles import encode_turns
 from jaxsteer.prompts.templates import Message, apply_template
 from jaxsteer.writers.writer import Keep, Messages
@@ -184,22 +185,15 @@ class ModelWriter:
 
 
 def _pieces(model: Model, steps: Iterator[Progress], decoding: Decoding) -> Iterator[str]:
-    given = ""
+    text, stops, read = Text(lambda ids: _decode(model, ids), decoding.stop_texts), stop_ids(model, decoding), 0
     for progress in steps:
-        made = progress.tokens[0]
-        text = _text(model, made[made != NO_TOKEN], decoding)
-        if not progress.done[0]:
-            text = text[: _safe_length(text, decoding.stop_texts)]
-        if len(text) > len(given) and text.startswith(given):
-            yield text[len(given) :]
-            given = text
-
-
-def _safe_length(text: str, strings: Sequence[str]) -> int:
-    """How much of an unfinished text will not change: no half characters, no possible beginning of a stop string."""
-    end = len(text.rstrip("\ufffd"))
-    starts = [n for string in strings for n in range(1, len(string)) if text[:end].endswith(string[:n])]
-    return end - max(starts, default=0)
+        made, done = progress.tokens[0], bool(progress.done[0])
+        ids = made[made != NO_TOKEN].tolist()
+        stopped = done and bool(ids) and ids[-1] in stops
+        piece = text.add(ids[read : len(ids) - stopped]) + (text.rest() if done else "")
+        read = len(ids)
+        if piece:
+            yield piece
 
 
 # Prompts
@@ -269,7 +263,7 @@ def _end(model: Model, decoding: Decoding) -> Callable[[np.ndarray], int | None]
 
     def end(made: np.ndarray) -> int | None:
         def complete(n: int) -> bool:
-            said = _decode(model, made[:n])
+            said = _decode(model, made[:n].tolist())
             return any(text in said for text in texts)
 
         if not complete(len(made)):
@@ -281,12 +275,12 @@ def _end(model: Model, decoding: Decoding) -> Callable[[np.ndarray], int | None]
 
 
 def _text(model: Model, tokens: np.ndarray, decoding: Decoding) -> str:
-    if model.tokenizer is None:
-        return ""
     stopped = len(tokens) and int(tokens[-1]) in stop_ids(model, decoding)
-    text = _decode(model, tokens[:-1] if stopped else tokens)
+    text = _decode(model, (tokens[:-1] if stopped else tokens).tolist())
     return text[: min((text.find(stop) for stop in decoding.stop_texts if stop in text), default=len(text))]
 
 
-def _decode(model: Model, tokens: np.ndarray) -> str:
-    return model.tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def _decode(model: Model, ids: list[int]) -> str:
+    if model.tokenizer is None:
+        return ""
+    return model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -15,11 +15,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxsteer
 from jaxsteer.axis.projection import PassageProjection, axis_sites, load_axis, project
 from jaxsteer.cli import main
+from jaxsteer.engine.chat import Chat
 from jaxsteer.errors import UserError
+from jaxsteer.models.sampling import Decoding
 from jaxsteer.models.sharding import make_mesh
 from jaxsteer.organisms import persona_world
 from jaxsteer.personas.passages import Passage, read_passages
-from jaxsteer.prompts.chat import Chat
 from jaxsteer.prompts.generate import encode_prompts, generate
 from jaxsteer.steer import save_vectors
 from tests.axis.planted import planted
@@ -46,9 +47,7 @@ def test_0_is_the_mean_of_the_roles_and_1_the_default() -> None:
 def test_a_live_chat_projects_as_its_text_does() -> None:
     """States of the tokens as they were generated, turn by turn, against the text read at once."""
     world = planted()
-    chat = Chat(
-        world.model, decoding=dataclasses.replace(jaxsteer.prompts.chat.DEFAULTS, temperature=0, max_new_tokens=24)
-    )
+    chat = Chat(world.model, decoding=Decoding(temperature=0, max_new_tokens=24))
     unit = world.axis.arrays[SITE].astype(np.float64) / world.axis.norm(SITE)
     live = []
     for text in ("Tell me about rivers.", "Describe dreams to me.", "What do you think of graves?"):

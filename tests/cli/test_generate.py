@@ -13,8 +13,8 @@ import pytest
 from jaxsteer.cli import main
 from jaxsteer.cli.chat import talk
 from jaxsteer.display import escaped
+from jaxsteer.engine.chat import Chat
 from jaxsteer.models.sampling import Decoding
-from jaxsteer.prompts.chat import Chat
 from jaxsteer.steer import Vectors, save_vectors
 from tests.helpers.tiny import tiny_model
 
@@ -132,6 +132,8 @@ def test_the_strength_of_steering_changes_from_answer_to_answer() -> None:
     assert conversation(["/strength 0", "Hello there"], at=at)[0] == plain
     assert conversation(["/strength 50", "Hello there"], at=at)[0] != plain
     assert conversation(["/strength 50", "/strength 0", "Hello there"], at=at)[0] == plain
+    broken, written = conversation(["/strength 1e38", "Hello there", "/strength 0", "And you?"], at=at)
+    assert "logits are NaN or infinite" in written and len(broken) == 4 and broken[3]["content"]
     for wrong in ("/strength much", "/strength", "/strength nan"):
         turns, written = conversation([wrong, "Hello there"], at=at)
         assert turns == plain and "/strength X steers" in written
@@ -140,7 +142,7 @@ def test_the_strength_of_steering_changes_from_answer_to_answer() -> None:
 
 def test_chat_says_when_the_conversation_is_too_long() -> None:
     turns, written = conversation(["Hello there", "word " * 400])
-    assert "positions end at 256" in written and "/reset" in written
+    assert "may have 256" in written and "/reset" in written
     assert len(turns) == 2
 
 
@@ -149,6 +151,6 @@ def test_an_interrupted_answer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         yield "half an"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxsteer.prompts.chat.stream", pieces)
+    monkeypatch.setattr("jaxsteer.engine.chat._said", pieces)
     turns, written = conversation(["Hello"])
     assert turns[1]["content"] == "half an" and "[interrupted]" in written

@@ -270,3 +270,9 @@ def test_logits_that_are_not_finite_are_an_error_and_no_text(name: str, factor: 
     texts = [[Text(context=PROMPTS[0], answers=(np.asarray([1]), np.asarray([2])))]]
     with pytest.raises(jaxsteer.UserError, match="logits are NaN or infinite"):
         score_texts(broken.params, broken.config, texts)
+
+
+def test_edits_that_break_only_what_is_decoded_are_an_error_too() -> None:
+    edits = dataclasses.replace(push(3, response_only=True), vector=jnp.full(gemma().config.d_model, jnp.inf))
+    with pytest.raises(jaxsteer.UserError, match="logits are NaN or infinite"):
+        run(gemma(), edits=edits)

@@ -10,7 +10,7 @@ import pytest
 import jaxsteer
 from jaxsteer.prompts import apply_template, encode_texts
 from jaxsteer.prompts import generate as room
-from jaxsteer.prompts.generate import _safe_length, encode_prompts, generate, stream
+from jaxsteer.prompts.generate import encode_prompts, generate, stream
 from tests.helpers.checkpoints import family_config, random_model
 from tests.helpers.tiny import tiny_model
 
@@ -82,13 +82,6 @@ def test_pieces_join_to_the_whole_text(free: room.Generation) -> None:
     assert "".join(pieces) == free.texts[0] and len(pieces) > 3
     stop = free.texts[0][len(free.texts[0]) // 2 :][:4]
     assert "".join(stream(MODEL, QUESTION, stop=[stop], **SETTINGS)) == free.texts[0].split(stop)[0]
-
-
-def test_half_characters_and_beginnings_of_stop_strings_are_held_back() -> None:
-    assert _safe_length("caf\ufffd", []) == 3
-    assert _safe_length("so it en", ["end", "never"]) == 6
-    assert _safe_length("so it e\ufffd", ["end"]) == 6
-    assert _safe_length("plain", ["end"]) == 5
 
 
 def test_bad_prompts_are_refused_with_advice() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from jaxsteer import UserError
+from jaxsteer import UserError, steer
+from jaxsteer.engine.chat import Chat
 from jaxsteer.models.sampling import Decoding
-from jaxsteer.prompts.chat import Chat
 from jaxsteer.prompts.generate import stream
 from tests.helpers.tiny import tiny_model
 
@@ -23,7 +24,7 @@ def test_replies_are_those_of_the_whole_conversation() -> None:
         assert "".join(chat.reply(text)).strip() == expected
         said.append({"role": "assistant", "content": expected})
         assert chat.turns == said
-    with pytest.raises(UserError, match="positions end at 256"):
+    with pytest.raises(UserError, match="may have 256"):
         chat.reply("word " * 400)
     assert chat.turns == said
 
@@ -35,3 +36,21 @@ def test_an_answer_that_is_closed_is_kept_as_far_as_it_came() -> None:
     first = next(pieces)
     pieces.close()
     assert chat.turns[1] == {"role": "assistant", "content": first.strip()}
+
+
+def test_what_was_read_is_not_read_again() -> None:
+    chat = Chat(MODEL, system="Be brief. " * 12, decoding=Decoding(max_new_tokens=4, temperature=0))
+    for text in ("Hello there", "And you?"):
+        "".join(chat.reply(text))
+    assert chat._engine is not None and chat._engine.status.cached_tokens >= 64
+
+
+def test_edits_that_the_engine_does_not_serve_act_all_the_same() -> None:
+    site, width = "blocks.1.attn.hook_z", MODEL.config.n_heads * MODEL.config.d_head
+    vector = np.random.default_rng(0).standard_normal(width).reshape(MODEL.config.n_heads, -1)
+    for edits in (steer.add(site, vector, 4.0), steer.add("blocks.1.hook_resid_post", np.ones(MODEL.config.d_model))):
+        chat = Chat(MODEL, decoding=Decoding(max_new_tokens=8, temperature=0), edits=edits)
+        said = "".join(chat.reply("Hello there"))
+        turns = [{"role": "user", "content": "Hello there"}]
+        assert said == "".join(stream(MODEL, turns, max_new_tokens=8, temperature=0, edits=edits)).lstrip()
+        assert (chat._engine is None) == (edits.kind == "attn.hook_z")

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Generator, Iterator
 
+from jaxsteer.engine.engine import Engine, EngineOptions
+from jaxsteer.engine.requests import Finished, Request, Ticket
+from jaxsteer.engine.settings import serves
+from jaxsteer.errors import UserError
 from jaxsteer.models.model import Model
 from jaxsteer.models.sampling import DEFAULTS, Decoding
 from jaxsteer.models.taps import Intervention
 from jaxsteer.prompts.conversation import with_system
-from jaxsteer.prompts.generate import stream
+from jaxsteer.prompts.generate import encode_prompts, stream
 from jaxsteer.prompts.templates import Message
+
+_ENGINE = EngineOptions(rows=1, context=4096, timeout=86400.0)
 
 
 @dataclasses.dataclass
 class Chat:
-    """A conversation with a model. What it holds may be changed between two replies."""
+    """A conversation with a model. What it holds may be changed between two replies.
+
+    An engine of its own answers, which does not read again what it has read. ``stream``, which does, answers under
+    edits that the engine does not serve, and conversations of more than 4096 tokens.
+    """
 
     model: Model
     system: str = ""
@@ -27,6 +38,7 @@ class Chat:
     """What was said so far, by user and assistant in turn."""
     replies: int = 0
     """Replies that were asked for, also those of turns that were forgotten since."""
+    _engine: Engine | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def reply(self, text: str) -> Generator[str, None, None]:
         """What the model answers to ``text``, in pieces without whitespace at the start.
@@ -37,9 +49,19 @@ class Chat:
         """
         asked = [*self.turns, {"role": "user", "content": text}]
         decoding = dataclasses.replace(self.decoding, seed=self.decoding.seed + self.replies)
-        pieces = stream(self.model, with_system(asked, self.system), decoding, edits=self.edits)
+        pieces = self._pieces(with_system(asked, self.system), decoding)
         self.replies += 1
         return self._answer(asked, pieces)
+
+    def _pieces(self, messages: list[Message], decoding: Decoding) -> Iterator[str]:
+        prompt = encode_prompts(self.model, messages, roles=self.edits is not None)[0]
+        long = len(prompt.ids) + decoding.max_new_tokens > _ENGINE.context
+        if long or not serves(self.edits, self.model.config):
+            return stream(self.model, prompt, decoding, edits=self.edits)
+        if self._engine is None:
+            self._engine = Engine(self.model, _ENGINE, warm=False)
+            weakref.finalize(self, self._engine.close)
+        return _said(self._engine.submit(Request(prompt=prompt, decoding=decoding, edits=self.edits)))
 
     def _answer(self, asked: list[Message], pieces: Iterator[str]) -> Generator[str, None, None]:
         said = ""
@@ -50,3 +72,15 @@ class Chat:
                 yield piece
         finally:
             self.turns = [*asked, {"role": "assistant", "content": said.strip()}]
+
+
+def _said(ticket: Ticket) -> Iterator[str]:
+    """The text of a row as it comes. Raises ``UserError`` where the row fails."""
+    try:
+        for event in ticket.events():
+            if not isinstance(event, Finished):
+                yield event.text
+            elif event.reason == "error":
+                raise UserError(event.error)
+    finally:
+        ticket.cancel()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxsteer
-from jaxsteer.engine.prefix import Prefixes, piece_keys
-from jaxsteer.engine.requests import Text
+from jaxsteer.prompts.pieces import Text
 
 BYTES = [bytes([b]) for b in range(256)]
 
@@ -56,21 +53,10 @@ def test_a_real_tokenizer() -> None:
     assert "".join(pieces) == whole
 
 
-def test_prefixes_keep_what_was_used_last() -> None:
-    piece = (jnp.zeros(10), jnp.zeros(10))
-    held = Prefixes(240)
-    tokens = np.arange(10)
-    keys = piece_keys(b"", tokens, None, 3)
-    assert len(keys) == 3 == len(set(keys))
-    assert piece_keys(b"", np.arange(7), None, 3) == keys[:2], "a key is of the beginning alone"
-    assert piece_keys(b"other", tokens, None, 3)[0] != keys[0]
-    touched = np.zeros((1, 10), bool)
-    assert piece_keys(b"", tokens, touched, 3)[1:] != piece_keys(b"", tokens, touched | (tokens == 4), 3)[1:]
-    for key in keys:
-        held.keep(key, piece)
-        held.find(keys[:1])
-    held.keep(b"more", piece)
-    assert len(held) == 3 and len(held.find(keys)) == 1, "the second piece went"
-    assert held.bytes == 240
-    held.clear()
-    assert not held.bytes and not held.find(keys)
+def test_half_characters_and_beginnings_of_stop_strings_are_held_back() -> None:
+    for said, certain, stops in (
+        ("caf\u00e9".encode()[:4], "caf", ()),
+        (b"so it en", "so it ", ("end", "never")),
+        (b"plain", "plain", ("end",)),
+    ):
+        assert Text(decode, stops).add(list(said)) == certain
