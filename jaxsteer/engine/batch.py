@@ -31,7 +31,7 @@ class Row:
         self.scores: list[Scored] = []
         self.prompt_scores: list[Scored] = []
         self.gate_open: bool | None = None
-        self.edited = 0
+        self.edited, self.reached = 0, tuple[int, ...]()
         self.error, self.internal = "", False
         decode = lambda ids: model.tokenizer.decode(  # noqa: E731
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -86,6 +86,7 @@ class Row:
                 gate_open=self.gate_open,
                 stopped_by_token=bool(self.tokens) and self.tokens[-1] in self.stops,
                 edited=self.edited,
+                reached=self.reached,
                 error=self.error,
                 internal=self.internal,
             )

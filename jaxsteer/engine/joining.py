@@ -14,7 +14,7 @@ from jaxsteer.engine.batch import Row
 from jaxsteer.engine.prefix import Prefixes, piece_keys
 from jaxsteer.engine.programs import PIECE, Programs
 from jaxsteer.engine.requests import Scored, scored
-from jaxsteer.engine.settings import flat, key_of, table_of
+from jaxsteer.engine.settings import flat, key_of, leaves, table_of
 from jaxsteer.engine.table import Table
 from jaxsteer.errors import UserError
 from jaxsteer.models.decoding import Batch as Prompts
@@ -62,7 +62,8 @@ class Joining:
         request, programs = self.row.request, self.programs
         prompt = request.prompt
         edits = request.edits
-        if edits is not None and edits.conditional:
+        decides = edits is not None and edits.conditional
+        if edits is not None and decides:
             edits, self.row.gate_open = decided(programs.model, prompt, edits)
         for edit in flat(edits):
             _check_roles(edit, prompt)
@@ -72,6 +73,7 @@ class Joining:
             self._table = jax.tree.map(jnp.asarray, table)
             self._mask = programs.masks(self._table, _roles(prompt), prompt.ids)
             self.row.edited = int(self._mask.any(0).sum())
+            self.row.reached = () if decides else tuple(self._mask.sum(-1)[: len(leaves(edits))].tolist())
         if scoring:
             self.row.prompt_scores.append(Scored(token=int(prompt.ids[0]), log_prob=None))
         start = hashlib.sha256(f"{slots} ".encode() + (key_of(table) if table is not None else b"")).digest()

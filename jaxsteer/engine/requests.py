@@ -85,6 +85,8 @@ class Finished:
     """Whether the last token is a stop token, which is no part of the text."""
     edited: int = 0
     """Tokens of the prompt that the edits reach."""
+    reached: tuple[int, ...] = ()
+    """The same of each edit (``settings.leaves``); () where a gate decides which there are."""
     error: str = ""
     internal: bool = False
     """Whether the error is the engine's and not the request's."""

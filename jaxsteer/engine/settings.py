@@ -87,6 +87,11 @@ def flat(edits: Any) -> list[Any]:
     return [edits]
 
 
+def leaves(edits: Any) -> list[Any]:
+    """The edits of vectors and latents in order, those behind gates included: a table has a selector for each."""
+    return [leaf for one in flat(edits) for leaf in (leaves(one.edits) if isinstance(one, Gated) else [one])]
+
+
 class _Builder:
     """Fills the table of one row."""
 

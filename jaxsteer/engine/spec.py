@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxsteer.engine.table import PLACES
 from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.models.model import Model
 from jaxsteer.models.sites import parse_site
@@ -36,8 +37,8 @@ from jaxsteer.steer.selectors import select
 from jaxsteer.steer.vectors import CAPS, FIXED, Vectors
 
 MOST_EDITS = 16
-_OURS = {"edits", "merge"}
-_EASY = {"vectors", "conflict", "debug", "merge"}
+_OURS = ("edits", "merge")
+_EASY = ("vectors", "conflict", "debug", "merge")
 _INLINE: dict[str, Callable[..., Any]] = {
     "add": operations.add,
     "add_keep_norm": lambda *given, **how: operations.add(*given, **how, keep_norm=True),
@@ -55,10 +56,10 @@ POSITIONS = (
 class Steered:
     """What a request is steered by."""
 
-    edits: Intervention | None
+    edits: Edits | None
     """None: by nothing."""
     applied: tuple[Mapping[str, Any], ...]
-    """Each edit as JSON, its defaults filled in."""
+    """Each of these edits as JSON, its defaults filled in."""
     merge: bool | None = None
     """Whether these come beside what the server always does (True) or in its place (False); None: not said."""
 
@@ -70,6 +71,8 @@ def read_steering(asked: Any, model: Model, find: Callable[[str], Vectors], sae:
     """
     if not isinstance(asked, Mapping):
         raise UserError(f"steering must be an object with edits (or EasySteer's vectors), got {_kind(asked)}")
+    if not {"edits", "vectors"} & set(asked):
+        refuse_unknown(asked, (*_OURS, *_EASY), "field", "steering: ")
     if ("edits" in asked) == ("vectors" in asked):
         raise UserError("steering has either edits or vectors: give exactly one of the two")
     easy = "vectors" in asked
@@ -78,8 +81,10 @@ def read_steering(asked: Any, model: Model, find: Callable[[str], Vectors], sae:
     if merge is not None and not isinstance(merge, bool):
         raise UserError(f"steering.merge must be true or false, got {_kind(merge)}")
     items = asked["vectors" if easy else "edits"]
-    if not isinstance(items, Sequence) or isinstance(items, str) or len(items) > MOST_EDITS:
-        raise UserError(f"steering lists at most {MOST_EDITS} edits, got {_kind(items)}")
+    if not isinstance(items, list):
+        raise UserError(f"steering.{'vectors' if easy else 'edits'} must be a list, got {_kind(items)}")
+    if len(items) > MOST_EDITS:
+        raise UserError(f"steering lists at most {MOST_EDITS} edits, got {len(items)}")
     if easy:
         _check_easy(asked, len(items))
     edits: list[Intervention] = []
@@ -196,11 +201,13 @@ def _inline(item: Mapping[str, Any], model: Model) -> tuple[Intervention, dict[s
     if operation not in _INLINE:
         raise UserError(f"there is no operation {operation!r}; these are: {', '.join(_INLINE)}")
     strength = "value" if operation in CAPS else "coefficient"
+    if (other := ({"value", "coefficient"} - {strength}).pop()) in item:
+        raise UserError(f"{operation} takes a {strength}, and no {other}")
     refuse_unknown(item, ("operation", "site", "values", strength, "positions"), "field")
     for name in ("site", "values", *(["value"] if operation in CAPS else [])):
         if name not in item:
             raise UserError(f"{operation} needs {name}")
-    site = parse_site(_text(item["site"], "site"), model.config.n_layers).name
+    site = _site(_text(item["site"], "site"), model)
     values = item["values"]
     if not isinstance(values, list) or not 0 < len(values) <= 1 << 17:
         raise UserError(f"values are the numbers of a vector, got {_kind(values)}")
@@ -209,6 +216,21 @@ def _inline(item: Mapping[str, Any], model: Model) -> tuple[Intervention, dict[s
     edit = _INLINE[operation](site, vector, number, positions=positions or "all")
     said = {"operation": operation, "site": site, strength: number, "norm": float(np.linalg.norm(vector))}
     return edit, said | {"positions": positions or "all"}
+
+
+def _site(name: str, model: Model) -> str:
+    """A site that a table can steer, by any of its names."""
+    layers = model.config.n_layers
+    try:
+        site = parse_site(name, layers)
+    except UserError:
+        site = None
+    if site is None or site.kind not in PLACES:
+        raise UserError(
+            f"{name[:60]!r} is no site that can be steered here: these are blocks.N.KIND, N from 0 to {layers - 1}, "
+            f"KIND one of {', '.join(PLACES)}"
+        )
+    return site.name
 
 
 def _positions(given: Any) -> str | list[int] | None:

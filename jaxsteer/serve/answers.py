@@ -7,7 +7,7 @@ import functools
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxsteer.engine import Finished, Piece, Scored
@@ -60,6 +60,8 @@ class Answer:
     chat: bool
     extra: Mapping[str, Any]
     """``x_jaxsteer``: what was applied."""
+    parts: tuple[int, ...] = ()
+    """How many of ``Finished.reached`` belong to each edit that was applied."""
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -83,15 +85,27 @@ class Answer:
             else:
                 choice["text"] = (self._said(asked[i // n], end) if echo else "") + end.text
             choices.append(choice | {"logprobs": scores})
-        facts: dict[str, Any] = {
-            "prompt_tokens_edited": ends[0].edited if len(ends) == 1 else [end.edited for end in ends]
-        }
-        gates = [end.gate_open for end in ends if end.gate_open is not None]
+        return self.head(chunk=False) | {
+            "choices": choices, "usage": usage(ends, n), "x_jaxsteer": self._facts(ends),
+        }  # fmt: skip
+
+    def _facts(self, ends: Sequence[Finished]) -> dict[str, Any]:
+        """What was applied, and what is known of it now that rows have ended."""
+        edited, gates = [end.edited for end in ends], [end.gate_open for end in ends if end.gate_open is not None]
+        facts: dict[str, Any] = {"prompt_tokens_edited": edited[0] if len(ends) == 1 else edited}
         if gates:
             facts["gate_open"] = gates[0] if len(ends) == 1 else gates
-        return self.head(chunk=False) | {
-            "choices": choices, "usage": usage(ends, n), "x_jaxsteer": {**self.extra, **facts},
-        }  # fmt: skip
+        warnings = [*self.extra.get("warnings", ()), *dict.fromkeys(said for end in ends for said in self._missed(end))]
+        return {**self.extra, **facts} | ({"warnings": warnings} if warnings else {})
+
+    def _missed(self, end: Finished) -> Iterator[str]:
+        """Edits that reach no token of the prompt, though they are not of the response alone."""
+        at = 0
+        for i, (said, count) in enumerate(zip(self.extra.get("edits", ()), self.parts, strict=False)):
+            own, at = end.reached[at : at + count], at + count
+            if own and not any(own) and said["positions"] != "response":
+                none = "" if end.edited else ": prompt_tokens_edited is 0"
+                yield f"edits[{i}] reaches no token of the prompt (positions {said['positions']}){none}"
 
     def _said(self, prompt: str | list[int], end: Finished) -> str:
         if isinstance(prompt, str):
@@ -166,10 +180,7 @@ class Answer:
     def end(self, index: int, finished: Finished) -> dict[str, Any]:
         """The last chunk of a choice."""
         made = self._chunk(index, {}, finished.reason) if self.chat else self._text(index, "", finished.reason, None)
-        facts: dict[str, Any] = {"prompt_tokens_edited": finished.edited}
-        if finished.gate_open is not None:
-            facts["gate_open"] = finished.gate_open
-        return made | {"x_jaxsteer": {**self.extra, **facts}}
+        return made | {"x_jaxsteer": self._facts([finished])}
 
     def last(self, ends: Sequence[Finished], n: int) -> dict[str, Any]:
         """The chunk of usage, without choices."""

@@ -22,6 +22,7 @@ from starlette.staticfiles import StaticFiles
 from jaxsteer.engine import Engine
 from jaxsteer.serve.answers import Words
 from jaxsteer.serve.completions import Completions
+from jaxsteer.serve.connections import Connection
 from jaxsteer.serve.errors import Refused
 from jaxsteer.serve.fields import read_json
 from jaxsteer.serve.guards import Guard
@@ -165,6 +166,6 @@ def make_server(app: Any, *, host: str, port: int) -> uvicorn.Server:
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", limit_concurrency=_CONNECTIONS, access_log=False,
         timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=5, server_header=False, lifespan="off",
-        ws="none",
+        ws="none", http=Connection,
     )  # fmt: skip
     return uvicorn.Server(config)

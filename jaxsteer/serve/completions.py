@@ -12,6 +12,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from jaxsteer.engine import Busy, Engine, Finished, Piece, Request, Ticket
+from jaxsteer.engine.settings import check_served, leaves
 from jaxsteer.errors import UserError
 from jaxsteer.models.roles import Rendered
 from jaxsteer.prompts.generate import encode_prompts
@@ -46,8 +47,8 @@ class Completions:
             what = self.engine.status.compiling or "its programs"
             raise Refused(f"The server is starting: it compiles {what}.", status=503, code="loading")
         client = request.client.host if request.client else ""
-        rows, extra = await asyncio.to_thread(self._rows, asked, chat, client)
-        answer = Answer(model=self.engine.model, words=self.words, chat=chat, extra=extra)
+        rows, extra, parts = await asyncio.to_thread(self._rows, asked, chat, client)
+        answer = Answer(model=self.engine.model, words=self.words, chat=chat, extra=extra, parts=parts)
         running = _Running(self.engine, rows)
         if asked.stream:
             stream = self._stream(request, answer, running, asked)
@@ -68,11 +69,18 @@ class Completions:
         prompts = asked.prompts or ("",)
         return JSONResponse(answer.whole(ends, prompts, asked.tops, asked.echo, asked.n))
 
-    def _rows(self, asked: Asked, chat: bool, client: str) -> tuple[list[Request], dict[str, Any]]:
-        """One row per prompt and choice, checked, and what they are steered by. Raises ``Refused``."""
+    def _rows(self, asked: Asked, chat: bool, client: str) -> tuple[list[Request], dict[str, Any], tuple[int, ...]]:
+        """One row per prompt and choice, checked, what they are steered by, and how many parts each edit of that has.
+
+        Raises ``Refused``.
+        """
         steered = self.library.steered(asked.steering)
         edited = steered.edits is not None
         given: list[Any] = [list(asked.messages)] if chat else list(asked.prompts)
+        try:
+            check_served(steered.edits, self.engine.model.config)
+        except UserError as error:
+            raise Refused(str(error), param="steering", code="steering_refused") from None
         try:
             prompts: Sequence[Rendered] = [
                 encode_prompts(self.engine.model, [prompt], roles=edited)[0] for prompt in given
@@ -93,9 +101,11 @@ class Completions:
         extra: dict[str, Any] = {"edits": list(steered.applied), "seed": asked.decoding.seed}
         if steered.merge is not None:
             extra["merge"] = steered.merge
-        if asked.warnings:
-            extra["warnings"] = list(asked.warnings)
-        return rows, extra
+        longest = max(len(prompt.ids) for prompt in prompts)
+        warnings = [*asked.warnings, *_cut(asked.max_tokens, longest, self.engine.context)]
+        if warnings:
+            extra["warnings"] = warnings
+        return rows, extra, tuple(len(leaves(one)) for one in steered.edits.edits) if steered.edits else ()
 
     async def _stream(
         self, request: HttpRequest, answer: Answer, running: _Running, asked: Asked
@@ -169,6 +179,13 @@ class _Running:
         """Those that have not ended."""
         for ticket in self._tickets:
             ticket.cancel()
+
+
+def _cut(asked: int | None, prompt: int, context: int) -> list[str]:
+    """That fewer tokens than were asked for have room behind the longest prompt."""
+    if asked is None or prompt + asked <= context:
+        return []
+    return [f"max_tokens {asked} is cut to {context - prompt}: prompt and answer together may have {context} tokens"]
 
 
 async def _gone(request: HttpRequest) -> None:

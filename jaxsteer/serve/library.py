@@ -64,7 +64,8 @@ class Library:
 
     def unload(self, name: str) -> None:
         """Forget vectors. Raises ``Refused`` for those that are not loaded, and for the server's default and axis."""
-        self.find(name)
+        if name not in self.loaded:
+            raise Refused(f"No vectors {name[:80]!r} are loaded.", status=404, param="name", code="no_vectors")
         if name in self.default or name == self.axis:
             raise Refused(f"{name!r} was given when the server was started: it stays.", param="name", code="in_use")
         with self._lock:
@@ -103,7 +104,7 @@ class Library:
             )  # fmt: skip
         if not own.merge:
             return own
-        edits = [edits for edits, _ in default] + ([] if own.edits is None else [own.edits])
+        edits = [edits for edits, _ in default] + ([] if own.edits is None else list(own.edits.edits))
         applied = tuple(said | {"default": True} for _, said in default) + own.applied
         return Steered(edits=Edits(tuple(edits)), applied=applied, merge=True)
 

@@ -105,7 +105,10 @@ class Reading:
         except UserError as error:
             raise Refused(str(error), param="messages") from None
         if len(text.ids) > min(self.engine.context, model.config.max_positions):
-            raise Refused(f"The text has {len(text.ids)} tokens, and may have {self.engine.context}.")
+            raise Refused(
+                f"The text has {len(text.ids)} tokens, and may have {self.engine.context}.",
+                param="text" if "text" in body else "messages",
+            )
         return text
 
     async def tokenize(self, request: HttpRequest) -> JSONResponse:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +114,29 @@ def test_lm_eval_as_it_is(client: Client, tmp_path: Path, monkeypatch: pytest.Mo
             assert math.isclose(float(score), sum(known[before:]), rel_tol=1e-6, abs_tol=1e-6)
             compared += 1
     assert compared == 24
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("inspect") is None, reason="inspect_ai is not installed")
+def test_inspect_ai_as_it_is(client: Client, tmp_path: Path) -> None:
+    """The task of docs/serving.md, plain and steered: scores are the share of answers that hold the word."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (task,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "sides.py").write_text(task)
+    said = re.findall(r'"([^"]*\?)"', task)
+    assert len(said) == 4
+    env = os.environ | {"JAXSTEER_BASE_URL": f"{client.url}/v1", "JAXSTEER_API_KEY": "none"}
+    for steering in (None, {"edits": [{"vector": "push.safetensors", "coefficient": 4}]}):
+        command = ["inspect", "eval", "sides.py", "--model", "openai-api/jaxsteer/organism:llama", "--display", "plain"]
+        command += ["--log-format", "json", *(["-T", f"steering={json.dumps(steering)}"] if steering else [])]
+        subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=300)
+        newest = max((tmp_path / "logs").glob("*.json"), key=lambda path: path.stat().st_mtime)
+        found = json.loads(newest.read_text())
+        assert found["status"] == "success"
+        score = found["results"]["scores"][0]["metrics"]["accuracy"]["value"]
+        fields = {"max_tokens": 24, "steering": steering}
+        texts = [client.chat(one, **fields)["choices"][0]["message"]["content"] for one in said]
+        assert score == sum("agree" in one.lower() for one in texts) / 4
 
 
 def test_gguf_control_vectors_count_layers_as_llama_cpp(client: Client, directory: Path) -> None:

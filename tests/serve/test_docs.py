@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxsteer.steer import load_vectors
 from tests.serve.conftest import Client
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -31,8 +32,14 @@ def test_the_curl_examples_run(client: Client) -> None:
     assert steered["results"][0]["turns"][1]["along_edited"] > steered["results"][0]["turns"][1]["along"]
 
 
-def test_the_python_examples_run(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+def test_the_python_examples_run(
+    client: Client, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made, first, second = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(made, "serving.md", "exec"), {})  # noqa: S102
+    vectors = load_vectors(tmp_path / "runs" / "vectors" / "push.safetensors", model=client.engine.model)
+    assert vectors.sites == ("blocks.2.hook_resid_post",)
     exec(compile(second, "serving.md", "exec"), {})  # noqa: S102
     assert len(capsys.readouterr().out.splitlines()) >= 3
     pytest.importorskip("openai")

@@ -251,6 +251,11 @@ STEERING: list[tuple[Any, str]] = [
     ("push", "object"),
     ({}, "exactly one"),
     ({"edits": [], "vectors": []}, "exactly one"),
+    ({"edit": []}, "no field 'edit': did you mean 'edits'"),
+    ({"edits": {}}, "edits must be a list"),
+    ({"edits": [{"vector": "push.safetensors"}] * 17}, "at most 16 edits, got 17$"),
+    ({"edits": [inline(1) | {"value": 2}]}, "add takes a coefficient, and no value"),
+    ({"edits": [inline(1) | {"operation": "floor"}]}, "floor takes a value, and no coefficient"),
     ({"edits": [], "other": 1}, "no field 'other'"),
     ({"edits": [{}]}, "edits\\[0\\]"),
     ({"edits": [{"vector": "/etc/passwd"}]}, "No vectors"),
@@ -263,8 +268,8 @@ STEERING: list[tuple[Any, str]] = [
     ({"edits": [{"vector": "push.safetensors", "sites": []}]}, "empty list"),
     ({"edits": [{"vector": "push.safetensors", "units": "mean_resid_norm"}]}, "mean norm"),
     ({"edits": [{"vector": "cap.safetensors", "coefficient": 2}]}, "no coefficient"),
-    ({"edits": [inline(1) | {"site": "blocks.9.hook_resid_post"}]}, "blocks"),
-    ({"edits": [inline(1) | {"site": "blocks.1.hook_nothing"}]}, "hook_nothing"),
+    ({"edits": [inline(1) | {"site": "blocks.9.hook_resid_post"}]}, "N from 0 to 3"),
+    ({"edits": [inline(1) | {"site": "blocks.1.hook_nothing"}]}, "hook_nothing.*KIND one of( hook_\\w+,?){5}$"),
     ({"edits": [inline(1) | {"site": "blocks.1.attn.hook_z"}]}, "hook_z"),
     ({"edits": [inline(1) | {"values": [1.0, 2.0]}]}, "2 components"),
     ({"edits": [inline(1) | {"values": [0.0] * 128}]}, "zero"),
@@ -293,7 +298,7 @@ def test_steering_that_is_not_understood_is_refused(steering: Any, message: str,
     before = client.engine.status.requests
     status, _, found = client.ask("/v1/chat/completions", {"messages": ASKED, "max_tokens": 2, "steering": steering})
     assert status in (400, 404) and set(found["error"]) == {"message", "type", "param", "code"}, found
-    assert re.search(message, found["error"]["message"]), found
+    assert re.search(message, found["error"]["message"]) and found["error"]["param"] == "steering", found
     assert client.engine.status.requests == before, "nothing was run"
 
 
@@ -326,6 +331,8 @@ def test_vectors_come_from_the_directory_and_nowhere_else(client: Client) -> Non
     assert shown["operation"] == "add" and shown["site"] == SITE and shown["sign"] == "pushes"
     assert shown["norms"][SITE] == pytest.approx(8.0, rel=1e-5)
     assert client.ask("/v1/steering/nothing")[0] == 404
+    status, _, found = client.ask("/v1/steering/unload", {"name": "nothing"})
+    assert status == 404 and found["error"]["param"] == "name"
     left = client.good("/v1/steering/unload", {"name": "cap.safetensors"})
     assert "cap.safetensors" not in [one["name"] for one in left["data"]]
     body = {"messages": ASKED, "steering": {"edits": [{"vector": "cap.safetensors"}]}}
@@ -416,6 +423,54 @@ def test_slow_bodies_are_ended(client: Client, monkeypatch: pytest.MonkeyPatch) 
     with serving(client.engine, client.library) as other, socket.create_connection(("127.0.0.1", other.port), 10) as s:
         s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         assert b"408" in s.recv(4096).split(b"\r\n")[0]
+
+
+def test_slow_heads_are_ended_and_no_http_is_refused(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jaxsteer.serve import connections
+
+    monkeypatch.setattr(connections, "SECONDS_FOR_HEAD", 0.5)
+    half = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
+    whole = half + b"no\r\n\r\n"
+
+    def rest(s: socket.socket) -> bytes:
+        return b"".join(iter(lambda: s.recv(4096), b""))
+
+    def refused(answer: bytes) -> Any:
+        return json.loads(answer.split(b"\r\n\r\n")[-1])["error"]
+
+    with serving(client.engine, client.library) as other:
+        four = [socket.create_connection(("127.0.0.1", other.port), 10) for _ in range(4)]
+        slow, silent, again, nonsense = four
+        slow.sendall(half)
+        again.sendall(whole)
+        assert again.recv(4096).startswith(b"HTTP/1.1 200")
+        again.sendall(half)  # the second request of a connection has no more time than the first
+        nonsense.sendall(b"\0\1\2\r\n\r\n")
+        assert refused(rest(nonsense))["code"] == "not_http"
+        assert other.good("/health")["status"] == "ok"
+        assert [refused(rest(s))["code"] for s in (slow, again)] == ["slow_head"] * 2 and rest(silent) == b""
+        for s in four:
+            s.close()
+
+
+def test_what_is_cut_and_what_is_not_reached_is_said(client: Client) -> None:
+    def warned(**fields: Any) -> list[str]:
+        whole = client.chat(**fields)["x_jaxsteer"]
+        body = {"messages": ASKED, "temperature": 0, "max_tokens": 8} | fields
+        ends = [one for one in client.stream("/v1/chat/completions", body)[:-1] if one["choices"][0]["finish_reason"]]
+        assert ends[0]["x_jaxsteer"].get("warnings", []) == whole.get("warnings", [])
+        return whole.get("warnings", [])
+
+    push = {"vector": "push.safetensors"}
+    assert warned(steering={"edits": [push, push | {"positions": "response"}, push | {"coefficient": 0}]}) == []
+    far, nobody = push | {"positions": [400]}, push | {"positions": "system"}
+    found = warned(steering={"edits": [push, far, nobody]}, user="me")
+    assert found[0] == "user has no effect" and len(found) == 3
+    assert found[1].startswith("edits[1] reaches no token of the prompt (positions [400])") and "edits[2]" in found[2]
+    said = client.chat(steering={"edits": [nobody]})["x_jaxsteer"]
+    assert said["prompt_tokens_edited"] == 0 and "prompt_tokens_edited is 0" in said["warnings"][0]
+    (cut,) = warned(max_tokens=100_000, stop=["e"])
+    assert cut.startswith("max_tokens 100000 is cut to ") and cut.endswith("together may have 512 tokens")
 
 
 @pytest.mark.parametrize("stream", [True, False])
