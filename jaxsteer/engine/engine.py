@@ -97,7 +97,7 @@ class Engine:
         self.model, self.options = model, options
         self.context = min(options.context or 2048, model.config.max_positions)
         self._plan_memory()
-        self.programs = Programs(model, ladder(options.rows, 8, 1), ladder(self.context, 4, 512))
+        self.programs = Programs(model, ladder(options.rows, 8, 1), ladder(self.context, 4, min(512, self.context)))
         self.prefixes = Prefixes(options.prefix_mib << 20)
         self._batch = Batch(self.programs)
         self._waiting: collections.OrderedDict[str, collections.deque[Ticket]] = collections.OrderedDict()
