@@ -22,14 +22,19 @@ if TYPE_CHECKING:
     from jaxsteer.models.sharding import make_mesh as make_mesh
     from jaxsteer.models.sites import parse_site as parse_site
     from jaxsteer.models.sites import resid_site as resid_site
+    from jaxsteer.personas.front import direction as direction
+    from jaxsteer.personas.front import persona as persona
     from jaxsteer.personas.persona import Persona as Persona
     from jaxsteer.prompts.generate import generate as generate
+    from jaxsteer.prompts.text_tokens import to_str_tokens as to_str_tokens
+    from jaxsteer.prompts.text_tokens import to_tokens as to_tokens
     from jaxsteer.sae import load_sae as load_sae
     from jaxsteer.study.api import search as search
     from jaxsteer.study.measure import measure as measure
     from jaxsteer.study.refusal import measure_refusal as measure_refusal
+    from jaxsteer.study.side_by_side import compare as compare
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Read once, by transformers: it would say that PyTorch is missing, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -47,6 +52,8 @@ _PUBLIC = {
     "Run": "jaxsteer.models.run",
     "UserError": "jaxsteer.errors",
     "capture": "jaxsteer.models.run",
+    "compare": "jaxsteer.study.side_by_side",
+    "direction": "jaxsteer.personas.front",
     "gradients": "jaxsteer.models.run",
     "generate": "jaxsteer.prompts.generate",
     "load": "jaxsteer.checkpoints.loading",
@@ -55,10 +62,13 @@ _PUBLIC = {
     "make_mesh": "jaxsteer.models.sharding",
     "measure": "jaxsteer.study.measure",
     "measure_refusal": "jaxsteer.study.refusal",
+    "persona": "jaxsteer.personas.front",
     "parse_site": "jaxsteer.models.sites",
     "resid_site": "jaxsteer.models.sites",
     "run": "jaxsteer.models.run",
     "search": "jaxsteer.study.api",
+    "to_str_tokens": "jaxsteer.prompts.text_tokens",
+    "to_tokens": "jaxsteer.prompts.text_tokens",
 }
 """Public name -> its module. Imported when first used, so that ``import jaxsteer`` is fast and has no cycles."""
 
@@ -69,7 +79,16 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'jaxsteer' has no attribute {name!r}")
+    near = "" if name.startswith("__") else _near(name)
+    raise AttributeError(f"module 'jaxsteer' has no attribute {name!r}{near}")
+
+
+def _near(name: str) -> str:
+    """What may have been meant by a name that is not there."""
+    import difflib
+
+    found = difflib.get_close_matches(name, _PUBLIC, n=1)
+    return f": did you mean {found[0]!r}?" if found else ""
 
 
 def __dir__() -> list[str]:

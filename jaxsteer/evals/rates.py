@@ -124,6 +124,10 @@ class Rate(Record):
     sides: Sides | None = None
     """For replies, which of the two a prompt moved."""
 
+    def __repr__(self) -> str:
+        low, high = self.ci95
+        return f"Rate({self.rate:.2f}, {low:.2f} to {high:.2f}, n={self.n} questions)"
+
     @classmethod
     def from_json(cls, record: Any, where: str = "") -> Rate:
         """The object that ``to_json`` wrote, or that an older version did."""

@@ -246,7 +246,10 @@ def _rows(
                 f"{tokens.max()}. Do they come from this model's tokenizer?"
             )
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise UserError(f"tokens must be integers of shape [B, T], got {tokens.dtype} of shape {list(tokens.shape)}.")
+        text = " Of a text: tokens, mask = jaxsteer.to_tokens(model, TEXT)." if tokens.dtype.kind in "US" else ""
+        raise UserError(
+            f"tokens must be integers of shape [B, T], got {tokens.dtype} of shape {list(tokens.shape)}.{text}"
+        )
     if tokens.shape[1] > config.max_positions:
         raise UserError(f"The text has {tokens.shape[1]} tokens; this model's positions end at {config.max_positions}.")
     if mask is not None and mask.shape != tokens.shape:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +198,24 @@ def make_where(
             response = valid & (roles.role == ASSISTANT) & (roles.turn == roles.turns[:, None] - 1)
             prompt_length = jnp.where(response, positions, prompt_length[:, None]).min(-1)
     return Where(tokens=tokens, positions=positions, valid=valid, prompt_length=prompt_length, roles=roles)
+
+
+@runtime_checkable
+class Steers(Protocol):
+    """What knows how it steers: ``steer.Vectors`` with a strength."""
+
+    def edits(self) -> Intervention:
+        """The change that it makes."""
+
+
+def edits_of(steer: Any) -> Intervention:
+    """The edits of vectors with a strength; edits are their own. Raises ``UserError`` for anything else."""
+    if isinstance(steer, Intervention):
+        return steer
+    if isinstance(steer, Steers):
+        return steer.edits()
+    at = ", and a direction needs a place and a strength: direction.at(15, -0.3)" if hasattr(steer, "at") else ""
+    raise UserError(f"one steers by vectors (steer.Vectors) or edits (steer.add), got {type(steer).__name__}{at}")
 
 
 def checked(edits: Any, config: ModelConfig, rows: int | None) -> Intervention | None:

@@ -11,16 +11,20 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from jaxsteer import __version__
+from jaxsteer.display import aligned, decimals
 from jaxsteer.errors import UserError
 from jaxsteer.files import parse_json
 from jaxsteer.models.model import Model
 from jaxsteer.models.reading import BATCH, direction_sites, read_rows
+from jaxsteer.models.sites import resid_site
 from jaxsteer.personas.pairs import Pairs
+from jaxsteer.runs.result import Shown
 from jaxsteer.statistics import auroc
 from jaxsteer.steer.vectors import Vectors, check_vectors, load_vectors, random_arrays, save_vectors
 
@@ -29,7 +33,7 @@ UNITS = "residual stream, raw difference of means"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Direction:
+class Direction(Shown):
     """One vector per site, in the stream's own units, pointing from matching to not matching."""
 
     delta: dict[str, np.ndarray]
@@ -48,6 +52,43 @@ class Direction:
     def sites(self) -> tuple[str, ...]:
         """Names of the sites, in the order they were asked for."""
         return tuple(self.delta)
+
+    def __repr__(self) -> str:
+        return (
+            f"Direction({len(self.delta)} sites: {self.sites[0]} ... {self.sites[-1]}; {self.n} pairs of "
+            f"{self.metadata.get('persona', 'unknown')}, read at {self.read_position})"
+        )
+
+    def at(self, site: int | str, coefficient: float = 1.0) -> Vectors:
+        """Vectors to steer by: at a site, or in the stream after a layer by its number, so many mean norms of the
+        stream along the direction. Positive coefficients lead away from the persona, negative ones bring it out.
+
+        Raises ``UserError`` for a site that the direction does not have."""
+        name = resid_site(site) if isinstance(site, int) else site
+        found = self.vectors().at(name)
+        return dataclasses.replace(found, coefficient=float(coefficient), coefficient_units="mean_resid_norm")
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a vector file (``save_direction``); ``load_direction`` reads it."""
+        return save_direction(self, path)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One row per site: length, length in mean norms of the stream, and the diagnostics."""
+        return [
+            {"site": site, "norm_share": float(np.linalg.norm(self.delta[site])) / self.mean_resid_norm[site]}
+            | self.diagnostics.get(site, {})
+            for site in self.sites
+        ]
+
+    def table(self) -> str:
+        """One line per site."""
+        names = ("agreement", "separability", "auroc")
+        rows: list[tuple[str, ...]] = [("site", "norm", "of the stream's", "halves", *names)]
+        for row in self.to_rows():
+            facts = (row.get("norm"), row["norm_share"], row.get("split_half_cosine"), *map(row.get, names))
+            rows.append((row["site"], *(decimals(fact) for fact in facts)))
+        note = "halves: cosine of the directions of two halves of the questions; along it the persona gets less"
+        return aligned(rows, note=note)
 
     def unit(self, site: str) -> Float[np.ndarray, " D"]:
         """The direction with norm 1. Raises ``UserError`` where it is zero."""

@@ -7,22 +7,25 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
-from jaxsteer.errors import UserError
+from jaxsteer.display import escaped, short, visible
+from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.models.generation import NO_TOKEN, Progress, generate_tokens
 from jaxsteer.models.model import Model
 from jaxsteer.models.roles import Rendered, unlabelled
 from jaxsteer.models.sampling import DEFAULTS, Decoding, stop_ids
-from jaxsteer.models.taps import Intervention
+from jaxsteer.models.taps import Intervention, edits_of
 from jaxsteer.prompts.conversation import encode_texts
 from jaxsteer.prompts.pieces import Text
 from jaxsteer.prompts.roles import encode_turns
 from jaxsteer.prompts.templates import Message, apply_template
+from jaxsteer.runs.result import Shown
 from jaxsteer.writers.writer import Keep, Messages
 
 log = logging.getLogger(__name__)
@@ -35,7 +38,7 @@ _CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generation:
+class Generation(Shown):
     """What was generated. Row ``i * samples + j`` is sample j of prompt i."""
 
     tokens: Int[np.ndarray, "B M"]
@@ -48,11 +51,59 @@ class Generation:
     """Tokens of each row's prompt."""
     seconds: float
     """Wall time of the call, compilation included."""
+    asked: tuple[str, ...] = ()
+    """What each row continues, as a person would tell it: the text, or what was said last."""
+    unsteered: Callable[[], Generation] | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Of a steered generation: the same call without steering."""
+
+    def __repr__(self) -> str:
+        shown = ", ".join(repr(short(text.strip())) for text in self.texts[:3])
+        return f"Generation({len(self.texts)} texts: {shown}{', ...' if len(self.texts) > 3 else ''})"
+
+    def compare(self) -> Beside:
+        """The texts beside those of the same call without steering, from the same random numbers: it is made now.
+
+        Raises ``UserError`` where nothing steered them."""
+        if self.unsteered is None:
+            raise UserError("nothing steered this generation: give steer=..., then compare() shows both sides")
+        rows = zip(self.asked, self.unsteered().texts, self.texts, strict=True)
+        return Beside(rows=tuple(rows))
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One row per text."""
+        rows = zip(self.asked, self.texts, self.finish, self.lengths.tolist(), strict=True)
+        return [{"prompt": a, "text": t, "finish": f, "tokens": n} for a, t, f, n in rows]
+
+    def table(self) -> str:
+        """Every prompt and its text."""
+        return "\n\n".join(f"> {visible(a)}\n{escaped(t.strip())}" for a, t in zip(self.asked, self.texts))
 
     @property
     def lengths(self) -> Int[np.ndarray, " B"]:
         """Tokens of each row."""
         return (self.tokens != NO_TOKEN).sum(-1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Beside(Shown):
+    """Texts that were steered beside those that were not."""
+
+    rows: tuple[tuple[str, str, str], ...]
+    """(prompt, text as it is, text steered)."""
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One row per prompt and sample."""
+        return [dict(zip(("prompt", "unsteered", "steered"), row, strict=True)) for row in self.rows]
+
+    def table(self) -> str:
+        """Every prompt with both texts."""
+        return "\n\n".join(
+            f"> {visible(asked)}\n  as it is:  {visible(bare.strip())}\n  steered:   {visible(text.strip())}"
+            for asked, bare, text in self.rows
+        )
 
 
 def generate(
@@ -61,6 +112,7 @@ def generate(
     decoding: Decoding = DEFAULTS,
     *,
     samples: int = 1,
+    steer: Any = None,
     edits: Intervention | None = None,
     batch: int = 64,
     progress: Callable[[int, int], None] | None = None,
@@ -77,7 +129,10 @@ def generate(
     strings that end a row when its text contains one. ``top_k`` and then ``top_p`` restrict the tokens as in
     transformers; 0 and 1 mean no restriction. ``edits`` act on the prompt and on every token that is decoded, and are
     told whose each token of a conversation is (see ``jaxsteer.steer``); an intervention with an attribute ``rows``
-    holds one edit per row.
+    holds one edit per row. ``steer`` are vectors with a strength (``Direction.at``, ``steer.Vectors``), whose edits
+    these then are; ``.compare()`` of the result shows the texts beside unsteered ones.
+
+    Many parameters: what is continued, how, under which edits, and how many at once.
 
     Row r's tokens depend on the seed, on r and on its prompt, not on the rows beside it. At most ``batch`` rows are
     decoded at a time, equal prompts being run once; ``progress(done, total)`` counts them. With a mesh, rows
@@ -85,6 +140,9 @@ def generate(
     before anything is computed.
     """
     started = time.perf_counter()
+    if steer is not None and edits is not None:
+        raise UserError("steer= and edits= both say how to steer: give one of them, or join edits in steer.Edits")
+    edits = edits if steer is None else edits_of(steer)
     rows, decoding = encode_prompts(model, prompts, roles=edits is not None), changed(decoding, options)
     end = _end(model, decoding)
     every = None if end is None else _CHUNK
@@ -105,6 +163,8 @@ def generate(
         finish=tuple("stop" if stopped else "length" for stopped in ended),
         prompt_length=np.repeat([len(row.ids) for row in rows], samples).astype(np.int32),
         seconds=time.perf_counter() - started,
+        asked=tuple(text for prompt in _several(prompts) for text in [_told(prompt)] * samples),
+        unsteered=None if edits is None else partial(generate, model, prompts, decoding, samples=samples, batch=batch),
     )
 
 
@@ -131,9 +191,7 @@ def stream(
 
 def changed(decoding: Decoding, options: Mapping[str, Any]) -> Decoding:
     """``decoding`` with some of its fields changed. Raises ``UserError`` for fields that it does not have."""
-    known = [field.name for field in dataclasses.fields(Decoding)]
-    if unknown := sorted(options.keys() - set(known)):
-        raise UserError(f"generating has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    refuse_unknown(options, [field.name for field in dataclasses.fields(Decoding)], "option of generating")
     return dataclasses.replace(decoding, **options)
 
 
@@ -204,13 +262,26 @@ def encode_prompts(model: Model, prompts: Prompt | Sequence[Prompt], *, roles: b
 
     With ``roles`` it is known of conversations whose each token is, unless their template rewrites what is said.
     """
-    given: Any = prompts
-    one = isinstance(given, str | Rendered) or (isinstance(given, np.ndarray) and given.ndim == 1)
-    one = one or (len(given) > 0 and isinstance(given[0], Mapping | int | np.integer))
-    several = [given] if one else list(given)
+    several = _several(prompts)
     if not several:
         raise UserError("No prompt was given: pass a conversation, a text, token ids, or a list of them.")
     return [_encoded(model, i, prompt, roles) for i, prompt in enumerate(several)]
+
+
+def _several(prompts: Any) -> list[Any]:
+    """The prompts; one alone is a list of one."""
+    one = isinstance(prompts, str | Rendered) or (isinstance(prompts, np.ndarray) and prompts.ndim == 1)
+    one = one or (len(prompts) > 0 and isinstance(prompts[0], Mapping | int | np.integer))
+    return [prompts] if one else list(prompts)
+
+
+def _told(prompt: Any) -> str:
+    """A prompt in words."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Rendered):
+        return f"({len(prompt.ids)} tokens)"
+    return str(prompt[-1]["content"]) if isinstance(prompt[-1], Mapping) else f"({len(prompt)} tokens)"
 
 
 def _encoded(model: Model, i: int, prompt: Any, roles: bool) -> Rendered:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import html
 import importlib
-from typing import Any
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 from jaxsteer.errors import UserError
+from jaxsteer.files import make_directory, write_bytes
 from jaxsteer.files.records import Record
 
 
-class Result(Record):
-    """A record that shows itself: as text, in a notebook, and as rows for pandas."""
+class Shown:
+    """What shows itself: as text, in a notebook, and as rows for pandas."""
 
     def table(self) -> str:
         """The numbers as aligned text."""
@@ -31,6 +35,32 @@ class Result(Record):
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.table())}</pre>"
+
+
+class Result(Shown, Record):
+    """A record that shows itself, and that files hold."""
+
+    _files: ClassVar[Mapping[str, bytes]] = {}
+
+    def with_files(self, files: Mapping[str, bytes]) -> Result:
+        """The result itself, which from now on can be saved: ``files`` are those of its directory, by name."""
+        object.__setattr__(self, "_files", files)
+        return self
+
+    def save(self, out: str | os.PathLike[str]) -> Path:
+        """Write the directory that the work would have written with ``out``, for ``jaxsteer report`` and others.
+
+        Raises ``UserError`` where ``out`` is there and not empty, and for a result whose files are on the disk already
+        or that was read from one."""
+        path = Path(out)
+        if not self._files:
+            raise UserError("there is nothing to save: this result was made with out=..., or read, and its files exist")
+        if path.exists() and any(path.iterdir()):
+            raise UserError(f"{path} is not empty: give a new directory")
+        for name, content in self._files.items():
+            make_directory((path / name).parent)
+            write_bytes(path / name, content)
+        return path
 
 
 KEPT = "What came is kept in {}: the same command goes on."

@@ -62,6 +62,8 @@ class Measured(Record):
     side_effects: PromptEffects | None = None
     control: str = ""
     """Name of the control edit that stands in the place of the edit; "" for none."""
+    label: str = ""
+    """The name that the user gave it (``study.side_by_side``); "" for none."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
@@ -104,6 +106,8 @@ class Measured(Record):
         """The row's label."""
         if self.control:
             return f"control: {self.control}"
+        if self.label:
+            return visible(self.label)
         return ("steered: " if self.steered else "") + (short(self.prompt) or "(no prompt)")
 
 
@@ -149,11 +153,17 @@ class Measurement(Result):
     def to_rows(self) -> list[dict[str, Any]]:
         """One row per model and prompt, with the numbers of the rate."""
         return [
-            {"model": part.model, "prompt": row.prompt, "steered": row.steered, "control": row.control}
+            {
+                "model": part.model,
+                "name": row.name,
+                "prompt": row.prompt,
+                "steered": row.steered,
+                "control": row.control,
+            }
             | (
                 {}
                 if row.rate is None
-                else {k: v for k, v in rate_fields(row.rate).items() if not isinstance(v, Record)}
+                else {k: v for k, v in rate_fields(row.rate).items() if not isinstance(v, Record)} | _change(row.rate)
             )
             for part in (self, *self.transfer)
             for row in (part.baseline, *part.prompts, *part.controls)
@@ -167,6 +177,8 @@ class Measurement(Result):
         for name, table in TABLES.items():
             if shown := [(row.name, part) for row in rows if (part := getattr(row, name)) is not None]:
                 parts.append(table(shown))
+        if self.baseline.label and self.baseline.rate is not None:
+            parts.insert(1, _changes_table([(row.name, row) for row in rows[1:] if row.rate is not None]))
         if self.baseline.rate is not None and self.baseline.rate.sides is not None:
             parts.insert(2, _sides_table([(row.name, row.rate.sides) for row in rows if row.rate and row.rate.sides]))
             parts += [f"{row.name}: {row.note}" for row in rows if row.note]
@@ -182,6 +194,25 @@ class Measurement(Result):
         rows += [RateRow(row.name, "control", row.rate) for row in self.controls]
         first = RateRow("no prompt", "baseline", self.baseline.rate, replies=self.baseline.written if words else None)
         return drawn(rate_plot([first, *rows]))
+
+
+def _change(rate: Rate) -> dict[str, float | None]:
+    """The paired change of a rate against the baseline, as columns."""
+    found = rate.difference
+    low, high = (None, None) if found is None or found.ci95 is None else found.ci95
+    return {"change": None if found is None else found.value, "change_low": low, "change_high": high}
+
+
+def _changes_table(rows: Sequence[tuple[str, Measured]]) -> str:
+    """One line per row that has a name: the paired change of the rate, and what it does to everything else."""
+    table = [("beside the first", "change, points", "free answers: change", "KL")]
+    for name, row in rows:
+        assert row.rate is not None
+        effects = row.side_effects
+        free = "–" if row.written is None else points(row.written.difference)
+        table.append((name, points(row.rate.difference), free, "–" if effects is None else f"{effects.kl:.3f}"))
+    note = "change: of the rate on the same questions, paired, with its 95 % interval over questions"
+    return aligned(table, note=note)
 
 
 def _interval(ci95: Sequence[float], share: float | None = 0.0) -> str:

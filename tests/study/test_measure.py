@@ -131,7 +131,7 @@ def test_the_best_prompt_is_no_letter_collapse() -> None:
     [
         ({}, {}, "nothing to measure"),
         ({"prompts": ["x"]}, {"questions": 0}, "at least 1"),
-        ({"prompts": ["x"]}, {"quesstions": 3}, "no option quesstions; it has placement"),
+        ({"prompts": ["x"]}, {"quesstions": 3}, "did you mean 'questions'"),
         ({"edits": add("blocks.0.hook_resid_post", np.ones(32)), "transfer": ["m"]}, {}, "an edit belongs to one"),
     ],
 )
