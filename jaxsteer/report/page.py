@@ -13,6 +13,7 @@ from jaxsteer.files import make_directory, write_text
 from jaxsteer.report.axis_files import is_axis, read_axis
 from jaxsteer.report.axis_page import axis_plots, render_axis
 from jaxsteer.report.circuits_page import circuits_plots, is_circuits, render_circuits
+from jaxsteer.report.finding import finding_of
 from jaxsteer.report.lens_page import is_lens, lens_plots, render_lens
 from jaxsteer.report.plots import run_plots
 from jaxsteer.report.replies import in_words
@@ -69,7 +70,7 @@ def render_page(run: RunFiles) -> str:
     plots = {name: Markup(plot.svg(themed=True)) for name, plot in run_plots(run).items()}
     metrics = result.to_json()
     return template("page").render(
-        title=visible(f"{result.persona} on {result.model}"),
+        title=finding_of(result),
         what=_what(result),
         prompt=result.best,
         tiles=_tiles(result),

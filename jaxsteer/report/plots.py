@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,20 +55,20 @@ def pareto_plot(result: SearchRun, pareto: Sequence[Prompt]) -> Plot | None:
 
 @in_style
 def progress_plots(progress: Sequence[Mapping[str, Any]], unit: str = "sd") -> list[Plot]:
-    """Best target against candidates and against seconds, and J of every fluency slot against the step."""
+    """Best target so far, which never falls, against candidates, and J of every fluency slot against the step."""
     plots = []
-    best = [(row, max(values)) for row in progress if (values := _numbers(row.get("best_target")))]
+    seen = [(row, max(values)) for row in progress if (values := _numbers(row.get("best_target")))]
+    so_far = itertools.accumulate((value for _, value in seen), max)
+    best = [(row, value) for (row, _), value in zip(seen, so_far, strict=True)]
     axes_of = {"candidates": "candidates scored", "seconds": "seconds", "step": "step"}
     known = [key for key in axes_of if all(number(row.get(key)) is not None for row, _ in best)]
     if len(best) > 1 and known:
-        shown = [key for key in known if key != "step"] or ["step"]
-        figure, panes = panels(len(shown), width=4.4 * len(shown), height=2.7)
-        for axis, key in zip(panes, shown, strict=True):
-            axis.plot([float(row[key]) for row, _ in best], [value for _, value in best], color=ACCENT, linewidth=2)
-            axis.set_xlabel(axes_of[key])
-            axis.set_ylabel(f"best target ({unit})")
+        figure, (axis,) = panels(width=4.6, height=2.7)
+        axis.plot([float(row[known[0]]) for row, _ in best], [value for _, value in best], color=ACCENT, linewidth=2)
+        axis.set_xlabel(axes_of[known[0]])
+        axis.set_ylabel(f"best target so far ({unit})")
         rows = tuple({**{key: row[key] for key in known}, "best_target": value} for row, value in best)
-        plots.append(Plot(name="progress", title="Best target of the search", figure=figure, rows=rows))
+        plots.append(Plot(name="progress", title="Best target so far", figure=figure, rows=rows))
     losses = [
         (step, values)
         for row in progress

@@ -219,3 +219,22 @@ def test_colours_of_the_page_reach_its_figures(tmp_path: Path):
     text = write_report(write_run(tmp_path)).read_text(encoding="utf-8")
     figures = text[text.index("<svg") :]
     assert "var(--accent)" in figures and "#1f6feb" not in figures and "#5d6675" not in figures
+
+
+def test_the_title_states_the_finding_and_claims_no_more_than_the_difference_does(tmp_path: Path):
+    """All of 40 questions to none: lowers; the same answers as without a prompt: no change is claimed."""
+    yes, no = ([value] * 40 for value in (1.0, -1.0))
+    before = made_choices(yes, [-1.0] * 40, [True] * 40)
+    after = made_choices(no, yes, [True] * 40)
+    for name, found, words in (
+        ("fell", rate_of(after, before), "This prompt lowers sycophancy"),
+        ("kept", rate_of(before, before), "This prompt does not measurably change sycophancy"),
+    ):
+        prompts = [metrics()["prompts"][0] | {"test": found.to_json()}]
+        numbers = metrics(baseline={"test": rate_of(before).to_json()}, prompts=prompts, controls={})
+        text = write_report(write_run(tmp_path / name, numbers)).read_text(encoding="utf-8")
+        title = text.split("<h1>")[1].split("</h1>")[0]
+        assert title.startswith(words) and "from 100.0 % to" in title
+    best = read_run(tmp_path / "fell").result.best
+    assert best is not None and best.rate is not None and best.rate.ci95 is not None
+    assert best.rate.ci95[0] == 0 and 0.08 < best.rate.ci95[1] < 0.09  # Wilson: 3.84 / (40 + 3.84) = 0.0876
