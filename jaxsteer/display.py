@@ -104,7 +104,12 @@ def interval(found: Any) -> str:
     """What has a ``rate`` and an interval ``ci95``: "6.2 % (3.1–11.9)"; a dash for None."""
     if found is None:
         return "–"
-    return percent(found.rate) + (f" ({ends(found.ci95)})" if found.ci95 is not None else "")
+    return share(found.rate, found.ci95)
+
+
+def share(value: float | None, ci95: Sequence[float] | None) -> str:
+    """A share and its interval, where it has one: "6.2 % (3.1–11.9)"; a dash for None."""
+    return percent(value) + (f" ({ends(ci95)})" if value is not None and ci95 is not None else "")
 
 
 def ends(ci95: Sequence[float] | None) -> str:

@@ -11,10 +11,9 @@ from jaxsteer.display import (
     OTHER,
     aligned,
     decimals,
-    ends,
     in_style,
     panels,
-    percent,
+    share,
     short,
     visible,
     wrapped,
@@ -135,10 +134,10 @@ class CapResult(Result):
         for row in self.rows:
             place = decimals(row.position if row.position is not None else row.along)
             cells = [row.name or "(as it is)", decimals(row.kl, 3), decimals(row.perplexity, 1)]
-            cells += [_share(row.changed, row.changed_ci95), decimals(row.reply_kl, 3)]
+            cells += [share(row.changed, row.changed_ci95), decimals(row.reply_kl, 3)]
             cells += [place, _signed(row.moved, row.moved_ci95)]
             cells += [decimals(row.judged.score if row.judged else None)] * judged
-            cells += [_share(row.persona, row.persona_ci95)] * dataset
+            cells += [share(row.persona, row.persona_ci95)] * dataset
             table.append(tuple(cells))
         note = (
             "KL: of neutral requests, nats per token; answers changed: of the model's own to ordinary questions, and "
@@ -170,10 +169,6 @@ class CapResult(Result):
         axis.set_xlabel("KL on neutral text, nats per token")
         axis.set_ylabel("replies in roles moved towards the Assistant")
         return figure
-
-
-def _share(share: float | None, ci95: Interval | None) -> str:
-    return percent(share) + (f" ({ends(ci95)})" if ci95 is not None else "")
 
 
 def _signed(value: float | None, ci95: Interval | None) -> str:

@@ -51,7 +51,7 @@ from jaxsteer.ranges import check_ranges
 from jaxsteer.runs.bars import load, progress_bar
 from jaxsteer.runs.files import CONFIG, write_json
 from jaxsteer.runs.folder import opened
-from jaxsteer.statistics import student
+from jaxsteer.statistics import rate_interval, student
 from jaxsteer.steer.vectors import Vectors, check_vectors, random_arrays
 from jaxsteer.study.api import search
 from jaxsteer.study.results import Prompt, SearchRun
@@ -344,9 +344,10 @@ class _Bench:
                 change = change[~np.isnan(change)]
                 fields |= {names[1]: float(change.mean()), names[2]: student(change)}
         said = [one or "." for one in made.replies]
+        relevant = relevance(self.model, [one.question for one in contexts], said)
         return HoldRow(
             name=name, kind=kind, text=text, **fields, **facts, replies=made.replies,
-            relevant=float(relevance(self.model, [one.question for one in contexts], said).mean()),
+            relevant=float(relevant.mean()), relevant_ci95=rate_interval(relevant, [one.role for one in contexts]),
             distinct=float(np.mean([distinct_sequences(one, 3) or 1.0 for one in made.replies])),
         )  # fmt: skip
 

@@ -5,7 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from jaxsteer.display import ACCENT, INK, MUTED, OTHER, aligned, decimals, in_style, panels, percent, short, visible
+from jaxsteer.display import (
+    ACCENT,
+    INK,
+    MUTED,
+    OTHER,
+    aligned,
+    decimals,
+    in_style,
+    panels,
+    percent,
+    share,
+    short,
+    visible,
+)
 from jaxsteer.files.records import Record
 from jaxsteer.ranges import CountFrom0, Interval, Share
 from jaxsteer.runs.result import Result
@@ -56,7 +69,9 @@ class HoldRow(Record):
     attacked_moved: float | None = None
     attacked_ci95: Interval | None = None
     relevant: Share
-    """Share of replies whose own question is the likeliest of eight after them."""
+    """Share of all replies, attacked ones too, whose own question is the likeliest of eight after them."""
+    relevant_ci95: Interval | None = None
+    """Over roles and attacks."""
     distinct: Share
     """Share of the replies' three-word sequences that are not a repetition within the reply."""
     replies: tuple[str, ...]
@@ -102,12 +117,13 @@ class HoldResult(Result):
         for row in self.rows:
             cells = [row.name, decimals(row.kl), decimals(row.position), _signed(row.moved, row.moved_ci95)]
             cells += [decimals(row.attacked), _signed(row.attacked_moved, row.attacked_ci95)] * attacked
-            table.append((*cells, percent(row.relevant), percent(row.distinct)))
+            table.append((*cells, share(row.relevant, row.relevant_ci95), percent(row.distinct)))
         note = (
             "position: of replies in roles on the axis, read by the model as it is and without the prompt, 0 the mean "
             "of the roles, 1 the Assistant; moved by: against the model as it is, 95 % interval over roles (attacks); "
-            "answers: share of replies whose own question is the likeliest of eight after them; distinct: three-word "
-            "sequences that do not repeat; KL: over the model's own replies to ordinary requests, nats per token."
+            "answers: share of all replies, attacked ones too, whose own question is the likeliest of eight after them "
+            "(chance: 12.5 %), with its interval; distinct: three-word sequences that do not repeat; KL: over the "
+            "model's own replies to ordinary requests, nats per token."
         )
         parts = [head, aligned(table, note=note)]
         texts = [f"  {row.name}: {visible(row.text)!r}" for row in self.rows if row.text]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxsteer.display import ACCENT, BAND, MUTED, OTHER, Plot, aligned, decimals, ends, in_style, panels, percent
+from jaxsteer.display import ACCENT, BAND, MUTED, OTHER, Plot, aligned, decimals, ends, in_style, panels, percent, share
 from jaxsteer.files.records import Record
 from jaxsteer.models.sites import parse_site
 from jaxsteer.ranges import CountFrom0, Share, Weight
@@ -120,7 +120,7 @@ class ProbeResult(Result):
                     decimals(score.auroc), percent(score.control),
                     selectivity + (f" ({100 * spread[0]:+.0f} to {100 * spread[1]:+.0f})" if spread else ""),
                     percent(score.shuffled), decimals(score.calibration),
-                    *(f"{percent(t.accuracy)} ({ends(t.ci95)})" for t in (o.scores[at] for o in self.transfers)),
+                    *(share(t.accuracy, t.ci95) for t in (o.scores[at] for o in self.transfers)),
                 )
             )  # fmt: skip
         best = self.best

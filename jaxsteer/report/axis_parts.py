@@ -9,7 +9,7 @@ from typing import Any
 from jaxsteer.axis.cap_result import CapResult, CapRow
 from jaxsteer.axis.drift import Drift
 from jaxsteer.axis.hold_result import EDIT, PROMPT, HoldResult, HoldRow
-from jaxsteer.display import Plot, decimals, ends, percent
+from jaxsteer.display import Plot, decimals, percent, share
 from jaxsteer.ranges import Interval
 from jaxsteer.report.axis_files import cut
 
@@ -90,10 +90,10 @@ def _cap_names(found: CapResult) -> list[tuple[str, str]]:
 
 def _cap_cells(row: CapRow, judged: bool, dataset: bool) -> list[str]:
     place = decimals(row.position if row.position is not None else row.along)
-    cells = [decimals(row.kl, 3), decimals(row.perplexity, 1), _share(row.changed, row.changed_ci95)]
+    cells = [decimals(row.kl, 3), decimals(row.perplexity, 1), share(row.changed, row.changed_ci95)]
     cells += [decimals(row.reply_kl, 3), place, _change(row.moved, row.moved_ci95)]
     cells += [decimals(row.judged.score if row.judged else None)] * judged
-    return cells + [_share(row.persona, row.persona_ci95)] * dataset
+    return cells + [share(row.persona, row.persona_ci95)] * dataset
 
 
 def _side_by_side(
@@ -107,10 +107,6 @@ def _side_by_side(
         )
         for at, question in enumerate(questions[:ASKED])
     ]
-
-
-def _share(share: float | None, ci95: Interval | None) -> str:
-    return percent(share) + (f" ({ends(ci95)})" if ci95 is not None else "")
 
 
 def hold_plot(name: str, found: HoldResult) -> Plot:
@@ -138,4 +134,4 @@ def hold_part(name: str, found: HoldResult) -> dict[str, Any]:
 def _hold_cells(row: HoldRow, attacked: bool) -> list[str]:
     cells = [decimals(row.kl), decimals(row.position), _change(row.moved, row.moved_ci95)]
     cells += [decimals(row.attacked), _change(row.attacked_moved, row.attacked_ci95)] * attacked
-    return [*cells, percent(row.relevant), percent(row.distinct)]
+    return [*cells, share(row.relevant, row.relevant_ci95), percent(row.distinct)]

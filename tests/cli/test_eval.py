@@ -120,7 +120,7 @@ def test_questions_with_many_answers_and_with_none(
     assert main(["eval", "--model", str(model_dir), "--persona", name, "-p", "x"]) == 2
     assert "give --judge URL" in capsys.readouterr().err
     write = lambda model, questions, prompts, **_: [("So.",) * len(questions) for _ in prompts]  # noqa: E731
-    monkeypatch.setattr("jaxsteer.study.measure.ask", write)
+    monkeypatch.setattr("jaxsteer.study.bench.ask", write)
     with endpoint(lambda body: "no idea") as (url, asked):
         out = out_of(capsys, "--model", model_dir, "--persona", name, "-p", " be patient", "--judge", url)
     assert len(asked) == 2 and out["baseline"]["judged"]["unread"] == 2 and out["split"] == "all"

@@ -60,7 +60,7 @@ def made(hint: Any, rng: random.Random, outer: tuple[Any, ...] = ()) -> Any:
         return None
     if issubclass(hint, Record):
         hints = get_type_hints(hint, include_extras=True)
-        values = {name: made(of, rng, (*outer, hint)) for name, of in hints.items()}
+        values = {field.name: made(hints[field.name], rng, (*outer, hint)) for field in dataclasses.fields(hint)}
         if hint is SearchRun:
             values["selected"] = rng.randrange(len(values["prompts"])) if values["prompts"] else None
         if issubclass(hint, SweepRow):

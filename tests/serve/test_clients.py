@@ -26,7 +26,8 @@ PUSH = {"steering": {"edits": [{"vector": "push.safetensors", "coefficient": 2}]
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_openai_sdk(client: Client) -> None:
-    openai = pytest.importorskip("openai")
+    import openai
+
     sdk = openai.OpenAI(base_url=f"{client.url}/v1", api_key="none", max_retries=0)
     how: dict[str, Any] = dict(model="organism:llama", messages=ASKED, temperature=0, max_tokens=10)
     assert sdk.models.list().data[0].id == "organism:llama"

@@ -42,6 +42,5 @@ def test_the_python_examples_run(
     assert vectors.sites == ("blocks.2.hook_resid_post",)
     exec(compile(second, "serving.md", "exec"), {})  # noqa: S102
     assert len(capsys.readouterr().out.splitlines()) >= 3
-    pytest.importorskip("openai")
     exec(compile(first.replace("http://127.0.0.1:8000", client.url), "serving.md", "exec"), {})  # noqa: S102
     assert capsys.readouterr().out.strip()

@@ -198,12 +198,6 @@ def test_what_a_persona_lacks_is_said_before_the_model_writes(several, tmp_path,
         probe_positions("no/such/model", Persona(name="x", role="r", ask=("q",)), ["decision"])
 
 
-def test_a_persona_of_python_is_searched_from_a_file(tmp_path) -> None:
-    with pytest.raises(jaxsteer.UserError, match="keep it, jaxsteer.personas.save_persona") as refused:
-        jaxsteer.search(persona=words(), out=tmp_path)
-    assert len(str(refused.value)) < 300
-
-
 def test_replies_alone_do_not_block_a_directory(tmp_path) -> None:
     """A search that was cut off before it began has left them; anything else beside them is not a search's."""
     (tmp_path / "persona.json").write_text("{}")
