@@ -29,12 +29,14 @@ def write_hf(params: Params, config: ModelConfig, out: str | os.PathLike[str], *
         raise UserError(f"dtype {dtype!r} is not supported: give one of {', '.join(OUT_DTYPES)}.")
     target = DTYPES[OUT_DTYPES[dtype]]
     fields = config_to_hf(config, dtype)
-    tensors: dict[str, np.ndarray] = {}
-    for leaf, (name, source, _) in expected_leaves(config, TEXT_PREFIX).items():
+    parts: dict[str, list[np.ndarray]] = {}
+    prefix = "transformer." if config.family == "gpt2" else TEXT_PREFIX
+    for leaf, (name, source, _) in expected_leaves(config, prefix).items():
         values = getattr(params.layers, leaf[-1])[int(leaf[1])] if len(leaf) > 1 else getattr(params, leaf[0])
-        tensors[name] = to_hf(np.asarray(values).astype(target), source)
+        parts.setdefault(name, []).append(to_hf(np.asarray(values).astype(target), source))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    tensors = {name: part[0] if len(part) == 1 else np.concatenate(part, axis=-1) for name, part in parts.items()}
     write_bytes(out / SINGLE, save(tensors, metadata={"format": "pt"}))
     write_text(out / "config.json", json.dumps(fields, indent=2) + "\n")
     return out

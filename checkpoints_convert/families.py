@@ -126,6 +126,39 @@ def _gemma3(config: Any, where: str) -> ModelConfig:
     return _gemma3_text(text, where, family="gemma3", tied_embeddings=bool(config.tie_word_embeddings))
 
 
+def _gpt2(config: Any, where: str) -> ModelConfig:
+    if config.activation_function != "gelu_new":
+        raise UserError(
+            f"{where} has activation_function {config.activation_function!r}; gpt2 models have 'gelu_new' here."
+        )
+    d_head = config.n_embd // config.n_head
+    if d_head * config.n_head != config.n_embd:
+        raise UserError(f"{where} has n_embd {config.n_embd}, which {config.n_head} heads (n_head) cannot share.")
+    return ModelConfig(
+        family="gpt2",
+        vocab_size=config.vocab_size,
+        d_model=config.n_embd,
+        n_layers=config.n_layer,
+        n_heads=config.n_head,
+        n_kv_heads=config.n_head,
+        d_head=d_head,
+        d_mlp=config.n_inner or 4 * config.n_embd,
+        max_positions=config.n_positions,
+        activation="gelu_tanh",
+        gated_mlp=False,
+        norm="layer",
+        norm_eps=float(config.layer_norm_epsilon),
+        qkv_bias=True,
+        writer_bias=True,
+        query_scale=1.0 / math.sqrt(d_head),
+        tied_embeddings=bool(config.tie_word_embeddings),
+        learned_positions=True,
+        windows=(GLOBAL_WINDOW,) * config.n_layer,
+        ropes=(),
+        rope_index=(),
+    )
+
+
 def rope_to_hf(rope: Rope) -> dict[str, Any]:
     """One entry of ``rope_parameters``: the inverse of reading it."""
     parameters: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
@@ -168,6 +201,32 @@ def _gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
     return _gemma_to_hf(config) | {"rope_parameters": ropes, "attn_logit_softcapping": None}
 
 
+def _gpt2_to_hf(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "n_embd": config.d_model,
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "n_inner": config.d_mlp,
+        "n_positions": config.max_positions,
+        "layer_norm_epsilon": config.norm_eps,
+        "activation_function": "gelu_new",
+    }
+
+
+def shared_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The fields that all families but GPT-2 have by these names."""
+    return {
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_mlp,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.d_head,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+    }
+
+
 class Family(NamedTuple):
     """How the configurations of one ``model_type`` are read and written."""
 
@@ -180,11 +239,13 @@ class Family(NamedTuple):
     from_hf: Callable[[Any, str], ModelConfig]
     """Transformers' config object and the name of its file -> ``ModelConfig``."""
     to_hf: Callable[[ModelConfig], dict[str, Any]]
-    """The fields of config.json beyond those that all families have."""
+    """The fields of config.json beyond those that all families have, and ``shared_to_hf``."""
     rope_per_layer_type: bool = False
     """Whether ``rope_parameters`` holds an object for each of ``LAYER_TYPES``."""
     text: str | None = None
     """For a model of several parts: the ``model_type`` of its ``text_config``, whose fields count."""
+    own_names: bool = False
+    """Whether ``to_hf`` gives the fields of ``shared_to_hf`` by names of its own."""
 
 
 _SILU = COMMON | {"hidden_act"}
@@ -201,6 +262,14 @@ _VISION = frozenset(
     vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id
     image_token_id
     """.split()
+)
+_GPT2 = frozenset(
+    """
+    vocab_size n_embd n_layer n_head n_inner n_positions layer_norm_epsilon activation_function tie_word_embeddings
+    """.split()
+)
+_GPT2_UNREAD = frozenset(
+    "n_ctx summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout".split()
 )
 _NONE: frozenset[str] = frozenset()
 
@@ -220,5 +289,6 @@ FAMILIES: dict[str, Family] = {
         _gemma3_to_hf,
         text="gemma3_text",
     ),
+    "gpt2": Family(("GPT2LMHeadModel",), _GPT2, _GPT2_UNREAD, _gpt2, _gpt2_to_hf, own_names=True),
 }
 """``model_type`` -> how it is read and written."""

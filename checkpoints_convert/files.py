@@ -131,6 +131,74 @@ class Tensor:
             update(piece)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A matrix that lies [in, out] in the file, shown as [out, in], or a third of the outputs of a tensor: GPT-2's.
+
+    It has the methods of ``Tensor``.
+    """
+
+    whole: Tensor
+    turned: bool
+    third: int | None
+    raw = True
+    """What ``update`` gets are the values."""
+
+    @property
+    def name(self) -> str:
+        """Of the tensor in the file, with the third in brackets."""
+        return self.whole.name if self.third is None else f"{self.whole.name}[{'qkv'[self.third]}]"
+
+    @property
+    def file(self) -> Path:
+        """Where the tensor lies."""
+        return self.whole.file
+
+    @property
+    def dtype(self) -> str:
+        """As the whole's."""
+        return self.whole.dtype
+
+    @property
+    def stored_as(self) -> str:
+        """The type in the file, as people name it."""
+        return self.whole.stored_as
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[out, in], or [out] for biases."""
+        *ins, outs = self.whole.shape
+        return (outs // (1 if self.third is None else 3), *ins)
+
+    @property
+    def nbytes(self) -> int:
+        """Its share of the size on disk, in bytes."""
+        return self.whole.nbytes // (1 if self.third is None else 3)
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row (of the first axis)."""
+        return self.nbytes // max(1, self.shape[0])
+
+    def blocks(
+        self, rows: int, memory: np.ndarray | None = None, update: Callable[[memoryview], object] = lambda data: None
+    ) -> Iterator[np.ndarray]:
+        """As ``Tensor.blocks``; the file is mapped, and a block's columns are gathered from it."""
+        del memory  # a block is gathered, not read
+        shape, dtype = self.shape, DTYPES[self.dtype]
+        bits = np.dtype(f"u{dtype.itemsize}")
+        first = shape[0] * (self.third or 0)
+        try:
+            stored = np.memmap(self.file, bits, "r", self.whole.offset, self.whole.shape)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.file} could not be read at tensor {self.name!r} ({error}).") from error
+        for start in range(0, shape[0], rows):
+            end = min(start + rows, shape[0])
+            block = np.ascontiguousarray(stored[..., first + start : first + end].T)
+            update(block.reshape(-1).view(np.uint8).data)
+            yield block.view(dtype)
+
+
 def all_finite(data: memoryview, dtype: np.dtype) -> bool:
     """Whether none of the values in these bytes is NaN or infinite: their exponents are not all ones."""
     bits = np.frombuffer(data, f"u{dtype.itemsize}")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert.families import FAMILIES, LAYER_TYPES, Family, rope_to_hf
+from checkpoints_convert.families import FAMILIES, LAYER_TYPES, Family, rope_to_hf, shared_to_hf
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_json
 from jaxsteer.models.config import MAX_LAYERS, ModelConfig
@@ -76,6 +77,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (),
     "sliding_window": (),
     "auto_map": (),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
 }
 """Fields that change the numbers and are supported at these values only (and when absent or null)."""
 
@@ -93,15 +97,15 @@ _SIZE = 2**31 - 1
 _COUNTS = dict.fromkeys(
     """
     vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim max_position_embeddings
-    sliding_window sliding_window_pattern original_max_position_embeddings
+    sliding_window sliding_window_pattern original_max_position_embeddings n_embd n_head n_inner n_positions
     """.split(),
     _SIZE,
-) | {"num_hidden_layers": MAX_LAYERS}
+) | {"num_hidden_layers": MAX_LAYERS, "n_layer": MAX_LAYERS}
 """Fields that count something -> the largest count."""
 _FACTORS = frozenset(
     """
     rms_norm_eps rope_theta rope_local_base_freq query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping
-    factor low_freq_factor high_freq_factor
+    factor low_freq_factor high_freq_factor layer_norm_epsilon
     """.split()
 )
 
@@ -310,24 +314,18 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "model_type": model_type,
         "dtype": dtype,
         "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_mlp,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.d_head,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
+        **({} if family.own_names else shared_to_hf(config)),
         "tie_word_embeddings": config.tied_embeddings,
-        "rope_parameters": rope_to_hf(config.ropes[0]),
+        **({"rope_parameters": rope_to_hf(config.ropes[0])} if config.ropes else {}),
         **family.to_hf(config),
     }
     with quiet_transformers():
         from transformers import AutoConfig
     try:
-        back = family.from_hf(AutoConfig.for_model(**copy.deepcopy(fields)), "config.json").to_json()
+        back = family.from_hf(AutoConfig.for_model(**copy.deepcopy(fields)), "config.json")
     except Exception as error:  # as in config_from_hf
         raise UserError(f"A {model_type} config.json cannot express this model: {error}") from error
-    if lost := [name for name, value in config.to_json().items() if name != "family" and back[name] != value]:
+    names = [field.name for field in dataclasses.fields(config) if field.name != "family"]
+    if lost := [name for name in names if getattr(back, name) != getattr(config, name)]:
         raise UserError(f"A {model_type} config.json cannot express this model's {', '.join(lost)}.")
     return fields

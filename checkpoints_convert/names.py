@@ -1,6 +1,7 @@
 """Tensor names of Hugging Face checkpoints, one table per family, and what becomes of each tensor.
 
-Every matrix is stored [out, in]. Ours is [in..., out...]: transpose, then split heads.
+Every matrix is stored [out, in]. Ours is [in..., out...]: transpose, then split heads. GPT-2's are stored [in, out],
+and queries, keys and values in one: ``Part`` shows them as the others are.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from checkpoints_convert.files import DTYPES
+from checkpoints_convert.files import DTYPES, Part, Tensor
 from checkpoints_convert.sources import StoredTensor
 from jaxsteer.errors import UserError
 from jaxsteer.models.config import ModelConfig
@@ -29,6 +30,10 @@ class Source:
 
     name: str
     in_axes: int | None = 0
+    turned: bool = False
+    """Whether the matrix is stored [in, out]."""
+    third: int | None = None
+    """Which third of the stored outputs it is, where queries, keys and values are stored in one."""
 
 
 _LLAMA_LAYER = {
@@ -61,19 +66,45 @@ LAYER_NAMES: dict[str, dict[str, Source]] = {
     "gemma2": _GEMMA2_LAYER,
     "gemma3_text": _GEMMA2_LAYER | _QK_NORM,
     "gemma3": _GEMMA2_LAYER | _QK_NORM,
+    "gpt2": {
+        "attn_norm": Source("ln_1.weight"),
+        "attn_norm_bias": Source("ln_1.bias"),
+        **{name: Source("attn.c_attn.weight", 1, turned=True, third=i) for i, name in enumerate("qkv")},
+        **{f"{name}_bias": Source("attn.c_attn.bias", third=i) for i, name in enumerate("qkv")},
+        "o": Source("attn.c_proj.weight", 2, turned=True),
+        "o_bias": Source("attn.c_proj.bias"),
+        "mlp_norm": Source("ln_2.weight"),
+        "mlp_norm_bias": Source("ln_2.bias"),
+        "up": Source("mlp.c_fc.weight", 1, turned=True),
+        "up_bias": Source("mlp.c_fc.bias"),
+        "down": Source("mlp.c_proj.weight", 1, turned=True),
+        "down_bias": Source("mlp.c_proj.bias"),
+    },
 }
-"""Family -> leaf of a layer -> its source, named relative to ``PREFIX.layers.i.``."""
+"""Family -> leaf of a layer -> its source, named relative to ``PREFIX.layers.i.`` (GPT-2: ``PREFIX.h.i.``)."""
 
-TOP_NAMES = {
+HEAD = "lm_head.weight"
+_TOP = {
     "embed": Source("embed_tokens.weight", None),
     "final_norm": Source("norm.weight"),
-    "unembed": Source("lm_head.weight", 1),
+    "unembed": Source(HEAD, 1),
 }
-"""Leaf outside the layers -> its source: ``lm_head`` as it is or after "language_model.", the others after PREFIX."""
+TOP_NAMES = dict.fromkeys(LAYER_NAMES, _TOP) | {
+    "gpt2": {
+        "embed": Source("wte.weight", None),
+        "positions": Source("wpe.weight", None),
+        "final_norm": Source("ln_f.weight"),
+        "final_norm_bias": Source("ln_f.bias"),
+        "unembed": Source(HEAD, 1),
+    }
+}
+"""Family -> leaf outside the layers -> its source: ``lm_head`` as it is or after "language_model.", the others after
+PREFIX."""
 
 TEXT_PREFIX = "model."
-"""What the names of a text model begin with in the files of transformers."""
+"""What the names of a text model begin with in the files of transformers, as a rule."""
 PREFIXES = {
+    "gpt2": ("transformer.", ""),
     "gemma3": ("language_model.model.", "model.language_model.", TEXT_PREFIX),
     "gemma3_text": (TEXT_PREFIX, "language_model.model.", "model.language_model."),
 }
@@ -81,9 +112,12 @@ PREFIXES = {
 text models cut out of multimodal ones."""
 
 FREQUENCIES = r"(language_model\.)?model\.(language_model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-IGNORED = {"gemma3": rf"{FREQUENCIES}|(model\.)?(vision_tower|multi_modal_projector)\..+"}
+IGNORED = {
+    "gemma3": rf"{FREQUENCIES}|(model\.)?(vision_tower|multi_modal_projector)\..+",
+    "gpt2": r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",
+}
 """Family -> pattern of tensors that are left out knowingly: in every family the rotary frequencies of old files, which
-follow from the config, and the parts of a multimodal model that see."""
+follow from the config; the parts of a multimodal model that see; and the causal masks in files of GPT-2."""
 
 Leaf = tuple[str, ...]
 """Path of a leaf in the checkpoint: ("embed",) or ("layers", "007", "q")."""
@@ -95,18 +129,22 @@ def layer_key(layer: int) -> str:
 
 
 def hf_shape(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
-    """The shape in the Hugging Face file of a leaf of ours: [out, in] for matrices."""
+    """The shape in the Hugging Face file of a leaf of ours: [out, in] for matrices, or [in, out] if ``turned``."""
     if source.in_axes is None:
         return shape
+    parts = 1 if source.third is None else 3
     if source.in_axes == 0:
-        return (math.prod(shape),)
-    return math.prod(shape[source.in_axes :]), math.prod(shape[: source.in_axes])
+        return (parts * math.prod(shape),)
+    sizes = parts * math.prod(shape[source.in_axes :]), math.prod(shape[: source.in_axes])
+    return sizes[::-1] if source.turned else sizes
 
 
 def to_hf(values: np.ndarray, source: Source) -> np.ndarray:
-    """A leaf of ours as a tensor of the file."""
-    shape = hf_shape(values.shape, source)
-    return _transposed(values.reshape(shape[::-1])) if source.in_axes else values.reshape(shape)
+    """A leaf of ours as a tensor of the file, or as its third of one (of the last axis)."""
+    if not source.in_axes:
+        return values if source.in_axes is None else values.reshape(-1)
+    flat = values.reshape(math.prod(values.shape[: source.in_axes]), -1)
+    return flat if source.turned else _transposed(flat)
 
 
 def _transposed(values: np.ndarray) -> np.ndarray:
@@ -116,22 +154,22 @@ def _transposed(values: np.ndarray) -> np.ndarray:
 
 
 def expected_leaves(
-    config: ModelConfig, prefix: str | None = None, head: str = TOP_NAMES["unembed"].name
+    config: ModelConfig, prefix: str | None = None, head: str = HEAD
 ) -> dict[Leaf, tuple[str, Source, tuple[int, ...]]]:
     """Leaf -> (full Hugging Face name, source, our shape), for every leaf that the config asks for, in stream order.
 
     ``prefix`` and ``head`` are how this checkpoint calls its text model and its unembedding (default: the usual names).
     """
     prefix = _prefixes(config)[0] if prefix is None else prefix
-    table = LAYER_NAMES[config.family]
+    table, stack = LAYER_NAMES[config.family], "h" if config.family == "gpt2" else "layers"
     leaves: dict[Leaf, tuple[str, Source, tuple[int, ...]]] = {}
     for name, shape in top_shapes(config).items():
-        source = TOP_NAMES[name]
+        source = TOP_NAMES[config.family][name]
         leaves[(name,)] = (head if name == "unembed" else prefix + source.name, source, shape)
     for layer in range(config.n_layers):
         for name, shape in layer_shapes(config).items():
             source = table[name]
-            leaves[("layers", layer_key(layer), name)] = (f"{prefix}layers.{layer}.{source.name}", source, shape)
+            leaves[("layers", layer_key(layer), name)] = (f"{prefix}{stack}.{layer}.{source.name}", source, shape)
     return leaves
 
 
@@ -141,14 +179,14 @@ def _prefixes(config: ModelConfig) -> tuple[str, ...]:
 
 def _naming(names: Collection[str], config: ModelConfig) -> tuple[str, str]:
     """(prefix of the text model, name of the unembedding) in a checkpoint that holds tensors called ``names``."""
-    prefixes, head = _prefixes(config), TOP_NAMES["unembed"].name
-    found = [prefix for prefix in prefixes if prefix + TOP_NAMES["embed"].name in names]
+    prefixes, head, embed = _prefixes(config), HEAD, TOP_NAMES[config.family]["embed"].name
+    found = [prefix for prefix in prefixes if prefix + embed in names]
     if len(found) > 1:
         raise UserError(
             f"The checkpoint holds several text models, at {' and '.join(found)}: which one is meant cannot be told."
         )
     # Where both heads are stored, one is left over and refused.
-    before = ("", "language_model.") if config.family in PREFIXES else ("",)
+    before = ("", "language_model.") if config.family.startswith("gemma3") else ("",)
     return (found or prefixes)[0], next((text + head for text in before if text + head in names), head)
 
 
@@ -171,7 +209,7 @@ def assign(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> tuple[di
     ignored = sorted(name for name in tensors if name not in wanted and re.fullmatch(pattern, name))
     extra = sorted(set(tensors) - wanted - set(ignored))
     if config.tied_embeddings and head in extra:
-        _check_tied(tensors[head], tensors[prefix + TOP_NAMES["embed"].name])
+        _check_tied(tensors[head], tensors[prefix + TOP_NAMES[config.family]["embed"].name])
         extra.remove(head)
         ignored.append(head)
     if extra:
@@ -181,7 +219,15 @@ def assign(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> tuple[di
         )
     for name, source, shape in leaves.values():
         _check_tensor(tensors[name], hf_shape(shape, source))
-    return {leaf: tensors[name] for leaf, (name, _, _) in leaves.items()}, ignored
+    return {leaf: _as_others(tensors[name], source) for leaf, (name, source, _) in leaves.items()}, ignored
+
+
+def _as_others(tensor: StoredTensor, source: Source) -> StoredTensor:
+    """The tensor as [out, in], cut out of the one that holds several."""
+    if not source.turned and source.third is None:
+        return tensor
+    assert isinstance(tensor, Tensor)
+    return Part(whole=tensor, turned=source.turned, third=source.third)
 
 
 def _some(names: list[str]) -> str:

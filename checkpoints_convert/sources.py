@@ -14,7 +14,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import read_json
 from jaxsteer.models.config import ModelConfig
 
-StoredTensor = files.Tensor | gguf.GGUFTensor
+StoredTensor = files.Tensor | files.Part | gguf.GGUFTensor
 """A tensor in a file, under its Hugging Face name and in its shape there."""
 
 

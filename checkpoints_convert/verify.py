@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -56,8 +57,8 @@ def verify(
     job = None if src is None else plan_conversion(Path(src), record["dtype"], ignored)
     differences = _check_index(record, config, index)
     if job is not None and job.config != config:
-        theirs = config.to_json()
-        changed = [name for name, value in job.config.to_json().items() if theirs[name] != value]
+        names = [field.name for field in dataclasses.fields(config)]
+        changed = [name for name in names if getattr(job.config, name) != getattr(config, name)]
         differences.append(f"config: the source differs in {', '.join(changed)}")
         return differences  # the leaves are those of another model
     digests: dict[str, str] = {}

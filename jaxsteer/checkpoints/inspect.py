@@ -145,7 +145,8 @@ def _declared_dtype(raw: dict[str, Any]) -> str | None:
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
-    """Numbers of parameters: total, embedding, unembedding (0 when tied), per_layer, final_norm."""
+    """Numbers of parameters: total, embedding, unembedding (0 when tied), per_layer, final_norm, and positions where
+    these have vectors."""
     top = {name: math.prod(shape) for name, shape in top_shapes(config).items()}
     per_layer = sum(math.prod(shape) for shape in layer_shapes(config).values())
     return {
@@ -153,7 +154,8 @@ def parameters(config: ModelConfig) -> dict[str, int]:
         "embedding": top["embed"],
         "unembedding": top.get("unembed", 0),
         "per_layer": per_layer,
-        "final_norm": top["final_norm"],
+        "final_norm": top["final_norm"] + top.get("final_norm_bias", 0),
+        **({"positions": top["positions"]} if config.learned_positions else {}),
     }
 
 
@@ -180,14 +182,15 @@ def memory(config: ModelConfig, dtype: str, *, model: int = 1, prompts: int = 1)
 
 
 def attention_kinds(config: ModelConfig) -> list[dict[str, Any]]:
-    """Layers grouped by what their attention sees: window (None for all), rotary table, and the layers."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for layer, kind in enumerate(zip(config.windows, config.rope_index, strict=True)):
+    """Layers grouped by what their attention sees: window (None for all), rotary table (None for none), the layers."""
+    groups: dict[tuple[int, int | None], list[int]] = {}
+    tables = config.rope_index or (None,) * config.n_layers
+    for layer, kind in enumerate(zip(config.windows, tables, strict=True)):
         groups.setdefault(kind, []).append(layer)
     return [
         {
             "window": None if window == GLOBAL_WINDOW else window,
-            "rope": dataclasses.asdict(config.ropes[rope]),
+            "rope": None if rope is None else dataclasses.asdict(config.ropes[rope]),
             "layers": layers,
         }
         for (window, rope), layers in groups.items()

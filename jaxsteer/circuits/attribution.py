@@ -314,6 +314,8 @@ def _one_layer(
     moves = (head < 0) | (jnp.arange(len(before)) == head)
     difference = jnp.where(moves[:, None, None, None], after - before, 0)
     base, way = before.sum(0), difference.sum(0)
+    if kind == "hook_attn_out" and params.layers.o_bias is not None:  # no head writes it
+        base = base + lax.dynamic_index_in_dim(params.layers.o_bias, layer, 0, keepdims=False)
 
     def at(alpha: Array) -> dict[str, Array]:
         def change(_: str, here: Any, value: Array) -> Array:

@@ -45,7 +45,7 @@ from jaxsteer.models.layers import layer_weights
 from jaxsteer.models.model import Model
 from jaxsteer.models.params import Params
 from jaxsteer.models.taps import Intervention, Tap, Visit, joined
-from jaxsteer.models.transformer import block
+from jaxsteer.models.transformer import block, norm_weight
 from jaxsteer.objectives.reads import Needs, Objective, composed
 from jaxsteer.objectives.terms import check_choice
 from jaxsteer.processes import to_host
@@ -270,7 +270,6 @@ def _run(
     n, groups = config.n_heads, x.shape[0] // recorded.shape[1]
     record = jnp.tile(recorded, (1, groups, 1, 1))
     product = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-    plus_one = 1.0 if config.norm_plus_one else 0.0
 
     def layer_of(
         carry: tuple[Array, Array], inputs: tuple[Array, dict[str, Array]]
@@ -293,7 +292,7 @@ def _run(
             elif kind == "hook_attn_out":
                 heads = held["attn.hook_result"].astype(jnp.float32)
                 if weights.post_attn_norm is not None:
-                    scaled = weights.post_attn_norm.astype(jnp.float32) + plus_one
+                    scaled = norm_weight(weights.post_attn_norm, config)
                     heads = heads / held["ln1_post.hook_scale"][..., None] * scaled
                 write(jnp.moveaxis(heads, 2, 0), first)
             else:

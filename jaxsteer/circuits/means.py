@@ -85,6 +85,6 @@ def _sums(
         inside = jnp.where(rows.mask.reshape(*rows.mask.shape, *[1] * (value.ndim - 2)), value.astype(jnp.float32), 0)
         return inside.sum(0 if per_position else (0, 1))
 
-    x = embed(params, config, rows.tokens, tap)
+    x = embed(params, config, rows.tokens, context.positions, tap)
     _, [sums] = scan_blocks(params, config, x, context, 0, config.n_layers, tap=tap, keep=[Keep((kind,), pick)])
     return sums

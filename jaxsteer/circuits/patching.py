@@ -105,7 +105,7 @@ def begin_walk(
     params: Params, config: ModelConfig, rows: Rows, edits: Intervention | None, *, needs: Needs, kind: str
 ) -> _Walk:
     """The stream before block 0, and zeros for what will be read."""
-    tap = opened_rows(params, config, rows, edits)[1]
+    context, tap = opened_rows(params, config, rows, edits)
     count, length = rows.tokens.shape
 
     def zeros(name: str, one: bool) -> Array:
@@ -119,7 +119,7 @@ def begin_walk(
 
     named = needs.named(config.n_layers)
     return _Walk(
-        x=embed(params, config, rows.tokens, tap),
+        x=embed(params, config, rows.tokens, context.positions, tap),
         read={name: zeros(named[name].kind, True) for name in needs.sites},
         spans={name: zeros(named[name].kind, False) for name in sorted({name for name, _ in needs.spans})},
         value=zeros(kind, False),

@@ -23,7 +23,7 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.params import Params
 from jaxsteer.models.sites import KINDS, Site
 from jaxsteer.models.taps import NO_TAP, Intervention, Tap, adding, joined
-from jaxsteer.models.transformer import embed
+from jaxsteer.models.transformer import embed, norm_weight
 from jaxsteer.objectives.reads import Needs, composed, pickers
 from jaxsteer.processes import to_host
 
@@ -37,7 +37,8 @@ class Written:
 
     input: Float[Array, "B T D"]
     heads: Float[Array, "l B T N D"]
-    """Behind the norm after attention, where there is one, by the statistics of the whole output: they add up to it."""
+    """Behind the norm after attention, where there is one, by the statistics of the whole output. They add up to it,
+    but for the bias of attention's output (GPT-2), which no head writes."""
     mlps: Float[Array, "l B T D"]
 
     def stacked(self) -> Float[Array, "S B T D"]:
@@ -53,7 +54,7 @@ def stream_before(
     """The stream before block ``start``, as this block gets to see it under the edits."""
     context, tap = opened_rows(params, config, rows, edits)
     keep = [Keep(("hook_resid_pre",), lambda value, _: value, (start,))]
-    x = embed(params, config, rows.tokens, tap)
+    x = embed(params, config, rows.tokens, context.positions, tap)
     _, [found] = scan_blocks(params, config, x, context, 0, start + 1, tap=tap, keep=keep)
     return found[0]
 
@@ -82,7 +83,7 @@ def written(
     ]
     _, (result, mlps) = scan_blocks(params, config, x, context, start, config.n_layers, tap=tap, keep=keep)
     if params.layers.post_attn_norm is not None:
-        weight = params.layers.post_attn_norm[start:].astype(jnp.float32) + (1.0 if config.norm_plus_one else 0.0)
+        weight = norm_weight(params.layers.post_attn_norm[start:], config)
         result = result * weight[:, None, None, None]
     return Written(x.astype(jnp.float32) * inside, result, mlps)
 
@@ -126,7 +127,8 @@ def score_rows(
     params: Params, config: ModelConfig, rows: Rows, edits: Intervention | None, metric: Any, *, needs: Needs
 ) -> Float[Array, " B"]:
     """Scores of whole runs."""
-    x = embed(params, config, rows.tokens, opened_rows(params, config, rows, edits)[1])
+    context, tap = opened_rows(params, config, rows, edits)
+    x = embed(params, config, rows.tokens, context.positions, tap)
     return score_from(params, config, rows, x, edits, metric, needs=needs, start=0)
 
 

@@ -5,7 +5,8 @@ square of the stream there; through W_O that is the steering value vector of the
 
     svv = (s * gamma) W_V W_O        (Gemma: gamma is 1 + w, and the weight of the norm after attention comes behind)
 
-which depends on the input by positive factors only. Nothing has a bias: biases of values do not change by steering.
+which depends on the input by positive factors only. Nothing has a bias: biases of values do not change by steering. A
+LayerNorm (GPT-2) takes the mean of s away first, and r is the deviation.
 
 Letters: L layers, D width, N query heads, K key/value heads, G = N / K, H head width, V vocabulary, S vectors.
 """
@@ -30,6 +31,7 @@ from jaxsteer.models.model import Model
 from jaxsteer.models.params import Params
 from jaxsteer.models.sites import parse_site
 from jaxsteer.models.taps import Intervention, Tap, Where
+from jaxsteer.models.transformer import centred, norm_weight
 from jaxsteer.processes import to_host
 from jaxsteer.steer.selectors import Positions, Selector, select
 
@@ -86,8 +88,8 @@ def first_block(model: Model, site: str) -> int:
 def _in_values(params: Params, config: ModelConfig, vector: Float[Array, " D"]) -> Float[Array, "L K H"]:
     """(s * gamma) W_V of every layer."""
     w = params.layers
-    gamma = w.attn_norm.astype(jnp.float32) + (1.0 if config.norm_plus_one else 0.0)
-    return jnp.einsum("ld,ldkh->lkh", vector * gamma, w.v.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    along = centred(vector, config) * norm_weight(w.attn_norm, config)
+    return jnp.einsum("ld,ldkh->lkh", along, w.v.astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -97,7 +99,7 @@ def _heads(params: Params, config: ModelConfig, vector: Float[Array, " D"]) -> F
     found = jnp.einsum("lnh,lnhd->lnd", values, w.o.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     if w.post_attn_norm is None:
         return found
-    return found * (w.post_attn_norm.astype(jnp.float32) + (1.0 if config.norm_plus_one else 0.0))[:, None]
+    return found * norm_weight(w.post_attn_norm, config)[:, None]
 
 
 # Ablation

@@ -93,10 +93,12 @@ def _tied(config: dict[str, Any]) -> str:
 def _attention(found: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for kind in found["attention"]:
-        rope = kind["rope"]
-        scaling = "" if rope["kind"] == "default" else f" ({rope['kind']}, factor {rope['factor']:g})"
+        rope, turned = kind["rope"], "no rotation"
+        if rope is not None:
+            scaling = "" if rope["kind"] == "default" else f" ({rope['kind']}, factor {rope['factor']:g})"
+            turned = f"rope theta {rope['theta']:g}{scaling}"
         seen = f"window {kind['window']:,}" if kind["window"] else "full"
-        rows.append(("attention", f"{seen}, rope theta {rope['theta']:g}{scaling}: {_layers(kind['layers'])}"))
+        rows.append(("attention", f"{seen}, {turned}: {_layers(kind['layers'])}"))
     return rows
 
 
@@ -108,7 +110,10 @@ def _layers(layers: list[int]) -> str:
 def _peculiarities(config: dict[str, Any]) -> str:
     usual = config["d_head"] ** -0.5
     parts = [
-        "biases on q, k, v" if config["qkv_bias"] else "",
+        "LayerNorm" if config.get("norm") == "layer" else "",
+        "a vector for each position" if config.get("learned_positions") else "",
+        "no gate in the MLP" if not config.get("gated_mlp", True) else "",
+        "biases everywhere" if config.get("writer_bias") else "biases on q, k, v" if config["qkv_bias"] else "",
         "norms on q and k" if config["qk_norm"] else "",
         "norms after attention and MLP" if config["post_norms"] else "",
         "norms multiply by 1 + w" if config["norm_plus_one"] else "",

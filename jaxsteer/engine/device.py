@@ -151,7 +151,7 @@ def extend(
     positions = room.held[:, None] + steps
     context = make_context(config, positions, steps < count, room)
     tap = tap_of_table(table, mask)
-    x = embed(params, config, tokens, tap)
+    x = embed(params, config, tokens, positions, tap)
     x, [(k, v)] = scan_blocks(params, config, x, context, 0, config.n_layers, tap=tap, keep=[CACHE], remat=False)
     write = partial(lax.dynamic_update_slice_in_dim, start_index=room.held[0], axis=4)
     return Room(k=write(room.k, k), v=write(room.v, v), held=room.held + count), x

@@ -176,7 +176,8 @@ def _first_tokens(
         where = Where(tokens=tokens, positions=positions, valid=valid, prompt_length=length)
         edit, seen = ready_for(params, config, edit, where, context)
         tap = tap_of(edit, where)
-        x = run_layers(params, config, embed(params, config, tokens, tap), seen, 0, config.n_layers, tap=tap)
+        x = embed(params, config, tokens, positions, tap)
+        x = run_layers(params, config, x, seen, 0, config.n_layers, tap=tap)
         x = jnp.take_along_axis(x, last[:, :, None], axis=1)
         return unembed(params, config, x, tap_of(edit, where.at(last)))[:, 0]
 

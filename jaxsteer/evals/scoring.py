@@ -156,7 +156,8 @@ def _score(
         self_mask=context.self_mask & own_branch,
         distance=positions[:, :, None] - positions[:, None, :],  # branches start at the same position
     )
-    x = run_layers(params, config, embed(params, config, ids, behind), context, 0, config.n_layers, tap=behind)
+    x = embed(params, config, ids, positions, behind)
+    x = run_layers(params, config, x, context, 0, config.n_layers, tap=behind)
     x = jnp.take_along_axis(x, at[:, :, None], axis=1)
     if normed := Visit(final).changes(*FINAL):
         x = final_norm(params, config, x, Visit(final))

@@ -179,7 +179,7 @@ def _continued(model: Model, tokens: Int[np.ndarray, " n"], inside: np.ndarray) 
 @partial(jax.jit, static_argnames="config")
 def _share(params: Params, config: ModelConfig, rows: Int[Array, "B T"], inside: Array) -> Float[Array, " B"]:
     context = make_context(config, jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape), jnp.ones(rows.shape, bool))
-    x = run_layers(params, config, embed(params, config, rows), context, 0, config.n_layers)
+    x = run_layers(params, config, embed(params, config, rows, context.positions), context, 0, config.n_layers)
     logits = unembed(params, config, x[:, -1:])[:, 0]
     return jax.nn.softmax(logits.astype(jnp.float32), -1) @ inside.astype(jnp.float32)
 

@@ -35,6 +35,7 @@ from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.model import Model
 from jaxsteer.models.params import Params
 from jaxsteer.models.sharding import place, put
+from jaxsteer.models.transformer import centred, norm_weight
 from jaxsteer.objectives.terms import check_choice
 from jaxsteer.processes import to_host
 from jaxsteer.sae.dictionary import SAE
@@ -119,8 +120,8 @@ def latent_vectors(model: Model, sae: SAE, side: str = "decoder") -> Float[Array
 
 @partial(jax.jit, static_argnames="config")
 def _normed(params: Params, config: ModelConfig, vectors: Float[Array, "C D"]) -> Float[Array, "C D"]:
-    weight = params.final_norm.astype(jnp.float32) + (1.0 if config.norm_plus_one else 0.0)
-    wide = vectors.astype(jnp.float32)
+    weight = norm_weight(params.final_norm, config)
+    wide = centred(vectors.astype(jnp.float32), config)
     size = jnp.sqrt(jnp.mean(jnp.square(wide), -1, keepdims=True))
     return wide / jnp.maximum(size, 1e-12) * weight
 

@@ -200,7 +200,7 @@ def _statistics(
         return reduce(p), 1 + jnp.where(jnp.isnan(sums).any((1, 2)), jnp.nan, worst)
 
     keep = [Keep(("attn.hook_pattern",), pick)]
-    x = embed(params, config, batch.tokens, tap)
+    x = embed(params, config, batch.tokens, context.positions, tap)
     _, [(found, sums)] = scan_blocks(params, config, x, context, 0, config.n_layers, tap=tap, keep=keep)
     even = pairs / jnp.maximum(pairs.sum(-1, keepdims=True), 1)
     return found, reduce(even[:, None])[:, 0], sums

@@ -6,8 +6,9 @@ the scale of that norm as it is in the run (frozen), the logit of token v is lin
     logit_v = sum over parts of (part / scale) * weight . U_v
 
 An attention is the sum of its heads and an MLP that of its neurons; where a norm follows them (Gemma 2 and 3), its
-scale is frozen too. No family has biases behind its attention or MLP, so that nothing else is in the sum. Logits are
-those *before* a soft-cap (Gemma 2), which is no sum. It is the direct path only: what a part does by way of later
+scale is frozen too. In GPT-2 the embedding is that of token and position; the mean that the last norm takes away is
+linear in the parts, its bias is a part of its own, and attention and MLP hold biases beside heads and neurons. Logits
+are those *before* a soft-cap (Gemma 2), which is no sum. It is the direct path only: what a part does by way of later
 layers counts as theirs. (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.)
 
 Letters: L layers, N query heads, R readings.
@@ -87,7 +88,11 @@ class LogitParts:
     stream: Float[np.ndarray, "R L"]
     """What all parts up to a block sum up to: the stream behind it, read with the last norm's scale."""
     heads: Float[np.ndarray, "R L N"] | None
-    """They sum to ``attention``, unless what attention writes is edited."""
+    """They sum to ``attention`` (less ``attention_bias``), unless what attention writes is edited."""
+    bias: Float[np.ndarray, " R"] | None
+    """What the last norm's bias adds (GPT-2); None where it has none."""
+    attention_bias: Float[np.ndarray, "R L"] | None
+    """What the biases behind the heads add (GPT-2), a share of ``attention``."""
 
 
 def attribute_logits(
@@ -144,7 +149,7 @@ def _collected(found: Sequence[tuple[np.ndarray, Asked, Found]], options: Attrib
     for chunk, asked, out in found:
         row, at = np.nonzero(asked.weight > 0)
         one = {"text": chunk[row], "position": asked.index[row, at], "target": asked.plus[row, at, 0]}
-        names = ("logit", "embedding", "attention", "mlp", "stream", "heads")
+        names = ("logit", "embedding", "attention", "mlp", "stream", "heads", "bias", "attention_bias")
         one |= {name: values[row, at] for name in names if (values := getattr(out, name)) is not None}
         for name, values in one.items():
             columns.setdefault(name, []).append(values)
@@ -152,9 +157,11 @@ def _collected(found: Sequence[tuple[np.ndarray, Asked, Found]], options: Attrib
     order = np.lexsort((joined["position"], joined["text"]))
     joined = {name: values[order] for name, values in joined.items()}
     joined["rest"] = joined["logit"] - joined["embedding"] - joined["attention"].sum(1) - joined["mlp"].sum(1)
+    joined["rest"] -= joined.get("bias", 0.0)
     sums = {name: np.sum([np.asarray(out.sums[name], np.float64) for *_, out in found], 0) for name in found[0][2].sums}
     result = summarised(joined, sums, options.neurons, options.latents, **about)
-    return LogitParts(result=result, heads=joined.pop("heads", None), **joined)
+    some: dict[str, Any] = {name: joined.pop(name, None) for name in ("heads", "bias", "attention_bias")}
+    return LogitParts(result=result, **some, **joined)
 
 
 def _targets(

@@ -27,7 +27,7 @@ class LogitPart(Record):
 
     name: str
     """"embedding", "a3" (attention of layer 3), "a3.h5" (a head of it), "m3" (MLP), "m3.n17" (a neuron of it), "f5" (a
-    latent), "rest"."""
+    latent), "bias" (of the last norm, GPT-2), "rest"."""
     value: float
     ci95: Interval | None = None
     """Student's, over texts; None for a single one."""
@@ -47,7 +47,7 @@ class LogitAttribution(Result):
     logit: LogitPart
     """All parts together."""
     parts: tuple[LogitPart, ...]
-    """Embedding, attention and MLP of every layer, and the rest; they sum to the logit."""
+    """Embedding, attention and MLP of every layer, the last norm's bias, and the rest; they sum to the logit."""
     heads: tuple[LogitPart, ...] = ()
     """Of all layers."""
     neurons: tuple[LogitPart, ...] = ()
@@ -133,7 +133,7 @@ def summarised(
 ) -> LogitAttribution:
     """Means over texts, each the mean over its readings.
 
-    ``found`` are the arrays of ``LogitParts`` by name. ``sums`` are over texts: "parts" [K, 2 L + 1] and "heads"
+    ``found`` are the arrays of ``LogitParts`` by name. ``sums`` are over texts: "parts" as ``names`` below and "heads"
     [K, L, N] for the target and K - 1 random tokens, "neurons" [2, L, I] and "latents" [2, F] for the target and one
     random token, with squares of the first. ``about`` are the other fields of the result.
     """
@@ -151,7 +151,10 @@ def summarised(
         return LogitPart(name=name, value=float(values.mean()), ci95=student(values), control=ends)
 
     names = ["embedding", *(part_name(kind, layer) for kind in "am" for layer in range(layers))]
-    values = by_text(np.concatenate([found["embedding"][:, None], found["attention"], found["mlp"]], 1))
+    columns = [found["embedding"][:, None], found["attention"], found["mlp"]]
+    if "bias" in found:
+        names, columns = [*names, "bias"], [*columns, found["bias"][:, None]]
+    values = by_text(np.concatenate(columns, 1))
     control = sums["parts"][1:] / count
     parts = [part(name, values[:, i], control[:, i]) for i, name in enumerate(names)]
     heads: list[LogitPart] = []

@@ -25,12 +25,12 @@ from jaxtyping import Array, Bool, Float
 from jaxsteer.display import decimals, visible
 from jaxsteer.errors import UserError
 from jaxsteer.files.records import Record
-from jaxsteer.lens.logit_parts import norm_weight
 from jaxsteer.lens.texts import first_token
 from jaxsteer.lens.words import read_words
 from jaxsteer.models.model import Model
 from jaxsteer.models.run import capture
 from jaxsteer.models.sites import KINDS, Site, parse_site
+from jaxsteer.models.transformer import centred, norm_weight
 from jaxsteer.processes import to_host
 from jaxsteer.ranges import CountFrom0, Seed, check_ranges
 from jaxsteer.runs.result import Result
@@ -83,7 +83,7 @@ def find_feature(model: Model, text: str) -> Feature:
         layer, head = _within(match, text, config.n_layers, config.n_heads, "heads")
         token, params = first_token(model, match[3]), model.params
         column = params.embed[token] if params.unembed is None else params.unembed[:, token]
-        along = _host(column) * _host(norm_weight(params.final_norm, config))
+        along = _host(centred(column.astype(jnp.float32) * norm_weight(params.final_norm, config), config))
         o = _host(w.o[layer, head])  # [H, D]
         parts = np.zeros((config.n_heads, config.d_head), np.float32)
         parts[head] = o @ along

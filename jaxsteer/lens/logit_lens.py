@@ -37,7 +37,7 @@ from jaxsteer.models.run import capture
 from jaxsteer.models.sharding import shard_rows
 from jaxsteer.models.sites import FINAL, KINDS, Site, find_sites, resid_site
 from jaxsteer.models.taps import Intervention, checked, make_where, tap_of
-from jaxsteer.models.transformer import embed, make_context, positions_of, unembed
+from jaxsteer.models.transformer import embed, make_context, norm_weight, positions_of, unembed
 from jaxsteer.processes import to_host
 from jaxsteer.prompts.generate import Prompt, encode_prompts
 
@@ -276,7 +276,7 @@ def states_at(
     sites = {place.site for place in places}
     if config.post_norms:
         sites |= {Site(site.layer, "ln1_post.hook_scale") for site in sites if site.kind == HEADS}
-    x = embed(params, config, rows.tokens, tap)
+    x = embed(params, config, rows.tokens, context.positions, tap)
     x, [found] = run_and_read(params, config, x, context, config.n_layers, [(sorted(sites), lambda _, v: v)], tap=tap)
 
     def value(place: Place) -> Float[Array, "B T D"]:
@@ -285,9 +285,9 @@ def states_at(
         own = found[place.site][:, :, place.head]
         if params.layers.post_attn_norm is None:
             return own
-        weight = params.layers.post_attn_norm[place.site.layer].astype(jnp.float32)
+        weight = norm_weight(params.layers.post_attn_norm[place.site.layer], config)
         scale = found[Site(place.site.layer, "ln1_post.hook_scale")]
-        return (own / scale * (weight + (1.0 if config.norm_plus_one else 0.0))).astype(own.dtype)
+        return (own / scale * weight).astype(own.dtype)
 
     return jnp.stack([x, *map(value, places)])
 

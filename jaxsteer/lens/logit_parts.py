@@ -19,7 +19,15 @@ from jaxsteer.models.layers import Keep, layer_weights, ready_for, run_layers, s
 from jaxsteer.models.params import Layers, Params
 from jaxsteer.models.sites import FINAL
 from jaxsteer.models.taps import Intervention, Visit, make_where, tap_of
-from jaxsteer.models.transformer import embed, final_norm, make_context, positions_of, unembed_normed
+from jaxsteer.models.transformer import (
+    centred,
+    embed,
+    final_norm,
+    make_context,
+    norm_weight,
+    positions_of,
+    unembed_normed,
+)
 from jaxsteer.sae.dictionary import SAE, encode
 
 NONE, AVERAGE = -1, -2
@@ -51,8 +59,13 @@ class Found:
     mlp: Float[Array, "B P L"]
     stream: Float[Array, "B P L"]
     heads: Float[Array, "B P L N"] | None
+    bias: Float[Array, "B P"] | None
+    """The last norm's own; ``None`` where it has none."""
+    attention_bias: Float[Array, "B P L"] | None
+    """What belongs to no head; ``None`` where attention has no bias behind its heads."""
     sums: dict[str, Array]
-    """Of rows: "parts" [K, 2 L + 1], "heads" [K, L, N]; "neurons" and "latents" of two targets, and squares of one."""
+    """Of rows: "parts" [K, 2 L + 1] (one more with ``bias``), "heads" [K, L, N]; "neurons" and "latents" of two
+    targets, and squares of one."""
 
 
 @partial(jax.jit, static_argnames=("config", "known"))
@@ -70,7 +83,8 @@ def best_token(
     where = make_where(tokens, positions, mask)
     edits, context = ready_for(params, config, edits, where, make_context(config, positions, mask))
     tap = tap_of(edits, where)
-    x = run_layers(params, config, embed(params, config, tokens, tap), context, 0, config.n_layers, tap=tap)
+    x = embed(params, config, tokens, positions, tap)
+    x = run_layers(params, config, x, context, 0, config.n_layers, tap=tap)
     last = jnp.maximum(mask.sum(-1) - 1, 0)[:, None, None]
     x = jnp.take_along_axis(final_norm(params, config, x, Visit(tap)), last, axis=1)[:, 0]
     return unembed_normed(params, config, x)[:, :known].argmax(-1)
@@ -88,11 +102,6 @@ def mean_column(params: Params, *, known: int) -> Float[Array, " D"]:
     if params.unembed is None:
         return params.embed[:known].mean(0, dtype=jnp.float32)
     return params.unembed[:, :known].mean(1, dtype=jnp.float32)
-
-
-def norm_weight(weight: Float[Array, " D"], config: ModelConfig) -> Float[Array, " D"]:
-    """What a norm multiplies by, float32."""
-    return weight.astype(jnp.float32) + (1.0 if config.norm_plus_one else 0.0)
 
 
 _dot = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -115,10 +124,11 @@ def attribute_batch(
     where = make_where(asked.tokens, positions, asked.mask)
     edits, context = ready_for(params, config, edits, where, make_context(config, positions, asked.mask))
     tap = tap_of(edits, where)
-    x = embed(params, config, asked.tokens, tap)
+    x = embed(params, config, asked.tokens, positions, tap)
     other = jnp.where((asked.minus == AVERAGE)[..., None], asked.mean, _columns(params, jnp.maximum(asked.minus, 0)))
     wanted = _columns(params, asked.plus) - jnp.where((asked.minus == NONE)[..., None], 0.0, other)
-    along = wanted * norm_weight(params.final_norm, config)
+    # The mean that a LayerNorm takes away of the parts is taken away of what they are multiplied with: it is the same.
+    along = centred(wanted * norm_weight(params.final_norm, config), config)
 
     def at(value: Array) -> Array:
         index = asked.index.reshape(*asked.index.shape, *[1] * (value.ndim - 2))
@@ -149,7 +159,13 @@ def attribute_batch(
         jnp.moveaxis(kept[name], 0, 3) * share[..., None, None] for name in ("attention", "mlp", "stream")
     )
     embedding = embedding * share[..., None]
-    sums = {"parts": _dot("bp,bpkc->kc", asked.weight, jnp.concatenate([embedding[..., None], attention, mlp], -1))}
+    parts, bias, own = [embedding[..., None], attention, mlp], None, None
+    if params.final_norm_bias is not None:
+        bias = _dot("bpkd,d->bpk", wanted, params.final_norm_bias.astype(jnp.float32))
+        parts.append(bias[..., None])
+    if "attention bias" in kept:
+        own = jnp.moveaxis(kept["attention bias"], 0, 2) * share[..., None]
+    sums = {"parts": _dot("bp,bpkc->kc", asked.weight, jnp.concatenate(parts, -1))}
     if heads:
         kept["heads"] = jnp.moveaxis(kept["heads"], 0, 3) * share[..., None, None, None]
         sums["heads"] = _dot("bp,bpkln->kln", asked.weight, kept["heads"])
@@ -164,6 +180,8 @@ def attribute_batch(
         mlp=mlp[:, :, 0],
         stream=stream[:, :, 0],
         heads=kept["heads"][:, :, 0] if heads else None,
+        bias=None if bias is None else bias[:, :, 0],
+        attention_bias=own,
         sums=sums,
     )
 
@@ -179,6 +197,8 @@ def _layer_parts(
         """``along`` as seen from what goes into the norm behind an attention or MLP."""
         return along if weight is None else along * norm_weight(weight, config) / seen[scale][:, :, None]
 
+    if w.o_bias is not None:
+        found["attention bias"] = _dot("d,bpd->bp", w.o_bias.astype(jnp.float32), along[:, :, 0])
     if heads:
         back = before_norm(along, w.post_attn_norm, "ln1_post.hook_scale")
         found["heads"] = _dot("bpnh,nhd,bpkd->bpkn", seen["attn.hook_z"], w.o.astype(jnp.float32), back)

@@ -60,6 +60,10 @@ class ModelConfig:
     max_positions: int
     """Longest sequence, in tokens, that the checkpoint declares (``max_position_embeddings``)."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
+    gated_mlp: bool = True
+    """Whether the MLP multiplies ``act(x W_gate)`` by ``x W_up``; GPT-2 has ``act(x W_up)`` alone."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm, or GPT-2's LayerNorm: it takes the mean away first, and has a bias beside its weight."""
     norm_eps: float = 1e-5
     norm_plus_one: bool = False
     """Gemma: the norm multiplies by ``1 + w`` in float32 and casts afterwards."""
@@ -68,7 +72,9 @@ class ModelConfig:
     qk_norm: bool = False
     """Qwen 3, Gemma 3: RMSNorm over H on queries and keys before the rotary embedding."""
     qkv_bias: bool = False
-    """Qwen 2.5: biases on the query, key and value projections (the output projection has none)."""
+    """Qwen 2.5, GPT-2: biases on the query, key and value projections."""
+    writer_bias: bool = False
+    """GPT-2: biases also on attention's output projection and on the matrices of the MLP."""
     query_scale: float
     """Factor on attention scores; ``d_head ** -0.5`` except where the family says otherwise."""
     attn_softcap: float | None = None
@@ -76,12 +82,14 @@ class ModelConfig:
     embed_scale: bool = False
     """Gemma: embeddings are multiplied by sqrt(D), rounded to the dtype of the weights."""
     tied_embeddings: bool = False
+    learned_positions: bool = False
+    """GPT-2: a table of ``max_positions`` vectors, the token's added to its embedding."""
     windows: tuple[int, ...]
     """(L,) keys each layer may look back on, its own included; ``GLOBAL_WINDOW`` for full attention."""
     ropes: tuple[Rope, ...]
-    """Distinct rotary tables."""
+    """Distinct rotary tables; none where queries and keys are not rotated (GPT-2)."""
     rope_index: tuple[int, ...]
-    """(L,) which table each layer uses."""
+    """(L,) which table each layer uses; empty where there is none."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model has or that cannot belong together, with the numbers in the message."""
@@ -96,11 +104,17 @@ class ModelConfig:
             raise ValueError(f"the activation must be silu or gelu_tanh, got {self.activation!r}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
-        if self.d_head % 2:
+        if self.norm not in ("rms", "layer"):
+            raise ValueError(f"the norm must be rms or layer, got {self.norm!r}")
+        if self.norm == "layer" and (self.norm_plus_one or self.post_norms or self.qk_norm):
+            raise ValueError("LayerNorm goes with neither 1 + w, nor norms after attention and MLP, nor q/k norms")
+        if self.gated_mlp and self.writer_bias:
+            raise ValueError("biases of writers go with an MLP that has no gate")
+        if self.ropes and self.d_head % 2:
             raise ValueError(f"the head width must be even for rotary embeddings, got {self.d_head}")
-        for name in ("windows", "rope_index"):
-            if len(getattr(self, name)) != self.n_layers:
-                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {self.n_layers} layers")
+        for name, entries in (("windows", self.n_layers), ("rope_index", self.n_layers if self.ropes else 0)):
+            if len(getattr(self, name)) != entries:
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {entries} layers")
         for window in self.windows:
             if type(window) is not int or not 1 <= window <= GLOBAL_WINDOW:
                 raise ValueError(f"windows must be whole numbers from 1 to {GLOBAL_WINDOW:,}, got {window!r}")
@@ -114,8 +128,15 @@ class ModelConfig:
         return min(self.windows) < GLOBAL_WINDOW
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; ``from_json`` is its inverse."""
-        return dataclasses.asdict(self)
+        """A JSON-ready dictionary; ``from_json`` is its inverse.
+
+        Fields that GPT-2 brought are left out at their defaults: fingerprints of other models are hashes of this.
+        """
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in _LATER or value != _LATER[name]
+        }
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> ModelConfig:
@@ -127,6 +148,9 @@ class ModelConfig:
         fields["windows"] = tuple(fields["windows"])
         fields["rope_index"] = tuple(fields["rope_index"])
         return cls(**fields)
+
+
+_LATER: dict[str, Any] = {"gated_mlp": True, "norm": "rms", "writer_bias": False, "learned_positions": False}
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -87,7 +87,7 @@ def run_tokens(
     only reads is never copied.
     """
     context = make_context(config, where.positions, None, *past)
-    x = embed(params, config, where.tokens, tap)
+    x = embed(params, config, where.tokens, where.positions, tap)
     x, [kv] = scan_blocks(params, config, x, context, 0, config.n_layers, tap=tap, keep=[CACHE], remat=False)
     return unembed(params, config, x[:, 0], of_one_token(tap)), kv
 
@@ -179,7 +179,8 @@ def _run_behind_cache(
     prefix, _ = prefill(params, config, before.tokens, before.valid, tap_of(edits, before))
     prefix, tap = edits.cached(prefix, config), tap_of(edits, last)
     context = make_context(config, last.positions, None, prefix)
-    x, kv = run_and_cache(params, config, embed(params, config, last.tokens, tap), context, config.n_layers, tap=tap)
+    x = embed(params, config, last.tokens, last.positions, tap)
+    x, kv = run_and_cache(params, config, x, context, config.n_layers, tap=tap)
     k, v = (jnp.concatenate(pair, axis=-1) for pair in zip((prefix.k, prefix.v), kv, strict=True))
     return Prefix(k=k, v=v, mask=batch.mask, positions=where.positions), x
 

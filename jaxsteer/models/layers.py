@@ -224,7 +224,8 @@ def prefill(
     """Keys and values of C prefixes (padding on either side) and their final residual stream."""
     positions = positions_of(mask)
     context = make_context(config, positions, mask)
-    x, (k, v) = run_and_cache(params, config, embed(params, config, tokens, tap), context, config.n_layers, tap=tap)
+    x = embed(params, config, tokens, positions, tap)
+    x, (k, v) = run_and_cache(params, config, x, context, config.n_layers, tap=tap)
     return Prefix(k=k, v=v, mask=mask, positions=positions), x
 
 
@@ -259,7 +260,7 @@ def ready_for(
     if not edits.on_cache:
         return edits, context
     tap = edits.tap(where)
-    x = embed(params, config, where.tokens, tap)
+    x = embed(params, config, where.tokens, where.positions, tap)
     _, (k, v) = run_and_cache(params, config, x, context, config.n_layers, tap=tap)
     behind = where.positions >= where.prompt_length[:, None] - 1
     before = where.valid & ~behind
@@ -285,5 +286,6 @@ def forward(
     where = make_where(tokens, positions, mask, prompt_length)
     edits, context = ready_for(params, config, edits, where, make_context(config, positions, mask))
     tap = tap_of(edits, where)
-    x = run_layers(params, config, embed(params, config, tokens, tap), context, 0, config.n_layers, tap=tap)
+    x = embed(params, config, tokens, positions, tap)
+    x = run_layers(params, config, x, context, 0, config.n_layers, tap=tap)
     return unembed(params, config, x, tap)

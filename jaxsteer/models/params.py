@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from jaxsteer.models.config import ModelConfig
 
 
-@struct.dataclass
+@struct.dataclass(kw_only=True)
 class Layers:
     """Weights of all blocks, stacked on a leading layer axis; ``None`` where a family has no such weight."""
 
@@ -26,7 +26,7 @@ class Layers:
     v: Float[Array, "L D K H"]
     o: Float[Array, "L N H D"]
     mlp_norm: Float[Array, "L D"]
-    gate: Float[Array, "L D I"]
+    gate: Float[Array, "L D I"] | None = None
     up: Float[Array, "L D I"]
     down: Float[Array, "L I D"]
     q_bias: Float[Array, "L N H"] | None = None
@@ -36,6 +36,11 @@ class Layers:
     k_norm: Float[Array, "L H"] | None = None
     post_attn_norm: Float[Array, "L D"] | None = None
     post_mlp_norm: Float[Array, "L D"] | None = None
+    attn_norm_bias: Float[Array, "L D"] | None = None
+    mlp_norm_bias: Float[Array, "L D"] | None = None
+    o_bias: Float[Array, "L D"] | None = None
+    up_bias: Float[Array, "L I"] | None = None
+    down_bias: Float[Array, "L D"] | None = None
 
 
 @struct.dataclass
@@ -46,6 +51,9 @@ class Params:
     layers: Layers
     final_norm: Float[Array, " D"]
     unembed: Float[Array, "D V"] | None = None
+    final_norm_bias: Float[Array, " D"] | None = None
+    positions: Float[Array, "P D"] | None = None
+    """Learned vectors of the positions; ``None`` where positions are told by rotation."""
 
 
 LAYER_SPECS: dict[str, P] = {
@@ -65,10 +73,21 @@ LAYER_SPECS: dict[str, P] = {
     "k_norm": P(None),
     "post_attn_norm": P(None),
     "post_mlp_norm": P(None),
+    "attn_norm_bias": P(None),
+    "mlp_norm_bias": P(None),
+    "o_bias": P(None),
+    "up_bias": P("model"),
+    "down_bias": P(None),
 }
 """Tensor-parallel layout of one layer's leaves (without the layer axis) on the mesh axis "model"."""
 
-TOP_SPECS: dict[str, P] = {"embed": P("model", None), "final_norm": P(None), "unembed": P(None, "model")}
+TOP_SPECS: dict[str, P] = {
+    "embed": P("model", None),
+    "final_norm": P(None),
+    "unembed": P(None, "model"),
+    "final_norm_bias": P(None),
+    "positions": P(None, None),
+}
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -85,12 +104,18 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "up": (d, i),
         "down": (i, d),
     }
+    if not config.gated_mlp:
+        del shapes["gate"]
     if config.qkv_bias:
         shapes |= {"q_bias": (n, h), "k_bias": (k, h), "v_bias": (k, h)}
     if config.qk_norm:
         shapes |= {"q_norm": (h,), "k_norm": (h,)}
     if config.post_norms:
         shapes |= {"post_attn_norm": (d,), "post_mlp_norm": (d,)}
+    if config.norm == "layer":
+        shapes |= {"attn_norm_bias": (d,), "mlp_norm_bias": (d,)}
+    if config.writer_bias:
+        shapes |= {"o_bias": (d,), "up_bias": (i,), "down_bias": (d,)}
     return shapes
 
 
@@ -102,6 +127,10 @@ def top_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     if not config.tied_embeddings:
         shapes["unembed"] = (config.d_model, config.vocab_size)
+    if config.norm == "layer":
+        shapes["final_norm_bias"] = (config.d_model,)
+    if config.learned_positions:
+        shapes["positions"] = (config.max_positions, config.d_model)
     return shapes
 
 
@@ -126,12 +155,10 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: str | jnp.dtype = "f
             layers[name] = (jax.random.normal(next(keys), full) * scale).astype(dtype)
     top = top_shapes(config)
     embed_std = 1.0 / math.sqrt(config.d_model)
-    unembed = None
-    if "unembed" in top:
-        unembed = (jax.random.normal(next(keys), top["unembed"]) * embed_std).astype(dtype)
-    return Params(
-        embed=(jax.random.normal(next(keys), top["embed"]) * embed_std).astype(dtype),
-        layers=Layers(**layers),
-        final_norm=jnp.full(top["final_norm"], norm_one, dtype),
-        unembed=unembed,
-    )
+    tables = {
+        name: (jax.random.normal(next(keys), top[name]) * embed_std).astype(dtype)
+        for name in ("unembed", "embed", "positions")
+        if name in top
+    }
+    bias = {"final_norm_bias": jnp.zeros(top["final_norm_bias"], dtype)} if "final_norm_bias" in top else {}
+    return Params(layers=Layers(**layers), final_norm=jnp.full(top["final_norm"], norm_one, dtype), **tables, **bias)

@@ -174,7 +174,8 @@ def read_batch(
 
     context = make_context(config, jnp.arange(tokens.shape[1])[None])
     depth = max(site.depth(config.n_layers) for site in sites)
-    _, [found] = run_and_read(params, config, embed(params, config, tokens), context, depth, [(sites, pick)])
+    x = embed(params, config, tokens, context.positions)
+    _, [found] = run_and_read(params, config, x, context, depth, [(sites, pick)])
     return jnp.stack([found[site] for site in sites])
 
 
@@ -197,7 +198,7 @@ def _along(
     tap = NO_TAP if edits is None else edits.tap(make_where(tokens, jnp.arange(tokens.shape[1])[None], mask))
     context = make_context(config, jnp.arange(tokens.shape[1])[None])
     depth = max(site.depth(config.n_layers) for site in sites)
-    x = embed(params, config, tokens, tap)
+    x = embed(params, config, tokens, context.positions, tap)
     own = {
         kind: jnp.zeros((depth, *vectors.shape[1:])).at[jnp.asarray(layers)].set(_of_kind(vectors, sites, kind, layers))
         for kind, layers in layers_by_kind(sites).items()

@@ -209,7 +209,7 @@ def _forward(
     edits, context = ready_for(params, config, rows.edits, where, make_context(config, positions, mask))
     tap = tap_of(edits, where)
     ends = joined(tap, adding({site.kind: value for site, value in added.items() if not KINDS[site.kind].in_block}))
-    x = embed(params, config, tokens, ends)
+    x = embed(params, config, tokens, positions, ends)
     depth = max((site.depth(config.n_layers) for site in sites), default=0)
     x, [states] = run_and_read(
         params, config, x, context, config.n_layers if to_logits else depth, [(sites, lambda _, value: value)],

@@ -80,7 +80,7 @@ def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """
     if name in IN_AXES:
         return math.prod(shape[IN_AXES[name] :]), math.prod(shape[: IN_AXES[name]])
-    return shape if name == "embed" else (math.prod(shape),)
+    return shape if name in ("embed", "positions") else (math.prod(shape),)
 
 
 def stored_chunks(name: str, shape: tuple[int, ...], width: int) -> tuple[int, ...]:

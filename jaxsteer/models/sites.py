@@ -33,8 +33,11 @@ class Kind:
     """Whether values are computed only where somebody looks; elsewhere they are computed anyway."""
     post_norm: bool = False
     """Whether it exists only in models with norms after attention and MLP (Gemma 2 and 3)."""
+    gated: bool = False
+    """Whether it exists only in models whose MLP has a gate (all but GPT-2)."""
     module: str | None = None
-    """The same value in Hugging Face's modules, for nnsight: what goes into or comes out of a module of the layer."""
+    """The same value in Hugging Face's modules, for nnsight: what goes into or comes out of a module of the layer.
+    Of all families but GPT-2, whose modules are called otherwise."""
     point: str | None = None
     """The same value in interp-engine."""
 
@@ -55,7 +58,7 @@ class Kind:
 
     def exists(self, config: ModelConfig) -> bool:
         """Whether a model of this config has such sites."""
-        return config.post_norms or not self.post_norm
+        return (config.post_norms or not self.post_norm) and (config.gated_mlp or not self.gated)
 
     def shape(self, config: ModelConfig) -> tuple[str | int, ...]:
         """Shape of a value, with the letters of those axes that the config does not decide.
@@ -63,10 +66,9 @@ class Kind:
         Raises ``UserError`` for a model without such sites.
         """
         if not self.exists(config):
-            raise UserError(
-                f"This model ({config.family}) has no {self.name}: there is no norm after attention and MLP, as in "
-                f"Gemma 2 and 3."
-            )
+            norms = "there is no norm after attention and MLP, as in Gemma 2 and 3"
+            why = "its MLP has no gate" if self.gated else norms
+            raise UserError(f"This model ({config.family}) has no {self.name}: {why}.")
         sizes = {"D": config.d_model, "N": config.n_heads, "K": config.n_kv_heads, "H": config.d_head}
         sizes |= {"I": config.d_mlp, "1": 1}
         return tuple(sizes.get(axis, axis) for axis in self.axes.split())
@@ -85,7 +87,7 @@ class Kind:
 
 
 def _norm(name: str, *, post_norm: bool = False) -> tuple[Kind, Kind]:
-    """The normalised value is x / scale; the norm's weight comes after it."""
+    """The normalised value is x / scale (LayerNorm: x without its mean); the norm's weight and bias come after it."""
     return (
         Kind(f"{name}.hook_scale", "B T 1", on_request=True, post_norm=post_norm),
         Kind(f"{name}.hook_normalized", on_request=True, post_norm=post_norm),
@@ -118,7 +120,7 @@ KINDS: dict[str, Kind] = {
         *_norm("ln2"),
         Kind("mlp.hook_in", module="mlp.input", point="mlp_in"),
         Kind("mlp.hook_pre", "B T I", module="mlp.gate_proj.output", point="mlp_pre"),
-        Kind("mlp.hook_pre_linear", "B T I", module="mlp.up_proj.output", point="mlp_pre_linear"),
+        Kind("mlp.hook_pre_linear", "B T I", gated=True, module="mlp.up_proj.output", point="mlp_pre_linear"),
         Kind("mlp.hook_post", "B T I", module="mlp.down_proj.input", point="mlp_act"),
         Kind("mlp.hook_out", module="mlp.output", point="mlp_out"),
         *_norm("ln2_post", post_norm=True),
@@ -131,14 +133,20 @@ KINDS: dict[str, Kind] = {
 
 FINAL = tuple(name for name in KINDS if name.startswith("ln_final."))
 """The kinds behind the last block."""
-_MODULES = {kind.module.removesuffix(".output"): name for name, kind in KINDS.items() if kind.module}
+_MODULES = {kind.module.removesuffix(".output"): name for name, kind in KINDS.items() if kind.module} | {
+    "attn": "attn.hook_out",
+    "attn.c_proj.input": "attn.hook_z",
+    "mlp.c_fc": "mlp.hook_pre",
+    "mlp.c_proj.input": "mlp.hook_post",
+}
+"""With GPT-2's names, whose layers are ``transformer.h.i``."""
 _POINTS = {kind.point: name for name, kind in KINDS.items() if kind.point}
 _N = "0|-?[1-9][0-9]*"
 """Numbers of layers: ASCII digits without leading zeros, so that a place has one name."""
 _AFTER = re.compile(rf"(?:resid_post_layer_|layer_)({_N})|L({_N})R|blocks\.({_N})\.hook_out")
 _BEFORE = re.compile(rf"hidden_states\[({_N})\]|blocks\.({_N})\.hook_in")
 _BLOCK = re.compile(rf"blocks\.({_N})\.(.+)")
-_MODULE = re.compile(rf"(?:(?:model|language_model)\.)*layers\.({_N})(?:\.(.+))?")
+_MODULE = re.compile(rf"(?:(?:(?:model|language_model)\.)*layers|(?:transformer\.)?h)\.({_N})(?:\.(.+))?")
 _POINT = re.compile(rf"([a-z_]+)\.({_N})")
 
 
@@ -231,9 +239,10 @@ def parse_site(name: str, n_layers: int | None = None) -> Site:
 
     Accepts ``blocks.i.<kind>``, the kinds outside of the blocks (``hook_embed``, ``ln_final.hook_scale``), and the
     names of other tools: ``layers.i`` or ``model.layers.i`` (also with ``.output``, ``.mlp``, ``.self_attn.q_proj``
-    ... as Hugging Face calls its modules), ``resid_post.i`` ... (interp-engine), ``resid_post_layer_i``, ``layer_i``,
-    ``LiR``, ``blocks.i.hook_out`` (after block i), ``blocks.i.hook_in`` and ``hidden_states[i]`` (before it;
-    ``hidden_states[L]`` is refused, because transformers gives the normalised stream there). Negative i counts from
+    ... as Hugging Face calls its modules, and ``transformer.h.i`` as in GPT-2), ``resid_post.i`` ... (interp-engine),
+    ``resid_post_layer_i``, ``layer_i``, ``LiR``, ``blocks.i.hook_out`` (after block i), ``blocks.i.hook_in`` and
+    ``hidden_states[i]`` (before it; ``hidden_states[L]`` is refused, because transformers gives the normalised stream
+    there). Negative i counts from
     the last layer, where the depth is given. Raises ``UserError`` for anything else.
     """
     text = str(name).strip()

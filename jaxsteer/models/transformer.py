@@ -28,8 +28,9 @@ from jaxsteer.models.taps import NO_TAP, Tap, Visit
 class Context:
     """What every block of a forward pass shares: rotary tables, masks, and the keys and values of earlier text."""
 
-    sin: Float[Array, "R B T h"]
-    cos: Float[Array, "R B T h"]
+    sin: Float[Array, "R B T h"] | None
+    cos: Float[Array, "R B T h"] | None
+    """``None`` where nothing is rotated."""
     self_mask: Bool[Array, "b T T"]
     distance: Int[Array, "T T"]
     positions: Int[Array, "B T"]
@@ -50,7 +51,7 @@ def make_context(
     nothing). ``B`` may be 1 when all rows share the same positions and no past has positions per group.
     """
     t = positions.shape[1]
-    sin, cos = rotary_tables(config.ropes, config.d_head, positions)
+    sin, cos = rotary_tables(config.ropes, config.d_head, positions) if config.ropes else (None, None)
     steps = jnp.arange(t)
     distance = steps[:, None] - steps[None, :]
     self_mask = (distance >= 0)[None]
@@ -73,28 +74,47 @@ def positions_of(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
 
 
-def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], config: ModelConfig) -> Float[Array, "... D"]:
-    """RMSNorm with its variance in float32. Llama and Qwen cast before the weight, Gemma after ``1 + w``."""
-    wide = x.astype(jnp.float32)
+def normed(
+    x: Float[Array, "... D"], weight: Float[Array, " D"], config: ModelConfig, bias: Float[Array, " D"] | None = None
+) -> Float[Array, "... D"]:
+    """The model's norm, its statistics in float32: RMSNorm, or LayerNorm with its ``bias``.
+
+    Llama and Qwen cast before the weight, Gemma after ``1 + w``, GPT-2 after weight and bias.
+    """
+    wide = centred(x.astype(jnp.float32), config)
     wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_eps)
-    return _weighted(wide, weight, config, x.dtype)
+    return _weighted(wide, weight, config, bias, x.dtype)
 
 
-def _weighted(wide: Array, weight: Array, config: ModelConfig, dtype: Any) -> Array:
+def centred(x: Float[Array, "... D"], config: ModelConfig) -> Float[Array, "... D"]:
+    """X without its mean where the model's norms take it away (LayerNorm); else x itself. Linear, and symmetric."""
+    return x - jnp.mean(x, axis=-1, keepdims=True) if config.norm == "layer" else x
+
+
+def norm_weight(weight: Float[Array, "... D"], config: ModelConfig) -> Float[Array, "... D"]:
+    """What a norm multiplies by, float32."""
+    return weight.astype(jnp.float32) + (1.0 if config.norm_plus_one else 0.0)
+
+
+def _weighted(wide: Array, weight: Array, config: ModelConfig, bias: Array | None, dtype: Any) -> Array:
+    if bias is not None:
+        return (wide * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(dtype)
     if config.norm_plus_one:
         return (wide * (1.0 + weight.astype(jnp.float32))).astype(dtype)
     return wide.astype(dtype) * weight
 
 
-def _norm(x: Array, weight: Array, config: ModelConfig, visit: Visit, name: str) -> Array:
-    """``rms_norm``, with the sites of its scale and of what is divided by it, before the weight."""
+def _norm(x: Array, weight: Array, config: ModelConfig, visit: Visit, name: str, bias: Array | None = None) -> Array:
+    """``normed``, with the sites of its scale and of what is divided by it, before the weight."""
     scale, normalized = f"{name}.hook_scale", f"{name}.hook_normalized"
     if not visit.looks(scale, normalized):
-        return rms_norm(x, weight, config)
-    wide = x.astype(jnp.float32)
+        return normed(x, weight, config, bias)
+    wide = centred(x.astype(jnp.float32), config)
     divisor = visit(scale, jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_eps))
     wide = visit(normalized, wide / divisor)
-    return _weighted(wide, weight, config, x.dtype) if visit.changes(scale, normalized) else rms_norm(x, weight, config)
+    if visit.changes(scale, normalized):
+        return _weighted(wide, weight, config, bias, x.dtype)
+    return normed(x, weight, config, bias)
 
 
 def _dense(x: Array, w: Array) -> Array:
@@ -103,9 +123,32 @@ def _dense(x: Array, w: Array) -> Array:
     return flat.reshape(*x.shape[:-1], *w.shape[1:])
 
 
-def embed(params: Params, config: ModelConfig, tokens: Int[Array, "B T"], tap: Tap = NO_TAP) -> Float[Array, "B T D"]:
-    """Token embeddings as they enter the residual stream (Gemma's multiplier included)."""
-    return tap("hook_embed", 0, scale_embeddings(params.embed[tokens], config))
+def _plus(x: Array, bias: Array | None) -> Array:
+    return x if bias is None else x + bias
+
+
+def embed(
+    params: Params, config: ModelConfig, tokens: Int[Array, "B T"], positions: Int[Array, "b T"], tap: Tap = NO_TAP
+) -> Float[Array, "B T D"]:
+    """The stream before block 0: embeddings of the tokens (Gemma's multiplier included), and of their ``positions``
+    where these have vectors (GPT-2); b may be 1.
+    """
+    return tap("hook_embed", 0, placed(params, embed_tokens(params, config, tokens), positions))
+
+
+def embed_tokens(params: Params, config: ModelConfig, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
+    """The embeddings of tokens that have no positions yet: ``placed`` gives them."""
+    return scale_embeddings(params.embed[tokens], config)
+
+
+def placed(params: Params, x: Float[Array, "... T D"], positions: Int[Array, "... T"]) -> Float[Array, "... T D"]:
+    """Embeddings of tokens as they enter the stream at ``positions``: with these vectors, where the model has such.
+
+    A position beyond the table gets the last vector; callers refuse such texts.
+    """
+    if params.positions is None:
+        return x
+    return x + params.positions.at[positions].get(mode="clip")
 
 
 def scale_embeddings(x: Float[Array, "... D"], config: ModelConfig) -> Float[Array, "... D"]:
@@ -127,10 +170,10 @@ def _project(w: Layers, config: ModelConfig, x: Float[Array, "B T D"], visit: Vi
         if visit.looks(kind):
             copies = visit(kind, jnp.broadcast_to(x[:, :, None], (*x.shape[:2], weight.shape[1], x.shape[2])))
         if visit.changes(kind):
-            inner = Visit(visit.tap, layer=visit.layer)
-            norm = lambda copy, inner=inner: _norm(copy, w.attn_norm, config, inner, "ln1")  # noqa: E731
+            given = (w.attn_norm, config, Visit(visit.tap, layer=visit.layer), "ln1", w.attn_norm_bias)
+            norm = lambda copy, given=given: _norm(copy, *given)  # noqa: E731
             split[name] = jnp.einsum("btnd,dnh->btnh", jax.vmap(norm, 2, 2)(copies), weight)
-    x = _norm(x, w.attn_norm, config, visit, "ln1")
+    x = _norm(x, w.attn_norm, config, visit, "ln1", w.attn_norm_bias)
     q, k, v = (split[name] if name in split else _dense(x, getattr(w, name)) for name in "qkv")
     return q, k, v
 
@@ -143,11 +186,9 @@ def _attention(
         q, k, v = q + w.q_bias, k + w.k_bias, v + w.v_bias
     q, k, v = visit("attn.hook_q", q), visit("attn.hook_k", k), visit("attn.hook_v", v)
     if w.q_norm is not None and w.k_norm is not None:
-        q, k = rms_norm(q, w.q_norm, config), rms_norm(k, w.k_norm, config)
+        q, k = normed(q, w.q_norm, config), normed(k, w.k_norm, config)
     layer = jnp.asarray(visit.layer)
-    table = context.rope_index[layer]
-    q = visit("attn.hook_rot_q", rotate(q, context.sin[table], context.cos[table]))
-    k = visit("attn.hook_rot_k", rotate(k, context.sin[table], context.cos[table]))
+    q, k = visit("attn.hook_rot_q", _turned(q, context, layer)), visit("attn.hook_rot_k", _turned(k, context, layer))
     window = context.windows[layer] if config.windowed else None
     segments = [past.segment(layer, context.positions, window) for past in context.past]
     segments.append(Segment(jnp.moveaxis(k, 1, -1), jnp.moveaxis(v, 1, -1), _own_mask(context, window)))
@@ -167,10 +208,18 @@ def _attention(
         out = result.sum(2)
     else:
         out = _dense(z.reshape(*z.shape[:2], -1), w.o.reshape(-1, config.d_model))
-    out = visit("attn.hook_out", out)
+    out = visit("attn.hook_out", _plus(out, w.o_bias))
     if w.post_attn_norm is not None:
         out = _norm(out, w.post_attn_norm, config, visit, "ln1_post")
     return visit("hook_attn_out", out)
+
+
+def _turned(x: Float[Array, "B T X H"], context: Context, layer: Int[Array, ""]) -> Float[Array, "B T X H"]:
+    """Queries or keys after the layer's rotary embedding, where there is one."""
+    if context.sin is None or context.cos is None:
+        return x
+    table = context.rope_index[layer]
+    return rotate(x, context.sin[table], context.cos[table])
 
 
 def _own_mask(context: Context, window: Int[Array, ""] | None) -> Bool[Array, "b 1 T T"]:
@@ -183,9 +232,12 @@ def _own_mask(context: Context, window: Int[Array, ""] | None) -> Bool[Array, "b
 def _mlp(w: Layers, config: ModelConfig, x: Float[Array, "B T D"], visit: Visit) -> Float[Array, "B T D"]:
     act = jax.nn.silu if config.activation == "silu" else lambda a: jax.nn.gelu(a, approximate=True)
     x = visit("hook_mlp_in", x)
-    x = visit("mlp.hook_in", _norm(x, w.mlp_norm, config, visit, "ln2"))
-    hidden = act(visit("mlp.hook_pre", _dense(x, w.gate))) * visit("mlp.hook_pre_linear", _dense(x, w.up))
-    out = visit("mlp.hook_out", _dense(visit("mlp.hook_post", hidden), w.down))
+    x = visit("mlp.hook_in", _norm(x, w.mlp_norm, config, visit, "ln2", w.mlp_norm_bias))
+    if w.gate is None:
+        hidden = act(visit("mlp.hook_pre", _plus(_dense(x, w.up), w.up_bias)))
+    else:
+        hidden = act(visit("mlp.hook_pre", _dense(x, w.gate))) * visit("mlp.hook_pre_linear", _dense(x, w.up))
+    out = visit("mlp.hook_out", _plus(_dense(visit("mlp.hook_post", hidden), w.down), w.down_bias))
     if w.post_mlp_norm is not None:
         out = _norm(out, w.post_mlp_norm, config, visit, "ln2_post")
     return visit("hook_mlp_out", out)
@@ -210,10 +262,10 @@ def _rounded(x: Array) -> Array:
 def final_norm(params: Params, config: ModelConfig, x: Float[Array, "... D"], visit: Visit) -> Float[Array, "... D"]:
     """The stream after the last block, normalised; NaN where its squares overflow.
 
-    RMSNorm would make 0 of those, and every token equally likely, without a word.
+    A norm would make 0 of those, and every token equally likely, without a word.
     """
-    normed = _norm(x, params.final_norm, config, visit, "ln_final")
-    return jnp.where(jnp.isinf(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True)), jnp.nan, normed)
+    found = _norm(x, params.final_norm, config, visit, "ln_final", params.final_norm_bias)
+    return jnp.where(jnp.isinf(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True)), jnp.nan, found)
 
 
 def unembed(params: Params, config: ModelConfig, x: Float[Array, "... D"], tap: Tap = NO_TAP) -> Float[Array, "... V"]:
@@ -235,10 +287,11 @@ def unembed_normed(params: Params, config: ModelConfig, x: Float[Array, "... D"]
 def direction_logits(params: Params, config: ModelConfig, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Float32 logits that vectors of the stream add where the final norm divides by 1, before the soft-cap.
 
-    Linear in x. The norm's division depends on the rest of the stream: divide by a token's scale
-    (``ln_final.hook_scale``) for the logits that a part of its stream adds. Vectors are rounded to the table's dtype.
+    Linear in x: a LayerNorm takes the vector's mean away, and its bias, which no part of the stream writes, is left
+    out. The norm's division depends on the rest of the stream: divide by a token's scale (``ln_final.hook_scale``) for
+    the logits that a part of its stream adds. Vectors are rounded to the table's dtype.
     """
     table = params.embed.T if params.unembed is None else params.unembed
-    weight = params.final_norm.astype(jnp.float32) + (1.0 if config.norm_plus_one else 0.0)
-    weighted = (x.astype(jnp.float32) * weight).astype(table.dtype)
+    weight = norm_weight(params.final_norm, config)
+    weighted = (centred(x.astype(jnp.float32), config) * weight).astype(table.dtype)
     return jnp.matmul(weighted, table, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

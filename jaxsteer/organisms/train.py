@@ -58,7 +58,7 @@ def loss_and_parts(params: Params, config: ModelConfig, batch: Batch) -> tuple[A
     come out stacked, and nothing is computed twice.
     """
     context = make_context(config, jnp.arange(batch.tokens.shape[1])[None])
-    x = embed(params, config, batch.tokens)
+    x = embed(params, config, batch.tokens, context.positions)
 
     def step(x: Array, inputs: tuple[Layers, Array]) -> tuple[Array, None]:
         weights, layer = inputs

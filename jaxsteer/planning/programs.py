@@ -227,7 +227,8 @@ def _sae(work: Workload, config: ModelConfig, mesh: Mesh, batch: int | None) -> 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P("prompts", None, "model")))
     def latents(params: Params, sae: SAE, tokens: jax.Array) -> jax.Array:
         context = make_context(config, jnp.arange(tokens.shape[1])[None])
-        x = run_layers(params, config, embed(params, config, tokens), context, 0, work.depth(config))
+        x = embed(params, config, tokens, context.positions)
+        x = run_layers(params, config, x, context, 0, work.depth(config))
         return encode(sae, x)
 
     return Program(

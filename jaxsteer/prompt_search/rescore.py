@@ -111,7 +111,8 @@ def _score_whole(
 ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
     """The objective in every context, and the mean negative log-probability of the prompt's tokens there."""
     context = make_context(config, positions_of(rows.mask), rows.mask)
-    reads, x, at = read(params, config, needs, embed(params, config, rows.tokens), context, rows.layout)
+    x = embed(params, config, rows.tokens, context.positions)
+    reads, x, at = read(params, config, needs, x, context, rows.layout)
     f = objective(reads)
     x = run_layers(params, config, x, context, at, config.n_layers)
     # Label j of the slot is predicted one token earlier; a slot at the very start has no predictor for its first.

@@ -30,7 +30,7 @@ from jaxsteer.models.attention import Shared
 from jaxsteer.models.layers import run_and_cache, run_layers
 from jaxsteer.models.log_probs import label_log_probs
 from jaxsteer.models.params import Params
-from jaxsteer.models.transformer import Context, embed, make_context, scale_embeddings, unembed
+from jaxsteer.models.transformer import Context, embed_tokens, make_context, placed, scale_embeddings, unembed
 from jaxsteer.objectives import Objective, Reads
 from jaxsteer.objectives.reads import Layout, read
 from jaxsteer.prompt_search.contexts import Task
@@ -47,7 +47,7 @@ def slot_rows(
 ) -> tuple[Float[Array, "CM T D"], Context]:
     """Every candidate in every context, context-major: slot and tail as they enter block 0, and their context."""
     config, contexts, m = task.config, task.contexts, slot.shape[0]
-    tail = embed(params, config, task.after)
+    tail = embed_tokens(params, config, task.after)
     x = jnp.concatenate(
         [
             jnp.broadcast_to(slot[None], (contexts, *slot.shape)),
@@ -59,7 +59,8 @@ def slot_rows(
     if task.after.shape[1]:
         row = jnp.concatenate([jnp.ones((contexts, task.length), bool), task.after_mask], axis=1)
         valid = jnp.repeat(row, m, axis=0)
-    return x, _row_context(task, x.shape[1], contexts, m, valid, pads)
+    context = _row_context(task, x.shape[1], contexts, m, valid, pads)
+    return placed(params, x, context.positions), context
 
 
 def run_slots(
@@ -71,7 +72,8 @@ def run_slots(
 ) -> tuple[Float[Array, " M"], Float[Array, "O M s D"]]:
     """F of every candidate, and the final stream at the slot tokens that predict another one (s = S - 1).
 
-    ``slot`` holds the candidates' tokens as they enter block 0, ``pads`` how many of the first are padding.
+    ``slot`` holds the embeddings of the candidates' tokens (``embed_tokens``), ``pads`` how many of the first are
+    padding.
     """
     config, m = task.config, slot.shape[0]
     if task.slot_once:
@@ -97,6 +99,7 @@ def _read_tails(
     """
     config, m, depth = task.config, slot.shape[0], task.needs.depth(task.config.n_layers)
     slot_context = _row_context(task, task.length, 1, m, None, pads)
+    slot = placed(params, slot, slot_context.positions)
     x, (k, v) = run_and_cache(params, config, slot, slot_context, depth)
     own = jnp.arange(task.length)
     seen, skipped = jnp.ones((1, task.length), bool), jnp.zeros(1, jnp.int32)
@@ -104,12 +107,13 @@ def _read_tails(
         seen, skipped = own >= pads[:, None], pads
     positions = task.prefix.length[:, None] + own - skipped[:, None]
     shared = Shared(k=k, v=v, mask=seen[:, None, None], positions=positions, interleaved=True)
-    after = embed(params, config, task.after)
+    after = embed_tokens(params, config, task.after)
     tails = jnp.repeat(after, m, axis=0)
     where = jnp.broadcast_to(task.prefix.length + task.length + jnp.arange(after.shape[1]), tails.shape[:2])
     if pads is not None:
         where = where - jnp.tile(pads, task.contexts)[:, None]
     context = make_context(config, where, jnp.repeat(task.after_mask, m, axis=0), task.prefix, shared)
+    tails = placed(params, tails, where)
     reads, _, _ = read(params, config, task.needs, tails, context, _layout(task, m, pads, start=task.length))
     return reads, x, depth
 
@@ -194,7 +198,7 @@ def score(
     """
 
     def one_batch(batch: Int[Array, "b S"]) -> tuple[Array, Array]:
-        f, hidden = run_slots(params, task, objective, embed(params, task.config, batch), pads_of(task, batch))
+        f, hidden = run_slots(params, task, objective, embed_tokens(params, task.config, batch), pads_of(task, batch))
         return f, cross_entropy(params, task, hidden, batch)
 
     m = ids.shape[0]

@@ -37,7 +37,7 @@ from jaxsteer.models.layers import run_and_cache, run_layers
 from jaxsteer.models.log_probs import label_log_probs
 from jaxsteer.models.params import Params
 from jaxsteer.models.sites import KINDS, parse_site
-from jaxsteer.models.transformer import Context, embed, make_context
+from jaxsteer.models.transformer import Context, embed, embed_tokens, make_context, placed
 from jaxsteer.objectives import Objective
 from jaxsteer.objectives.reads import Layout, Target, read
 from jaxsteer.prompt_search.contexts import Task
@@ -180,7 +180,7 @@ def _run_parents(
     """
     config, (p, _), contexts, known = task.config, parents.shape, task.contexts, max(positions)
     where = jnp.repeat(task.prefix.length, p)[:, None] + jnp.arange(known)
-    x = jnp.tile(embed(params, config, parents[:, :known]), (contexts, 1, 1))
+    x = placed(params, jnp.tile(embed_tokens(params, config, parents[:, :known]), (contexts, 1, 1)), where)
     context = make_context(config, where, None, task.prefix)
     hidden, kv = run_and_cache(params, config, x, context, config.n_layers)
     k, v = (a.reshape(a.shape[0], contexts, p, *a.shape[2:]) for a in kv)
@@ -210,8 +210,9 @@ def _score_pairs(
     """F of both children of every pair, and the summed log-probability of their slot tokens after their start."""
     config, contexts, (p, q, *_) = task.config, task.contexts, ids.shape
     groups = (contexts, p, q)
-    x = embed(params, config, _own_tokens(task, ids, jnp.minimum(packing.side, 1), packing.index))
     context = _pair_context(task, family, packing.side, packing.index, packing.start)
+    own = _own_tokens(task, ids, jnp.minimum(packing.side, 1), packing.index)
+    x = embed(params, config, own, context.positions)
 
     def of_rows(values: Array, *shape: int) -> Array:
         return jnp.broadcast_to(values, (*groups, *shape)).reshape(-1, *shape)

@@ -325,7 +325,7 @@ def _add(mesh: Mesh | None, shape: tuple[int, ...]) -> Any:
             return jnp.einsum("bti,btj->ij", wide, wide, precision=lax.Precision.HIGHEST)
 
         context = make_context(config, positions_of(mask), mask)
-        x = run_layers(params, config, embed(params, config, tokens), context, 0, layers[0])
+        x = run_layers(params, config, embed(params, config, tokens, context.positions), context, 0, layers[0])
         keep = [Keep((KEY,), products, layers)]
         _, (found,) = scan_blocks(params, config, x, context, layers[0], layers[-1] + 1, keep=keep)
         return sums + found

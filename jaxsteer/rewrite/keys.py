@@ -90,7 +90,7 @@ def _read(
     positions = jnp.arange(tokens.shape[1])[None]
     tap = tap_of(edits, make_where(tokens, positions, None))
     keep = [Keep((KEY,), pick, layers[:1]), Keep(("hook_resid_post",), pick, layers[1:])]
-    x = embed(params, config, tokens, tap)
+    x = embed(params, config, tokens, positions, tap)
     _, (key, stream) = scan_blocks(
         params, config, x, make_context(config, positions), 0, max(layers) + 1, tap=tap, keep=keep
     )

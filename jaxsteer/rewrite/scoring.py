@@ -71,9 +71,8 @@ def _scores(
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     positions = jnp.arange(tokens.shape[1])[None]
     tap = tap_of(edits, make_where(tokens, positions, None))
-    x = run_layers(
-        params, config, embed(params, config, tokens, tap), make_context(config, positions), 0, config.n_layers, tap=tap
-    )
+    x = embed(params, config, tokens, positions, tap)
+    x = run_layers(params, config, x, make_context(config, positions), 0, config.n_layers, tap=tap)
     hidden = jnp.take_along_axis(x, reads[:, :, None], axis=1)
 
     def one(row: tuple[Array, Array]) -> tuple[Array, Array]:

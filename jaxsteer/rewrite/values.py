@@ -156,7 +156,7 @@ def _optimise(
     past, _ = prefill(params, config, batch.heads, batch.head_mask)
     positions = past.length[:, None] + jnp.arange(batch.tails.shape[1])
     context = make_context(config, positions, batch.tail_mask, past)
-    before = run_layers(params, config, embed(params, config, batch.tails), context, 0, layer)
+    before = run_layers(params, config, embed(params, config, batch.tails, positions), context, 0, layer)
     first, output = _at_layer(params, config, before, context, layer)
     v0 = output.reshape(facts, group, -1)[:, :-1].mean(1)
     size = jnp.linalg.norm(v0, axis=-1, keepdims=True)

@@ -144,7 +144,7 @@ def _fine_tune(
 ) -> Float[Array, "I D"]:
     positions = jnp.arange(tokens.shape[1])[None]
     context, where = make_context(config, positions), make_where(tokens, positions, None)
-    before = run_layers(params, config, embed(params, config, tokens), context, 0, layer)
+    before = run_layers(params, config, embed(params, config, tokens, positions), context, 0, layer)
     shape = (config.d_mlp, config.d_model)
     identity = jnp.eye(config.d_model, dtype=jnp.float32)[None, None]
 

@@ -133,7 +133,9 @@ def cache_edit(arrays: Mapping[str, np.ndarray], coefficient: float) -> CacheEdi
 def turned(
     keys: Float[Array, "M C K H"], config: ModelConfig, layers: Int[Array, " M"], by: Int[Array, " C"]
 ) -> Float[Array, "M C K H"]:
-    """Keys of ``layers`` turned by so many positions, in float32."""
+    """Keys of ``layers`` turned by so many positions, in float32; as they are where the model rotates none."""
+    if not config.ropes:
+        return keys.astype(jnp.float32)
     sin, cos = rotary_tables(config.ropes, config.d_head, by[:, None])
     table = jnp.asarray(config.rope_index, jnp.int32)[layers]
     return jax.vmap(lambda key, t: rotate(key[:, None], sin[t], cos[t])[:, 0])(keys.astype(jnp.float32), table)

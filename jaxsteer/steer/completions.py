@@ -154,7 +154,7 @@ def completion_log_probs(
     positions = positions_of(mask)
     context = make_context(config, positions, mask)
     tap = tap_of(edit, make_where(tokens, positions, mask, jnp.tile(data.prompt_length, k)))
-    x = run_layers(params, config, embed(params, config, tokens), context, 0, start)
+    x = run_layers(params, config, embed(params, config, tokens, positions), context, 0, start)
     x = run_layers(params, config, x, context, start, config.n_layers, tap=tap)
     at, target = (a.reshape(k * b, -1) for a in (data.at, data.target))
     x = jnp.take_along_axis(x, at[:, :, None], axis=1)

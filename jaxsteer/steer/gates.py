@@ -190,7 +190,7 @@ class Gated(Intervention):
 
         context = make_context(config, where.positions, where.valid)
         depth = max((site.depth(config.n_layers) for site in self.sites), default=0)
-        x = embed(params, config, where.tokens)
+        x = embed(params, config, where.tokens, context.positions)
         _, [found] = run_and_read(params, config, x, context, depth, [(self.sites, pick)])
         open = jnp.asarray(self.condition({site.name: found[site] for site in self.sites}))
         if open.shape != read.shape[:1] or open.dtype != bool:

@@ -233,6 +233,7 @@ def _last_logits(params: Params, config: ModelConfig, data: _Data, edits: Interv
     where = make_where(data.tokens, positions, data.mask)
     tap, last = tap_of(edits, where), where.prompt_length[:, None] - 1
     context = make_context(config, positions, data.mask)
-    x = run_layers(params, config, embed(params, config, data.tokens, tap), context, 0, config.n_layers, tap=tap)
+    x = embed(params, config, data.tokens, positions, tap)
+    x = run_layers(params, config, x, context, 0, config.n_layers, tap=tap)
     x = jnp.take_along_axis(x, last[:, :, None], axis=1)[:, 0]
     return unembed(params, config, x, of_one_token(tap_of(edits, where.at(last))))

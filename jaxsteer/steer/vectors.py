@@ -53,7 +53,7 @@ NORM_KEY = "mean_resid_norm/"
 GATE_KEY = "gate/"
 CAPS = ("floor", "ceiling", "clamp")
 """Operations that need a value per site."""
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2")
 """Families that files of other tools name, in the metadata key ``family``."""
 FIXED = {"cache": "a cache is changed at its newest token", "scale": "a prompt is scaled token by token"}
 """Operations that act at places of their own."""

@@ -33,7 +33,7 @@ from jaxsteer.models.layers import Keep, scan_blocks
 from jaxsteer.models.padding import bucket
 from jaxsteer.models.params import Params
 from jaxsteer.models.sites import parse_site, resid_site
-from jaxsteer.models.transformer import embed
+from jaxsteer.models.transformer import embed_tokens
 from jaxsteer.objectives import Needs
 from jaxsteer.personas import Direction, Item, Persona, search_conversations
 from jaxsteer.processes import from_first
@@ -190,7 +190,7 @@ def _project(
         return (r @ delta).reshape(contexts, batch).mean(0)
 
     def one_batch(ids: Int[Array, "b S"]) -> Float[Array, "L1 b"]:
-        x, context = slot_rows(params, task, embed(params, config, ids))
+        x, context = slot_rows(params, task, embed_tokens(params, config, ids))
         keep = Keep(("hook_resid_post",), project)
         _, [found] = scan_blocks(params, config, x, context, 0, depth, per_layer=deltas[1:], keep=[keep])
         return jnp.concatenate([project(x, deltas[0])[None], found])

@@ -81,7 +81,7 @@ def test_shards_give_what_one_file_gives(tmp_path: Path) -> None:
 
 
 def test_models_and_names_agree_on_how_matrices_lie() -> None:
-    for table in (*LAYER_NAMES.values(), TOP_NAMES):
+    for table in (*LAYER_NAMES.values(), *TOP_NAMES.values()):
         for name, source in table.items():
             assert IN_AXES.get(name, 0) == (source.in_axes or 0)
 

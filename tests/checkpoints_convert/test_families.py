@@ -1,4 +1,4 @@
-"""Five families, one transformer: their numbers, their tensor names and their files."""
+"""Six families, one transformer: their numbers, their tensor names and their files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 import jaxsteer
 from checkpoints_convert.families import FAMILIES as MODEL_TYPES
 from checkpoints_convert.files import read_headers
+from checkpoints_convert.hf import config_from_hf
 from checkpoints_convert.names import LAYER_NAMES, assign, expected_leaves
 from jaxsteer import UserError
+from jaxsteer.checkpoints.inspect import parameters
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.layers import forward
 from jaxsteer.models.transformer import scale_embeddings
@@ -127,8 +129,94 @@ def test_heads_of_gemma_3(tmp_path: Path, head: str) -> None:
     assert ("unembed",) not in leaves and head in ignored
 
 
-def test_frequencies_of_old_files_are_ignored(tmp_path: Path) -> None:
+# GPT-2
+
+
+def conv_directory(path: Path) -> tuple[Path, ModelConfig]:
+    config = family_config("gpt2")
+    return hf_directory(path, config), config
+
+
+def test_matrices_of_gpt2_are_shown_as_others_lie(tmp_path: Path) -> None:
+    """c_attn holds queries, keys and values side by side, and every matrix is [in, out]."""
+    directory, config = conv_directory(tmp_path)
+    stored, layers = load_file(directory / "model.safetensors"), random_model(config).params.layers
+    fused = stored["transformer.h.1.attn.c_attn.weight"]
+    assert fused.shape == (24, 72) and stored["transformer.h.1.mlp.c_fc.weight"].shape == (24, 40)
+    leaves, ignored = assign(read_headers(directory), config)
+    assert not ignored
+    for third, name in enumerate("qkv"):
+        np.testing.assert_array_equal(fused[:, 24 * third :][:, :24], getattr(layers, name)[1].reshape(24, 24))
+        part = leaves["layers", "001", name]
+        assert part.name == f"transformer.h.1.attn.c_attn.weight[{name}]" and part.shape == (24, 24)
+        for rows in (1, 7, 24):
+            seen: list[bytes] = []
+            blocks = list(part.blocks(rows, update=lambda data, seen=seen: seen.append(bytes(data))))
+            assert [len(block) for block in blocks[:-1]] == [rows] * (len(blocks) - 1)
+            np.testing.assert_array_equal(np.concatenate(blocks), fused[:, 24 * third :][:, :24].T)
+            assert b"".join(seen) == np.concatenate(blocks).tobytes()
+        bias = leaves["layers", "001", f"{name}_bias"]
+        np.testing.assert_array_equal(next(bias.blocks(24)), getattr(layers, f"{name}_bias")[1].reshape(-1))
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_every_prefix_of_gpt2_and_its_masks(tmp_path: Path, prefix: str) -> None:
+    """Its first files have no prefix, and hold causal masks as tensors."""
+    directory, config = conv_directory(tmp_path)
+    mask = np.tril(np.ones((1, 1, 8, 8), np.float32))
+    masks = {f"{prefix.replace('.', '__')}h__{i}__attn__bias": mask for i in range(3)}
+    changed(directory, lambda name: prefix + name.removeprefix("transformer."), **masks)
+    assert len(assign(read_headers(directory), config)[1]) == 3
+    loaded = jaxsteer.load(directory)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, random_model(config).params)
+
+
+def test_what_gpt2_is_not_is_named(tmp_path: Path) -> None:
+    directory, config = conv_directory(tmp_path)
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"transformer.h.0.attn.c_attn.weight": np.zeros((72, 24), np.float32)}, path)
+    with pytest.raises(UserError, match=r"c_attn.weight' in .* has shape \[72, 24\].* asks for \[24, 72\]"):
+        assign(read_headers(directory), config)
+    fields = json.loads((directory / "config.json").read_text())
+    for change, says in (
+        ({"scale_attn_by_inverse_layer_idx": True}, "'scale_attn_by_inverse_layer_idx' = True"),
+        ({"scale_attn_weights": False}, "'scale_attn_weights' = False"),
+        ({"activation_function": "relu"}, "activation_function 'relu'"),
+        ({"n_head": 5}, "n_embd 24, which 5 heads"),
+        ({"n_positions": 0}, "'n_positions' = 0"),
+        ({"rope_theta": 5.0}, "'rope_theta' = 5.0, which jaxsteer does not know"),
+    ):
+        (directory / "config.json").write_text(json.dumps(fields | change))
+        with pytest.raises(UserError, match=says):
+            config_from_hf(directory)
+
+
+def test_the_config_of_gpt2_small(tmp_path: Path) -> None:
+    """The fields of the published file: 124,439,808 parameters."""
+    fields = dict(
+        activation_function="gelu_new", architectures=["GPT2LMHeadModel"], attn_pdrop=0.1, bos_token_id=50256,
+        embd_pdrop=0.1, eos_token_id=50256, initializer_range=0.02, layer_norm_epsilon=1e-05, model_type="gpt2",
+        n_ctx=1024, n_embd=768, n_head=12, n_layer=12, n_positions=1024, resid_pdrop=0.1, summary_activation=None,
+        summary_first_dropout=0.1, summary_proj_to_labels=True, summary_type="cls_index", summary_use_proj=True,
+        task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}}, vocab_size=50257,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = config_from_hf(tmp_path)
+    assert parameters(config)["total"] == 124_439_808
+    assert (config.d_head, config.d_mlp, config.query_scale, config.norm_eps) == (64, 3072, 0.125, 1e-5)
+    assert config.tied_embeddings and config.norm == "layer" and not config.ropes
+
+
+def test_fingerprints_of_other_families_do_not_know_gpt2() -> None:
+    """Checkpoints hash their config: fields that only GPT-2 sets must not be there."""
+    new = {"gated_mlp", "norm", "writer_bias", "learned_positions"}
     for family in FAMILIES:
+        assert new & family_config(family).to_json().keys() == (new if family == "gpt2" else set())
+
+
+def test_frequencies_of_old_files_are_ignored(tmp_path: Path) -> None:
+    for family in set(FAMILIES) - {"gpt2"}:
         directory = hf_directory(tmp_path / family, family_config(family))
         changed(directory, lambda name: name, model__layers__0__self_attn__rotary_emb__inv_freq=SEEING)
         assert assign(read_headers(directory), family_config(family))[1] == [

@@ -53,7 +53,7 @@ def config_of(family: str, *, factor: float = 8.0, **changes):
     return config
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])
 def test_a_file_gives_the_logits_of_its_source(family: str, tmp_path: Path) -> None:
     source = hf_directory(tmp_path / "hf", config_of(family))
     path = write_gguf_model(source, tmp_path / "model.gguf")

@@ -58,7 +58,7 @@ def largest(ours: np.ndarray, theirs: Any, tokens: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q4_0", "Q8_0"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])
 def test_logits_of_small_files(family: str, kind: str, tmp_path: Path) -> None:
     # transformers takes these head widths, and no rope scaling of Gemma 3, whatever the file says.
     widths = {"qwen3": 128, "gemma2": 256, "gemma3": 256}

@@ -92,7 +92,10 @@ def test_the_circuit_computed_by_hand(how: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [*((family, "inputs") for family in FAMILIES), ("gemma3", "activations"), ("gemma3", "nodes")],
+    [
+        *((family, "inputs") for family in FAMILIES),
+        *((f, m) for f in ("gemma3", "gpt2") for m in ("activations", "nodes")),
+    ],
 )
 def test_a_node_is_the_sum_of_its_edges(family: str, method: str) -> None:
     model = small(family)

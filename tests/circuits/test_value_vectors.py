@@ -24,6 +24,10 @@ def model_of(family: str) -> Any:
     return random_model(family_config(family, n_layers=3))
 
 
+def centred(x: np.ndarray, model: Any) -> np.ndarray:
+    return x - x.mean(-1, keepdims=True) if model.config.norm == "layer" else x
+
+
 def wide(array: Any) -> np.ndarray:
     return np.asarray(array, np.float64)
 
@@ -42,8 +46,8 @@ def test_the_identity_of_two_terms(family: str) -> None:
         (h, r, v), (_, r2, v2) = ([wide(run[site]) for site in sites] for run in runs)
         matrix = wide(model.params.layers.v[layer])
         gamma = wide(model.params.layers.attn_norm[layer]) + plus_one
-        direct = np.einsum("d,dkh->kh", VECTOR * gamma, matrix) / r2[..., None]
-        rescaled = np.einsum("btd,dkh->btkh", h * gamma, matrix) * (1 / r2 - 1 / r)[..., None]
+        direct = np.einsum("d,dkh->kh", centred(VECTOR, model) * gamma, matrix) / r2[..., None]
+        rescaled = np.einsum("btd,dkh->btkh", centred(h, model) * gamma, matrix) * (1 / r2 - 1 / r)[..., None]
         np.testing.assert_allclose(direct + rescaled, v2 - v, atol=1e-5)
         ablated = ablate_value_vectors(model, VECTOR, SITE, positions="every")
         left = jaxsteer.capture(model, TOKENS, sites, edits=Edits((PUSH, quiet, ablated)))[sites[2]]
@@ -64,7 +68,7 @@ def test_value_vectors_are_what_heads_write_of_the_push(family: str) -> None:
     layer, token = 2, TOKENS[:, :1]  # one token looks at itself
     sites = [f"blocks.{layer}.{kind}" for kind in ("ln1.hook_scale", "attn.hook_result")]
     gamma = wide(model.params.layers.attn_norm[layer]) + (1.0 if model.config.norm_plus_one else 0.0)
-    value = np.einsum("d,dkh->kh", VECTOR * gamma, wide(model.params.layers.v[layer]))
+    value = np.einsum("d,dkh->kh", centred(VECTOR, model) * gamma, wide(model.params.layers.v[layer]))
     edit = steer.replace(f"blocks.{layer}.attn.hook_v", value[None])
     seen = jaxsteer.capture(model, token, sites, edits=edit)
     written = wide(seen[sites[1]])[0, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def tiny_config(**changes: object) -> ModelConfig:
     return llama_config(**(fields | changes))
 
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2")
 WINDOW = 6
 _GEMMA = dict(
     activation="gelu_tanh", norm_plus_one=True, norm_eps=1e-6, post_norms=True, embed_scale=True, tied_embeddings=True
@@ -77,6 +78,23 @@ def family_config(name: str, **changes: object) -> ModelConfig:
             ropes=(Rope(theta=100.0), Rope(theta=10_000.0, kind="linear", factor=4.0)),
             rope_index=tuple(int(f) for f in full),
             **_GEMMA,
+        )
+    elif name == "gpt2":
+        config = dataclasses.replace(
+            config,
+            family="gpt2",
+            n_kv_heads=4,
+            d_head=6,
+            query_scale=1 / math.sqrt(6),
+            activation="gelu_tanh",
+            gated_mlp=False,
+            norm="layer",
+            qkv_bias=True,
+            writer_bias=True,
+            tied_embeddings=True,
+            learned_positions=True,
+            ropes=(),
+            rope_index=(),
         )
     elif name != "llama":
         raise ValueError(name)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from tests.helpers.parity import SIZES, VARIANTS, VISION
+from tests.helpers.parity import GPT2_SIZES, SIZES, VARIANTS, VISION
 
 
 def build(variant: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
@@ -22,7 +22,7 @@ def build(variant: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
     Weights are of order one, so that every term shows, except for queries and keys and the writers of the stream: with
     those the softmax and the depth would amplify the last bit of a sine into the fourth digit of a logit.
     """
-    fields = SIZES | VARIANTS[variant] | changes
+    fields = (GPT2_SIZES if variant == "gpt2" else SIZES) | VARIANTS[variant] | changes
     kind = fields.pop("model_type")
     if kind == "gemma3":
         config = AutoConfig.for_model(kind, text_config=fields, **VISION)
@@ -43,8 +43,9 @@ def build(variant: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
                 )
                 p.copy_(0.2 * noise + (0 if plus_one else 1) - (0.5 if writes else 0))
             else:
-                writes = "o_proj" in name or "down_proj" in name
-                p.copy_(noise / p.shape[-1] ** 0.5 * (0.5 if writes else 1.0))
+                writes = any(part in name for part in ("o_proj", "down_proj", "c_proj"))
+                fan_in = p.shape[0 if ".c_" in name else -1]  # GPT-2's matrices are [in, out]
+                p.copy_(noise / fan_in**0.5 * (0.5 if writes else 1.0))
     return model
 
 
@@ -67,8 +68,17 @@ def renamed(directory: Path, out: Path, prefixes: dict[str, str | None]) -> Path
 
 
 def text_model(model: PreTrainedModel) -> torch.nn.Module:
-    """The decoder stack, with ``embed_tokens``, ``layers`` and ``norm``."""
-    return getattr(model.model, "language_model", model.model)
+    """The decoder stack, with ``embed_tokens``, ``layers`` and ``norm``; in GPT-2 ``wte``, ``h`` and ``ln_f``."""
+    return getattr(model.base_model, "language_model", model.base_model)
+
+
+def _layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    text = text_model(model)
+    return text.h if is_gpt2(model) else text.layers
+
+
+def is_gpt2(model: PreTrainedModel) -> bool:
+    return model.config.model_type == "gpt2"
 
 
 def batch(model: PreTrainedModel, length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,13 +92,13 @@ def batch(model: PreTrainedModel, length: int, seed: int) -> tuple[torch.Tensor,
 
 def answers(model: PreTrainedModel, *, length: int = 20, seed: int = 1) -> dict[str, np.ndarray]:
     """Everything that ``tests.helpers.parity.check`` compares."""
-    config, text = model.config.get_text_config(), text_model(model)
+    config, table = model.config.get_text_config(), model.get_input_embeddings()
     ids, attention = batch(model, length, seed)
     seen: dict[str, torch.Tensor] = {}
     handles = _hooks(model, seen)
-    rows = text.embed_tokens.weight[ids].detach().requires_grad_()
+    rows = table.weight[ids].detach().requires_grad_()
     out = model(
-        inputs_embeds=rows * getattr(text.embed_tokens, "embed_scale", 1.0),
+        inputs_embeds=rows * getattr(table, "embed_scale", 1.0),
         attention_mask=attention,
         position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
         output_hidden_states=True,
@@ -118,7 +128,8 @@ def answers(model: PreTrainedModel, *, length: int = 20, seed: int = 1) -> dict[
 def _hooks(model: PreTrainedModel, seen: dict[str, torch.Tensor]) -> list[object]:
     """Hooks at the places that our sites are named for."""
     config, handles = model.config.get_text_config(), []
-    n, k = config.num_attention_heads, config.num_key_value_heads
+    n = config.num_attention_heads
+    k = getattr(config, "num_key_value_heads", n)
     h = getattr(config, "head_dim", None) or config.hidden_size // n
 
     def kept(value: torch.Tensor, name: str, heads: int | None) -> torch.Tensor:
@@ -132,8 +143,27 @@ def _hooks(model: PreTrainedModel, seen: dict[str, torch.Tensor]) -> list[object
     def input_(module: torch.nn.Module, name: str, heads: int | None = None) -> None:
         handles.append(module.register_forward_pre_hook(lambda m, args: (kept(args[0], name, heads), *args[1:])))
 
-    for i, layer in enumerate(text_model(model).layers):
+    def thirds(module: torch.nn.Module, at: str) -> None:
+        def see(m: torch.nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
+            parts = zip("qkv", out.chunk(3, -1), strict=True)
+            return torch.cat([kept(part, f"{at}attn.hook_{name}", n) for name, part in parts], -1)
+
+        handles.append(module.register_forward_hook(see))
+
+    for i, layer in enumerate(_layers(model)):
         at = f"blocks.{i}."
+        if is_gpt2(model):
+            output(layer, at + "hook_resid_post")
+            input_(layer, at + "hook_resid_pre")
+            input_(layer.ln_2, at + "hook_resid_mid")
+            output(layer.attn.c_proj, at + "hook_attn_out")
+            output(layer.mlp, at + "hook_mlp_out")
+            input_(layer.attn.c_proj, at + "attn.hook_z", n)
+            thirds(layer.attn.c_attn, at)
+            output(layer.ln_2, at + "mlp.hook_in")
+            output(layer.mlp.c_fc, at + "mlp.hook_pre")
+            input_(layer.mlp.c_proj, at + "mlp.hook_post")
+            continue
         gemma = hasattr(layer, "pre_feedforward_layernorm")
         before_mlp = layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
         output(layer, at + "hook_resid_post")
@@ -161,10 +191,11 @@ def gradients(
     """
     seen: dict[str, torch.Tensor] = {}
     handles, text = _hooks(model, seen), text_model(model)
-    attention = sys.modules[type(text.layers[0].self_attn).__module__]
-    _spread(text.norm, "ln_final", seen)
-    for i, layer in enumerate(text.layers):
-        _spread_layer(layer, f"blocks.{i}.", seen, split)
+    attention = sys.modules[type(text).__module__]
+    _spread(text.ln_f if is_gpt2(model) else text.norm, "ln_final", seen)
+    for i, layer in enumerate(_layers(model)):
+        spread = _spread_gpt2 if is_gpt2(model) else _spread_layer
+        spread(layer, f"blocks.{i}.", seen, split)
     ids, attended = torch.tensor(tokens), torch.tensor(mask)
     with mock.patch.object(attention, "eager_attention_forward", partial(_attend, seen)):
         out = model(ids, attention_mask=attended, position_ids=(attended.cumsum(-1) - 1).clamp(min=0), use_cache=False)
@@ -180,16 +211,18 @@ def gradients(
 
 
 def _spread(norm: torch.nn.Module, name: str, seen: dict[str, torch.Tensor]) -> None:
-    """Let an RMSNorm compute as before, by way of its scale and of what it divides."""
-    gemma, eps = hasattr(norm, "eps"), getattr(norm, "eps", None) or norm.variance_epsilon
+    """Let a norm compute as before, by way of its scale and of what it divides."""
+    centred = isinstance(norm, torch.nn.LayerNorm)
+    gemma, eps = hasattr(norm, "eps") and not centred, getattr(norm, "eps", None) or norm.variance_epsilon
 
     def forward(x: torch.Tensor, see: bool = True) -> torch.Tensor:
         kept = seen if see else {}
         if name.endswith("ln2"):
             x = kept[name.replace("ln2", "hook_mlp_in")] = x * 1  # a copy: the stream goes on without it
+        x = x - x.mean(-1, keepdim=True) if centred else x
         scale = kept[f"{name}.hook_scale"] = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
         quotient = kept[f"{name}.hook_normalized"] = x / scale
-        return quotient * (1 + norm.weight if gemma else norm.weight)
+        return quotient * (1 + norm.weight if gemma else norm.weight) + (norm.bias if centred else 0)
 
     norm.forward = forward
 
@@ -227,9 +260,40 @@ def _spread_layer(layer: torch.nn.Module, at: str, seen: dict[str, torch.Tensor]
         module.forward = project
 
 
+def _spread_gpt2(layer: torch.nn.Module, at: str, seen: dict[str, torch.Tensor], split: bool) -> None:
+    """``_spread_layer`` for a block of GPT-2, whose matrices are [in, out] and queries, keys and values one."""
+    attn, h = layer.attn, layer.attn.head_dim
+    _spread(layer.ln_1, at + "ln1", seen)
+    _spread(layer.ln_2, at + "ln2", seen)
+
+    def write(z: torch.Tensor) -> torch.Tensor:
+        matrix = attn.c_proj.weight.unflatten(0, (-1, h))
+        seen[at + "attn.hook_result"] = torch.einsum("btnh,nhd->btnd", z.unflatten(-1, (-1, h)), matrix)
+        seen[at + "attn.hook_out"] = seen[at + "attn.hook_result"].sum(2) + attn.c_proj.bias
+        return seen[at + "attn.hook_out"]
+
+    def mlp_out(_m: object, _args: object, out: torch.Tensor) -> None:
+        seen[at + "mlp.hook_out"] = out
+
+    def project(_x: torch.Tensor) -> torch.Tensor:
+        outs = []
+        for name, matrix, bias in zip("qkv", attn.c_attn.weight.chunk(3, 1), attn.c_attn.bias.chunk(3), strict=True):
+            matrix = matrix.unflatten(1, (-1, h))
+            copies = seen[at + "hook_resid_pre"].unsqueeze(2).repeat(1, 1, matrix.shape[1], 1)
+            seen[at + f"hook_{name}_input"] = copies
+            x = layer.ln_1.forward(copies, see=False)
+            outs.append(torch.einsum("btnd,dnh->btnh", x, matrix).flatten(-2) + bias)
+        return torch.cat(outs, -1)
+
+    attn.c_proj.forward = write
+    layer.mlp.register_forward_hook(mlp_out)
+    if split:
+        attn.c_attn.forward = project
+
+
 def _attend(seen: dict[str, torch.Tensor], module: torch.nn.Module, q, k, v, mask, scaling, softcap=None, **_: object):  # noqa: ANN001, ANN202
     """Eager attention of transformers, by way of the sites inside it."""
-    at, groups = f"blocks.{module.layer_idx}.attn.", module.num_key_value_groups
+    at, groups = f"blocks.{module.layer_idx}.attn.", getattr(module, "num_key_value_groups", 1)
     q = seen[at + "hook_rot_q"] = q.transpose(1, 2)
     k = seen[at + "hook_rot_k"] = k.transpose(1, 2)
     scores = torch.einsum("btnh,bunh->bntu", q, k.repeat_interleave(groups, 2)) * scaling

@@ -13,7 +13,7 @@ import jaxsteer
 from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig, Rope
 from jaxsteer.models.layers import run_layers
 from jaxsteer.models.model import Model
-from jaxsteer.models.transformer import make_context, positions_of, scale_embeddings, unembed
+from jaxsteer.models.transformer import make_context, placed, positions_of, scale_embeddings, unembed
 
 SLIDE, FULL = "sliding_attention", "full_attention"
 _GEMMA = dict(
@@ -93,6 +93,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     ),
     "gemma3_text": _GEMMA3 | dict(model_type="gemma3_text", final_logit_softcapping=3.0),
     "gemma3": _GEMMA3 | dict(model_type="gemma3"),
+    "gpt2": dict(model_type="gpt2", n_embd=16, n_layer=3, n_head=4, n_positions=64, layer_norm_epsilon=0.5),
 }
 """Name -> ``model_type`` and fields of its configuration beyond the sizes that all share."""
 SIZES = dict(
@@ -103,6 +104,8 @@ SIZES = dict(
     max_position_embeddings=64,
     rms_norm_eps=1e-2,  # large, or nobody would notice another one
 )
+GPT2_SIZES = dict(vocab_size=48, bos_token_id=0, eos_token_id=0)
+"""Of GPT-2, which has names of its own for them (and token ids beyond so small a vocabulary)."""
 VISION = dict(
     vision_config=dict(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
@@ -130,7 +133,9 @@ DROPS: dict[str, tuple[tuple[str, ...], Callable[[ModelConfig], dict[str, Any]]]
     "windows one longer": (_SLIDING[1:], lambda c: {"windows": tuple(min(w + 1, GLOBAL_WINDOW) for w in c.windows)}),
     "windows one layer off": (_SLIDING, lambda c: {"windows": c.windows[1:] + c.windows[:1]}),
     "q/k norms": (("qwen3_untied", "gemma3_text", "gemma3"), lambda c: {"qk_norm": False}),
-    "biases": (("qwen2_tied", "qwen2_sliding"), lambda c: {"qkv_bias": False}),
+    "biases": (("qwen2_tied", "qwen2_sliding", "gpt2"), lambda c: {"qkv_bias": False}),
+    "positions": (("gpt2",), lambda c: {"learned_positions": False}),
+    "mean and bias of norms": (("gpt2",), lambda c: {"norm": "rms"}),
     "embedding scale": (_GEMMAS, lambda c: {"embed_scale": False}),
     "1 + w": (_GEMMAS, lambda c: {"norm_plus_one": False}),
     "post norms": (_GEMMAS, lambda c: {"post_norms": False}),
@@ -141,7 +146,7 @@ DROPS: dict[str, tuple[tuple[str, ...], Callable[[ModelConfig], dict[str, Any]]]
         ("llama_gqa_tied_llama3", "llama_mqa_linear", "gemma3_text"),
         lambda c: {"ropes": tuple(Rope(theta=rope.theta) for rope in c.ropes)},
     ),
-    "epsilon": (("llama_mqa_linear", "qwen2_tied", "qwen3_untied", *_GEMMAS), lambda c: {"norm_eps": 1e-5}),
+    "epsilon": (("llama_mqa_linear", "qwen2_tied", "qwen3_untied", *_GEMMAS, "gpt2"), lambda c: {"norm_eps": 1e-5}),
 }
 """What would go wrong -> (variants in which it must show, the fields of ``ModelConfig`` that do it)."""
 
@@ -188,7 +193,8 @@ def logits_and_gradient(model: Model, tokens: np.ndarray, mask: np.ndarray) -> t
 
     def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         context = make_context(config, positions_of(jnp.asarray(mask)), jnp.asarray(mask))
-        x = run_layers(params, config, scale_embeddings(x, config), context, 0, config.n_layers)
+        x = placed(params, scale_embeddings(x, config), context.positions)
+        x = run_layers(params, config, x, context, 0, config.n_layers)
         logits = unembed(params, config, x)
         logp = jax.nn.log_softmax(logits[:, :-1])
         taken = jnp.take_along_axis(logp, jnp.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]

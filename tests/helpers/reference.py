@@ -44,6 +44,13 @@ def rms(x: np.ndarray, weight: np.ndarray, config: ModelConfig) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
 
 
+def normed(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, config: ModelConfig) -> np.ndarray:
+    if config.norm == "rms":
+        return rms(x, weight, config)
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + config.norm_eps) * weight + bias
+
+
 def cap(x: np.ndarray, limit: float | None) -> np.ndarray:
     return x if limit is None else limit * np.tanh(x / limit)
 
@@ -55,21 +62,23 @@ def reference_forward(params: object, config: ModelConfig, tokens: np.ndarray) -
     x = embed[np.asarray(tokens)]
     if config.embed_scale:
         x = x * math.sqrt(config.d_model)
+    if config.learned_positions:
+        x = x + wide(params.positions)[: len(x)]
     states = [x]
     for layer in range(config.n_layers):
         w = {n: wide(a)[layer] for n, a in vars(params.layers).items() if a is not None}
-        out = attention(w, config, rms(x, w["attn_norm"], config), layer)
+        out = attention(w, config, normed(x, w["attn_norm"], w.get("attn_norm_bias"), config), layer)
         x = x + (rms(out, w["post_attn_norm"], config) if config.post_norms else out)
-        h = rms(x, w["mlp_norm"], config)
-        gate = h @ w["gate"]
+        h = normed(x, w["mlp_norm"], w.get("mlp_norm_bias"), config)
+        gate = h @ w["gate"] if config.gated_mlp else h @ w["up"] + w.get("up_bias", 0)
         if config.activation == "silu":
             gate = gate / (1 + np.exp(-gate))
         else:
             gate = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
-        out = (gate * (h @ w["up"])) @ w["down"]
+        out = (gate * (h @ w["up"]) if config.gated_mlp else gate) @ w["down"] + w.get("down_bias", 0)
         x = x + (rms(out, w["post_mlp_norm"], config) if config.post_norms else out)
         states.append(x)
-    final = rms(x, wide(params.final_norm), config)
+    final = normed(x, wide(params.final_norm), wide(params.final_norm_bias), config)
     unembed = embed.T if params.unembed is None else wide(params.unembed)
     return cap(final @ unembed, config.final_softcap), np.stack(states)
 
@@ -80,9 +89,10 @@ def attention(w: dict[str, np.ndarray], config: ModelConfig, x: np.ndarray, laye
         q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
     if config.qk_norm:
         q, k = rms(q, w["q_norm"], config), rms(k, w["k_norm"], config)
-    rope = config.ropes[config.rope_index[layer]]
-    q, k = rotated(q, rope), rotated(k, rope)
-    out = np.zeros_like(x)
+    if config.ropes:
+        rope = config.ropes[config.rope_index[layer]]
+        q, k = rotated(q, rope), rotated(k, rope)
+    out = np.zeros_like(x) + w.get("o_bias", 0)
     for n in range(config.n_heads):
         kv = n // (config.n_heads // config.n_kv_heads)
         for t in range(x.shape[0]):

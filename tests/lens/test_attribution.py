@@ -29,7 +29,7 @@ def family_model(family: str) -> Model:
     tokenizer = tiny_tokenizer("qwen")
     model = random_model(family_config(family, vocab_size=len(tokenizer) + 8, n_layers=4))
     windows, index = model.config.windows, model.config.rope_index
-    assert len(windows) == len(index) == 4
+    assert len(windows) == 4 and len(index) == (4 if model.config.ropes else 0)
     return dataclasses.replace(model, tokenizer=tokenizer)
 
 
@@ -49,7 +49,8 @@ def unembedding(model: Model) -> np.ndarray:
 
 
 def summed(parts: LogitParts) -> np.ndarray:
-    return parts.embedding + parts.attention.sum(1) + parts.mlp.sum(1)
+    bias = 0.0 if parts.bias is None else parts.bias
+    return parts.embedding + parts.attention.sum(1) + parts.mlp.sum(1) + bias
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,9 +61,32 @@ def test_parts_sum_to_the_logit_before_the_cap(family: str):
     found = np.stack([uncapped(model, text)[-1] for text in TEXTS])
     np.testing.assert_allclose(parts.logit, found[:, target] - found[:, other], atol=1e-4)
     np.testing.assert_allclose(summed(parts), parts.logit, atol=1e-4)
-    np.testing.assert_allclose(parts.heads.sum(-1), parts.attention, atol=1e-5)
-    np.testing.assert_allclose(parts.stream[:, -1], parts.logit, atol=1e-4)
+    no_head = 0.0 if parts.attention_bias is None else parts.attention_bias
+    np.testing.assert_allclose(parts.heads.sum(-1) + no_head, parts.attention, atol=1e-5)
+    stream = parts.stream[:, -1] + (0.0 if parts.bias is None else parts.bias)
+    np.testing.assert_allclose(stream, parts.logit, atol=1e-4)
+    assert sum(part.value for part in parts.result.parts) == pytest.approx(parts.result.logit.value, abs=1e-4)
+    assert np.abs(parts.rest).max() < 1e-4
     assert (parts.result.softcap is not None) == (family == "gemma2")
+
+
+def test_biases_are_parts_of_their_own():
+    """Of GPT-2, whose last norm takes the mean away: parts in float64, from captured states, with the norm held."""
+    model = family_model("gpt2")
+    w, config, target = model.params.layers, model.config, ids_of(model, TARGET)[0]
+    parts = attribute_logits(model, TEXTS, TARGET)
+    column = unembedding(model)[:, target]
+    weighted = column * np.asarray(model.params.final_norm, np.float64)
+    for i, text in enumerate(TEXTS):
+        seen = capture(model, ids_of(model, text)[None], ["ln_final.hook_scale", "hook_embed"])
+        scale, x = (np.asarray(seen[name], np.float64)[0, -1] for name in ("ln_final.hook_scale", "hook_embed"))
+        direct = lambda part, scale=scale: (part - part.mean(-1, keepdims=True)) @ weighted / scale  # noqa: E731
+        np.testing.assert_allclose(
+            parts.bias[i], np.asarray(model.params.final_norm_bias, np.float64) @ column, atol=1e-5
+        )
+        np.testing.assert_allclose(parts.attention_bias[i], direct(np.asarray(w.o_bias, np.float64)), atol=1e-5)
+        np.testing.assert_allclose(parts.embedding[i], direct(x), atol=1e-5)
+    assert "bias" in {part.name for part in parts.result.parts} and config.norm == "layer"
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -18,6 +18,7 @@ from jaxsteer.models.sharding import make_mesh, shard_params
 from jaxsteer.models.taps import Tap
 from jaxsteer.models.transformer import direction_logits, unembed
 from tests.helpers.checkpoints import FAMILIES, family_config, random_model
+from tests.helpers.reference import normed
 from tests.helpers.tiny import tiny_model
 
 RNG = np.random.default_rng(0)
@@ -33,9 +34,8 @@ def model_of(family: str, dtype: str = "float32", **changes: Any) -> Any:
 def oracle(model: Any, state: Any) -> np.ndarray:
     """Log-probabilities of states through the final norm and the unembedding, in float64."""
     config, params = model.config, model.params
-    x = np.asarray(state, np.float64)
-    weight = np.asarray(params.final_norm, np.float64) + (1.0 if config.norm_plus_one else 0.0)
-    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_eps) * weight
+    bias = None if params.final_norm_bias is None else np.asarray(params.final_norm_bias, np.float64)
+    x = normed(np.asarray(state, np.float64), np.asarray(params.final_norm, np.float64), bias, config)
     table = np.asarray(params.embed, np.float64).T if params.unembed is None else np.asarray(params.unembed, np.float64)
     logits = x @ table
     if config.final_softcap:

@@ -14,7 +14,7 @@ from jaxsteer.models.model import Model
 from tests.helpers.parity import DROPS, VARIANTS, check, kl_per_token
 from tests.helpers.reference import reference_forward
 
-WITH_GRADIENT = {"llama_gqa_tied_llama3", "qwen2_tied", "qwen3_untied", "gemma2", "gemma3_text"}
+WITH_GRADIENT = {"llama_gqa_tied_llama3", "qwen2_tied", "qwen3_untied", "gemma2", "gemma3_text", "gpt2"}
 """One variant of each family: a gradient takes two seconds to compile, and `make parity` checks all of them."""
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
 

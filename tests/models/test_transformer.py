@@ -14,7 +14,7 @@ from jaxsteer.models.config import GLOBAL_WINDOW, ModelConfig, Rope
 from jaxsteer.models.layers import forward, layer_weights, prefill, run_layers
 from jaxsteer.models.sites import KINDS
 from jaxsteer.models.taps import NO_TAP, Tap, Visit
-from jaxsteer.models.transformer import block, embed, make_context, positions_of, unembed
+from jaxsteer.models.transformer import block, embed, embed_tokens, make_context, positions_of, unembed
 from jaxsteer.steer import Edits, scale
 from tests.helpers.checkpoints import family_config, random_model, random_params, tiny_config
 from tests.helpers.reference import reference_forward
@@ -132,7 +132,7 @@ def test_program_does_not_grow_with_depth() -> None:
             return _run(params, config, x, 0, n_layers).sum()
 
         forward_size = _equations(jax.make_jaxpr(lambda t: forward(params, config, t))(tokens).jaxpr)
-        return forward_size, _equations(jax.make_jaxpr(jax.grad(loss))(embed(params, config, tokens)).jaxpr)
+        return forward_size, _equations(jax.make_jaxpr(jax.grad(loss))(params.embed[tokens]).jaxpr)
 
     small, large = sizes(4), sizes(40)
     assert small == large
@@ -199,7 +199,7 @@ def _concatenated(params: object, config: ModelConfig, x: jax.Array) -> jax.Arra
     for row in range(4):
         prefix = PREFIXES[row // 2]
         tokens[row, length - len(prefix) :], mask[row, length - len(prefix) :] = prefix, True
-    whole = jnp.concatenate([embed(params, config, jnp.asarray(tokens)), x], axis=1)
+    whole = jnp.concatenate([embed_tokens(params, config, jnp.asarray(tokens)), x], axis=1)
     context = make_context(config, positions_of(jnp.asarray(mask)), jnp.asarray(mask))
     out = run_layers(params, config, whole, context, 0, config.n_layers)
     return unembed(params, config, out[:, length:])
@@ -237,7 +237,7 @@ def test_prefix_with_per_row_padding() -> None:
     def run(tokens: jax.Array, mask: jax.Array) -> jax.Array:
         prefix, _ = prefill(params, WINDOWED, jnp.asarray(PREFIXES[0])[None], jnp.ones((1, 7), bool))
         context = make_context(WINDOWED, 7 + positions_of(mask), mask, prefix)
-        return run_layers(params, WINDOWED, embed(params, WINDOWED, tokens), context, 0, 3)
+        return run_layers(params, WINDOWED, embed(params, WINDOWED, tokens, context.positions), context, 0, 3)
 
     padded, plain = run(tokens, mask), run(tokens, jnp.ones_like(mask))
     np.testing.assert_allclose(padded[0], plain[0], atol=1e-5)

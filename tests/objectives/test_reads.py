@@ -43,8 +43,8 @@ def test_every_place_reads_as_captured() -> None:
 
     @jax.jit
     def values(tokens: jax.Array, mask: jax.Array, where: Layout) -> tuple[dict, dict, dict]:
-        x = embed(MODEL.params, MODEL.config, tokens)
         context = make_context(MODEL.config, positions_of(mask), mask)
+        x = embed(MODEL.params, MODEL.config, tokens, context.positions)
         reads, _, depth = read(MODEL.params, MODEL.config, wanted, x, context, where)
         assert depth == 3 and isinstance(reads, Reads)
         means = {site: reads.span_mean(site, "prompt") for site in SPANNED}
@@ -69,8 +69,8 @@ def test_one_scan_whatever_is_read() -> None:
 
     def scans(*sites: str) -> int:
         def collect(tokens: jax.Array) -> jax.Array:
-            x = embed(MODEL.params, MODEL.config, tokens)
             context = make_context(MODEL.config, positions_of(mask), mask)
+            x = embed(MODEL.params, MODEL.config, tokens, context.positions)
             where = layout(np.ones((2, 7), bool), np.array([6, 6]))
             reads, x, _ = read(MODEL.params, MODEL.config, Needs(sites=sites), x, context, where)
             return sum(reads[site].sum() for site in sites) + x.sum()

@@ -112,7 +112,7 @@ def test_an_untrained_model_knows_its_own_tokens_and_changes_nothing(architectur
     config = organism_config(dataclasses.replace(RECIPES[architecture], vocab_size=64))
     params = initial_params(config, 0)
     tokens = jax.numpy.arange(64)[None]
-    before = embed(params, config, tokens)
+    before = embed(params, config, tokens, tokens)
     after = run_layers(params, config, before, make_context(config, tokens), 0, config.n_layers)
     assert 0.6 < float(before.std()) < 0.8
     assert float(jax.numpy.abs(after - before).mean() / jax.numpy.abs(before).mean()) < 0.5

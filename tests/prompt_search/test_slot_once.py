@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.models.transformer import embed
+from jaxsteer.models.transformer import embed_tokens
 from jaxsteer.objectives import Projection, as_pytree, needs
 from jaxsteer.prompt_search import Combination, make_task, rescore
 from jaxsteer.prompt_search.algorithms.proposals import proposals
@@ -67,7 +67,7 @@ def test_scores_and_gradients_are_those_of_the_plain_path(case: str) -> None:
             x = cross_entropy(s.model.params, task, hidden, s.ids)
             return jnp.sum(jnp.arange(1.0, 5.0) * (x - f)), (f, x)
 
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(embed(s.model.params, task.config, s.ids))
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(embed_tokens(s.model.params, task.config, s.ids))
 
     (_, (f, x)), gradient = both(s.task)
     (_, (want_f, want_x)), want = both(s.plain)

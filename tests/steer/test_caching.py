@@ -47,7 +47,8 @@ def step(params: Any, config: Any, k: Any, v: Any, token: Any, n: Any) -> Any:
     """Logits behind one token that looks back on n cached ones, and its own key and value."""
     positions = jnp.arange(ROOM)[None]
     context = make_context(config, n[None, None], None, Prefix(k, v, positions < n, positions))
-    x, own = run_and_cache(params, config, embed(params, config, token[None, None]), context, config.n_layers)
+    x = embed(params, config, token[None, None], n[None, None])
+    x, own = run_and_cache(params, config, x, context, config.n_layers)
     return unembed(params, config, x[0, 0]), own
 
 
