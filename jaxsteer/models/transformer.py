@@ -10,6 +10,7 @@ editing means stop, edit, run on. Places inside a block are reached by ``tap(nam
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -188,7 +189,8 @@ def _attention(
     if w.q_norm is not None and w.k_norm is not None:
         q, k = normed(q, w.q_norm, config), normed(k, w.k_norm, config)
     layer = jnp.asarray(visit.layer)
-    q, k = visit("attn.hook_rot_q", _turned(q, context, layer)), visit("attn.hook_rot_k", _turned(k, context, layer))
+    turned = _rotation(context, layer)
+    q, k = visit("attn.hook_rot_q", turned(q)), visit("attn.hook_rot_k", turned(k))
     window = context.windows[layer] if config.windowed else None
     segments = [past.segment(layer, context.positions, window) for past in context.past]
     segments.append(Segment(jnp.moveaxis(k, 1, -1), jnp.moveaxis(v, 1, -1), _own_mask(context, window)))
@@ -214,12 +216,13 @@ def _attention(
     return visit("hook_attn_out", out)
 
 
-def _turned(x: Float[Array, "B T X H"], context: Context, layer: Int[Array, ""]) -> Float[Array, "B T X H"]:
-    """Queries or keys after the layer's rotary embedding, where there is one."""
-    if context.sin is None or context.cos is None:
-        return x
+def _rotation(context: Context, layer: Int[Array, ""]) -> Callable[[Float[Array, "B T X H"]], Float[Array, "B T X H"]]:
+    """The layer's rotary embedding of queries or keys; nothing where there is none."""
+    sin, cos = context.sin, context.cos
+    if sin is None or cos is None:
+        return lambda x: x
     table = context.rope_index[layer]
-    return rotate(x, context.sin[table], context.cos[table])
+    return lambda x: rotate(x, sin[table], cos[table])
 
 
 def _own_mask(context: Context, window: Int[Array, ""] | None) -> Bool[Array, "b 1 T T"]:
