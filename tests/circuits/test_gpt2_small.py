@@ -74,7 +74,7 @@ def test_greater_than_on_a_random_model() -> None:
         p = (p / p.sum(-1, keepdims=True))[:, case.digits]
         expected = [p[i, year + 1 :].sum() - p[i, : year + 1].sum() for i, year in enumerate(case.years)]
         np.testing.assert_allclose(scores, expected, atol=1e-5)
-    assert found.graph.n_edges == 9 + 13 + 4 + 5 * 13 + 11 and 0 < edges.sum() <= 30
+    assert found.graph.n_edges == 12 * 1 + 5 + 12 * 6 + 10 + 11 and 0 < edges.sum() <= 30
     np.testing.assert_allclose(got.scores[1], got.target, atol=1e-5)
     assert 2 <= nodes_of(found, edges) <= 12
 

@@ -44,9 +44,9 @@ def setting(slot: str, **options: bool) -> SimpleNamespace:
     return SimpleNamespace(model=model, slots=slots, objective=objective, needs=wanted, task=task)
 
 
-@pytest.mark.parametrize("slot", ["user", "system"])
+@pytest.mark.parametrize("slot", ["suffix", "system"])
 def test_scores_of_ids_are_those_of_whole_texts(slot: str) -> None:
-    """Behind texts of unequal length (user), and where the slot runs once for all contexts (system)."""
+    """Behind texts of unequal length (suffix), and where the slot runs once for all contexts (system)."""
     s = setting(slot)
     assert s.task.slot_once == (slot == "system")
     ids = random_prompts(s.task, 3)
@@ -60,7 +60,7 @@ def test_scores_of_ids_are_those_of_whole_texts(slot: str) -> None:
 
 
 def test_children_stand_where_they_stand() -> None:
-    s = setting("user")
+    s = setting("suffix")
     positions = starts(4, s.task.length)
     adults = random_prompts(s.task, 2)
     children = np.repeat(np.asarray(adults)[:, None], 4, axis=1)
