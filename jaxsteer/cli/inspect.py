@@ -62,6 +62,7 @@ def text(found: dict[str, Any]) -> str:
         "parameters",
         *_rows(
             ("embedding", f"{count['embedding']:,}"),
+            *([("positions", f"{count['positions']:,}")] if "positions" in count else []),
             ("each layer", f"{count['per_layer']:,}"),
             ("unembedding", f"{count['unembedding']:,}" if count["unembedding"] else "the embedding"),
         ),

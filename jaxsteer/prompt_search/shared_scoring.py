@@ -37,7 +37,7 @@ from jaxsteer.models.layers import run_and_cache, run_layers
 from jaxsteer.models.log_probs import label_log_probs
 from jaxsteer.models.params import Params
 from jaxsteer.models.sites import KINDS, parse_site
-from jaxsteer.models.transformer import Context, embed, embed_tokens, make_context, placed
+from jaxsteer.models.transformer import Context, embed_tokens, make_context, placed
 from jaxsteer.objectives import Objective
 from jaxsteer.objectives.reads import Layout, Target, read
 from jaxsteer.prompt_search.contexts import Task
@@ -210,9 +210,9 @@ def _score_pairs(
     """F of both children of every pair, and the summed log-probability of their slot tokens after their start."""
     config, contexts, (p, q, *_) = task.config, task.contexts, ids.shape
     groups = (contexts, p, q)
+    x = embed_tokens(params, config, _own_tokens(task, ids, jnp.minimum(packing.side, 1), packing.index))
     context = _pair_context(task, family, packing.side, packing.index, packing.start)
-    own = _own_tokens(task, ids, jnp.minimum(packing.side, 1), packing.index)
-    x = embed(params, config, own, context.positions)
+    x = placed(params, x, context.positions)
 
     def of_rows(values: Array, *shape: int) -> Array:
         return jnp.broadcast_to(values, (*groups, *shape)).reshape(-1, *shape)

@@ -20,7 +20,7 @@ from tests.helpers.checkpoints import family_config, random_model
 from tests.helpers.tiny import tiny_model
 
 RNG = np.random.default_rng(0)
-LLAMA, GEMMA = (random_model(family_config(name, n_layers=3)) for name in ("llama", "gemma3"))
+LLAMA, GEMMA, GPT2 = (random_model(family_config(name, n_layers=3)) for name in ("llama", "gemma3", "gpt2"))
 VECTOR = RNG.standard_normal(24)
 PUSH = steer.add("blocks.0.hook_resid_post", VECTOR, 2.0, positions="every")
 METRIC = LogitDifference(plus=np.asarray([3, 5]), minus=np.asarray([4, 60]))
@@ -29,7 +29,7 @@ ROWS = make_rows(LLAMA, TEXTS)
 SIMPLE = ("patterns", "queries and keys", "values", "attention", "mlps", "mlp.hook_post")
 
 
-@pytest.mark.parametrize("model", [LLAMA, GEMMA], ids=["llama", "gemma3"])
+@pytest.mark.parametrize("model", [LLAMA, GEMMA, GPT2], ids=["llama", "gemma3", "gpt2"])
 @pytest.mark.parametrize("attention", ["patterns", "queries and keys"])
 def test_with_all_frozen_the_push_arrives_as_it_is(model: Any, attention: str) -> None:
     base, frozen = frozen_logits(model, ROWS, PUSH, [attention, "values", "mlps"])
