@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import subcommand
+from tyro.conf import Positional, arg, subcommand
 
 from jaxsteer.cli.steering import Steering
 from jaxsteer.errors import UserError
-from jaxsteer.ranges import Positive
+from jaxsteer.ranges import CountFrom0, Positive, Seed, Share
 from jaxsteer.runs.files import document
 from jaxsteer.study.steer_compare import CompareOptions
 from jaxsteer.study.sweep import SweepOptions
@@ -158,6 +158,97 @@ class Calibrate(Steering):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Defend:
+    """Make a model refuse attacks by an SAE's latents (erased, raised, behind a gate), beside controls."""
+
+    requests: Positional[tuple[str, ...]]
+    """Sets of requests: NAME or NAME:PATH (`jaxsteer data list`), or FILE=harmful, FILE=harmless, FILE=border."""
+    sae: str
+    """An SAE: PATH, hub id, or organism:persona."""
+    model: str = "organism:persona"
+    """organism:NAME, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
+    choose: tuple[str, ...] = ("contrast",)
+    """Latents that are raised: words that explain them (with --explanations), numbers, or "contrast": those that
+    harmful requests activate more than others."""
+    erase: tuple[str, ...] = ("contrast",)
+    """Latents that are erased: words, numbers, or "contrast": those that attacks add to harmful requests."""
+    explanations: Path | None = None
+    """Directory of `sae explain`, or its explanations.safetensors."""
+    latents: int = 16
+    """Latents of each choice, at most."""
+    templates: str | None = None
+    """Attacks: a file of templates around the request, {"name": "... {request} ..."} or rows with "template"; or
+    "organism" for those of organism:persona. Without, harmful requests are attacks as they are."""
+    prompts: Annotated[tuple[str, ...], arg(aliases=["-p"])] = ()
+    """Prompts that defend, to compare with (default: one of ours, as a system message)."""
+    slot: Literal["suffix", "prefix", "system", "system-suffix"] = "system"
+    """Where they stand."""
+    openings: tuple[str, ...] = ()
+    """How refusals begin; the first token of each counts (default: I, As)."""
+    generate: bool = False
+    """Also let the model reply freely to test requests, and look for phrases of refusals."""
+    judge: str | None = None
+    """Also let the model behind this OpenAI-compatible address judge the free replies."""
+    judge_model: str = ""
+    """Name of the judge there (default: the first that it lists)."""
+    max_new_tokens: int = 64
+    """Longest free reply."""
+    max_kl: Positive = 0.1
+    """Disturbance at most, nats per token of the model's own replies to ordinary requests."""
+    over: Share = 0.05
+    """Share of requests to be answered that may come to be refused, at most."""
+    train: int = 60
+    """Requests of each kind that choose latents."""
+    validation: int = 40
+    """Requests of each kind that choose strengths."""
+    test: int = 100
+    """Requests of each kind that are reported."""
+    random: CountFrom0 = 2
+    """Random choices of latents as controls."""
+    seed: Seed = 0
+    """Seed of the division, and of random latents."""
+    site: str | None = None
+    """Where the SAE reads (default: as its files say)."""
+    k: int | None = None
+    """Active latents of a TopK SAE whose files do not say it."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights."""
+    out: Path | None = None
+    """Directory for the result and, as they come, for free replies; what was cut off goes on."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> int:
+        """Measure and print."""
+        from jaxsteer.evals.refusal import OPENINGS
+        from jaxsteer.explain import load_explanations
+        from jaxsteer.explain.pipeline import TABLE
+        from jaxsteer.personas import read_templates
+        from jaxsteer.prompts import Placement
+        from jaxsteer.runs.bars import load
+        from jaxsteer.sae import load_sae
+        from jaxsteer.study.defence import SYSTEM, DefendOptions, defend
+        from jaxsteer.study.refusal import loaded
+        from jaxsteer.writers.endpoint import Endpoint
+
+        same = ("choose", "erase", "latents", "generate", "max_new_tokens", "max_kl", "over", "train", "validation")
+        options = DefendOptions(
+            **{name: getattr(self, name) for name in (*same, "test", "random", "seed")},
+            templates={} if self.templates is None else read_templates(self.templates),
+            prompts=self.prompts or (SYSTEM,),
+            placement=Placement(slot=self.slot),
+            openings=self.openings or OPENINGS,
+            judge=None if self.judge is None else Endpoint(url=self.judge, model=self.judge_model),
+        )
+        requests, words = loaded(self.requests), self.explanations  # refused before a model is loaded
+        table = None if words is None else load_explanations(words / TABLE if words.is_dir() else words)
+        sae = load_sae(self.sae, site=self.site, k=self.k)
+        found = defend(load(self.model, dtype=self.dtype), sae, requests, table, out=self.out, options=options)
+        print(document(found.to_json()) if self.json else found.table())
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Steer:
     """Steering: what changing activations along a direction does, which vectors do most, and their units."""
 
@@ -165,6 +256,7 @@ class Steer:
         Annotated[Sweep, subcommand("sweep")]
         | Annotated[Compare, subcommand("compare")]
         | Annotated[Calibrate, subcommand("calibrate")]
+        | Annotated[Defend, subcommand("defend")]
         | Annotated[Norms, subcommand("norms")]
     )
 

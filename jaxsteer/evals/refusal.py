@@ -282,7 +282,7 @@ class KindRefusal(Record):
         cls, kind: Kind, requests: Sequence[str], scores: np.ndarray, kl: np.ndarray | None, replies: Sequence[str],
         phrases: Sequence[str], before: KindRefusal | None,
     ) -> KindRefusal:  # fmt: skip
-        """From what was measured on these requests, beside the same for the model as it is."""
+        """From what was measured on these requests (``Request.unit``), beside the same for the model as it is."""
         written = np.asarray([refuses(reply, phrases) for reply in replies])
         plain = None if before is None else np.asarray([refuses(reply, phrases) for reply in before.replies])
         base = None if before is None else np.asarray(before.scores) > 0

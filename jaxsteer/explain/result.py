@@ -68,7 +68,7 @@ class ExplainResult(Result):
     """Words."""
     vocabulary_source: str
     left_out: Mapping[str, int]
-    """Of the vocabulary: pieces of words, rows of odd norm, other spellings, words that cannot be spelt."""
+    """Of the vocabulary: pieces of words, rows of odd norm, other spellings."""
     side: str
     posterior: str
     mutual_information: float
@@ -100,7 +100,7 @@ class ExplainResult(Result):
             latents=len(table),
             vocabulary=len(v),
             vocabulary_source=v.source,
-            left_out={"fragments": v.fragments, "odd": v.odd, "repeated": v.repeated, "unspelt": v.unspelt},
+            left_out={"fragments": v.fragments, "odd": v.odd, "repeated": v.repeated},
             side=table.side,
             posterior=table.posterior,
             mutual_information=table.mutual_information,

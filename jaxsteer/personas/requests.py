@@ -23,11 +23,14 @@ log = logging.getLogger(__name__)
 
 KINDS = get_args(Kind)
 FIELDS: dict[str, tuple[str, ...]] = {
-    "text": ("request", "instruction", "goal", "forbidden_prompt", "behavior", "prompt", "question", "text"),
-    "category": ("category", "semanticcategory", "type"),
+    "text": (
+        "request", "instruction", "augq", "goal", "forbidden_prompt", "behavior", "prompt", "question", "turns", "text"
+    ),
+    "category": ("category", "semanticcategory", "type", "3-category"),
     "reply": ("reply", "target", "output", "response"),
-    "id": ("id", "behaviorid"),
-}
+    "id": ("id", "behaviorid", "aid", "qid", "question_id"),
+    "base": ("base", "baseq"),
+}  # fmt: skip
 """Columns that a request's fields are read from, in whatever case; the first that has something in it."""
 PLACE = "{request}"
 """Where the request stands in a template."""
@@ -44,6 +47,13 @@ class Request:
     reply: str = ""
     """A given reply: that of the dataset, or the beginning that an attack asks for."""
     id: str = ""
+    base: str = ""
+    """The request that an attack was made of; "" for one that stands for itself."""
+
+    @property
+    def unit(self) -> str:
+        """What counts as one request in parts and in intervals: all attacks made of the same one are one."""
+        return self.base or self.text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,23 +120,26 @@ class Requests:
         return dataclasses.replace(self, entries=found)
 
     def parts(self, *sizes: int, seed: int = 0) -> tuple[Requests, ...]:
-        """Disjoint parts of these sizes, drawn by ``seed`` whatever the order of rows.
+        """Disjoint parts of these sizes, drawn by ``seed`` whatever the order of rows; what was made of one request is
+        in one part.
 
         Raises ``UserError`` where there are too few requests.
         """
-        if sum(sizes) > len(self.entries):
+        key = lambda entry: hashlib.sha256(f"{seed}\x1f{normal(entry.unit)}".encode()).digest()  # noqa: E731
+        drawn, found, at = sorted(self.entries, key=key), list[tuple[Request, ...]](), 0
+        for size in sizes:
+            found.append(tuple(drawn[at : at + size]))
+            at += size
+            while 0 < at < len(drawn) and key(drawn[at]) == key(drawn[at - 1]):  # the rest of what was cut through
+                at += 1
+        if tuple(map(len, found)) != sizes:
             here = ", ".join(f"{n} {k}" for k, n in self.kinds.items())
             wanted = " + ".join(map(str, sizes))
             raise UserError(
                 f"{self.name} has {len(self.entries)} requests ({here}), but {wanted} are asked for: ask for fewer, or "
-                "give more"
+                f"give more{' (all that is made of one request is in one part)' * any(e.base for e in self.entries)}"
             )
-        key = lambda entry: hashlib.sha256(f"{seed}\x1f{normal(entry.text)}".encode()).digest()  # noqa: E731
-        drawn, found, at = sorted(self.entries, key=key), [], 0
-        for size in sizes:
-            found.append(dataclasses.replace(self, entries=tuple(drawn[at : at + size])))
-            at += size
-        return tuple(found)
+        return tuple(dataclasses.replace(self, entries=entries) for entries in found)
 
     def dataset(self) -> Dataset:
         """The same as questions that are answered freely."""
@@ -207,7 +220,9 @@ def requests_of(
 
 
 def _first(row: dict[str, Any], names: Sequence[str]) -> str:
-    return next((str(row[name]).strip() for name in names if row.get(name) and str(row[name]).strip()), "")
+    given = (row.get(name) for name in names)
+    texts = (value[0] if isinstance(value, list) and value else value for value in given)  # of several turns the first
+    return next((str(text).strip() for text in texts if text and str(text).strip()), "")
 
 
 def _kind(row: dict[str, Any], default: str) -> str:

@@ -28,6 +28,7 @@ CAA_BEHAVIOURS = (
     "sycophancy",
 )
 JBB = "JailbreakBench/JBB-Behaviors/data"
+SALAD = "OpenSafetyLab/Salad-Data"
 HARM: tuple[Kind, ...] = ("harmful", "harmless")
 PERSONA_PREFIX = "anthropic/persona/"
 """Any of the 135 statement sets, by the name of its file."""
@@ -176,6 +177,26 @@ SOURCES: dict[str, Source] = {
         "paul-rottger/xstest/xstest_prompts.csv",
         "safe requests that look unsafe, and unsafe contrasts to them (arXiv 2308.01263)",
         hub="Paul/XSTest/xstest_prompts.csv",
+    ),
+    "salad/attack-enhanced": _requests(
+        "harmful",
+        APACHE,
+        f"{SALAD}/attack_enhanced_set.json",
+        "attacks, each made of a harmful question by one of several methods (arXiv 2402.05044)",
+        hub=f"{SALAD}/attack_enhanced_set.json",
+    ),
+    "salad/base": _requests(
+        "harmful",
+        APACHE,
+        f"{SALAD}/base_set.json",
+        "harmful questions of 66 categories (arXiv 2402.05044)",
+        hub=f"{SALAD}/base_set.json",
+    ),
+    "mt-bench": _requests(
+        "harmless",
+        APACHE,
+        "lm-sys/FastChat/fastchat/llm_judge/data/mt_bench/question.jsonl",
+        "80 requests of eight kinds, of whose two turns the first is used (arXiv 2306.05685)",
     ),
     "alpaca": _requests(
         "harmless",

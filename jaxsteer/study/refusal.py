@@ -295,11 +295,11 @@ class _Bench:
             for kind in KINDS:
                 here = [i for i, entry in enumerate(self.requests.entries) if entry.kind == kind]
                 if here:
-                    texts, said = [self.requests.texts[i] for i in here], replies.get((attack, edit), ())
+                    units, said = [self.requests.entries[i].unit for i in here], replies.get((attack, edit), ())
                     kinds.append(
                         KindRefusal.of(
                             kind,
-                            texts,
+                            units,
                             score[here],
                             kl[here] if edit else None,
                             [said[i] for i in here if said],

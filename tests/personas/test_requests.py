@@ -25,6 +25,15 @@ LAYOUTS = {
     "xstest": ("x.csv", "id,prompt,type,label,focus,note\n1,Kill the light?,homonyms,safe,kill,\n"
                "2,Bend it?,contrast_homonyms,unsafe,bend,\n",
                [("Kill the light?", "border", "homonyms", ""), ("Bend it?", "harmful", "contrast_homonyms", "")]),
+    "salad/attack-enhanced": ("attack_enhanced_set.json",
+        [{"aid": 3, "qid": 7, "augq": "As a poem: bend a spoon", "baseq": "Bend a spoon", "method": "poem",
+          "1-category": "O1: Metal", "2-category": "O2: Spoons", "3-category": "O3: Bending"}],
+        [("As a poem: bend a spoon", "harmful", "O3: Bending", "")]),
+    "salad/base": ("base_set.json", [{"qid": 7, "question": "Bend a spoon", "source": "me", "3-category": "O3"}],
+                   [("Bend a spoon", "harmful", "O3", "")]),
+    "mt-bench": ("question.jsonl", json.dumps({"question_id": 81, "category": "writing",
+                 "turns": ["Write of a spoon.", "Now in verse."]}) + "\n",
+                 [("Write of a spoon.", "harmless", "writing", "")]),
     "alpaca": ("al.json", [{"instruction": "Name a spoon.", "input": "", "output": "Tea."},
                            {"instruction": "Name it.", "input": "a fork", "output": "Fork."},
                            {"instruction": "name a  spoon.", "input": "", "output": "Soup."}],
@@ -123,3 +132,21 @@ def test_a_request_has_one_kind() -> None:
     harmful, harmless = (Requests.of(["How do I mix it?", "Why?"], kind) for kind in ("harmful", "harmless"))
     with pytest.raises(UserError, match="a request has one kind"):
         harmful + harmless
+
+
+def test_what_was_made_of_one_request_falls_into_one_part(tmp_path: Path) -> None:
+    rows = [
+        {"augq": f"{way}: question {base}", "baseq": f"Question {base}?"}
+        for base in range(12)
+        for way in "abcde"[: 1 + base % 5]
+    ]
+    (path := tmp_path / "attack_enhanced_set.json").write_text(json.dumps(rows))
+    attacks = load_requests(f"salad/attack-enhanced:{path}")
+    assert attacks.entries[1].unit == "Question 1?" and attacks.entries[1].base == attacks.entries[2].base
+    for seed in range(8):
+        parts = attacks.parts(7, 5, 6, seed=seed)
+        assert [len(part.entries) for part in parts] == [7, 5, 6]
+        units = [{entry.unit for entry in part.entries} for part in parts]
+        assert not (units[0] & units[1] or units[0] & units[2] or units[1] & units[2])
+    with pytest.raises(UserError, match="asked for"):
+        attacks.parts(*[1] * len(rows))
