@@ -20,6 +20,8 @@ from checkpoints_convert.sae_files import Overrides
 from jaxsteer.checkpoints.inspect import describe
 from jaxsteer.checkpoints.loading import load, load_tokenizer
 from jaxsteer.cli.report import Report
+from jaxsteer.explain.explanations import load_explanations
+from jaxsteer.explain.other_tools import read_labels, write_neuronpedia
 from jaxsteer.files import read_log
 from jaxsteer.personas import load_persona, load_requests, load_signature, read_templates, save_signature
 from jaxsteer.personas.signatures import Signature
@@ -35,6 +37,7 @@ from jaxsteer.steer.imports import import_vectors
 from jaxsteer.steer.vectors import Vectors, load_vectors, save_vectors
 from jaxsteer.study.config_file import config_text, read_config
 from jaxsteer.study.probe import Extent, _Behaviour
+from tests.explain.test_other_tools import explained, write_results
 from tests.helpers import torchzip
 from tests.helpers.checkpoints import family_config, hf_directory
 from tests.helpers.gguf_files import write_gguf_model
@@ -252,6 +255,19 @@ def _trait(folder: Path) -> None:
     write_rollouts(folder / "r.csv", "haste", [rollout])
 
 
+def _exports(folder: Path) -> None:
+    table, labels = explained()
+    for ending in ("jsonl", "jsonl.gz", "csv"):
+        write_neuronpedia(table, labels, folder / f"e.{ending}")
+    table.save(folder / "e.safetensors")
+
+
+def _read_exports(folder: Path) -> None:
+    load_explanations(folder / "e.safetensors").table()
+    for ending in ("jsonl", "jsonl.gz", "csv"):
+        read_labels(folder / f"e.{ending}").labels.table()
+
+
 READERS: dict[str, Reader] = {
     **{f"config-{family}": _config(family) for family in ("llama", "qwen2", "qwen3", "gemma2", "gemma3")},
     "safetensors": Reader(
@@ -271,6 +287,8 @@ READERS: dict[str, Reader] = {
     "capping": _imported("capping_config.pt", _capping, name="a"),
     "svec": _imported("v.svec", _svec),
     "signature": Reader(_signature, lambda folder: load_signature(folder / "signature.safetensors")),
+    "explanations": Reader(_exports, _read_exports, (), 60),
+    "delphi": Reader(lambda folder: write_results(folder / "run"), lambda folder: read_labels(folder / "run")),
     "soft": Reader(_soft, lambda folder: load_soft(folder / "soft.safetensors")),
     "persona-jsonl": Reader(_lines("d.jsonl", ITEMS), lambda folder: load_persona(str(folder / "d.jsonl"))),
     "persona-json": Reader(

@@ -231,6 +231,11 @@ class Explain(ExplainOptions):
     """Let the model behind this OpenAI-compatible address label latents, e.g. http://127.0.0.1:8000/v1."""
     writer_model: str = ""
     """Name of the writer there (default: the first that it lists)."""
+    given: Path | None = None
+    """Labels of another tool in place of the writer's: a Neuronpedia export (.jsonl, .jsonl.gz, .csv or a folder of
+    batches), or delphi's folder. A writer then judges them."""
+    source: str | None = None
+    """Which SAE of --given is meant, if it has several (Neuronpedia's source id, delphi's hookpoint)."""
     site: str | None = None
     """Where the SAE reads, if its files do not say."""
     k: int | None = None
@@ -239,23 +244,28 @@ class Explain(ExplainOptions):
     """Of the model's weights."""
     delta: Path | None = None
     """Change of the weights to load them with (delta.safetensors of `jaxsteer rewrite run`)."""
+    any_weights: bool = False
+    """Also explain an SAE whose files name another model."""
     json: bool = False
     """Print JSON instead of tables."""
 
     def run(self) -> int:
         """Explain and print."""
         from jaxsteer import explain
+        from jaxsteer.explain.other_tools import read_labels
         from jaxsteer.runs.bars import load, say
         from jaxsteer.sae import load_sae
         from jaxsteer.writers.endpoint import Endpoint
 
         words = None if self.vocabulary is None else read_text(self.vocabulary).split("\n")
+        given = None if self.given is None else read_labels(self.given, source=self.source)
         sae = load_sae(self.sae, site=self.site, k=self.k)
         model = load(self.model, dtype=self.dtype, delta=self.delta, quiet=self.json)
         found = explain.run(
             model, sae, _held_out(model, self.data) if self.data or self.model.startswith("organism:") else None,
             name=self.sae, vocabulary=None if words is None else [word for word in words if word.strip()],
-            writer=None if self.writer is None else Endpoint(url=self.writer, model=self.writer_model),
+            writer=None if self.writer is None else Endpoint(url=self.writer, model=self.writer_model), given=given,
+            any_weights=self.any_weights,
             options=ExplainOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ExplainOptions)}),
             out=self.out, say=partial(say, file=sys.stderr),
         )  # fmt: skip
@@ -292,8 +302,38 @@ class Find:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write explanations in the form of another tool: Neuronpedia's export, or delphi's folder."""
+
+    explanations: Path
+    """Directory of `sae explain`."""
+    to: Literal["neuronpedia", "delphi"]
+    """neuronpedia: one record for each latent's words and for each label; delphi: a text file for each latent."""
+    out: Path
+    """A file (.jsonl, .jsonl.gz, .csv) for Neuronpedia, a new folder for delphi."""
+    model_id: str = ""
+    """Neuronpedia's name of the model (default: the model's own)."""
+    source: str = ""
+    """Neuronpedia's source id, or delphi's hookpoint (default: made of the SAE's site)."""
+
+    def run(self) -> int:
+        """Write and say how many."""
+        from jaxsteer.explain import load_explained
+        from jaxsteer.explain.other_tools import write_delphi, write_neuronpedia
+
+        found = load_explained(self.explanations)
+        table, labels = found.table, found.result.labels
+        if self.to == "delphi":
+            count = write_delphi(table, labels, self.out, hookpoint=self.source)
+        else:
+            count = write_neuronpedia(table, labels, self.out, model=self.model_id, source=self.source)
+        print(f"Wrote {count:,} explanations to {self.out}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sae:
-    """Sparse autoencoders: train one, measure any, look at latents, explain and find them."""
+    """Sparse autoencoders: train one, measure any, look at latents, explain, find and export them."""
 
     action: (
         Annotated[Train, subcommand("train")]
@@ -301,6 +341,7 @@ class Sae:
         | Annotated[Explore, subcommand("explore")]
         | Annotated[Explain, subcommand("explain")]
         | Annotated[Find, subcommand("find")]
+        | Annotated[Export, subcommand("export")]
     )
 
     def run(self) -> int:

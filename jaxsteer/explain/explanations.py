@@ -140,6 +140,7 @@ class Explanations:
             (v.fragments, "pieces of words"),
             (v.odd, "rows of odd norm"),
             (v.repeated, "other spellings in capitals"),
+            (v.unspelt, "words that the tokenizer cannot spell"),
         ]
 
     def to_rows(self, *, count: int = 10) -> list[dict[str, Any]]:

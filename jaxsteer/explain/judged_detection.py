@@ -130,7 +130,7 @@ def judge_labels(
     scores = []
     for latent in dict.fromkeys(latent for latent, _ in asked):
         mine = [(a, t) for a, (owner, t) in zip(answers, asked, strict=True) if owner == latent and a is not None]
-        scores.append(_scored(latent, [x for a, _ in mine for x in a], [x for _, t in mine for x in t]))
+        scores.append(scored(latent, [x for a, _ in mine for x in a], [x for _, t in mine for x in t]))
     unread = sum(len(truth) for answer, (_, truth) in zip(answers, asked, strict=True) if answer is None)
     return LabelScores(kind=kind, writer=writer.name, prompt=prompt, scores=tuple(scores), unread=unread)
 
@@ -166,7 +166,8 @@ def _answers(reply: str, count: int) -> list[bool] | None:
     return [bool(value) for value in values] if len(values) == count and set(values) <= {0, 1} else None
 
 
-def _scored(latent: int, answers: Sequence[bool], truth: Sequence[bool]) -> LabelScore:
+def scored(latent: int, answers: Sequence[bool], truth: Sequence[bool]) -> LabelScore:
+    """The score of answers that were read; without both kinds of contexts there is none."""
     said, right = np.asarray(answers, bool), np.asarray(truth, bool)
     if not right.any() or right.all():
         return LabelScore(latent=latent, accuracy=None, f1=None, read=len(right))

@@ -29,6 +29,8 @@ WORDS = 15
 CONTEXTS = 6
 """Contexts that a writer is shown."""
 VOTES = 3
+SHOWN = 100
+"""Labels that a table lists."""
 NOTHING = "nothing"
 """What a writer is to say of a latent that has no common meaning."""
 ANSWERS = {"yes": 1.0, "probably": 0.75, "unlikely": 0.25, "no": 0.0}
@@ -83,7 +85,7 @@ class Labels(Result):
 
     writer: str
     based: str
-    """What the writer saw: "words", "contexts" or "both"."""
+    """What the writer saw: "words", "contexts", "both"; or "file", where another tool wrote them."""
     prompts: Mapping[str, str]
     """The requests that were sent, with their blanks."""
     classes: tuple[str, ...] = ()
@@ -92,6 +94,10 @@ class Labels(Result):
     """Replies that held no phrase, vote or number."""
     nothing: int
     """Latents in which the writer found nothing."""
+
+    def only(self, latents: Sequence[int]) -> Labels:
+        """Those of some latents; the counts stay those of all."""
+        return dataclasses.replace(self, labels=tuple(one for one in self.labels if one.latent in set(latents)))
 
     def to_rows(self) -> list[dict[str, Any]]:
         """One entry for every latent."""
@@ -106,6 +112,8 @@ class Labels(Result):
         for one in self.labels:
             support = "" if one.support is None else f"{one.support:.2f}"
             rows.append((str(one.latent), support, visible(one.group), visible(one.label)))
+        if len(rows) > SHOWN + 1:
+            rows = [*rows[: SHOWN + 1], ("...", "", "", f"{len(self.labels) - SHOWN:,} more")]
         who = f"By {visible(self.writer)} from {self.based}"
         note = f"{who}; {self.nothing} without an idea, {self.unread} replies unread."
         return aligned(rows, left=(0, 2, 3), note=note)

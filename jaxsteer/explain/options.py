@@ -42,6 +42,9 @@ class ExplainOptions:
     """Latents that a writer labels (default: those that say most about words, 100 of them)."""
     based: From = "words"
     """What a writer sees: words, contexts or both."""
+    simulation: Literal["none", "all", "token"] = "none"
+    """Whether the writer simulates latents from their labels: all tokens of a text in one reply, or a reply for each
+    token (as many requests as tokens)."""
     classes: tuple[str, ...] = ()
     """Names of classes that a writer sorts its labels into."""
     seed: Seed = 0

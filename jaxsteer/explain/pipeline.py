@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +25,9 @@ from jaxsteer.explain.explanations import Explanations, digest_of, load_explanat
 from jaxsteer.explain.judged_detection import LabelScores, judge_labels
 from jaxsteer.explain.labels import Labels, write_labels
 from jaxsteer.explain.options import ExplainOptions
+from jaxsteer.explain.other_tools import OtherLabels
 from jaxsteer.explain.result import ExplainResult, WordUse, word_use
+from jaxsteer.explain.simulation import SimulationScores, simulate_labels, simulation_rows, token_values
 from jaxsteer.explain.vocabulary import Vocabulary
 from jaxsteer.explain.words import dot_words, explain_words
 from jaxsteer.files import read_json
@@ -35,7 +39,7 @@ from jaxsteer.runs.bars import progress_bar
 from jaxsteer.runs.files import write_json
 from jaxsteer.runs.folder import opened
 from jaxsteer.sae.dictionary import SAE
-from jaxsteer.sae.loading import check_sae
+from jaxsteer.sae.loading import check_sae, require_same_model
 from jaxsteer.sae.texts import Documents
 from jaxsteer.writers.endpoint import Endpoint
 from jaxsteer.writers.writer import Writer
@@ -72,6 +76,8 @@ def run(
     name: str = "",
     vocabulary: Vocabulary | Sequence[str] | None = None,
     writer: Writer | None = None,
+    given: OtherLabels | None = None,
+    any_weights: bool = False,
     options: ExplainOptions | None = None,
     out: str | Path,
     say: Callable[[str], None] = log.info,
@@ -80,36 +86,46 @@ def run(
     """Explain all latents of ``sae``.
 
     ``documents`` is text to test explanations on (``jaxsteer.sae.texts.documents_of``); ``vocabulary`` a list of words
-    of one's own; ``writer`` whoever labels; ``name`` what the SAE is called. ``changed`` are fields of ``options``. The
-    same call, cut off, goes on in the directory ``out``. Many parameters: all that may be brought.
+    of one's own; ``writer`` whoever labels, and judges labels on text; ``given`` labels of another tool, which are then
+    taken; ``name`` what the SAE is called; ``any_weights`` explains an SAE whose files name another model all the same.
+    ``changed`` are fields of ``options``. The same call, cut off, goes on in the directory ``out``. Many parameters:
+    all that may be brought.
 
-    Raises ``UserError`` for options out of range, an SAE that does not fit the model, words that the tokenizer cannot
-    spell, labels or words from text where there is none, and a writer none of whose replies can be read.
+    Raises ``UserError`` for options out of range, an SAE of another model, labels of other latents, words
+    none of which the tokenizer can spell, labels or words from text where there is none, and a writer none of whose
+    replies can be read.
     """
     refuse_unknown(changed, [f.name for f in dataclasses.fields(ExplainOptions)], "option of explain.run")
     chosen = dataclasses.replace(options or ExplainOptions(), **changed)
     check_ranges(chosen)
     check_sae(sae, model)
+    require_same_model(sae, model, any_weights=any_weights)
     if documents is None and (chosen.words == "text" or (writer is not None and chosen.based != "words")):
         raise UserError("words or labels from text need text: give documents (--data FILE ...)")
+    if chosen.simulation != "none" and (writer is None or documents is None):
+        raise UserError("--simulation needs a writer and text: give --writer URL and --data FILE")
     wrong = [latent for latent in chosen.label if not 0 <= latent < sae.n_latents]
     if wrong:
         raise UserError(f"there is no latent {wrong[0]} to label: this SAE has the latents 0 to {sae.n_latents - 1}")
-    given = None if vocabulary is None else _given(model, vocabulary)
+    if given is not None:
+        given.check_sae(sae)
+    own = None if vocabulary is None else _given(model, vocabulary)
     config = {
         "kind": "explain",
         "model": [model.name, model.fingerprint],
         "sae": [name, digest_of(sae)],
         "text": None if documents is None else _first_tokens(documents),
-        "vocabulary": None if given is None else list(given.words),
+        "vocabulary": None if own is None else list(own.words),
         "writer": None if writer is None else _called(writer),
+        **({} if given is None else {"given": _digest_of_labels(given)}),
         **dataclasses.asdict(chosen),
     }
     with opened(out, config, say) as folder:
         if folder.finished is not None:
             return load_explained(folder.path)
         folder.begin()
-        found = _explained(model, sae, documents, given, writer, chosen, folder.path, name)
+        asked = _Asked(documents=documents, vocabulary=own, writer=writer, given=given, options=chosen, name=name)
+        found = _explained(model, sae, asked, folder.path)
         folder.finish(found.result)
         return found
 
@@ -119,29 +135,33 @@ def load_explained(folder: str | Path) -> Explained:
     return Explained(table=load_explanations(Path(folder) / TABLE), result=ExplainResult.read(folder))
 
 
-def _explained(
-    model: Model,
-    sae: SAE,
-    documents: Documents | None,
-    given: Vocabulary | None,
-    writer: Writer | None,
-    chosen: ExplainOptions,
-    path: Path,
-    name: str,
-) -> Explained:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Asked:
+    """What ``run`` was given, checked."""
+
+    documents: Documents | None
+    vocabulary: Vocabulary | None
+    writer: Writer | None
+    given: OtherLabels | None
+    options: ExplainOptions
+    name: str
+
+
+def _explained(model: Model, sae: SAE, asked: _Asked, path: Path) -> Explained:
     """All stages; what an earlier call has finished is read."""
+    documents, chosen, writer = asked.documents, asked.options, asked.writer
     seconds: dict[str, float] = {}
     begun = time.monotonic()
     if (path / TABLE).is_file():
         table = load_explanations(path / TABLE)
     else:
         with progress_bar("words", unit="latent") as advance:
-            words = given or _vocabulary(model, documents, chosen)
+            words = asked.vocabulary or _vocabulary(model, documents, chosen)
             seconds["vocabulary"] = round(time.monotonic() - begun, 2)
             begun = time.monotonic()
             table = explain_words(
                 model, sae, words, top=chosen.top, side=chosen.side, posterior=chosen.posterior,
-                temperature=chosen.temperature, name=name,
+                temperature=chosen.temperature, name=asked.name,
             )  # fmt: skip
             advance(sae.n_latents)
         seconds["words"] = round(time.monotonic() - begun, 2)
@@ -161,16 +181,15 @@ def _explained(
     if documents is not None:
         tested = _tested(sae, table, contexts, plain, chosen, path, seconds)
         uses.append(tested.use)
-    labels: Labels | None = None
-    scores: tuple[LabelScores, ...] = ()
-    if writer is not None:
-        labels, scores = _labelled(model, table, writer, contexts, chosen, path)
+    labels, scores = _labelled(model, table, asked, contexts, path)
+    simulated = _simulated(model, sae, labels, asked, contexts, path)
     result = ExplainResult.of(
         table,
         detection=None if tested is None else tested.detection,
         uses=tuple(uses),
         labels=labels,
         scores=scores,
+        simulation=simulated,
         seconds=seconds,
     )
     return Explained(table=table, result=result)
@@ -230,36 +249,68 @@ def _firing_use(contexts: Contexts, table: Explanations) -> WordUse:
 
 
 def _labelled(
-    model: Model,
-    table: Explanations,
-    writer: Writer,
-    contexts: Contexts | None,
-    chosen: ExplainOptions,
-    path: Path,
-) -> tuple[Labels, tuple[LabelScores, ...]]:
-    latents = list(chosen.label) or [int(i) for i in np.argsort(-table.information, kind="stable")[:LABELLED]]
+    model: Model, table: Explanations, asked: _Asked, contexts: Contexts | None, path: Path
+) -> tuple[Labels | None, tuple[LabelScores, ...]]:
+    """Labels, those that were given or the writer's, and what the writer's answers to contexts say of them."""
+    writer, chosen, given = asked.writer, asked.options, asked.given
+    if writer is None:
+        return (None, ()) if given is None else (given.labels, given.scores)
+    latents = _chosen_latents(table, chosen)
     with progress_bar("labels", unit="reply") as advance:
 
         def tell(done: int, total: int) -> None:
             advance(done, total)
 
-        labels = write_labels(
-            model, table, writer, latents, contexts=contexts, based=chosen.based, classes=chosen.classes,
-            log=path / LOG, progress=tell,
-        )  # fmt: skip
-        write_json(path / LABELS, labels.to_json())
-        if contexts is None or not any(label.label for label in labels.labels):
-            return labels, ()
+        if given is None:
+            labels = write_labels(
+                model, table, writer, latents, contexts=contexts, based=chosen.based, classes=chosen.classes,
+                log=path / LOG, progress=tell,
+            )  # fmt: skip
+        else:
+            labels = given.labels
+        if is_first():
+            write_json(path / LABELS, labels.to_json())
+        judged = labels.only(latents)
+        if contexts is None or not any(label.label for label in judged.labels):
+            return labels, () if given is None else given.scores
         scores = tuple(
-            judge_labels(model, labels, contexts, writer, kind=kind, seed=chosen.seed, log=path / LOG, progress=tell)
+            judge_labels(model, judged, contexts, writer, kind=kind, seed=chosen.seed, log=path / LOG, progress=tell)
             for kind in ("detection", "fuzzing")
         )
     return labels, scores
 
 
+def _chosen_latents(table: Explanations, chosen: ExplainOptions) -> list[int]:
+    return list(chosen.label) or [int(i) for i in np.argsort(-table.information, kind="stable")[:LABELLED]]
+
+
+def _simulated(
+    model: Model, sae: SAE, labels: Labels | None, asked: _Asked, contexts: Contexts | None, path: Path
+) -> SimulationScores | None:
+    """What the writer makes of labels alone, where that was asked for and some latent has a label and a context."""
+    writer, chosen = asked.writer, asked.options
+    if writer is None or contexts is None or labels is None or chosen.simulation == "none":
+        return None
+    named = [one.latent for one in labels.labels if one.label and (not chosen.label or one.latent in chosen.label)]
+    rows = simulation_rows(contexts, named[:LABELLED], seed=chosen.seed)
+    if not rows:
+        return None
+    values = token_values(model, sae, contexts, rows)
+    with progress_bar("simulation", unit="reply") as advance:
+        return simulate_labels(
+            model, labels, contexts, rows, values, writer, form=chosen.simulation, log=path / LOG,
+            progress=lambda done, total: advance(done, total),
+        )  # fmt: skip
+
+
 def _first_tokens(documents: Documents) -> list[list[int]]:
     """What tells one text from another, for config.json."""
     return [list(map(int, documents(i)))[:16] for i in range(4)]
+
+
+def _digest_of_labels(given: OtherLabels) -> str:
+    """SHA-256 (16 hex digits) of labels that were given."""
+    return hashlib.sha256(json.dumps(given.to_json()).encode()).hexdigest()[:16]
 
 
 def _called(writer: Writer) -> list[str]:

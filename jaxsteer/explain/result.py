@@ -16,6 +16,7 @@ from jaxsteer.explain.detection import DetectionResult
 from jaxsteer.explain.explanations import Explanations
 from jaxsteer.explain.judged_detection import LabelScores
 from jaxsteer.explain.labels import Labels
+from jaxsteer.explain.simulation import SimulationScores
 from jaxsteer.explain.vocabulary import Vocabulary
 from jaxsteer.files import read_json
 from jaxsteer.files.records import Record
@@ -68,7 +69,7 @@ class ExplainResult(Result):
     """Words."""
     vocabulary_source: str
     left_out: Mapping[str, int]
-    """Of the vocabulary: pieces of words, rows of odd norm, other spellings."""
+    """Of the vocabulary: pieces of words, rows of odd norm, other spellings, words that cannot be spelt."""
     side: str
     posterior: str
     mutual_information: float
@@ -81,6 +82,8 @@ class ExplainResult(Result):
     labels: Labels | None = None
     """Where a writer was given."""
     label_scores: tuple[LabelScores, ...] = ()
+    simulation: SimulationScores | None = None
+    """Where it was asked for."""
     examples: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Words of the latents that say most, by latent."""
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -100,7 +103,7 @@ class ExplainResult(Result):
             latents=len(table),
             vocabulary=len(v),
             vocabulary_source=v.source,
-            left_out={"fragments": v.fragments, "odd": v.odd, "repeated": v.repeated},
+            left_out={"fragments": v.fragments, "odd": v.odd, "repeated": v.repeated, "unspelt": v.unspelt},
             side=table.side,
             posterior=table.posterior,
             mutual_information=table.mutual_information,
@@ -145,6 +148,12 @@ class ExplainResult(Result):
             parts.append(
                 f"{score.kind} by {visible(score.writer)}: {decimals(score.accuracy)}{ci} of answers right, both kinds "
                 f"counting half; {score.unread} contexts unread"
+            )
+        if (told := self.simulation) is not None:
+            ci = "" if told.ci95 is None else f" ({told.ci95[0]:.2f} to {told.ci95[1]:.2f})"
+            parts.append(
+                f"simulation by {visible(told.writer)}: correlation {decimals(told.correlation)}{ci} with the latents' "
+                f"values, chance 0; {told.unread} tokens unread"
             )
         some = [(latent, " ".join(map(visible, words))) for latent, words in self.examples.items()]
         parts.append(aligned([("latent", "words"), *some], left=(0, 1)))

@@ -8,6 +8,7 @@ comparison. ``Vocabulary.of_model`` leaves both out and counts them.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsteer.display import visible
+from jaxsteer.display import short, visible
 from jaxsteer.errors import UserError
 from jaxsteer.explain.options import SIZE
 from jaxsteer.files.records import Record
@@ -30,6 +31,8 @@ from jaxsteer.models.params import Params
 from jaxsteer.models.transformer import embed, make_context, unembed
 from jaxsteer.processes import to_host
 from jaxsteer.prompts import bos_id
+
+log = logging.getLogger(__name__)
 
 COMMON = 250
 """The most frequent words, which explain nothing by themselves."""
@@ -61,6 +64,8 @@ class Vocabulary(Record):
     """Words that were left out because their row's norm is far from all others'."""
     repeated: int = 0
     """Words that were left out because they differ from an earlier one in the case of letters alone."""
+    unspelt: int = 0
+    """Words that were left out because the tokenizer cannot spell them: it would need its unknown token."""
 
     def __len__(self) -> int:
         return len(self.words)
@@ -82,8 +87,8 @@ class Vocabulary(Record):
     def of_words(cls, model: Model, words: Iterable[str]) -> Vocabulary:
         """A list of one's own, in its order.
 
-        Raises ``UserError`` for words that the tokenizer cannot spell (it would need its unknown token), and for an
-        empty list.
+        Words that the tokenizer cannot spell (it would need its unknown token) are left out, counted, and told of in a
+        warning. Raises ``UserError`` for an empty list, and for one of which no word can be spelt.
         """
         return _kept(model, list(words), "given")
 
@@ -99,7 +104,7 @@ class Vocabulary(Record):
         if not counts:
             raise UserError("the texts hold no words: a word is two letters or more")
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
-        return _kept(model, ranked[:size], "text", skip=True)
+        return _kept(model, ranked[:size], "text")
 
     @classmethod
     def of_model(cls, model: Model, *, size: int = SIZE) -> Vocabulary:
@@ -184,8 +189,8 @@ def _share(params: Params, config: ModelConfig, rows: Int[Array, "B T"], inside:
     return jax.nn.softmax(logits.astype(jnp.float32), -1) @ inside.astype(jnp.float32)
 
 
-def _kept(model: Model, words: Sequence[str], source: str, *, skip: bool = False) -> Vocabulary:
-    """These words with their tokens; ``skip`` leaves out what cannot be spelt, instead of refusing it."""
+def _kept(model: Model, words: Sequence[str], source: str) -> Vocabulary:
+    """These words with their tokens; what cannot be spelt is left out and counted."""
     tokenizer, kept, tokens, repeated, unspelt = _tokenizer(model), [], [], 0, []
     seen: set[str] = set()
     for word in words:
@@ -202,14 +207,14 @@ def _kept(model: Model, words: Sequence[str], source: str, *, skip: bool = False
         seen.add(bare.lower())
         kept.append(bare)
         tokens.append(tuple(map(int, ids)))
-    if unspelt and not skip:
-        some = ", ".join(repr(visible(word)) for word in unspelt[:5])
-        raise UserError(
-            f"the tokenizer of {model.name} cannot spell {len(unspelt)} of the words: {some}. Leave them out"
-        )
+    some = ", ".join(repr(short(word)) for word in unspelt[:5])
+    if not kept and unspelt:
+        raise UserError(f"the tokenizer of {model.name} cannot spell any of the {len(unspelt)} words: {some}")
     if not kept:
         raise UserError("the list of words is empty")
-    return Vocabulary(words=tuple(kept), tokens=tuple(tokens), source=source, repeated=repeated)
+    if unspelt:
+        log.warning("the tokenizer cannot spell %d of the words, which are left out: %s", len(unspelt), some)
+    return Vocabulary(words=tuple(kept), tokens=tuple(tokens), source=source, repeated=repeated, unspelt=len(unspelt))
 
 
 def _without_odd(

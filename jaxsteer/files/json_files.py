@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import csv
 import errno
+import gzip
 import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from jaxsteer.errors import FileError, UserError
 from jaxsteer.files.whole import open_regular, reading
@@ -30,13 +32,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """A text file, without its byte order mark and with ``\\n`` at the ends of lines.
+    """A text file, without its byte order mark and with ``\\n`` at the ends of lines; one named .gz is unpacked.
 
-    Raises ``UserError`` for a file that cannot be read, is larger than ``MAX_BYTES``, or is not UTF-8 (with the line).
+    Raises ``UserError`` for a file that cannot be read, is larger than ``MAX_BYTES`` (unpacked), is no whole gzip file
+    though it is named so, or is not UTF-8 (with the line).
     """
     try:
         with reading(path), open_regular(path) as file:
-            data = file.read(MAX_BYTES + 1)
+            data = _unpacked(file, path) if os.fspath(path).endswith(".gz") else file.read(MAX_BYTES + 1)
             if data is None:  # a file of /proc that waits for what comes
                 raise BlockingIOError(errno.EAGAIN, "it has no end. Give a regular file")
     except FileError:
@@ -46,6 +49,14 @@ def read_text(path: str | os.PathLike[str]) -> str:
     if len(data) > MAX_BYTES:
         raise UserError(f"{path} is larger than {MAX_BYTES >> 20} MiB. Give a smaller file, or split it.")
     return decoded(data, path)
+
+
+def _unpacked(file: BinaryIO, where: str | os.PathLike[str]) -> bytes:
+    try:
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            return unpacked.read(MAX_BYTES + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{where} is no whole gzip file ({error}). Download it again, or give it unpacked.") from None
 
 
 def decoded(data: bytes, where: str | os.PathLike[str]) -> str:

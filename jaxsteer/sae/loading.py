@@ -179,7 +179,7 @@ def check_sae(sae: SAE, model: Model, site: str | None = None) -> None:
 
 
 def require_same_model(sae: SAE, model: Model, *, any_weights: bool = False) -> None:
-    """Refuse an SAE whose files name another model than ``model``, where it is to steer it.
+    """Refuse an SAE whose files name another model than ``model``, where it is to steer it or be explained by it.
 
     As for vector files, that is a ``UserError`` unless ``any_weights``. Nothing is refused where no model is named;
     ``check_sae`` logs that and the rest.
@@ -187,7 +187,7 @@ def require_same_model(sae: SAE, model: Model, *, any_weights: bool = False) -> 
     trained_on = sae.config.model
     if trained_on is not None and not same_model(trained_on, model.name) and not any_weights:
         raise UserError(
-            f"this SAE was trained on {trained_on}, not on {model.name}: its latents would steer by what they mean "
+            f"this SAE was trained on {trained_on}, not on {model.name}: its latents have their meaning "
             "there. If it is meant for this model all the same, say any_weights=True (--any-weights)"
         )
 

@@ -159,6 +159,8 @@ def test_the_whole_run_goes_on_where_it_was_cut(
 
     def writes(messages: Messages) -> str:
         text = messages[0]["content"]
+        if "A text in" in text:
+            return str([len(line) % 11 for line in re.findall(r"^\d+\. (.*)$", text, re.MULTILINE)])
         if "[1, 0, 0, 1, 0]" in text:
             return str([len(line) % 2 for line in re.findall(r"^\d+\. (.*)$", text, re.MULTILINE)])
         return "Yes" if "Do these speak" in text else f"idea {len(text) % 7}"
@@ -175,7 +177,7 @@ def test_the_whole_run_goes_on_where_it_was_cut(
     def go(out: Path, write: object) -> explain.Explained:
         return explain.run(
             model, sae, documents_of(model, seed=3), name="organism:persona", words="text", size=150, contexts=400,
-            writer=Rule(write=write), label=(0, 5, 9, 40), based="both", out=out,  # type: ignore[arg-type]
+            writer=Rule(write=write), label=(0, 5, 9, 40), based="both", simulation="all", out=out,  # type: ignore[arg-type]
         )  # fmt: skip
 
     whole = go(tmp_path / "a", writes)
@@ -188,6 +190,8 @@ def test_the_whole_run_goes_on_where_it_was_cut(
     one, two = (json.loads((tmp_path / d / "metrics.json").read_text()) for d in "ab")
     assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in two.items() if k != "seconds"}
     assert whole.result.labels is not None and len(whole.result.label_scores) == 2
+    assert whole.result.simulation is not None and whole.result.simulation.unread == 0
+    assert "simulation by rule: correlation" in whole.result.table()
     assert "mutual information" in whole.result.table() and "detection by rule" in whole.result.table()
     assert explain.load_explained(tmp_path / "a").result == go(tmp_path / "a", writes).result
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import jaxsteer
 from jaxsteer.errors import UserError
@@ -21,6 +23,7 @@ from jaxsteer.models.model import Model
 from jaxsteer.sae import load_sae
 from jaxsteer.sae.dictionary import SAE
 from jaxsteer.sae.texts import documents_of
+from tests.helpers.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,19 @@ def test_lists_of_words(model: Model) -> None:
             Vocabulary.of_words(model, bad)
     with pytest.raises(UserError, match="none of the 2 words"):
         vocabulary.index("pirate")
+
+
+def test_words_that_cannot_be_spelt_are_counted_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    core = Tokenizer(models.WordLevel({"?": 0, "fog": 1, "rain": 2}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?")
+    knows_two = dataclasses.replace(tiny_model(), tokenizer=tokenizer)
+    found = Vocabulary.of_words(knows_two, ["fog", "schooner", "rain", "gale"])
+    assert (found.words, found.unspelt) == (("fog", "rain"), 2)
+    assert "cannot spell 2 of the words" in caplog.text and "'schooner', 'gale'" in caplog.text
+    assert Vocabulary.of_text(knows_two, ["fog gale fog"]).unspelt == 1
+    with pytest.raises(UserError, match="cannot spell any of the 2 words: 'schooner'"):
+        Vocabulary.of_words(knows_two, ["schooner", "gale"])
 
 
 def test_vectors_are_means_of_the_unembedding(model: Model) -> None:
