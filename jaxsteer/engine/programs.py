@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 PIECE = 64
 """T of whole pieces; beginnings of prompts are kept in such pieces."""
-PIECES = (16, PIECE)
+PIECES = (16, 32, PIECE)
 """T: what is left of a prompt runs in the smallest that holds it."""
 
 
