@@ -185,28 +185,42 @@ class Explore(_OnSae):
     """Tokens shown on either side of the strongest one."""
     top: CountFrom0 = 10
     """Promoted tokens per latent."""
+    sampled: CountFrom0 = 5
+    """Pieces of text per latent from strong to weak, over all quantiles of the rows in which it is active."""
+    near: CountFrom0 = 8
+    """Neighbours per latent, by decoder row."""
+    explanations: Path | None = None
+    """Directory of `sae explain` of this SAE: words, labels and scores are told as well."""
     html: Path | None = None
     """Write one self-contained page here as well."""
 
     def run(self) -> int:
         """Look and print."""
+        from jaxsteer.explain import load_explained
         from jaxsteer.report.latents import latents_text, write_latents
         from jaxsteer.runs.bars import progress_bar
         from jaxsteer.sae.exploration import Detail, explore
 
         if self.html is not None and not self.html.parent.is_dir():
             raise UserError(f"--html {self.html}: the folder {self.html.parent} does not exist")
+        known = None if self.explanations is None else load_explained(self.explanations)
         sae, model, documents = self.load()
+        if known is not None:
+            known.table.check_sae(sae)
         with progress_bar("explore", self.tokens, unit="tok", quiet=self.json) as advance:
             found = explore(
                 sae, model, documents, self.latents, sample=self.sample(),
-                detail=Detail(snippets=self.snippets, around=self.around, top=self.top),
+                detail=Detail(
+                    snippets=self.snippets, around=self.around, top=self.top, sampled=self.sampled, near=self.near
+                ),
                 progress=advance,
             )  # fmt: skip
         found = dataclasses.replace(found, sae=self.sae)
-        print(document(dataclasses.asdict(found)) if self.json else latents_text(found))
+        meanings = {} if known is None else {latent: known.described(latent) for latent in self.latents}
+        told = dataclasses.asdict(found) | {"meanings": [one.to_json() for one in meanings.values()]}
+        print(document(told) if self.json else latents_text(found, meanings))
         if self.html is not None and is_first():
-            write_latents(found, self.html)
+            write_latents(found, self.html, meanings)
             if not self.json:
                 print(f"\nWrote {self.html}")
         return 0

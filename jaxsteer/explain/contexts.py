@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +25,12 @@ from jaxsteer.models.sharding import require_host_memory
 from jaxsteer.models.sites import parse_site
 from jaxsteer.processes import to_host
 from jaxsteer.sae.dictionary import SAE, encode
+from jaxsteer.sae.exploration import nearest
 from jaxsteer.sae.harvest import rows_of, usable
 from jaxsteer.sae.loading import check_sae
 from jaxsteer.sae.texts import Documents
 
+_CHUNK = 1024
 _SHORT = 64
 """Batches of texts that are too short, after which there will be no others."""
 
@@ -127,23 +128,5 @@ def neighbours(sae: SAE, count: int = 10) -> Int[np.ndarray, "C count"]:
     """The latents whose decoder rows have the largest cosine with each latent's, the nearest first."""
     if not 1 <= count < sae.n_latents:
         raise UserError(f"a latent of this SAE has 1 to {sae.n_latents - 1} neighbours, got {count}")
-    rows = sae.W_dec.astype(jnp.float32)
-    units = rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    chunk = min(1024, len(units))
-    padded = jnp.pad(units, ((0, -len(units) % chunk), (0, 0))).reshape(-1, chunk, units.shape[1])
-    found = to_host(_nearest(padded, units, count=count))
-    return np.asarray(found).reshape(-1, count)[: len(units)]
-
-
-@partial(jax.jit, static_argnames="count")
-def _nearest(blocks: Float[Array, "b c D"], units: Float[Array, "C D"], *, count: int) -> Int[Array, "b c count"]:
-    starts = jnp.arange(len(blocks)) * blocks.shape[1]
-
-    def near(at: tuple[Array, Array]) -> Array:
-        block, start = at
-        cosine = block @ units.T
-        own = start + jnp.arange(len(block))
-        cosine = jnp.where(jnp.arange(len(units)) == own[:, None], -jnp.inf, cosine)
-        return jax.lax.top_k(cosine, count)[1]
-
-    return jax.lax.map(near, (blocks, starts))
+    parts = [range(at, min(at + _CHUNK, sae.n_latents)) for at in range(0, sae.n_latents, _CHUNK)]
+    return np.concatenate([nearest(sae, part, count)[1] for part in parts])

@@ -26,7 +26,7 @@ from jaxsteer.explain.judged_detection import LabelScores, judge_labels
 from jaxsteer.explain.labels import Labels, write_labels
 from jaxsteer.explain.options import ExplainOptions
 from jaxsteer.explain.other_tools import OtherLabels
-from jaxsteer.explain.result import ExplainResult, WordUse, word_use
+from jaxsteer.explain.result import Described, ExplainResult, WordUse, describe, word_use
 from jaxsteer.explain.simulation import SimulationScores, simulate_labels, simulation_rows, token_values
 from jaxsteer.explain.vocabulary import Vocabulary
 from jaxsteer.explain.words import dot_words, explain_words
@@ -63,6 +63,10 @@ class Explained:
     def find(self, query: str, *, top: int = 20) -> list[Any]:
         """Latents by words, as ``Explanations.find``."""
         return list(self.table.find(query, top=top))
+
+    def described(self, latent: int) -> Described:
+        """All that is known of one latent. Raises ``UserError`` for one that there is not."""
+        return describe(self.table, self.result, latent)
 
     def _repr_html_(self) -> str:
         return self.result._repr_html_()

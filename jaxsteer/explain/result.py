@@ -158,3 +158,48 @@ class ExplainResult(Result):
         some = [(latent, " ".join(map(visible, words))) for latent, words in self.examples.items()]
         parts.append(aligned([("latent", "words"), *some], left=(0, 1)))
         return "\n\n".join(parts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Described(Record):
+    """What is known of the meaning of one latent."""
+
+    latent: int
+    words: tuple[str, ...]
+    """By mutual information, the strongest first."""
+    information: float
+    """How much it says about words, in nats."""
+    auroc: float | None = None
+    """How well its words tell its contexts; None where that was not scored."""
+    label: str = ""
+    support: float | None = None
+    """Mean of the votes on the label, 0 to 1."""
+    group: str = ""
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Of the label by a writer: "detection" and "fuzzing" (chance 0.5), "simulation" (chance 0)."""
+
+
+def describe(table: Explanations, result: ExplainResult, latent: int, *, count: int = 15) -> Described:
+    """All that a table and a result say of one latent. Raises ``UserError`` for one that there is not."""
+    words = table.of(latent, count)
+    labels = () if result.labels is None else result.labels.labels
+    label = next((one for one in labels if one.latent == latent), None)
+    scores = {
+        told.kind: one.accuracy
+        for told in result.label_scores
+        for one in told.scores
+        if one.latent == latent and one.accuracy is not None
+    }
+    for told in () if result.simulation is None else result.simulation.scores:
+        if told.latent == latent and told.correlation is not None:
+            scores["simulation"] = told.correlation
+    return Described(
+        latent=latent,
+        words=words,
+        information=float(table.information[latent]),
+        auroc=None if result.detection is None else result.detection.each.get(str(latent)),
+        label="" if label is None else label.label,
+        support=None if label is None else label.support,
+        group="" if label is None else label.group,
+        scores=scores,
+    )

@@ -2,6 +2,7 @@
 
 from jaxsteer.report.axis_files import AxisFiles, is_axis, read_axis
 from jaxsteer.report.circuits_page import is_circuits
+from jaxsteer.report.explain_page import is_explained
 from jaxsteer.report.lens_page import is_lens
 from jaxsteer.report.page import write_plots, write_report
 from jaxsteer.report.run_files import RunFiles, read_run
@@ -13,6 +14,7 @@ __all__ = [
     "StudyFiles",
     "is_axis",
     "is_circuits",
+    "is_explained",
     "is_lens",
     "is_study",
     "read_axis",

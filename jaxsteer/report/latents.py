@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from jaxsteer.display import visible
+from jaxsteer.explain.result import Described
 from jaxsteer.files import write_text
 from jaxsteer.report.templates import template
 from jaxsteer.sae.exploration import Exploration, LatentReport, Snippet
 
 
-def latents_text(found: Exploration) -> str:
-    """Every latent with its snippets; the strongest token stands in ``>> <<``, other active ones in ``[ ]``."""
-    return "\n\n".join(_latent_text(latent) for latent in found.latents)
+def latents_text(found: Exploration, meanings: Mapping[int, Described] | None = None) -> str:
+    """Every latent with its snippets; the strongest token stands in ``>> <<``, other active ones in ``[ ]``.
+
+    ``meanings`` are explanations by latent."""
+    return "\n\n".join(_latent_text(latent, (meanings or {}).get(latent.latent)) for latent in found.latents)
 
 
-def _latent_text(latent: LatentReport) -> str:
+def _latent_text(latent: LatentReport, means: Described | None) -> str:
     lines = [f"latent {latent.latent}: active at {100 * latent.density:.3g} % of tokens, at most {latent.largest:.4g}"]
+    if means is not None:
+        lines += [f"  label    {visible(means.label)}"] if means.label else []
+        lines.append(f"  words    {' '.join(map(visible, means.words))}")
     if latent.promotes:
         lines.append(f"  promotes {'  '.join(visible(token) for token in latent.promotes)}")
+    if latent.suppresses:
+        lines.append(f"  lowers   {'  '.join(visible(token) for token in latent.suppresses)}")
+    if latent.near:
+        lines.append(f"  near     {'  '.join(f'{one.latent} ({one.cosine:.2f})' for one in latent.near)}")
     lines += [f"  {snippet.activations[snippet.peak]:8.4g}  {_marked(snippet)}" for snippet in latent.snippets]
     return "\n".join(lines if latent.snippets else [*lines, "  never active here"])
 
@@ -31,14 +42,15 @@ def _marked(snippet: Snippet) -> str:
     return "".join(parts)
 
 
-def latents_page(found: Exploration) -> str:
+def latents_page(found: Exploration, meanings: Mapping[int, Described] | None = None) -> str:
     """The page as HTML. Texts of tokens are escaped; it needs no network, no script and no other file."""
-    return template("latents").render(found=found, shade=_shade)
+    here = {latent.latent for latent in found.latents}
+    return template("latents").render(found=found, shade=_shade, meanings=meanings or {}, here=here)
 
 
-def write_latents(found: Exploration, path: str | Path) -> Path:
+def write_latents(found: Exploration, path: str | Path, meanings: Mapping[int, Described] | None = None) -> Path:
     """Write the page, whole or not at all, and return its path."""
-    write_text(path, latents_page(found))
+    write_text(path, latents_page(found, meanings))
     return Path(path)
 
 

@@ -13,6 +13,7 @@ from jaxsteer.files import make_directory, write_text
 from jaxsteer.report.axis_files import is_axis, read_axis
 from jaxsteer.report.axis_page import axis_plots, render_axis
 from jaxsteer.report.circuits_page import circuits_plots, is_circuits, render_circuits
+from jaxsteer.report.explain_page import is_explained, render_explained
 from jaxsteer.report.finding import finding_of
 from jaxsteer.report.lens_page import is_lens, lens_plots, render_lens
 from jaxsteer.report.plots import run_plots
@@ -23,13 +24,14 @@ from jaxsteer.report.study import is_study, read_study
 from jaxsteer.report.study_page import render_study
 from jaxsteer.report.study_plots import study_plots
 from jaxsteer.report.templates import embedded, flat, shaded, template
-from jaxsteer.study.latent_explanation import LatentExplanation
+from jaxsteer.study.latent_explanation import LatentExplanation, LatentNames
 from jaxsteer.study.results import Prompt, SearchRun
 from jaxsteer.study.run_table import rule_of
 
 
 def write_report(directory: str | Path) -> Path:
-    """Write ``report.html`` into the directory of a run, a study, an axis run, of circuits or a lens; return its path.
+    """Write ``report.html`` into the directory of a run, a study, an axis run, of circuits, a lens or explanations;
+    return its path.
 
     Reads files only, so that it can be made again at any time. The page of a study links to the pages of its runs that
     are there. Raises ``UserError`` as ``read_run``, ``read_study`` and ``read_axis`` do. The file appears whole or not
@@ -41,6 +43,8 @@ def write_report(directory: str | Path) -> Path:
         page = render_circuits(directory)
     elif is_lens(directory):
         page = render_lens(directory)
+    elif is_explained(directory):
+        page = render_explained(directory)
     else:
         page = render_study(read_study(directory)) if is_study(directory) else render_page(read_run(directory))
     target = Path(directory) / "report.html"
@@ -57,6 +61,8 @@ def write_plots(directory: str | Path, out: Path | None = None) -> list[Path]:
         made = circuits_plots(directory)
     elif is_lens(directory):
         made = lens_plots(directory)
+    elif is_explained(directory):
+        made = {}
     else:
         made = study_plots(read_study(directory)) if is_study(directory) else run_plots(read_run(directory))
     out = Path(directory) / "plots" if out is None else out
@@ -82,7 +88,8 @@ def render_page(run: RunFiles) -> str:
         controls=result.controls,
         probe=result.probe,
         site=result.site,
-        signature=_signature(result.signature),
+        signature=_signature(result.signature, result.latent_names),
+        names=result.latent_names,
         attribution=_attribution(result.attribution),
         plots=plots,
         settings=flat(run.config),
@@ -153,13 +160,17 @@ def _reply_tiles(result: SearchRun) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _signature(found: LatentExplanation | None) -> dict[str, Any] | None:
+def _signature(found: LatentExplanation | None, names: LatentNames | None) -> dict[str, Any] | None:
     """The latents of a SAEGA run, with the strength of every token's colour in percent; None for other runs."""
     if found is None:
         return None
     largest = max((abs(value) for row in found.rows for value in row.by_token), default=0.0) or 1.0
     rows = [
-        {**row.to_json(), "tokens": [(value, round(60 * abs(value) / largest)) for value in row.by_token]}
+        {
+            **row.to_json(),
+            "tokens": [(value, round(60 * abs(value) / largest)) for value in row.by_token],
+            "named": None if names is None else names.of(row.latent),
+        }
         for row in found.rows
     ]
     return {**found.to_json(), "before": found.objective_before, "rows": rows}

@@ -23,9 +23,10 @@ _BLOCK = 64
 
 
 def promoted_tokens(
-    model: Model, sae: SAE, latents: Sequence[int] | Int[np.ndarray, " S"], *, top: int = 10
+    model: Model, sae: SAE, latents: Sequence[int] | Int[np.ndarray, " S"], *, top: int = 10, suppressed: bool = False
 ) -> list[tuple[str, ...]]:
-    """For every latent the ``top`` tokens whose logits its decoder row raises most, as texts, the strongest first.
+    """For every latent the ``top`` tokens whose logits its decoder row raises most, as texts, the strongest first;
+    or lowers most (``suppressed``).
 
     The row goes through the final norm's weight and the unembedding; the norm's division, which depends on the rest of
     the stream, is left out: it changes no order. Rows of the vocabulary behind the tokenizer's last token are left out.
@@ -42,7 +43,7 @@ def promoted_tokens(
     for begin in range(0, len(chosen), _BLOCK):
         part = chosen[begin : begin + _BLOCK]
         padded = np.pad(part, (0, -len(part) % _BLOCK), mode="edge")
-        rows = sae.W_dec[padded].astype(jnp.float32)
+        rows = sae.W_dec[padded].astype(jnp.float32) * (-1 if suppressed else 1)
         found = to_host(_best(model.params, model.config, rows, known=known, top=min(top, known)))[: len(part)]
         out += [tuple(model.tokenizer.decode([int(token)]) for token in row) for row in found]
     return out

@@ -13,6 +13,7 @@ from jaxsteer.models.padding import pad_rows
 from jaxsteer.models.run import capture
 from jaxsteer.personas import Signature
 from jaxsteer.prompts.conversation import encode as encode_conversation
+from jaxsteer.ranges import Share
 from jaxsteer.sae import SAE, encode, promoted_tokens
 from jaxsteer.study.setting import Setting
 
@@ -59,6 +60,38 @@ class LatentExplanation(Record):
     """Of the prompt; none without one."""
     rows: tuple[LatentRow, ...]
     """The latents whose contribution the prompt changed most."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NamedLatent(Record):
+    """A latent, and what it means."""
+
+    latent: int
+    words: tuple[str, ...]
+    """By its explanation, the strongest first."""
+    held: tuple[str, ...] = ()
+    """Those that the prompt holds."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentNames(Record):
+    """Names of the latents that a run reports."""
+
+    explanations: str
+    """Where they come from."""
+    vocabulary: int
+    """Words that latents could be named by."""
+    known: int
+    """Of these, how many the prompt holds."""
+    rows: tuple[NamedLatent, ...]
+    share: Share
+    """Of these latents, the share of which the prompt holds a word."""
+    chance: Share
+    """The same of all latents of the SAE."""
+
+    def of(self, latent: int) -> NamedLatent | None:
+        """The names of one latent, if it has any."""
+        return next((row for row in self.rows if row.latent == latent), None)
 
 
 def explain_latents(

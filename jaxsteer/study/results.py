@@ -20,7 +20,7 @@ from jaxsteer.prompt_search.compiling import MemoryPlan
 from jaxsteer.ranges import Interval
 from jaxsteer.runs.result import Result
 from jaxsteer.study.figures import RateRow, drawn, rate_plot
-from jaxsteer.study.latent_explanation import LatentExplanation
+from jaxsteer.study.latent_explanation import LatentExplanation, LatentNames
 from jaxsteer.study.probe import WARNS, Probe
 from jaxsteer.study.run_table import run_table
 from jaxsteer.writers.judge import Judged
@@ -197,6 +197,8 @@ class SearchRun(Result):
     """Versions and hardware."""
     attribution: Attribution | None = None
     """What each token of the reported prompt does, once ``jaxsteer report --attribute`` has measured it."""
+    latent_names: LatentNames | None = None
+    """Of saega, what its latents mean, once ``jaxsteer report --explanations`` has looked it up."""
 
     @classmethod
     def from_json(cls, record: Any, where: str = "") -> SearchRun:

@@ -11,6 +11,7 @@ import pytest
 from jaxsteer import UserError, capture
 from jaxsteer.models.model import Model
 from jaxsteer.sae import SAE, Detail, SAEConfig, encode, explore
+from jaxsteer.sae.exploration import BINS
 from jaxsteer.sae.texts import Rows, Sample, documents_of
 
 SITE = "blocks.0.hook_resid_post"
@@ -39,11 +40,13 @@ def test_snippets_are_the_strongest_moments(model: Model, texts: Path):
     )
     bos = model.tokenizer.bos_token_id
     rows = Rows(documents_of(model, [texts]), rows=ROWS, length=T, bos=bos)
-    moments, active, seen = [], 0, 0
+    moments, active, seen, every = [], 0, 0, []
     while seen < 150:
         ids, mask, _ = rows.next()
-        code = np.asarray(encode(sae, capture(model, ids, [SITE], mask)[SITE]))[..., 7]
-        code = np.where(mask & (np.arange(T) > 0) & (ids != bos), code, 0)
+        codes = np.asarray(encode(sae, capture(model, ids, [SITE], mask)[SITE]))
+        codes = np.where((mask & (np.arange(T) > 0) & (ids != bos))[..., None], codes, 0)
+        every.append(codes.reshape(-1, F))
+        code = codes[..., 7]
         seen += int((mask & (np.arange(T) > 0) & (ids != bos)).sum())
         active += int((code > 0).sum())
         for row in range(ROWS):
@@ -62,6 +65,36 @@ def test_snippets_are_the_strongest_moments(model: Model, texts: Path):
     scores = np.asarray(sae.W_dec[7] * model.params.final_norm @ model.params.unembed, np.float64)
     order = [int(i) for i in np.argsort(-scores) if i < len(model.tokenizer)][:4]
     assert seven.promotes == tuple(model.tokenizer.decode([token]) for token in order)
+    lowest = [int(i) for i in np.argsort(scores) if i < len(model.tokenizer)][:4]
+    assert seven.suppresses == tuple(model.tokenizer.decode([token]) for token in lowest)
+    values = np.concatenate(every)
+    np.testing.assert_array_equal(
+        seven.histogram, np.histogram(values[:, 7][values[:, 7] > 0], BINS, (0, seven.largest))[0]
+    )
+    assert sum(seven.histogram) == active and three.histogram == ()
+    units = np.asarray(sae.W_dec, np.float64)
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    cosines = units @ units[7]
+    close = [int(i) for i in np.argsort(-cosines) if i != 7][:8]
+    assert [near.latent for near in seven.near] == close
+    for near in seven.near:
+        assert near.cosine == pytest.approx(cosines[near.latent], abs=1e-5)
+        together = (values[:, near.latent] > 0)[values[:, 7] > 0].mean()
+        assert near.together == pytest.approx(together)
+
+
+def test_sampled_moments_reach_from_strong_to_weak(model: Model, texts: Path):
+    """Of all rows in which a latent is active, those at even steps by strength."""
+    sae = make_sae()
+    sample, detail = Sample(tokens=400, context=T, rows=ROWS), Detail(sampled=4, around=T)
+    (found,) = explore(sae, model, documents_of(model, [texts]), [7], sample=sample, detail=detail).latents
+    (whole,) = explore(
+        sae, model, documents_of(model, [texts]), [7], sample=sample, detail=Detail(sampled=1000, around=T)
+    ).latents
+    peaks = [max(snippet.activations) for snippet in whole.sampled]
+    assert peaks == sorted(peaks, reverse=True) and len(peaks) > 12
+    expected = [peaks[int((step + 0.5) / 4 * len(peaks))] for step in range(4)]
+    assert [max(snippet.activations) for snippet in found.sampled] == expected
 
 
 def test_latents_that_do_not_write_into_the_stream_promote_nothing(model: Model, texts: Path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +13,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxsteer.cli import main
 from jaxsteer.errors import UserError
 from jaxsteer.evals.choice import ChoiceResult, rate
+from jaxsteer.explain.explanations import Explanations, digest_of
+from jaxsteer.explain.vocabulary import Vocabulary
 from jaxsteer.models.model import Model
 from jaxsteer.models.sharding import make_mesh
 from jaxsteer.personas import load_direction
 from jaxsteer.prompt_search import make_problem
-from jaxsteer.report import write_report
+from jaxsteer.report import read_run, write_report
 from jaxsteer.sae import SAE, SAEConfig, save_sae
 from jaxsteer.study import SearchOptions, run
 from jaxsteer.study.attribution import attribute_run
@@ -271,6 +275,32 @@ def test_saega_searches_latents_and_names_them(options: Make, tmp_path: Path) ->
     assert sum(row.at_read for row in signature.rows) == pytest.approx(signature.objective, rel=1e-5)
     page = write_report(chosen.run.out).read_text()
     assert f"latent {signature.rows[0].latent}" in page
+    names_of_latents(chosen.run.out, sae, best.text, [row.latent for row in signature.rows])
+
+
+def names_of_latents(out: Path, sae: SAE, prompt: str, latents: list[int]) -> None:
+    """One latent is explained by a word of the prompt, all others by words that no prompt has."""
+    (spoken, *_) = re.findall(r"[^\W\d_]{2,}", prompt)
+    words = (spoken.upper(), *(f"zz{chr(97 + i)}" for i in range(12)))
+    told = np.tile(np.arange(1, 13, dtype=np.int32), (sae.n_latents, 1))
+    told[latents[1], 3] = 0
+    table = Explanations(
+        words=told, scores=np.ones(told.shape, np.float32), information=np.ones(len(told), np.float32),
+        vocabulary=Vocabulary(words=words, tokens=tuple((i,) for i in range(13)), source="given"), model="m",
+        fingerprint="f", sae="s", digest=digest_of(sae), site="blocks.1.hook_resid_post", side="decoder",
+        posterior="bayes", temperature=1.0,
+    )  # fmt: skip
+    table.save(out.parent / "e.safetensors")
+    assert main(["report", str(out), "--explanations", str(out.parent / "e.safetensors")]) == 0
+    found = read_run(out).result.latent_names
+    assert found is not None and [row.latent for row in found.rows] == latents
+    assert [row.held for row in found.rows] == [(spoken.upper(),) if at == 1 else () for at in range(len(latents))]
+    assert found.share == 1 / len(latents) and found.chance == pytest.approx(1 / sae.n_latents) and found.known == 1
+    page = (out / "report.html").read_text()
+    assert f"<b>{spoken.upper()}</b>" in page
+    assert "of all latents of the SAE it does so of 4.2 %" in " ".join(page.split())
+    dataclasses.replace(table, digest="0" * 16).save(out.parent / "o.safetensors")
+    assert main(["report", str(out), "--explanations", str(out.parent / "o.safetensors")]) == 2
 
 
 @pytest.mark.parametrize(
