@@ -83,6 +83,7 @@ def render_page(run: RunFiles) -> str:
         warnings=run.warnings,
         rows=result.prompts,
         words=in_words(run),
+        answers=run.answers,
         selected_by=rule_of(result),
         unit=visible(result.target_units),
         controls=result.controls,

@@ -15,7 +15,13 @@ from jaxsteer.study.results import Prompt, SearchRun
 def run_plots(run: RunFiles) -> dict[str, Plot]:
     """All plots that this run has numbers for, by name."""
     result, unit = run.result, visible(run.result.target_units)
-    made = (rate_plot(result.rate_rows()), pareto_plot(result, run.pareto), *progress_plots(run.progress, unit))
+    answers = None if run.answers is None else run.answers.plot()
+    made = (
+        answers,
+        rate_plot(result.rate_rows()),
+        pareto_plot(result, run.pareto),
+        *progress_plots(run.progress, unit),
+    )
     return {plot.name: plot for plot in made if plot is not None}
 
 

@@ -11,6 +11,7 @@ from jaxsteer.display import visible
 from jaxsteer.errors import UserError
 from jaxsteer.files import read_json, read_log
 from jaxsteer.files.paths import user_path
+from jaxsteer.report.answers import Answers, read_answers
 from jaxsteer.runs import files
 from jaxsteer.study.free_replies import SaidFreely
 from jaxsteer.study.results import Prompt, SearchRun
@@ -31,6 +32,8 @@ class RunFiles:
     """pareto.jsonl: the whole frontier."""
     progress: list[dict[str, Any]]
     """Rows of progress.jsonl."""
+    answers: Answers | None = None
+    """choices.json: what the selected prompt did to every question; None where it is not told in words."""
     said: SaidFreely | None = None
     """replies.json: of a persona in words, the free replies to the test questions."""
     warnings: tuple[str, ...]
@@ -77,6 +80,7 @@ def read_run(directory: str | Path) -> RunFiles:
         config=config or {},
         pareto=tuple(pareto),
         progress=progress,
+        answers=read_answers(path, result.best.text if result.best else None, elicit=result.goal == "elicit"),
         said=said,
         warnings=(*result.doubts, *notes),
     )

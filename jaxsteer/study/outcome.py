@@ -138,15 +138,16 @@ def evaluate(
     held_out = distinct(setting.splits.validation)[: None if given is None else VALIDATION_REPLIES]
     measured, scored, said = _measured(setting, given, "validation", held_out, measured, run)
     records, answers, failure = {"validation": scored}, {"validation": said}, None
+    asked: dict[str, Sequence[Item]] = {"validation": held_out}
     selected = select(measured[first:], by, persona.goal)
     if report.test:
         best = () if selected is None else (first + selected,)
         which = range(len(measured)) if given is None else (*range(first), *best)
         unseen = distinct(setting.splits.test)
         tested, scored, said = _measured(setting, given, "test", unseen, [measured[i] for i in which], run)
-        records["test"], answers["test"] = scored, said
+        records["test"], answers["test"], asked["test"] = scored, said, unseen
     split = list(records)[-1]
-    files.write_json(Path(run.out) / files.CHOICES, _compact({k: [r.to_json() for r in v] for k, v in records.items()}))
+    files.write_json(Path(run.out) / files.CHOICES, _compact(records, asked))
     if given is not None:
         files.write_json(Path(run.out) / files.REPLIES, {k: v.to_json() for k, v in answers.items()})
     if report.test:
@@ -248,16 +249,18 @@ def random_prompt(setting: Setting, seed: int) -> str:
     return prompt_text(setting.model.tokenizer, ids[int(np.argmax(good))])
 
 
-def _compact(records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Per split the rows once, and per prompt its log-probabilities to six digits."""
+def _compact(records: dict[str, list[ChoiceResult]], asked: dict[str, Sequence[Item]]) -> dict[str, Any]:
+    """Per split the rows once, the questions in words, and per prompt its log-probabilities to six digits."""
     out = {}
-    for name, results in records.items():
+    for name, found in records.items():
+        results = [one.to_json() for one in found]
         shared = {k: v for k, v in results[0].items() if k not in ("prompt", "log_probs", "joined")}
         rows = [
             {"prompt": r["prompt"], "log_probs": [[round(a, 6), round(b, 6)] for a, b in r["log_probs"]]}
             for r in results
         ]
-        out[name] = {**shared, "prompts": rows}
+        words = [{"question": i.question, "persona": i.matching, "other": i.not_matching} for i in asked[name]]
+        out[name] = {**shared, "asked": words, "prompts": rows}
     return out
 
 

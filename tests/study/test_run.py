@@ -70,7 +70,7 @@ def test_a_run_writes_its_files_and_is_not_repeated(options: Make) -> None:
     assert direction.metadata["site"] == metrics.site in direction.delta
     choices = json.loads((chosen.run.out / "choices.json").read_text())["test"]
     rows = {**choices, **choices["prompts"][0], "joined": [0] * len(choices["ids"])}
-    del rows["prompts"]
+    del rows["prompts"], rows["asked"]
     again = rate(ChoiceResult.from_json(rows))
     assert again.rate == metrics.baseline.test.rate
 
