@@ -175,6 +175,8 @@ def _what(work: Workload) -> str:
     rows = f"{work.problems:,} rows of {work.context_length} tokens"
     return {
         "sae": f"encoding {rows} into {work.latents:,} latents, {work.dtype}",
+        "explain": f"{work.words:,} words for {work.latents:,} latents by mutual information, float32 beside a "
+        f"{work.dtype} model",
         "states": f"reading mean states of {rows} at every block, {work.dtype}",
         "generate": f"steered decoding of {work.problems:,} rows, prompts of {work.context_length} tokens, up to "
         f"{work.new_tokens} new ones, {work.dtype}",
@@ -199,7 +201,7 @@ def _estimate(plan: Found) -> list[str]:
     found, rate = plan.seconds, plan.to_json()
     if found is None or plan.roofline is None:
         return [f"no estimate of time: no published peaks for {plan.chip.name}"]
-    per_second = rate["candidates_per_second_estimate"] or rate["tokens_per_second_estimate"] or 0.0
+    per_second = rate[f"{plan.unit}_per_second_estimate"] or 0.0
     return [
         f"estimate, as if everything ran at its published peak ({plan.chip.source})",
         *_rows(

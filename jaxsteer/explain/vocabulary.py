@@ -154,11 +154,12 @@ def word_vectors(model: Model, vocabulary: Vocabulary) -> Float[np.ndarray, "V D
     longest = max(map(len, vocabulary.tokens))
     ids = np.asarray([[*row, *[0] * (longest - len(row))] for row in vocabulary.tokens], np.int32)
     lengths = np.asarray([len(row) for row in vocabulary.tokens], np.int32)
-    return np.asarray(to_host(_mean_rows(model.params, ids, lengths)))
+    return np.asarray(to_host(mean_rows(model.params, ids, lengths)))
 
 
 @jax.jit
-def _mean_rows(params: Params, ids: Int[Array, "V n"], lengths: Int[Array, " V"]) -> Float[Array, "V D"]:
+def mean_rows(params: Params, ids: Int[Array, "V n"], lengths: Int[Array, " V"]) -> Float[Array, "V D"]:
+    """The mean of the unembedding's rows of each word's tokens, of which the first ``lengths`` count; float32."""
     table = params.embed if params.unembed is None else params.unembed.T
     inside = jnp.arange(ids.shape[1]) < lengths[:, None]
     return jnp.sum(table[ids].astype(jnp.float32) * inside[..., None], 1) / lengths[:, None]

@@ -11,7 +11,8 @@ The paper normalises S over c by itself instead (``posterior="softmax"``), which
 large norm win every word; and it leaves log C out, which ranks the least related words first.
 
 g is a decoder row (what the latent writes) or an encoder column (what it reads), through the final norm; e the mean of
-the unembedding's rows of a word's tokens. Nothing of size [C, V] is ever kept: sums over c run over chunks of latents.
+the unembedding's rows of a word's tokens. Sums over c run over chunks of latents; what is of size [C, V] is kept
+between the two passes only where it is small (``KEPT``).
 
 Letters: C latents, V words, D width, K words of a latent, c latents of a chunk.
 """
@@ -41,7 +42,9 @@ from jaxsteer.processes import to_host
 from jaxsteer.sae.dictionary import SAE
 
 CHUNK = 1024
-"""Latents at a time: [c, V] logits are held."""
+"""Latents at a time."""
+KEPT = 2 << 30
+"""Bytes of logits on all devices up to which they are kept for the second pass; beyond, they are computed again."""
 
 
 def explain_words(
@@ -115,11 +118,12 @@ def latent_vectors(model: Model, sae: SAE, side: str = "decoder") -> Float[Array
             f"The SAE {other} vectors of width {width}, and the stream of {model.name} has {model.config.d_model}: its "
             "latents cannot be compared with words."
         )
-    return _normed(model.params, model.config, sae.W_dec if side == "decoder" else sae.W_enc.T)
+    return normed(model.params, model.config, sae.W_dec if side == "decoder" else sae.W_enc.T)
 
 
 @partial(jax.jit, static_argnames="config")
-def _normed(params: Params, config: ModelConfig, vectors: Float[Array, "C D"]) -> Float[Array, "C D"]:
+def normed(params: Params, config: ModelConfig, vectors: Float[Array, "C D"]) -> Float[Array, "C D"]:
+    """Vectors through the final norm: divided by their root mean square, times the norm's weight; float32."""
     weight = norm_weight(params.final_norm, config)
     wide = centred(vectors.astype(jnp.float32), config)
     size = jnp.sqrt(jnp.mean(jnp.square(wide), -1, keepdims=True))
@@ -147,35 +151,52 @@ def mutual_words(
     blocks = padded.reshape(-1, held, given.shape[1])
     if mesh is not None and mesh.size > 1:
         blocks = put(blocks, place(mesh, P(None, tuple(mesh.axis_names)), blocks.shape))
-    found = _mutual(blocks, jnp.asarray(words), count, top=top, bayes=posterior == "bayes")
+    found = mutual_blocks(
+        blocks, jnp.asarray(words), count, top=top, bayes=posterior == "bayes", keep=keeps(count, len(words))
+    )
     indices, scores, information = (part.reshape(-1, *part.shape[2:])[:count] for part in found)
     return indices, scores, information
 
 
-@partial(jax.jit, static_argnames=("top", "bayes"))
-def _mutual(
-    blocks: Float[Array, "n c D"], words: Float[Array, "V D"], count: Int[Array, ""] | int, *, top: int, bayes: bool
+def keeps(latents: int, words: int) -> bool:
+    """Whether logits of so many latents and words are kept between the passes."""
+    return 4 * latents * words <= KEPT
+
+
+@partial(jax.jit, static_argnames=("top", "bayes", "keep"))
+def mutual_blocks(
+    blocks: Float[Array, "n c D"],
+    words: Float[Array, "V D"],
+    count: Int[Array, ""] | int,
+    *,
+    top: int,
+    bayes: bool,
+    keep: bool,
 ) -> tuple[Int[Array, "n c K"], Float[Array, "n c K"], Float[Array, "n c"]]:
+    """What ``mutual_words`` finds, of ``count`` latents in blocks that fill their last one with anything."""
     n, held, _ = blocks.shape
     inside = jnp.arange(n * held).reshape(n, held) < count
 
-    def likelihood(block: Float[Array, "c D"]) -> tuple[Float[Array, "c V"], Float[Array, "c V"]]:
+    def product(block: Float[Array, "c D"]) -> Float[Array, "c V"]:
+        return jnp.matmul(block, words.T, precision=lax.Precision.HIGHEST)
+
+    def likelihood(logits: Float[Array, "c V"]) -> tuple[Float[Array, "c V"], Float[Array, "c V"]]:
         """Log p(w|c), and what is normalised over latents to log p(c|w)."""
-        logits = jnp.matmul(block, words.T, precision=lax.Precision.HIGHEST)
         given = jax.nn.log_softmax(logits, -1)
         return given, given if bayes else logits
 
-    def add(total: Float[Array, " V"], at: tuple[Array, Array]) -> tuple[Array, None]:
+    def add(total: Float[Array, " V"], at: tuple[Array, Array]) -> tuple[Array, Array | None]:
         block, real = at
-        part = jnp.where(real[:, None], likelihood(block)[1], -jnp.inf)
-        return jnp.logaddexp(total, jax.nn.logsumexp(part, 0)), None
+        logits = product(block)
+        part = jnp.where(real[:, None], likelihood(logits)[1], -jnp.inf)
+        return jnp.logaddexp(total, jax.nn.logsumexp(part, 0)), logits if keep else None
 
-    total, _ = lax.scan(add, jnp.full(len(words), -jnp.inf, jnp.float32), (blocks, inside))
+    total, kept = lax.scan(add, jnp.full(len(words), -jnp.inf, jnp.float32), (blocks, inside))
 
-    def best(block: Float[Array, "c D"]) -> tuple[Array, Array, Array]:
-        given, over = likelihood(block)
+    def best(block: Float[Array, "c X"]) -> tuple[Array, Array, Array]:
+        given, over = likelihood(block if keep else product(block))
         score = jnp.exp(given) * (over - total + jnp.log(jnp.float32(count)))
         values, indices = lax.top_k(score, top)
         return indices, values, score.sum(-1)
 
-    return lax.map(best, blocks)
+    return lax.map(best, kept if keep else blocks)

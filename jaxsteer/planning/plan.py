@@ -112,6 +112,7 @@ class Plan:
             "roofline_seconds_per_step": self.roofline,
             "candidates_per_second_estimate": rate if self.unit == "candidates" else None,
             "tokens_per_second_estimate": rate if self.unit == "tokens" else None,
+            "latents_per_second_estimate": rate if self.unit == "latents" else None,
             "micro_batch": self.micro_batch,
             "work": dataclasses.asdict(self.work),
         }

@@ -20,6 +20,9 @@ from jax.sharding import PartitionSpec as P
 from jaxsteer.circuits.attribution import along_inputs
 from jaxsteer.circuits.patching import Patch, begin_walk, walk_on
 from jaxsteer.circuits.rows import Rows
+from jaxsteer.explain.options import ExplainOptions
+from jaxsteer.explain.vocabulary import mean_rows
+from jaxsteer.explain.words import CHUNK, keeps, mutual_blocks, normed
 from jaxsteer.files.sae_form import SAEConfig
 from jaxsteer.models import decoding
 from jaxsteer.models.config import ModelConfig
@@ -42,7 +45,9 @@ from jaxsteer.ranges import check_ranges
 from jaxsteer.sae.dictionary import SAE, SPECS, encode
 from jaxsteer.steer import add
 
-What = Literal["search", "sae", "generate", "states", "axis", "attribution", "patching", "circuits", "convert"]
+What = Literal[
+    "search", "sae", "explain", "generate", "states", "axis", "attribution", "patching", "circuits", "convert"
+]
 _REPLICATED = P()
 _PREFIX_SPEC = P(None, None, "model", None, None)
 _TAIL = 8
@@ -54,9 +59,9 @@ class Workload:
     """What is to be done, and how large it is."""
 
     what: What = "search"
-    """A search step; the latents of an SAE on text; one decoded token of steered answers; mean states of rows at
-    every block; rollouts of characters, written and read; the edges of a push, or its patched heads, or both
-    (circuits); conversion and loading."""
+    """A search step; the latents of an SAE on text; words for all its latents (explain); one decoded token of steered
+    answers; mean states of rows at every block; rollouts of characters, written and read; the edges of a push, or its
+    patched heads, or both (circuits); conversion and loading."""
     problems: int = 64
     """Searches at once, each with its own population (elsewhere: rows of text)."""
     algorithm: Literal["epo", "gcg", "mutation", "pez", "gbda", "soft"] = "epo"
@@ -78,7 +83,9 @@ class Workload:
     rollouts: int = 1200
     """axis: of each character."""
     latents: int = 65_536
-    """sae: width of the dictionary."""
+    """sae, explain: width of the dictionary."""
+    words: int = 5000
+    """explain: words that latents are explained by."""
     site: str | None = None
     """Where the objective reads, the SAE encodes or the answer is steered (default: after the middle block)."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
@@ -120,7 +127,7 @@ def build(work: Workload, config: ModelConfig, mesh: Mesh, *, batch: int | None 
     """
     if work.what in ("attribution", "patching"):
         return circuit_program(work, config, mesh)
-    builder = {"search": _search, "sae": _sae, "generate": _generate, "states": _states}[work.what]
+    builder = {"search": _search, "sae": _sae, "explain": _explain, "generate": _generate, "states": _states}[work.what]
     return builder(work, config, mesh, batch)
 
 
@@ -212,17 +219,46 @@ def _search(work: Workload, config: ModelConfig, mesh: Mesh, batch: int | None) 
     )
 
 
+def _abstract_sae(latents: int, width: int, mesh: Mesh) -> SAE:
+    shapes = {"W_enc": (width, latents), "W_dec": (latents, width), "b_enc": (latents,)}
+    shapes |= {"b_dec": (width,), "threshold": (latents,)}
+    leaves = {
+        name: abstract(mesh, jax.ShapeDtypeStruct(shape, jnp.float32), SPECS[name]) for name, shape in shapes.items()
+    }
+    return SAE(**leaves, config=SAEConfig(activation="jumprelu"))
+
+
+def _explain(work: Workload, config: ModelConfig, mesh: Mesh, batch: int | None) -> Program:
+    """The words of all latents by mutual information, with model and SAE in memory: ``explain_words``."""
+    params, sae = abstract_params(config, mesh, work.dtype), _abstract_sae(work.latents, config.d_model, mesh)
+    ids = abstract(mesh, jax.ShapeDtypeStruct((work.words, 1), jnp.int32))
+    lengths = abstract(mesh, jax.ShapeDtypeStruct((work.words,), jnp.int32))
+    held = min(CHUNK, -(-work.latents // mesh.size)) * mesh.size
+
+    @functools.partial(jax.jit, keep_unused=True)  # what is in memory counts, read or not
+    def words(params: Params, sae: SAE, ids: jax.Array, lengths: jax.Array) -> Any:
+        vectors = jnp.pad(normed(params, config, sae.W_dec), ((0, -work.latents % held), (0, 0)))
+        blocks = vectors.reshape(-1, held, config.d_model)
+        blocks = jax.lax.with_sharding_constraint(blocks, place(mesh, P(None, tuple(mesh.axis_names)), blocks.shape))
+        top = min(ExplainOptions().top, work.words)
+        keep = keeps(work.latents, work.words)
+        return mutual_blocks(blocks, mean_rows(params, ids, lengths), work.latents, top=top, bayes=True, keep=keep)
+
+    return Program(
+        compile=_compiler(mesh, lambda: words.trace(params, sae, ids, lengths)),
+        weights=per_device((params, sae)),
+        caches=0,
+        trips=(),
+        per_step=work.latents,
+        unit="latents",
+    )
+
+
 def _sae(work: Workload, config: ModelConfig, mesh: Mesh, batch: int | None) -> Program:
     """Latents of every token of some rows of text, from the embeddings on."""
     params = abstract_params(config, mesh, work.dtype)
     tokens = abstract(mesh, jax.ShapeDtypeStruct((work.problems, work.context_length), jnp.int32), P("prompts"))
-    width = config.d_model
-    shapes = {"W_enc": (width, work.latents), "W_dec": (work.latents, width), "b_enc": (work.latents,)}
-    shapes |= {"b_dec": (width,), "threshold": (work.latents,)}
-    leaves = {
-        name: abstract(mesh, jax.ShapeDtypeStruct(shape, jnp.float32), SPECS[name]) for name, shape in shapes.items()
-    }
-    sae = SAE(**leaves, config=SAEConfig(activation="jumprelu"))
+    sae = _abstract_sae(work.latents, config.d_model, mesh)
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P("prompts", None, "model")))
     def latents(params: Params, sae: SAE, tokens: jax.Array) -> jax.Array:

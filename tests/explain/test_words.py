@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxsteer.explain.words import mutual_words
+from jaxsteer.explain.words import KEPT, mutual_words
 from jaxsteer.models.sharding import make_mesh
 
 PLANTED = 5
@@ -25,9 +25,12 @@ def dense(logits: np.ndarray, posterior: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("posterior", ["bayes", "softmax"])
-@pytest.mark.parametrize("chunk", [7, 64, 4096])
-def test_scores_are_those_of_the_formula(posterior: str, chunk: int) -> None:
-    """Streamed in chunks of any size = dense float64."""
+@pytest.mark.parametrize(("chunk", "kept"), [(7, KEPT), (64, 0), (64, KEPT), (4096, 0)])
+def test_scores_are_those_of_the_formula(
+    posterior: str, chunk: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streamed in chunks of any size, with logits that are kept or computed again = dense float64."""
+    monkeypatch.setattr("jaxsteer.explain.words.KEPT", kept)
     rng = np.random.default_rng(0)
     vectors, words = rng.normal(size=(100, 16)), rng.normal(size=(60, 16))
     wanted = dense(vectors @ words.T, posterior)

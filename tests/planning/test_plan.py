@@ -115,9 +115,9 @@ def test_the_planned_layout_is_that_of_a_real_task(config: ModelConfig, target: 
     assert task.prefix.k.sharding.shard_shape(task.prefix.k.shape)[2] == config.n_kv_heads // 2
 
 
-@pytest.mark.parametrize("what", ["sae", "generate", "convert"])
+@pytest.mark.parametrize("what", ["sae", "explain", "generate", "convert"])
 def test_other_work(config: ModelConfig, target: Topology, what: str):
-    work = dataclasses.replace(WORK, what=what, latents=128, new_tokens=4)
+    work = dataclasses.replace(WORK, what=what, latents=128, new_tokens=4, words=40)
     plan = make_plan("tiny", config, target, work, mesh=(4, 2))
     assert plan.fits and plan.temporaries is not None and plan.weights >= memory(config, "float32", model=2)["weights"]
     if what == "sae":  # half of the layers, and the encoder
@@ -125,6 +125,10 @@ def test_other_work(config: ModelConfig, target: Topology, what: str):
         encoder = 2 * 8 * 6 * 32 * 128 / 8
         assert plan.costs.flops > encoder
         assert not any("prompts" in axis for _, axis in plan.costs.collectives)
+    if what == "explain":
+        assert plan.costs is not None
+        assert plan.costs.flops == pytest.approx(2 * 128 * 40 * config.d_model / 8, rel=0.1)
+        assert plan.per_step == 128 and plan.unit == "latents"
     if what == "generate":
         tokens = 8 * 2 * parameters(config)["total"] / 8
         assert plan.costs is not None and plan.costs.flops == pytest.approx(tokens, rel=0.4)
