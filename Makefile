@@ -5,11 +5,13 @@
 # make real    a study of characters of the first of them: eliciting and removing one by prompts (experiments/README.md)
 # make axis   the assistant axis of the first of them, a quick look: where 83 characters lie (docs/assistant-axis.md)
 # make fuzz    changed files into every reader for ten minutes (FUZZ_S=600): how many, what became of them, peak memory
+# make docs    the documentation as a site in build/site, links that lead nowhere are errors (Sphinx, added to .venv)
+# make wheel   sdist and wheel in dist/, installed into a clean environment and run there
 # make lint    style                   make types    static types                 make clean   remove what make made
 # make tpu-aot compile search steps for TPU slices (adds libtpu; no TPU needed); tpu-aot-one: the small case only
 
 .DELETE_ON_ERROR:
-.PHONY: help demo paper real axis real-models test fuzz slow parity tpu-aot tpu-aot-one screenshots lint format types clean
+.PHONY: help demo paper real axis real-models test fuzz slow parity tpu-aot tpu-aot-one screenshots docs wheel lint format types clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -80,6 +82,20 @@ tpu-aot: $(VENV)/.libtpu
 tpu-aot-one: $(VENV)/.libtpu
 	$(VENV)/bin/python -m pytest -m "tpu_aot and not slow" $(TEST_FLAGS) tests/planning
 
+docs: $(VENV)/.docs
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -b html docs build/site
+	@echo "The site: build/site/index.html"
+
+# From another folder, so that only what the wheel holds is found.
+wheel: $(VENV)/.installed
+	rm -rf dist build/wheel-venv && mkdir -p dist build
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt build
+	$(VENV)/bin/python -m build --outdir dist .
+	$(VENV)/bin/python -m venv build/wheel-venv
+	build/wheel-venv/bin/python -I $(PIP_INSTALL) -c constraints.txt dist/jaxsteer-*.whl
+	cd build/wheel-venv && unset PYTHONPATH && bin/jaxsteer --help >help.txt && bin/jaxsteer doctor && \
+		bin/jaxsteer generate "As a baker I admire tea. What do you say?" --temperature 0 --max-new-tokens 8
+
 lint: $(VENV)/.tools
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -106,6 +122,12 @@ $(VENV)/.installed: $(PINS)
 $(VENV)/.tools: $(VENV)/.installed
 	@echo "Adding the test and lint tools to $(VENV) ..."
 	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[test,lint]'
+	@touch $@
+
+# And what makes the site.
+$(VENV)/.docs: $(VENV)/.tools
+	@echo "Adding Sphinx to $(VENV) ..."
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # And the compiler for TPUs.

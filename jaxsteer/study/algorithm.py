@@ -44,7 +44,7 @@ class AlgorithmOptions:
     """Values of all options below that are not given. paper: as published, in raw units, many more candidates."""
     algorithm: Literal["epo", "gcg", "mutation", "pez", "gbda", "soft"] = "epo"
     """epo: evolution guided by gradients. gcg: greedy coordinate gradient. mutation: evolution without gradients. pez,
-    gbda: descent on embeddings or token probabilities. soft: free embeddings, not text (docs/search.md)."""
+    gbda: descent on embeddings or token probabilities. soft: free embeddings, not text (docs/prompt-search.md)."""
     steps: int | None = None
     """Steps of the search (default 60, paper 300; pez, gbda and soft, whose steps are small: 500, 200, 200)."""
     fluency: Literal["ultra_strict", "strict", "medium", "loose"] = "medium"

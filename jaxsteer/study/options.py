@@ -52,8 +52,8 @@ class ContextOptions:
     accountant), a public dataset (`jaxsteer data list`), or path of a .jsonl, .json, .csv or .parquet dataset."""
     conversations: Path | None = None
     """Search in conversations of your own instead of a persona's questions: a .json or .jsonl file with a text or a
-    list of messages each, in which {prompt} marks the slot (docs/search.md). With --objective, --target, or --direction
-    FILE and --site."""
+    list of messages each, in which {prompt} marks the slot (docs/prompt-search.md). With --objective, --target, or
+    --direction FILE and --site."""
     style: Literal["chat", "plain"] = "chat"
     """Chat template of the model, or plain text."""
     slot: Literal["suffix", "prefix", "system", "system-suffix"] = "suffix"

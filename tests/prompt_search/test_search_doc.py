@@ -1,4 +1,4 @@
-"""The code of docs/search.md, run as it stands there, and its commands, read by the command line."""
+"""The code of docs/prompt-search.md, run as it stands there, and its commands, read by the command line."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jaxsteer.cli.commands import parse
 from jaxsteer.prompt_search import ALGORITHMS
 from jaxsteer.study.options import OPTIONS
 
-DOC = (Path(__file__).resolve().parents[2] / "docs" / "search.md").read_text(encoding="utf-8")
+DOC = (Path(__file__).resolve().parents[2] / "docs" / "prompt-search.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 def test_the_python_example_runs(capsys) -> None:
     block = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)[0]
-    exec(compile(block, "docs/search.md", "exec"), {"__name__": "example"})  # noqa: S102
+    exec(compile(block, "docs/prompt-search.md", "exec"), {"__name__": "example"})  # noqa: S102
     assert float(capsys.readouterr().out.split()[-1]) > 0
 
 
