@@ -53,6 +53,7 @@ class Serve:
         """Load, compile, serve until interrupted."""
         try:
             from jaxsteer.serve.app import make_app, make_server
+            from jaxsteer.serve.connections import listening
             from jaxsteer.serve.guards import is_loopback
         except ImportError as error:
             raise UserError(f"{error.name} is not installed: pip install '.[serve]'") from None
@@ -66,13 +67,14 @@ class Serve:
             raise UserError(f"--host {self.host} can be reached by other machines: give --key-file FILE with a key")
         if self.vectors is not None and not self.vectors.is_dir():
             raise UserError(f"--vectors {self.vectors} is no directory")
-        model = load(self.model, dtype=self.dtype)
-        library = self._library(model)
-        with Engine(model, self.engine) as engine:
-            app = make_app(engine, library, host=self.host, key=key)
-            where = f"http://{self.host}:{self.port}/"
-            print(f"{model.name} at {where} (programs are compiled first; Ctrl-C ends)", flush=True)
-            make_server(app, host=self.host, port=self.port).run()
+        with listening(self.host, self.port) as door:
+            model = load(self.model, dtype=self.dtype)
+            library = self._library(model)
+            with Engine(model, self.engine) as engine:
+                app = make_app(engine, library, host=self.host, key=key)
+                where = f"http://{self.host}:{door.getsockname()[1]}/"
+                print(f"{model.name} at {where} (programs are compiled first; Ctrl-C ends)", flush=True)
+                make_server(app, host=self.host, port=self.port).run(sockets=[door])
         return 0
 
     def _library(self, model: Model) -> Library:

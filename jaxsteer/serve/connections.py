@@ -1,17 +1,39 @@
-"""One connection: the time that the head of a request may take, and refusals before there is a request."""
+"""The door, and one connection: how long the head of a request may take, and refusals before there is a request."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from jaxsteer.errors import UserError
 from jaxsteer.serve.errors import Refused
 
 SECONDS_FOR_HEAD = 15.0
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket at this address that nobody is answered at yet; port 0 is any that is free.
+
+    Raises ``UserError`` for an address that is no address of this machine, or is in use."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host {host} --port {port} is no address: {error}") from None
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        raise UserError(
+            f"nothing can listen at {host}, port {port}: {error.strerror}; give another --port (0: any that is free)"
+        ) from None
+    return found
 
 
 class Connection(H11Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def test_what_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
         with pytest.raises(UserError, match=message):
             parse(["serve", *arguments]).run()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        with pytest.raises(UserError, match="already in use; give another --port"):
+            parse(["serve", "--port", str(other.getsockname()[1])]).run()
+    key = tmp_path / "key"
+    key.write_text("k" * 20)
+    with pytest.raises(UserError, match="nothing can listen at 203.0.113.9|no address"):
+        parse(["serve", "--host", "203.0.113.9", "--key-file", str(key)]).run()
 
 
 def test_what_a_server_is_given(tmp_path: Path, directory: Path) -> None:
