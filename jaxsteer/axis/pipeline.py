@@ -16,6 +16,7 @@ import logging
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from jaxsteer.axis import analysis, scoring
-from jaxsteer.axis.geometry import cosine, exchanged
+from jaxsteer.axis.geometry import COMPONENTS, cosine, exchanged
 from jaxsteer.axis.places import Layer, Place
 from jaxsteer.axis.projection import AXIS
 from jaxsteer.axis.result import AxisResult, Filter, Reply
@@ -135,6 +136,7 @@ def run(
     with _folder(out, config, say) as folder:
         if folder.finished is not None:
             return load_run(folder.path)
+        _require_enough(roles, chosen, brought)
         ready = load(model) if isinstance(model, str) else model
         require_template(ready)
         sites = _sites(ready, chosen)
@@ -146,6 +148,23 @@ def run(
         if is_first():  # they stand in the transcripts
             shutil.rmtree(folder.path / WRITTEN, ignore_errors=True)
         return found
+
+
+def _require_enough(roles: RoleSet, options: AxisOptions, brought: Sequence[Transcript] | None) -> None:
+    """Refuse rollouts that are too few whatever they say, before any is written or read."""
+    asked = plan(roles, options.writing, "") if brought is None else brought
+    counts = Counter(one.role for one in asked)
+    if counts[DEFAULT] < options.least:
+        raise UserError(
+            f"the Assistant as it is would have {counts[DEFAULT]} rollouts and needs at least {options.least}: ask "
+            "more questions or default prompts, or bring its rollouts under the role 'default'"
+        )
+    enough = [role.name for role in roles.roles if counts[role.name] >= options.least]
+    if len(enough) <= COMPONENTS:
+        raise UserError(
+            f"{len(enough)} of {len(roles.roles)} roles would have the {options.least} rollouts that a role needs, and "
+            f"an axis needs {COMPONENTS + 1} such roles: ask more roles, questions or instructions, or lower least"
+        )
 
 
 def cost(

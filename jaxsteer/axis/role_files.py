@@ -5,13 +5,14 @@ The formats are in docs/assistant-axis.md. What was released is no part of the p
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jaxsteer.axis.roles import Role, RoleSet, TraitPair
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.files import kind_of, read_json, read_json_lines
 from jaxsteer.files.paths import user_path
 
@@ -40,6 +41,8 @@ def load_roles(source: str | os.PathLike[str] = SHIPPED) -> RoleSet:
 
 
 def _read(cls: Any, path: Path, entry: Any, where: str) -> Any:
+    # a field that is left out has a default, so that a misspelt one would be lost without a word
+    refuse_unknown(entry, [f.name for f in dataclasses.fields(cls)], "field", f"{path}: {where}{': ' if where else ''}")
     try:
         return cls.from_json(entry, f"{path}{f', {where}' if where else ''}")
     except UserError as error:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Annotated
 
+from jaxsteer.axis.transcripts import DEFAULT
 from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.files.records import Record
 from jaxsteer.ranges import Range
@@ -127,6 +130,14 @@ class RoleSet(Record):
         for what, found in (("role", self.roles), ("question", self.questions), ("default prompt", self.default)):
             if not found:
                 raise UserError(f"{self.name}: there is no {what}")
+        if any(role.name == DEFAULT for role in self.roles):
+            raise UserError(
+                f"{self.name}: no role can be called {DEFAULT!r}, the name of the Assistant as it is: its system "
+                "messages stand in the field default"
+            )
+        for place in (name for text in self.default for name in re.findall(r"\{(\w+)\}", text)):
+            if place != "model_name" and difflib.get_close_matches(place, ["model_name"]):
+                raise UserError(f"{self.name}: a default prompt has {{{place}}}: did you mean {{model_name}}?")
         names = [*(role.name for role in self.roles), *(trait.name for trait in self.traits), *self.questions]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"{self.name}: {twice[0]!r} stands twice: give every role, trait and question once")

@@ -107,7 +107,22 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
     shown = repr(value)[:60] if isinstance(value, str | int | float) else kind_of(value)
-    raise UserError(f"{where} is {shown}, expected {_NAMES.get(hint, str(hint).replace('typing.', ''))}")
+    raise UserError(f"{where} is {shown}, expected {_expected(hint)}")
+
+
+def _expected(hint: Any) -> str:
+    """A type of a field in words."""
+    inner = get_args(hint)
+    if hint in _NAMES:
+        return _NAMES[hint]
+    if get_origin(hint) is tuple:
+        return f"a list of {_SEVERAL.get(inner[0], 'objects') if inner[1:] == (Ellipsis,) else len(inner)}"
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, inner))
+    if isinstance(hint, type) and issubclass(hint, Record):
+        return "an object"
+    return str(hint).replace("typing.", "")
 
 
 _NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_SEVERAL: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}

@@ -180,6 +180,11 @@ def own_file(change: Callable[[dict], object]) -> dict:
         (lambda w: w.pop("roles"), "roles is missing"),
         (lambda w: w.pop("questions"), "questions is missing"),
         (lambda w: w.update(questions=["Why?", "Why?"]), "'Why?' stands twice"),
+        (lambda w: w["roles"][0].update(name="default"), "no role can be called 'default'"),
+        (lambda w: w["roles"][0].update(assistent_like=1), "no field 'assistent_like': did you mean 'assistant_like'"),
+        (lambda w: w.update(questons=[]), "there is no field 'questons': did you mean 'questions'"),
+        (lambda w: w.update(questions="Why?"), "questions is 'Why?', expected a list of texts"),
+        (lambda w: w.update(default=["You are {modelname}."]), "{modelname}: did you mean {model_name}?"),
         (lambda w: w.update(traits=[{"name": "calm", "positive": ["x"]}]), "trait 'calm'.negative is missing"),
     ],
 )
