@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -35,6 +35,14 @@ class Interrupted:
 
 def raising(error: BaseException) -> None:
     raise error
+
+
+@pytest.fixture(autouse=True)
+def hangups() -> Iterator[None]:
+    """Not ignored, as they are under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(
