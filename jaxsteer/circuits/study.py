@@ -8,8 +8,8 @@
 6. For vectors: words of the value vectors and their ablation; sparse vectors.
 7. With several vectors: what their circuits have in common.
 
-Every stage is a file of ``stages/``, written whole: what was cut off goes on with the next stage, and gives the same
-bytes. metrics.json comes last.
+Every stage is a file of ``stages/``, written whole; long stages keep their rows, a few at a time, beside it until it is
+there. What was cut off goes on behind the last whole file, and gives the same bytes. metrics.json comes last.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,21 +40,20 @@ from jaxsteer.circuits.study_result import Circuits, CircuitStudy, Effect, Grid,
 from jaxsteer.circuits.study_setting import Push, digest
 from jaxsteer.circuits.study_stages import (
     Bench,
-    LevelTable,
+    Keep,
+    Part,
     SaidTable,
     Scores,
     StaysTable,
-    ValueWords,
     freeze_parts,
     measure_circuits,
     patch_grid,
     score_edges,
     score_runs,
-    sparse_vectors,
-    value_words,
     write_replies,
 )
 from jaxsteer.circuits.study_unexplained import unexplained
+from jaxsteer.circuits.study_vectors import LevelTable, ValueWords, sparse_vectors, value_words
 from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.files import make_directory, read_json
 from jaxsteer.files.records import Record
@@ -168,7 +168,27 @@ class _Kept:
         write_json(path, found.to_json())
         seconds = round(time.monotonic() - began, 1)
         append_line(self.folder.parent.parent / PROGRESS, {"push": self.name, "stage": name, "seconds": seconds})
+        if is_first():
+            shutil.rmtree(self._parts(name), ignore_errors=True)
         return kind.from_json(json.loads(text), str(path))
+
+    def parts(self, name: str) -> Keep:
+        """What keeps the parts of a stage, each in a file, until the stage's own is written."""
+
+        def keep(part: str, make: Callable[[], Part]) -> Part:
+            path = self._parts(name) / f"{part}.json"
+            if from_first(path.is_file):
+                return Part.from_json(read_json(path, nan=True), str(path))
+            found = make()
+            if is_first():
+                make_directory(path.parent)
+            write_json(path, found.to_json())
+            return found
+
+        return keep
+
+    def _parts(self, name: str) -> Path:
+        return self.folder / f"{name}.parts"
 
 
 def _studied(
@@ -226,11 +246,15 @@ def _require_effect(bench: Bench, scores: Scores) -> None:
 def _push_study(
     bench: Bench, kept: _Kept, scores: Scores, questions: Questions
 ) -> tuple[PushStudy, tuple[EdgeScores, EdgeScores]]:
-    heads = kept.stage("heads", Grid, lambda advance: patch_grid(bench, "attn.hook_z", advance))
-    mlps = kept.stage("mlps", Grid, lambda advance: patch_grid(bench, "hook_mlp_out", advance))
+    heads, mlps = (
+        kept.stage(name, Grid, partial(patch_grid, bench, kind, kept.parts(name)))
+        for name, kind in (("heads", "attn.hook_z"), ("mlps", "hook_mlp_out"))
+    )
     found = kept.stage("edges", EdgeScores, lambda _: score_edges(bench, bench.source))
     control = kept.stage("edges-random", EdgeScores, lambda _: score_edges(bench, bench.controls[0]))
-    circuits = kept.stage("circuits", Circuits, lambda advance: measure_circuits(bench, found, control, advance))
+    circuits = kept.stage(
+        "circuits", Circuits, partial(measure_circuits, bench, found, control, kept.parts("circuits"))
+    )
     frozen = kept.stage("frozen", StaysTable, lambda advance: freeze_parts(bench, advance))
     by_layer = StaysTable(lines=())
     if bench.options.layer_questions and len(bench.blocks) > 1:

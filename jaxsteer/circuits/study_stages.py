@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,22 +21,17 @@ from jaxsteer.circuits.edge_scores import EdgeScores
 from jaxsteer.circuits.freeze_table import FreezeTable, freeze_table
 from jaxsteer.circuits.freezing import freeze
 from jaxsteer.circuits.graph import Graph
-from jaxsteer.circuits.patch_map import PatchMap
 from jaxsteer.circuits.patching import patch
 from jaxsteer.circuits.rows import Rows
-from jaxsteer.circuits.sparsify import dimension_effects, kept_dimensions, sparsified
 from jaxsteer.circuits.study_options import CircuitOptions
-from jaxsteer.circuits.study_result import Circuits, CircuitSize, Grid, Level, Said, Stays, as_grid
+from jaxsteer.circuits.study_result import Circuits, CircuitSize, Grid, Said, Stays, as_grid
 from jaxsteer.circuits.study_setting import Push, Task, row_scores
-from jaxsteer.circuits.value_vectors import ablate_value_vectors, value_vectors
 from jaxsteer.files.records import Record
-from jaxsteer.lens.words import Words, read_words
 from jaxsteer.models.model import Model
 from jaxsteer.models.sampling import Decoding
 from jaxsteer.models.taps import Intervention
 from jaxsteer.prompts.generate import generate
 from jaxsteer.statistics import rate_interval, ratio_draws
-from jaxsteer.steer import Edits
 
 ENOUGH = 0.85
 """Faithfulness of a circuit that is said to be enough."""
@@ -44,14 +40,12 @@ FROZEN = ("patterns", "queries and keys", "values", "attention", "mlps", "attent
 BY_LAYER = ("patterns", "values", "mlps")
 WRITTEN = ("patterns", "values", "attention", "mlps")
 """What is frozen while replies are written."""
-ZEROS = (0.5, 0.75, 0.9, 0.95, 0.99)
-"""Shares of a vector's dimensions that are set to 0."""
-HEADS = 5
-"""Heads whose value vectors are read: the longest."""
 BYTES = 1 << 30
 """What the writers of one pass of circuits may take, about."""
 Source = Intervention | Rows
 Advance = Callable[[int, int], None]
+ROWS = 4
+"""Rows of one part of a patch map."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +60,20 @@ class Scores(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Part(Record):
+    """Some rows of a long stage: the metric in the base run and in the pushed one, and what n patches make of it (the
+    change, rows first) or n circuits (the metric itself, circuits first)."""
+
+    base: tuple[float, ...]
+    pushed: tuple[float, ...]
+    each: tuple[tuple[float, ...], ...]
+
+
+Keep = Callable[[str, Callable[[], Part]], Part]
+"""A part by name: as it was kept, or made now and kept."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StaysTable(Record):
     """Lines about freezing."""
 
@@ -77,23 +85,6 @@ class SaidTable(Record):
     """Replies under every condition."""
 
     lines: tuple[Said, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LevelTable(Record):
-    """Sparse vectors."""
-
-    dimensions: int
-    lines: tuple[Level, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ValueWords(Record):
-    """What value vectors say, and what taking them out costs."""
-
-    words: Words
-    control: Words
-    ablated: Stays
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -144,21 +135,29 @@ def score_runs(bench: Bench, plain: Task | None, advance: Advance) -> Scores:
     return Scores(base=found[0], pushed=found[1], controls=tuple(found[2:]), plain=alone)
 
 
-def patch_grid(bench: Bench, kind: str, advance: Advance) -> Grid:
+def patch_grid(bench: Bench, kind: str, keep: Keep, advance: Advance) -> Grid:
     """Exact patching of every head (or MLP) from the pushed run, all tokens together."""
-    model, task, rows = bench.model, bench.task, len(bench.task.rows.tokens)
+    model, task, count = bench.model, bench.task, len(bench.task.rows.tokens)
 
-    def patched(source: Source, before: int) -> PatchMap:
-        return patch(
-            model, task.rows, task.metric, kind, source, layers=list(bench.blocks), positions="together",
-            heads="each" if kind == "attn.hook_z" else "together",
-            progress=lambda done, _: advance(before + done, 2 * rows),
+    def patched(source: Source, index: np.ndarray) -> Part:
+        found = patch(
+            model, task.rows.take(index), task.metric, kind, source.take(index) if isinstance(source, Rows) else source,
+            layers=list(bench.blocks), positions="together", heads="each" if kind == "attn.hook_z" else "together",
         )  # fmt: skip
+        moved = found.effects.reshape(len(index), -1)
+        return Part(base=found.base, pushed=found.other, each=tuple(map(tuple, moved.tolist())))
 
-    found, other = patched(bench.source, 0), patched(bench.controls[0], rows)
-    whole = np.asarray(found.other) - np.asarray(found.base)
-    shares, (low, high) = bench.shares(found.effects.reshape(rows, -1), whole)
-    control, _ = bench.shares(other.effects.reshape(rows, -1), whole)
+    found = []
+    for which, source in enumerate((bench.source, bench.controls[0])):
+        parts = []
+        for begin in range(0, count, ROWS):
+            index = np.arange(begin, min(begin + ROWS, count))
+            parts.append(keep(f"{which}-{begin}", partial(patched, source, index)))
+            advance(which * count + begin + len(index), 2 * count)
+        base, pushed, each = (np.concatenate(some) for some in zip(*((p.base, p.pushed, p.each) for p in parts)))
+        found.append((np.asarray(pushed) - np.asarray(base), each))
+    shares, (low, high) = bench.shares(found[0][1], found[0][0])
+    control, _ = bench.shares(found[1][1], found[0][0])
     tables = [as_grid(each.reshape(len(bench.blocks), -1)) for each in (shares, low, high, control)]
     return Grid(
         kind=kind, layers=tuple(bench.blocks), shares=tables[0], low=tables[1], high=tables[2], control=tables[3]
@@ -174,7 +173,7 @@ def score_edges(bench: Bench, source: Source) -> EdgeScores:
     )  # fmt: skip
 
 
-def measure_circuits(bench: Bench, found: EdgeScores, control: EdgeScores, advance: Advance) -> Circuits:
+def measure_circuits(bench: Bench, found: EdgeScores, control: EdgeScores, keep: Keep, advance: Advance) -> Circuits:
     """Circuits of several sizes, their complements, those of the random push's scores, and random ones."""
     options, graph = bench.options, found.graph
     counts = sorted({min(graph.n_edges, max(1, round(share * graph.n_edges))) for share in options.sizes})
@@ -186,7 +185,7 @@ def measure_circuits(bench: Bench, found: EdgeScores, control: EdgeScores, advan
         for i in range(options.random)
     ]
     every = [*chosen, *(graph.edges & ~edges for edges in chosen), *others, *random]
-    got = _run(bench, bench.task.metric, graph, every, advance)
+    got = _run(bench, bench.task.metric, graph, every, keep, advance)
     whole = got.target - got.base
     moved, k = (got.scores - got.base).T, len(chosen)
     shares, (low, high) = bench.shares(moved, whole)
@@ -195,7 +194,7 @@ def measure_circuits(bench: Bench, found: EdgeScores, control: EdgeScores, advan
     )
     matched = [None] * k
     if bench.task.match is not None:
-        own = _run(bench, bench.task.match, graph, chosen, lambda *_: None)
+        own = _run(bench, bench.task.match, graph, chosen, lambda _, make: make(), lambda *_: None)
         matched = (own.scores @ bench.task.weights).tolist()
     edges = [int(one.sum()) for one in chosen]
     sizes = []
@@ -231,28 +230,34 @@ def _needed(faithful: Float[np.ndarray, " n"], edges: Sequence[int], every: int)
     return (None, 1.0) if first == len(good) else (edges[first], edges[first] / every)
 
 
-def _run(bench: Bench, metric: Any, graph: Graph, circuits: Sequence[Edges], advance: Advance) -> CircuitScores:
+def _run(
+    bench: Bench, metric: Any, graph: Graph, circuits: Sequence[Edges], keep: Keep, advance: Advance
+) -> CircuitScores:
     """``run_circuits`` a few rows and a few circuits at a time."""
     task, count = bench.task, len(bench.task.rows.tokens)
     one = 16 * len(graph.writers) * task.rows.tokens.shape[1] * bench.model.config.d_model
     size = max(1, min(count, BYTES // one))
     several, parts = 25, []
     total = -(-count // size) * len(circuits)
+
+    def ran(index: np.ndarray, own: int, some: Sequence[Edges]) -> Part:
+        source = bench.source.take(index) if isinstance(bench.source, Rows) else bench.source
+        got = run_circuits(bench.model, task.rows.take(index), metric, source, graph, some)
+        each = tuple(map(tuple, got.scores[:, :own].tolist()))
+        return Part(base=tuple(got.base[:own].tolist()), pushed=tuple(got.target[:own].tolist()), each=each)
+
     for begin in range(0, count, size):
         index = np.minimum(np.arange(begin, begin + size), count - 1)
         own = min(size, count - begin)
-        source = bench.source.take(index) if isinstance(bench.source, Rows) else bench.source
         found = []
         for first in range(0, len(circuits), several):
-            got = run_circuits(
-                bench.model, task.rows.take(index), metric, source, graph, circuits[first : first + several]
-            )
-            found.append(got.scores[:, :own])
-            advance(begin // size * len(circuits) + min(first + several, len(circuits)), total)
-        parts.append((got.base[:own], got.target[:own], np.concatenate(found)))
+            some = circuits[first : first + several]
+            found.append(keep(f"{begin}-{first}", partial(ran, index, own, some)))
+            advance(begin // size * len(circuits) + first + len(some), total)
+        parts.append((found[0].base, found[0].pushed, np.concatenate([part.each for part in found])))
     base, target, scores = zip(*parts, strict=True)
     return CircuitScores(
-        semantics=got.semantics, base=np.concatenate(base).astype(np.float64),
+        semantics="ablate outside", base=np.concatenate(base).astype(np.float64),
         target=np.concatenate(target).astype(np.float64), scores=np.concatenate(scores, axis=1), weights=task.weights,
     )  # fmt: skip
 
@@ -329,57 +334,3 @@ def write_replies(
             )
         )  # fmt: skip
     return SaidTable(lines=tuple(lines))
-
-
-# Vectors
-
-
-def value_words(bench: Bench, scores: Scores) -> ValueWords:
-    """The words of the vector, of all heads' value vectors and of the longest ones; and what taking them out leaves."""
-    model, vectors, heads = bench.model, bench.push.vectors, bench.model.config.n_heads
-    assert vectors is not None
-    site = bench.push.site
-    values = value_vectors(model, vectors.arrays[site], site)
-    flat = values.heads.reshape(-1, values.heads.shape[-1])
-    longest = np.argsort(-np.linalg.norm(flat, axis=1), kind="stable")[:HEADS]
-    names = ["the vector", "all heads", *(f"a{i // heads}.h{i % heads}" for i in longest)]
-    words = read_words(model, np.stack([vectors.arrays[site], values.summed, *flat[longest]]), names)
-    other = bench.push.controls[0].arrays[site]
-    control = read_words(model, np.stack([other, value_vectors(model, other, site).summed]), ["random", "its heads"])
-    without = ablate_value_vectors(model, vectors.arrays[site], site, positions=vectors.positions or "all")
-    base = np.asarray(scores.base)
-    assert isinstance(bench.source, Edits)
-    moved = bench.scores_of(Edits((*bench.source.edits, without))) - base
-    share, (low, high) = bench.shares(moved[:, None], np.asarray(scores.pushed) - base)
-    first, last = bench.blocks[0], bench.blocks[-1]
-    ablated = Stays(
-        what="value vectors out", layers=f"{first}–{last}", share=float(share[0]), ci95=(float(low[0]), float(high[0]))
-    )
-    return ValueWords(words=words, control=control, ablated=ablated)
-
-
-def sparse_vectors(bench: Bench, scores: Scores, advance: Advance) -> LevelTable:
-    """The effect of sparse vectors, whose dimensions were chosen on other questions."""
-    vectors, site, held = bench.push.vectors, bench.push.site, bench.held
-    assert vectors is not None and held is not None
-    array, model, options = vectors.arrays[site], bench.model, bench.options
-    effects = dimension_effects(model, held[0].rows, held[0].metric, vectors, steps=options.steps)
-    counts = sorted({max(1, round((1 - zeros) * len(array))) for zeros in ZEROS}, reverse=True)
-    plans = [(by, n, options.seed) for by in ("gradient", "effect", "magnitude") for n in counts]
-    plans += [("random", n, options.seed + i) for n in counts for i in range(options.draws)]
-    base, moved = np.asarray(scores.base), []
-    for done, (by, n, seed) in enumerate(plans, 1):
-        kept = kept_dimensions(array, effects, by, keep=n, seed=seed)
-        moved.append(bench.scores_of(sparsified(vectors, kept).edits()) - base)
-        advance(done, len(plans))
-    whole = np.asarray(scores.pushed) - base
-    found: dict[tuple[str, int], list[np.ndarray]] = {}
-    for (by, n, _), change in zip(plans, moved, strict=True):
-        found.setdefault((by, n), []).append(change)
-    lines = []
-    for (by, n), changes in found.items():
-        each, _ = bench.shares(np.stack(changes, 1), whole)
-        mean, (low, high) = bench.shares(np.mean(changes, axis=0)[:, None], whole)
-        spread = (float(each.min()), float(each.max())) if by == "random" else None
-        lines.append(Level(by=by, kept=n, share=float(mean[0]), ci95=(float(low[0]), float(high[0])), spread=spread))
-    return LevelTable(dimensions=len(array), lines=tuple(lines))
