@@ -289,10 +289,10 @@ class Explain(ExplainOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Find:
-    """Find latents by words, in what `sae explain` wrote."""
+    """Find latents by words, by labels or by classes, in what `sae explain` wrote."""
 
     query: Positional[tuple[str, ...]]
-    """Words that latents should speak of."""
+    """Words that latents should speak of; label:TEXT: words that a writer's label holds; class:NAME: its class."""
     explanations: Path
     """Directory of `sae explain`, or its explanations.safetensors."""
     top: CountFrom0 = 20
@@ -302,16 +302,17 @@ class Find:
 
     def run(self) -> int:
         """Look up and print."""
-        from jaxsteer.explain import load_explanations
-        from jaxsteer.explain.pipeline import TABLE
+        from jaxsteer.explain.explanations import BY_WRITER
+        from jaxsteer.explain.pipeline import load_findable
 
-        path = self.explanations / TABLE if self.explanations.is_dir() else self.explanations
-        hits = load_explanations(path).find(" ".join(self.query), top=self.top)
+        hits = load_findable(self.explanations).find(self.query, top=self.top)
         if self.json:
             print(document([hit._asdict() for hit in hits]))
             return 0
         rows = [(str(hit.latent), f"{hit.score:.3f}", " ".join(hit.words)) for hit in hits]
-        print(aligned([("latent", "nats", "words"), *rows], left=(0, 2)) if rows else "No latent has these words.")
+        labels = all(one.startswith(BY_WRITER) for one in self.query)
+        head = ("latent", "support" if labels else "nats", "words")
+        print(aligned([head, *rows], left=(0, 2)) if rows else "No latent is explained so.")
         return 0
 
 

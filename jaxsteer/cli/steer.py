@@ -168,12 +168,12 @@ class Defend:
     model: str = "organism:persona"
     """organism:NAME, a converted checkpoint, a Hugging Face directory, a .gguf file, or a hub id."""
     choose: tuple[str, ...] = ("contrast",)
-    """Latents that are raised: words that explain them (with --explanations), numbers, or "contrast": those that
-    harmful requests activate more than others."""
+    """Latents that are raised: words that explain them, label:TEXT or class:NAME (with --explanations), numbers, or
+    "contrast": those that harmful requests activate more than others."""
     erase: tuple[str, ...] = ("contrast",)
-    """Latents that are erased: words, numbers, or "contrast": those that attacks add to harmful requests."""
+    """Latents that are erased: as for --choose; "contrast" takes those that attacks add to harmful requests."""
     explanations: Path | None = None
-    """Directory of `sae explain`, or its explanations.safetensors."""
+    """Directory of `sae explain`, or its explanations.safetensors (words alone)."""
     latents: int = 16
     """Latents of each choice, at most."""
     templates: str | None = None
@@ -221,8 +221,7 @@ class Defend:
     def run(self) -> int:
         """Measure and print."""
         from jaxsteer.evals.refusal import OPENINGS
-        from jaxsteer.explain import load_explanations
-        from jaxsteer.explain.pipeline import TABLE
+        from jaxsteer.explain.pipeline import load_findable
         from jaxsteer.personas import read_templates
         from jaxsteer.prompts import Placement
         from jaxsteer.runs.bars import load
@@ -241,7 +240,7 @@ class Defend:
             judge=None if self.judge is None else Endpoint(url=self.judge, model=self.judge_model),
         )
         requests, words = loaded(self.requests), self.explanations  # refused before a model is loaded
-        table = None if words is None else load_explanations(words / TABLE if words.is_dir() else words)
+        table = None if words is None else load_findable(words)
         sae = load_sae(self.sae, site=self.site, k=self.k)
         found = defend(load(self.model, dtype=self.dtype), sae, requests, table, out=self.out, options=options)
         print(document(found.to_json()) if self.json else found.table())

@@ -27,6 +27,8 @@ from jaxsteer.sae.dictionary import SAE
 
 FORMAT = "jaxsteer.explanations/1"
 _SAMPLED = 1024
+BY_WRITER = ("label:", "class:")
+"""How a query asks for latents by what a writer said of them."""
 
 
 class Found(NamedTuple):
@@ -102,6 +104,8 @@ class Explanations:
         Only words among a latent's K count. Raises ``UserError`` when none of the query's words is in the vocabulary.
         """
         asked = query.split() if isinstance(query, str) else list(query)
+        if said := next((one for one in asked if one.startswith(BY_WRITER)), None):
+            raise UserError(f"{said!r} asks for a writer's labels, and this is a table of words: give the directory")
         known: dict[int, str] = {}
         for word in asked:
             try:

@@ -21,7 +21,7 @@ import numpy as np
 from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.explain.contexts import Contexts, neighbours, read_contexts
 from jaxsteer.explain.detection import DetectionResult, detect, firing_words
-from jaxsteer.explain.explanations import Explanations, digest_of, load_explanations
+from jaxsteer.explain.explanations import BY_WRITER, Explanations, Found, digest_of, load_explanations
 from jaxsteer.explain.judged_detection import LabelScores, judge_labels
 from jaxsteer.explain.labels import Labels, write_labels
 from jaxsteer.explain.options import ExplainOptions
@@ -36,7 +36,7 @@ from jaxsteer.models.model import Model
 from jaxsteer.processes import is_first
 from jaxsteer.ranges import check_ranges
 from jaxsteer.runs.bars import progress_bar
-from jaxsteer.runs.files import write_json
+from jaxsteer.runs.files import METRICS, write_json
 from jaxsteer.runs.folder import opened
 from jaxsteer.sae.dictionary import SAE
 from jaxsteer.sae.loading import check_sae, require_same_model
@@ -60,9 +60,41 @@ class Explained:
     table: Explanations
     result: ExplainResult
 
-    def find(self, query: str, *, top: int = 20) -> list[Any]:
-        """Latents by words, as ``Explanations.find``."""
-        return list(self.table.find(query, top=top))
+    def find(self, query: str | Sequence[str], *, top: int = 20) -> list[Found]:
+        """Latents by a writer's labels, by the classes of these, or by words.
+
+        ``query`` is a text or several: "label:TEXT" takes latents whose label holds every word of TEXT, "class:NAME"
+        those that were sorted into the class, both by the support of their label; everything else is words, as
+        ``Explanations.find`` takes them. A latent that is found twice counts once. Raises ``UserError`` for words that
+        are not in the vocabulary, a class that there is not, and labels where no writer gave any.
+        """
+        asked = [query] if isinstance(query, str) else list(query)
+        said = [one for one in asked if one.startswith(BY_WRITER)]
+        found: dict[int, Found] = {}
+        for one in said:
+            kind, _, text = one.partition(":")
+            found |= {hit.latent: hit for hit in self._labelled(kind, text.strip().casefold())}
+        words = [word for one in asked if one not in said for word in one.split()]
+        if words or not said:
+            found |= {hit.latent: hit for hit in self.table.find(words, top=top) if hit.latent not in found}
+        return list(found.values())[:top]
+
+    def _labelled(self, kind: str, text: str) -> list[Found]:
+        labels = self.result.labels
+        if labels is None:
+            raise UserError(
+                f"{kind}:{text} asks for labels, and these explanations have none: give `sae explain` a writer"
+            )
+        if kind == "class":
+            refuse_unknown([text], [name.casefold() for name in labels.classes], "class", "labels: ")
+            hits = [one for one in labels.labels if one.group.casefold() == text]
+        else:
+            parts = text.split()
+            if not parts:
+                raise UserError("label: stands without a text: expected label:TEXT, whose words the label should hold")
+            hits = [one for one in labels.labels if all(part in one.label.casefold() for part in parts)]
+        hits.sort(key=lambda one: (-(one.support or 0.0), one.latent))
+        return [Found(one.latent, one.support or 0.0, self.table.of(one.latent)) for one in hits]
 
     def described(self, latent: int) -> Described:
         """All that is known of one latent. Raises ``UserError`` for one that there is not."""
@@ -137,6 +169,15 @@ def run(
 def load_explained(folder: str | Path) -> Explained:
     """What is in a directory of ``jaxsteer sae explain``. Raises ``UserError`` where nothing was finished."""
     return Explained(table=load_explanations(Path(folder) / TABLE), result=ExplainResult.read(folder))
+
+
+def load_findable(path: str | Path) -> Explained | Explanations:
+    """A directory of ``jaxsteer sae explain``; or a table of words alone, in which nothing can be found by labels.
+    Raises ``UserError`` as ``load_explained`` and ``load_explanations``."""
+    path = Path(path)
+    if not path.is_dir():
+        return load_explanations(path)
+    return load_explained(path) if (path / METRICS).is_file() else load_explanations(path / TABLE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

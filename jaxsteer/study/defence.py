@@ -23,7 +23,7 @@ from jaxsteer.errors import UserError, refuse_unknown
 from jaxsteer.evals.neutral_texts import neutral_texts
 from jaxsteer.evals.refusal import OPENINGS, request_rows
 from jaxsteer.evals.side_effects import reply_effects
-from jaxsteer.explain import Explanations
+from jaxsteer.explain import Explained, Explanations
 from jaxsteer.explain.explanations import digest_of
 from jaxsteer.models.model import Model
 from jaxsteer.models.reading import direction_sites, read_rows
@@ -54,10 +54,10 @@ class DefendOptions:
     """Which latents, and what counts as a good defence."""
 
     choose: tuple[str, ...] = (CONTRAST,)
-    """Latents that are raised: words that explain them, numbers, or "contrast": those that harmful requests activate
-    more than harmless ones."""
+    """Latents that are raised: words that explain them, "label:TEXT" or "class:NAME" of a writer's labels, numbers, or
+    "contrast": those that harmful requests activate more than harmless ones."""
     erase: tuple[str, ...] = (CONTRAST,)
-    """Latents that are erased: words, numbers, or "contrast": those that attacks add to harmful requests (without
+    """Latents that are erased: as for ``choose``; "contrast" takes those that attacks add to harmful requests (without
     templates: those of harmful requests)."""
     latents: int = 16
     """Latents of each choice, at most."""
@@ -94,7 +94,7 @@ def defend(
     model: Model,
     sae: SAE,
     requests: Requests,
-    explanations: Explanations | None = None,
+    explanations: Explained | Explanations | None = None,
     *,
     out: str | Path | None = None,
     options: DefendOptions | None = None,
@@ -102,9 +102,9 @@ def defend(
 ) -> DefenceResult:
     """Measure defences by the latents of ``sae`` on ``requests``, beside their controls.
 
-    ``explanations`` are of this SAE, and needed where latents are chosen by words. ``changed`` are fields of
-    ``options``. ``out`` is a directory for the result and, as they come, for free replies; the same call, cut off, goes
-    on there.
+    ``explanations`` are of this SAE, and needed where latents are chosen by words, labels or classes. ``changed`` are
+    fields of ``options``. ``out`` is a directory for the result and, as they come, for free replies; the same call, cut
+    off, goes on there.
 
     Raises ``UserError``, before anything is measured, for options that do not exist, requests without harmful ones or
     with too few of a kind, an SAE of another model, and words without explanations or that explain no latent.
@@ -120,7 +120,7 @@ def defend(
     if sae.config.site_in is None:
         raise UserError("this SAE does not say which site it reads: load it with site='blocks.2.hook_resid_post', say")
     if explanations is not None:
-        explanations.check_sae(sae)
+        (explanations.table if isinstance(explanations, Explained) else explanations).check_sae(sae)
     if "harmful" not in requests.kinds or len(requests.kinds) < 2:
         raise UserError(
             f"a defence is measured on harmful requests and on some that are to be answered (border, harmless); "
@@ -156,7 +156,12 @@ class _Bench:
     """What is measured."""
 
     def __init__(
-        self, model: Model, sae: SAE, requests: Requests, explanations: Explanations | None, options: DefendOptions
+        self,
+        model: Model,
+        sae: SAE,
+        requests: Requests,
+        explanations: Explained | Explanations | None,
+        options: DefendOptions,
     ) -> None:
         self.model, self.sae, self.explanations, self.options = model, sae, explanations, options
         assert sae.config.site_in is not None

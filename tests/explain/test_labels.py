@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -17,7 +18,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.explain.contexts import Contexts
 from jaxsteer.explain.judged_detection import judge_labels
 from jaxsteer.explain.labels import Label, Labels, write_labels
-from jaxsteer.explain.result import word_use
+from jaxsteer.explain.result import ExplainResult, word_use
 from jaxsteer.explain.vocabulary import Vocabulary
 from jaxsteer.models.model import Model
 from jaxsteer.sae import load_sae
@@ -131,6 +132,18 @@ def test_labels_are_phrases_votes_and_classes(model: Model, found: explain.Expla
     assert by[0].label == "Ships at sea" and by[0].group == "sea"
     assert set(by[0].votes) <= {"probably", ""} and by[0].support in (None, 0.75)
     assert made.unread == sum(vote == "" for label in made.labels for vote in label.votes)
+    told = explain.Explained(table=found, result=ExplainResult.of(found, uses=(), labels=made))
+    assert [hit.latent for hit in told.find("label:ships SEA")] == [i for i in (0, 1) if by[i].label]
+    assert [hit.latent for hit in told.find(["class:Sea"])] == [i for i in (0, 1, 3) if by[i].group == "sea"]
+    word = found.of(40, 1)[0]
+    assert [hit.latent for hit in told.find([word, "label:ships"])][:2] == [0, 1]
+    assert told.find(word) == found.find(word)
+    with pytest.raises(UserError, match="no class 'land'|unknown class"):
+        told.find("class:land")
+    with pytest.raises(UserError, match="give the directory"):
+        found.find(["label:ships"])
+    with pytest.raises(UserError, match="give `sae explain` a writer"):
+        dataclasses.replace(told, result=ExplainResult.of(found, uses=())).find("label:ships")
     before = len(requests)
     again = write_labels(model, found, Rule(write=writes), [0, 1, 3], classes=("calm", "sea"), log=log)
     assert again == made and len(requests) == before

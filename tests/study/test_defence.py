@@ -77,6 +77,7 @@ def test_latents_are_those_that_differ_most_and_the_gate_separates_best(organism
     ("changed", "said"),
     [
         ({"choose": ("ghost",)}, "need explanations of the SAE"),
+        ({"choose": ("class:violence",)}, "need explanations of the SAE"),
         ({"choose": ("9999",)}, "latents 0 to 1023"),
         ({"templates": {"a": "no place"}}, "request"),
         ({"latents": 0}, "latents"),
